@@ -1,0 +1,218 @@
+"""The checkpoints of a run: names, the ``latest`` pointer, which to resume from, which to delete.
+
+    root/step_00000100/     a checkpoint; the name appears by a rename once everything in it is durable
+    root/step_00000200.tmp/ one being written, or what a killed job left; never read, swept by the next job
+    root/latest             a text file with the newest checkpoint's name, replaced by a rename
+
+A directory with a step name is a *candidate*; only its manifest says whether it is good. Deleting renames to
+``.tmp`` first, so a kill in the middle leaves no half checkpoint under a step name. Symbolic links are never
+followed.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, explain_os_error, shorten
+from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
+from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, read_manifest, verify_checkpoint
+from fp8train.checkpoint.ranks import Ranks
+
+POINTER_FILE = "latest"
+CHECKPOINTS_DIR = "checkpoints"
+REPLACED_SUFFIX = ".replaced"
+"""Of a checkpoint that a new save of the same step is about to replace."""
+
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_logger = logging.getLogger(__name__)
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step's checkpoint: eight digits, more when needed."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint directory's name (``.replaced`` included); None for any other name."""
+    match = _STEP_NAME.fullmatch(path.name.removesuffix(REPLACED_SUFFIX))
+    return int(match[1]) if match else None
+
+
+def write_pointer(root: Path, target: Path) -> None:
+    """Point ``latest`` at ``target``, atomically and durably."""
+    replace_file(root / POINTER_FILE, f"{target.name}\n".encode())
+
+
+def read_pointer(root: Path) -> Path | None:
+    """The checkpoint that ``latest`` names, or None if it is absent, garbage or names nothing there."""
+    path = root / POINTER_FILE
+    if not is_real_file(path):
+        return None
+    with path.open("rb") as stream:
+        name = stream.read(64).decode("ascii", errors="replace").strip()
+    target = root / name
+    return target if _STEP_NAME.fullmatch(name) and is_real_dir(target) else None
+
+
+def candidates(root: Path) -> list[Path]:
+    """Checkpoint directories under ``root``, in the order to try them.
+
+    That is the pointer's target, then older steps from new to old, then newer ones (of a run that was rolled
+    back, or saved but not yet pointed at when the job died). Without a usable pointer: all, from new to old,
+    with a warning.
+    """
+    if not root.is_dir():
+        return []
+    found = {path.name: path for path in root.iterdir() if step_of(path) is not None and is_real_dir(path)}
+    kept = [p for p in found.values() if not (p.name.endswith(REPLACED_SUFFIX) and p.stem in found)]
+    ordered = sorted(kept, key=lambda path: (-(step_of(path) or 0), path.name))
+    target = read_pointer(root)
+    if target is None:
+        if ordered:
+            state = "missing" if not (root / POINTER_FILE).exists() else "unusable"
+            _logger.warning(
+                "%s is %s; falling back to the newest complete checkpoint, %s at best",
+                root / POINTER_FILE,
+                state,
+                ordered[0].name,
+            )
+        return ordered
+    newest = step_of(target) or 0
+    return sorted(ordered, key=lambda path: (step_of(path) or 0) > newest)
+
+
+def find_checkpoint(
+    root: Path, resume: str, *, group: dist.ProcessGroup | None = None, verify: Verify = "full"
+) -> Path | None:
+    """The verified checkpoint to continue from; collective over ``group``, the same answer on every rank.
+
+    ``resume``: ``never`` gives None. ``auto`` gives the first good one of :func:`candidates` of ``root``,
+    warning about each damaged one it passes over, or None where there is none at all. Anything else is a
+    path: a step directory is taken or refused; a checkpoints directory or a run directory is searched like
+    ``auto``, but must hold a checkpoint.
+
+    Raises :class:`CheckpointError` when a path holds no checkpoint, and when checkpoints exist but none is
+    good: starting afresh over them is not ours to decide.
+    """
+    if resume == "never":
+        return None
+    ranks = Ranks(group)
+    if resume != "auto":
+        given = Path(resume)
+        kind = ranks.first(lambda: _classify(given))
+        if kind == "step":
+            verify_checkpoint(given, ranks=ranks, mode=verify)
+            return given
+        root = given / CHECKPOINTS_DIR if kind == "run" else given
+    failures: list[str] = []
+    for path in ranks.first(lambda: candidates(root)):
+        try:
+            verify_checkpoint(path, ranks=ranks, mode=verify)
+        except CorruptCheckpointError as error:
+            failures.append(str(error).replace(":\n ", ":").split("\n", 1)[0])
+            if ranks.is_first:
+                _logger.warning("SKIPPED a damaged checkpoint, trying the one before it: %s", error)
+            continue
+        return path
+    if failures:
+        raise CheckpointError(
+            f"no checkpoint in {root} is usable:\n{shorten(failures, limit=2)}\n"
+            "restore one from a copy, or start afresh under another run.name or with run.overwrite=true"
+        )
+    return None
+
+
+def _classify(path: Path) -> str:
+    """What an explicit ``checkpoint.resume`` path is: ``step``, ``root`` or ``run``."""
+    if path.is_symlink() and (step_of(path) is not None or (path / MANIFEST_FILE).exists()):
+        raise CheckpointError(
+            f"checkpoint.resume: {path} is a symbolic link; give the directory itself: {path.resolve()}"
+        )
+    if path.name.endswith(TMP_SUFFIX):
+        raise CheckpointError(
+            f"checkpoint.resume: {path} is an unfinished save; choose a complete step_XXXXXXXX directory"
+        )
+    if path.is_dir():
+        if (path / MANIFEST_FILE).exists() or step_of(path) is not None:
+            return "step"
+        for kind, root in (("root", path), ("run", path / CHECKPOINTS_DIR)):
+            if root.is_dir() and any(step_of(entry) is not None for entry in root.iterdir()):
+                return kind
+    state = "holds no checkpoint" if path.exists() else "does not exist"
+    raise CheckpointError(
+        f"checkpoint.resume: {path} {state}; give a step_XXXXXXXX, a checkpoints or a run "
+        "directory, or use checkpoint.resume=auto to start fresh where there is none"
+    )
+
+
+def sweep_leftovers(root: Path) -> list[str]:
+    """Delete what killed saves and deletions left under ``root``; returns the names.
+
+    Only the job that owns the run directory may call this: a ``.tmp`` directory may be another job's save in
+    progress. A replaced checkpoint whose replacement never arrived gets its name back.
+    """
+    swept: list[str] = []
+    if not root.is_dir():
+        return swept
+    for path in sorted(root.iterdir()):
+        plain = path.name.removesuffix(TMP_SUFFIX)
+        if plain != path.name and (step_of(Path(plain)) is not None or plain.startswith(f".{POINTER_FILE}.")):
+            remove(path)
+            swept.append(path.name)
+    for path in sorted(root.glob(f"step_*{REPLACED_SUFFIX}")):
+        original = path.with_name(path.name.removesuffix(REPLACED_SUFFIX))
+        if not is_real_dir(path):
+            continue
+        if is_real_dir(original):
+            delete_checkpoint(path)
+            swept.append(path.name)
+        else:
+            path.rename(original)
+    fsync_dir(root)
+    return swept
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete one checkpoint so that a kill at any moment leaves no half of it under its name."""
+    assert is_real_dir(path), f"{path} is not a directory"
+    assert step_of(path) is not None, f"{path} is not named like a checkpoint"
+    doomed = path.with_name(f"{path.name.removesuffix(REPLACED_SUFFIX)}{TMP_SUFFIX}")
+    remove(doomed)
+    path.rename(doomed)
+    remove(doomed)
+
+
+def retain(root: Path, *, keep_last: int, newest: int) -> list[Path]:
+    """Delete all but the last ``keep_last`` complete checkpoints up to step ``newest``; returns what was
+    deleted.
+
+    Never touched: the pointer's target, incomplete directories, symbolic links, and later steps (they belong
+    to a continuation that was rolled back, and are replaced when the run reaches them). A deletion that fails
+    only warns.
+    """
+    assert keep_last >= 1
+    complete = [path for path in root.iterdir() if is_real_dir(path) and _is_complete(path, newest)]
+    protected = read_pointer(root)
+    deleted: list[Path] = []
+    for path in sorted(complete, key=lambda one: step_of(one) or 0, reverse=True)[keep_last:]:
+        if path == protected:
+            continue
+        try:
+            delete_checkpoint(path)
+        except OSError as error:
+            _logger.warning("could not delete the old checkpoint %s: %s", path, explain_os_error(error))
+        else:
+            deleted.append(path)
+    return deleted
+
+
+def _is_complete(path: Path, newest: int) -> bool:
+    step = step_of(path)
+    if step is None or step > newest:
+        return False
+    try:
+        return read_manifest(path).step == step
+    except CorruptCheckpointError:
+        return False

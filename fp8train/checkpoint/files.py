@@ -1,0 +1,72 @@
+"""Durable and atomic file operations.
+
+A rename is atomic but not durable: after a power cut a renamed file may be empty unless its bytes were synced
+before, and the name itself may be gone unless the directory was synced after. Every function here does both.
+"""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+TMP_SUFFIX = ".tmp"
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names inside directory ``path`` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Write ``data`` and sync it. Not atomic: for files in a directory that is renamed as a whole."""
+    try:
+        with path.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        # Writing and syncing, unlike opening, fail without the file's name.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace ``path`` atomically and durably: a reader sees the old bytes or the new ones, nothing between.
+
+    On failure the old file is untouched and the temporary one is removed.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}{TMP_SUFFIX}")
+    try:
+        write_durable(tmp, data)
+        tmp.rename(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def is_real_dir(path: Path) -> bool:
+    """Whether ``path`` itself, not what a symbolic link points at, is a directory."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def is_real_file(path: Path) -> bool:
+    """Whether ``path`` itself, not what a symbolic link points at, is a regular file."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a symbolic link (never its target) or a whole directory, if it is there."""
+    if is_real_dir(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

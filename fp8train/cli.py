@@ -1,0 +1,305 @@
+"""The ``fp8train`` command.
+
+Every command imports what it needs when it runs, so that ``fp8train config`` answers in a fraction of a
+second and needs no torch. What a user can mend (:class:`~fp8train.config.errors.UserError`, a wrong option)
+ends with its message on stderr and exit status 2; Ctrl-C with 130; anything else is a bug and keeps its
+traceback. Under torchrun only rank 0 prints, every rank exits with the status, and failures are also left
+where torchrun looks for them, so that its own summary names the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from fp8train.config.errors import UserError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells report it."""
+
+_Options = Annotated[
+    list[str] | None,
+    typer.Argument(help="section.key=value, laid over the file in order", show_default=False),
+]
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError: newer typer ships click privately
+
+app = typer.Typer(
+    name="fp8train",
+    help="Pretrain GPT and Llama models, FP8 end to end.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make and look at datasets.")
+app.add_typer(data_app, name="data")
+
+
+class TokenizerKind(StrEnum):
+    """What ``--train-tokenizer`` takes."""
+
+    unigram = "unigram"
+    bpe = "bpe"
+
+
+class Device(StrEnum):
+    """What ``--device`` takes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fp8train import __version__
+
+        print(f"fp8train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of user errors too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Pretrain GPT and Llama models, FP8 end to end."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: _Options = None,
+) -> int:
+    """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
+    from fp8train.config.resolve import load_config
+
+    resolved = load_config(config, overrides or ())  # before torch is imported: a typo is reported at once
+    from fp8train.training.run import run
+
+    return run(resolved)
+
+
+@app.command(name="config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the run", show_default=False)] = None,
+    overrides: _Options = None,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print the resolved config as YAML.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema for editors.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Print all keys as Markdown.")] = False,
+) -> None:
+    """Print every value of a run and where it came from."""
+    if sum((yaml, schema, reference)) > 1:
+        raise UserError("--yaml, --schema and --reference exclude each other")
+    if schema or reference:
+        if config is not None:
+            raise UserError("--schema and --reference describe every config; leave out CONFIG")
+        from fp8train.config.editor_schema import dump_editor_schema
+        from fp8train.config.explain import reference as markdown_reference
+
+        _write(dump_editor_schema() if schema else markdown_reference())
+        return
+    if config is None:
+        raise UserError("name a config file, or ask for --schema or --reference")
+    from fp8train.config.dump import dump_yaml
+    from fp8train.config.explain import explain
+    from fp8train.config.resolve import load_config
+
+    resolved = load_config(config, overrides or ())
+    _write(dump_yaml(resolved.config) if yaml else explain(resolved))
+
+
+@data_app.command()
+def prepare(
+    output: Annotated[str, typer.Option("--output", help="Path of the dataset without .bin/.idx.")],
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(help="Text files, .jsonl files, folders", show_default=False)
+    ] = None,
+    stdlib: Annotated[
+        bool, typer.Option("--stdlib", help="Add the source of Python's standard library.")
+    ] = False,
+    glob: Annotated[
+        list[str] | None,
+        typer.Option("--glob", help="Files to take from folders; default *.txt and *.jsonl."),
+    ] = None,
+    json_key: Annotated[str, typer.Option("--json-key", help="Key of the text in .jsonl records.")] = "text",
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Existing tokenizer file or folder.")
+    ] = None,
+    train_tokenizer: Annotated[
+        TokenizerKind | None,
+        typer.Option("--train-tokenizer", help="Train a tokenizer on the text; default bpe."),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option("--vocab-size", min=2, help="Vocabulary of the trained tokenizer; default 8192."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes; default: usable cores.")
+    ] = None,
+    shuffle: Annotated[bool, typer.Option(help="Write documents in a seeded random order.")] = True,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the shuffle and the tokenizer's sample.")
+    ] = 1234,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
+) -> None:
+    """Turn text into a dataset: OUTPUT.bin, OUTPUT.idx and the tokenizer beside them."""
+    from fp8train.data.prepare import prepare as prepare_dataset
+    from fp8train.data.sources import DEFAULT_PATTERNS, stdlib_corpus
+
+    given: list[str | Path] = [*(inputs or ()), *(stdlib_corpus() if stdlib else ())]
+    if not given:
+        raise UserError("name text files or folders, or give --stdlib")
+    sidecar = prepare_dataset(
+        given,
+        output,
+        tokenizer=tokenizer,
+        model_type=train_tokenizer.value if train_tokenizer else None,
+        vocab_size=vocab_size,
+        patterns=tuple(glob) if glob else DEFAULT_PATTERNS,
+        text_key=json_key,
+        workers=workers,
+        shuffle=shuffle,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    counts = f"{sidecar.documents} documents, {sidecar.tokens} tokens, {sidecar.source_bytes} bytes of text"
+    report = "".join(f"  {reason}: {count}\n" for reason, count in sidecar.report.items())
+    _write(f"{output}: {counts}\n{report}")
+
+
+@data_app.command()
+def inspect(
+    prefix: Annotated[str, typer.Argument(help="Path of the dataset without .bin/.idx")],
+    documents: Annotated[int, typer.Option("--documents", min=0, help="How many documents to show.")] = 3,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to show of each.")] = 60,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Tokenizer file; default: the one beside the dataset.")
+    ] = None,
+    scan: Annotated[bool, typer.Option("--scan", help="Check every token against the vocabulary.")] = False,
+) -> None:
+    """Describe a dataset and decode its first documents."""
+    from fp8train.data.inspection import inspect_dataset
+
+    _write(
+        inspect_dataset(prefix, documents=documents, max_tokens=max_tokens, tokenizer=tokenizer, scan=scan)
+        + "\n"
+    )
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or run directory for its newest one")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Sample from the k likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = 1234,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Continuations to print.")] = 1,
+    device: Annotated[
+        Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
+    ] = Device.auto,
+) -> int:
+    """Continue a text with a trained model."""
+    from fp8train.inference.generate import generate_command
+
+    return generate_command(
+        checkpoint,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_samples=num_samples,
+        device=device.value,
+    )
+
+
+@app.command()
+def doctor() -> int:
+    """Report what this machine can run, and why not."""
+    from fp8train.training.doctor import doctor as examine
+
+    return examine()
+
+
+def _write(text: str) -> None:
+    """Print now, so that a closed pipe (``| head``) is noticed inside the command and ends it quietly."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line (without the program's name) and return its exit status; bugs propagate as
+    exceptions."""
+    debug = "--debug" in arguments
+    words = [word for word in arguments if word != "--debug"]
+    try:
+        status = app(args=words or ["--help"], prog_name="fp8train", standalone_mode=False)
+    except UserError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_status)
+    except _USAGE_ERROR as error:
+        if debug:
+            raise
+        message = cast(Any, error).format_message().rstrip(".")
+        return _fail(f"{message}; see  fp8train --help", UserError.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        _say("interrupted")
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    """Print ``message`` (rank 0), leave it for torchrun's summary (every rank), and return ``status``."""
+    _say(f"error: {message}")
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
+    return status
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def _recorded(function: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int | None]:
+    """``function``, its uncaught exceptions also written where torchrun collects them."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
+    run: Callable[[Sequence[str]], int | None] = run_command
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        run = _recorded(run_command)
+    sys.exit(run(sys.argv[1:]))

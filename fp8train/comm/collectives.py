@@ -1,0 +1,63 @@
+"""Collectives that count what they put on the wire.
+
+Bytes are per rank and direction, for the ring algorithms that NCCL and gloo use for large messages: an
+all-reduce of n bytes over N ranks sends ``2·n·(N-1)/N``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class CountedGroup:
+    """A process group with byte counters; with one rank every collective is the identity.
+
+    Attributes:
+        group: the torch group, or None for a single process.
+        size: ranks in it.
+        rank: this process's rank in it.
+        sent: bytes sent since the start, by collective and purpose.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.sent: Counter[str] = Counter()
+
+    def all_reduce(
+        self, tensor: Tensor, *, purpose: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> Callable[[], None]:
+        """Start an in-place all-reduce.
+
+        Args:
+            tensor: contiguous; must not be touched until the wait returns.
+            purpose: name in the byte counters, e.g. ``gradient``.
+            op: reduction.
+
+        Returns:
+            A function that waits for the result.
+        """
+        if self.group is None or self.size == 1:
+            return lambda: None
+        self.sent[f"all_reduce/{purpose}"] += 2 * tensor.nbytes * (self.size - 1) // self.size
+        work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
+        return work.wait
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.group is not None and self.size > 1:
+            dist.barrier(self.group)
+
+
+def all_ranks_equal(group: CountedGroup, value: Tensor) -> bool:
+    """Whether an integer or float tensor is the same on every rank (compared by minimum and maximum)."""
+    low, high = value.clone().to(torch.float64), value.clone().to(torch.float64)
+    group.all_reduce(low, purpose="check", op=dist.ReduceOp.MIN)()
+    group.all_reduce(high, purpose="check", op=dist.ReduceOp.MAX)()
+    return bool(torch.equal(low, high))

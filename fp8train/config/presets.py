@@ -1,0 +1,189 @@
+"""Values that one key chooses for others: ``model.family``, ``precision.level``, ``precision.recipe``.
+
+A preset is data, not code: a table from a choice to the dotted keys it fills. :data:`PRESETS` lists the
+tables in the order in which they are laid over each other (the later wins), and whatever a person writes wins
+over all of them. So a new level, recipe or profile is one more table. What must be *computed* from other keys
+(``head_dim`` from the width) is in :func:`derive`.
+
+Filling happens before validation, on possibly wrong input: a choice that is not in its table, or an
+ingredient of the wrong type, fills nothing and is left to the schema to report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fp8train.config.nodes import Node, Origin, Scalar, merge, nest
+
+Values = Mapping[str, Scalar]
+
+
+@dataclass(frozen=True)
+class PresetTable:
+    """One key whose value fills others.
+
+    ``choices`` maps each legal value of ``key`` to the dotted keys it sets; ``default`` is the choice when
+    the key is absent (None: the key is required).
+    """
+
+    key: str
+    choices: Mapping[str, Values]
+    default: str | None = None
+
+
+class Problem(NamedTuple):
+    """Something wrong with the value at ``path``; ``related`` are other keys that it contradicts."""
+
+    path: tuple[str | int, ...]
+    message: str
+    related: tuple[str, ...] = ()
+
+
+_FAMILIES: dict[str, Values] = {
+    "gpt": {
+        "model.positions": "learned",
+        "model.norm": "layernorm",
+        "model.activation": "gelu",
+        "model.bias": True,
+        "model.tie_embeddings": True,
+    },
+    "llama": {
+        "model.positions": "rope",
+        "model.norm": "rmsnorm",
+        "model.activation": "swiglu",
+        "model.bias": False,
+        "model.tie_embeddings": False,
+    },
+}
+
+_LEVELS: dict[str, Values] = {
+    "O0": {
+        "precision.gemm.fp8": False,
+        "precision.gradient.accumulate": "fp32",
+        "precision.gradient.reduce": "fp32",
+    },
+}
+
+GEMM_OPERANDS: dict[str, str] = {
+    "output.x": "e4m3",
+    "output.w": "e4m3",
+    "grad_input.grad_output": "e5m2",
+    "grad_input.w": "e4m3",
+    "grad_weight.grad_output": "e5m2",
+    "grad_weight.x": "e4m3",
+}
+"""The six operand uses and their usual formats: E5M2's range for gradients, E4M3's precision for the rest
+(FP8-LM A.1)."""
+
+
+def _same_for_all_operands(settings: Values) -> Values:
+    """``settings`` for every operand use, each with its usual format."""
+    filled: dict[str, Scalar] = {}
+    for operand, number_format in GEMM_OPERANDS.items():
+        filled[f"precision.gemm.{operand}.format"] = number_format
+        filled |= {f"precision.gemm.{operand}.{key}": value for key, value in settings.items()}
+    return filled
+
+
+_RECIPES: dict[str, Values] = {
+    "current": _same_for_all_operands(
+        {
+            "granularity": "tensor",
+            "scale_source": "current",
+            "power_of_two": True,
+            "margin": 0,
+            "rounding": "nearest",
+        }
+    ),
+}
+
+PRESETS: tuple[PresetTable, ...] = (
+    PresetTable("model.family", _FAMILIES),
+    PresetTable("precision.level", _LEVELS, default="O0"),
+    PresetTable("precision.recipe", _RECIPES, default="current"),
+)
+"""All tables, in the order in which they win: a later one overrides an earlier one, explicit values override
+all."""
+
+DERIVED = ("model.num_kv_heads", "model.head_dim", "model.ffn_hidden_size", "model.max_seq_len")
+"""Keys that :func:`derive` computes when they are not given."""
+
+
+def filled_keys() -> frozenset[str]:
+    """Every dotted key that presets or derivation can fill, so that a user need not write it."""
+    from_tables = {key for table in PRESETS for values in table.choices.values() for key in values}
+    return frozenset(from_tables | set(DERIVED))
+
+
+def chosen(table: PresetTable, explicit: Node) -> str | None:
+    """The choice that holds for ``table``: the explicit one, else its default; None if there is no legal
+    one."""
+    node = explicit.find(table.key.split("."))
+    value = table.default if node is None else node.value
+    return value if isinstance(value, str) and value in table.choices else None
+
+
+def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
+    """``explicit`` laid over the presets it chooses, with derived keys added.
+
+    Returns:
+        The filled tree and what made a derivation impossible (two keys that do not fit together).
+    """
+    filled = Node({}, explicit.origin)
+    for table in PRESETS:
+        choice = chosen(table, explicit)
+        if choice is None:
+            continue
+        origin = Origin("preset", f"{table.key}={choice}")
+        for key, value in table.choices[choice].items():
+            filled = merge(filled, nest(key.split("."), Node(value, origin)))
+    return derive(merge(filled, explicit, null_takes_back=False))
+
+
+def derive(tree: Node) -> tuple[Node, list[Problem]]:
+    """Fill the keys of :data:`DERIVED` that are absent and whose ingredients are valid."""
+    problems: list[Problem] = []
+    model = tree.child("model")
+    if model is None or not isinstance(model.value, dict):
+        return tree, problems
+    hidden_size, num_heads = _whole(tree, "model.hidden_size"), _whole(tree, "model.num_heads")
+    computed: dict[str, tuple[int | None, str]] = {
+        "model.num_kv_heads": (num_heads, "model.num_heads"),
+        "model.head_dim": (None, "model.hidden_size / model.num_heads"),
+        "model.ffn_hidden_size": _ffn_hidden_size(tree, hidden_size),
+        "model.max_seq_len": (_whole(tree, "data.seq_length"), "data.seq_length"),
+    }
+    if hidden_size and num_heads:
+        if hidden_size % num_heads == 0:
+            computed["model.head_dim"] = (hidden_size // num_heads, computed["model.head_dim"][1])
+        elif tree.find(("model", "head_dim")) is None:
+            message = (
+                f"the width {hidden_size} is not a multiple of the number of heads {num_heads}; "
+                "change one of them or set model.head_dim"
+            )
+            problems.append(Problem(("model", "hidden_size"), message, ("model.num_heads",)))
+    for key, (value, formula) in computed.items():
+        path = key.split(".")
+        if value is not None and tree.find(path) is None:
+            tree = merge(tree, nest(path, Node(value, Origin("derived", f"from {formula}"))))
+    return tree, problems
+
+
+def _whole(tree: Node, key: str) -> int | None:
+    """A positive integer at ``key``, or None."""
+    node = tree.find(key.split("."))
+    value = None if node is None else node.value
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _ffn_hidden_size(tree: Node, hidden_size: int | None) -> tuple[int | None, str]:
+    """MLP width: ``4h`` (gpt), or ``8h/3`` rounded up to a multiple of 256 (llama; Llama's own code,
+    ``multiple_of``)."""
+    family = chosen(PRESETS[0], tree)
+    if hidden_size is None or family is None:
+        return None, ""
+    if family == "gpt":
+        return 4 * hidden_size, "4 * model.hidden_size"
+    return -(-(8 * hidden_size // 3) // 256) * 256, "8/3 * model.hidden_size, up to 256"

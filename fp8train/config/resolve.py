@@ -1,0 +1,170 @@
+"""One validated :class:`~fp8train.config.schema.Config` from files, presets and the command line.
+
+Order, the later winning: schema defaults, presets (family, level, recipe), ``base:`` files, the file itself,
+overrides. Only a value's *place* decides, never its content, and the place is kept for every key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import ValidationError
+
+from fp8train.config.errors import ConfigError
+from fp8train.config.keys import KeyTable
+from fp8train.config.loader import load_file
+from fp8train.config.messages import problems_of, raise_problems
+from fp8train.config.nodes import DEFAULT, Node, Origin, merge
+from fp8train.config.overrides import parse_override
+from fp8train.config.presets import Problem, apply_presets
+from fp8train.config.scalars import ScalarError, check_text
+from fp8train.config.schema import Config
+from fp8train.config.yaml_tree import MAX_DEPTH
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A config and where each of its values came from.
+
+    ``origins`` has one entry per leaf, by dotted key. ``sources`` lists the files read, later ones laid over
+    earlier ones.
+    """
+
+    config: Config
+    origins: Mapping[str, Origin]
+    sources: tuple[str, ...]
+
+
+def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """Read, combine and validate.
+
+    Args:
+        path: YAML file.
+        overrides: ``section.key=value`` texts, laid over the file in order.
+
+    Raises:
+        ConfigError: anything wrong with the file, the files it includes, or an override.
+    """
+    root, sources = load_file(path)
+    return _resolve(root, sources, overrides)
+
+
+def resolve_mapping(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config"
+) -> ResolvedConfig:
+    """As :func:`load_config` for a mapping that is already in memory; ``source`` names it in messages.
+
+    Raises:
+        ConfigError: also for keys that are not text and values that YAML could not hold.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of sections, got {type(data).__name__}")
+    return _resolve(_to_node(data, Origin("file", source), 0), (source,), overrides)
+
+
+def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> ResolvedConfig:
+    table = KeyTable()
+    for text in overrides:
+        root = merge(root, parse_override(text, table))
+    tree, problems = apply_presets(root)
+    problems += _fp8_off_but_set(tree)
+    config = _validate(tree, table, problems)
+    raise_problems(problems, tree, sources)
+    assert config is not None
+    return ResolvedConfig(config, _origins(config, tree, table), sources)
+
+
+def _validate(tree: Node, table: KeyTable, problems: list[Problem]) -> Config | None:
+    """The config, or None with at least one entry added to ``problems``."""
+    try:
+        return Config.model_validate(tree.plain())
+    except ValidationError as error:
+        problems += problems_of(error, tree, table)
+        if not problems:  # a preset that fills too little: ours to mend, with pydantic's own report
+            raise
+        return None
+
+
+def _fp8_off_but_set(tree: Node) -> list[Problem]:
+    """Settings of FP8 GEMMs that a person wrote while FP8 GEMMs are off: they would be ignored silently."""
+    off = tree.find(("precision", "gemm", "fp8"))
+    if off is None or off.value is not False:
+        return []
+    gemm = tree.find(("precision", "gemm"))
+    assert gemm is not None
+    assert isinstance(gemm.value, dict)
+    inert = [("precision", "recipe"), *(("precision", "gemm", key) for key in gemm.value if key != "fp8")]
+    for path in inert:
+        if tree.explicit(path):
+            reason = "" if off.origin.explicit else f" ({off.origin})"
+            message = (
+                f"is set but FP8 GEMMs are off: precision.gemm.fp8 is false{reason}; "
+                "write precision.gemm.fp8: true, or remove the setting (null takes back what a base file set)"
+            )
+            return [Problem(_first_explicit_leaf(tree, path), message, ("precision.gemm.fp8",))]
+    return []
+
+
+def _first_explicit_leaf(tree: Node, path: tuple[str, ...]) -> tuple[str, ...]:
+    node = tree.find(path)
+    while node is not None and isinstance(node.value, dict):
+        path = (*path, next(key for key in node.value if tree.explicit((*path, key))))
+        node = tree.find(path)
+    return path
+
+
+def _origins(config: Config, tree: Node, table: KeyTable) -> dict[str, Origin]:
+    """Origin of every leaf of ``config``; an absent optional section (``rope_scaling``) counts as one
+    leaf."""
+    origins: dict[str, Origin] = {}
+    absent: list[tuple[str, ...]] = []
+    for key in table.keys.values():
+        if any(key.path[: len(path)] == path for path in absent):
+            continue
+        if key.is_section:
+            if not (key.optional and value_at(config, key.path) is None):
+                continue
+            absent.append(key.path)
+        node = tree.find(key.path)
+        origins[key.name] = DEFAULT if node is None else node.origin
+    return origins
+
+
+def value_at(config: Config, path: Sequence[str]) -> Any:
+    """The value (or section) of ``config`` at ``path``."""
+    value: Any = config
+    for name in path:
+        value = getattr(value, name)
+    return value
+
+
+def _to_node(value: Any, origin: Origin, depth: int) -> Node:
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{origin}: nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        children = {_key(key, origin): _to_node(child, origin, depth + 1) for key, child in value.items()}
+        return Node(children, origin, 1 + sum(child.size for child in children.values()))
+    if isinstance(value, (list, tuple)):
+        entries = [_to_node(child, origin, depth + 1) for child in value]
+        return Node(entries, origin, 1 + sum(entry.size for entry in entries))
+    if isinstance(value, str):
+        return Node(_checked(value, origin), origin)
+    if value is None or type(value) in (bool, int, float):
+        return Node(value, origin)
+    raise ConfigError(f"{origin}: a value of type {type(value).__name__} cannot be in a config")
+
+
+def _key(key: Any, origin: Origin) -> str:
+    if not isinstance(key, str):
+        raise ConfigError(f"{origin}: key {key!r:.40} is not text; keys are names such as  steps")
+    return _checked(key, origin)
+
+
+def _checked(text: str, origin: Origin) -> str:
+    try:
+        return check_text(text)
+    except ScalarError as error:
+        raise ConfigError(f"{origin}: {error}") from error

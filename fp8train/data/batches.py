@@ -1,0 +1,150 @@
+"""Global batches: which samples a rank trains on at a step, as a pure function of the step.
+
+Step t uses samples ``[t G, (t + 1) G)`` of the global order. They are cut into ``G / B`` micro-batches of B
+consecutive samples, and rank r of R takes the contiguous block ``[r A, (r + 1) A)`` of them, ``A = G / (B
+R)``. So the union over ranks is the same for every R, the position of a run is its step, and a run may
+continue on another number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fp8train.config.errors import ConfigError
+from fp8train.data.errors import DataError
+from fp8train.data.indexed_dataset import out_of_vocab
+from fp8train.data.samples import Samples
+
+
+def check_batch_sizes(*, global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Check that a global batch divides into micro-batches over the data-parallel ranks.
+
+    Raises:
+        ConfigError: It does not; the message gives the formula and the nearest legal values.
+    """
+    unit = micro_batch_size * dp_size
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        legal = [value for value in (below, below + unit) if value > 0]
+        raise ConfigError(
+            f"train.global_batch_size ({global_batch_size}) must be a multiple of train.micro_batch_size x "
+            "data-parallel "
+            f"ranks ({micro_batch_size} x {dp_size} = {unit})\nnearest legal values: "
+            f"{', '.join(map(str, legal))}"
+        )
+
+
+class GlobalBatches:
+    """A rank's view of the global batches of one split.
+
+    Args:
+        samples: The global order.
+        global_batch_size: G, samples per step over all ranks.
+        micro_batch_size: B, samples per forward pass.
+        dp_rank: r.
+        dp_size: R.
+        vocab_size: Tokens must be in ``[0, vocab_size)``; checked on the CPU for every batch, because on a
+            GPU an id outside the embedding is a device assertion without a name.
+
+    Attributes:
+        micro_batches_per_step: A.
+        batches_per_epoch: Global batches before samples repeat.
+
+    Raises:
+        ConfigError: G is not a multiple of B R.
+        DataError: The samples do not fill one global batch.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        vocab_size: int,
+    ) -> None:
+        check_batch_sizes(
+            global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size
+        )
+        assert 0 <= dp_rank < dp_size
+        if samples.samples_per_epoch < global_batch_size:
+            raise DataError(
+                f"{samples.description}: too small for one global batch\n"
+                f"needed: {global_batch_size} samples of {samples.seq_length} tokens "
+                "(train.global_batch_size); "
+                f"present: {samples.samples_per_epoch}\n"
+                "give more text or a larger share in data.split, or lower train.global_batch_size or "
+                "data.seq_length"
+            )
+        self.samples = samples
+        self.seq_length = samples.seq_length
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.micro_batches_per_step = global_batch_size // (micro_batch_size * dp_size)
+        self.batches_per_epoch = samples.samples_per_epoch // global_batch_size
+        self._first_sample = dp_rank * self.micro_batches_per_step * micro_batch_size
+        self._vocab_size = vocab_size
+
+    def batch(self, step: int) -> torch.Tensor:
+        """This rank's micro-batches of a step.
+
+        Args:
+            step: Optimizer steps done before this one; any number >= 0, samples repeat after an epoch.
+
+        Returns:
+            int64 ``[A, B, seq_length + 1]`` on the CPU.
+
+        Raises:
+            DataError: A token is outside the vocabulary; names dataset, document and offset.
+        """
+        first = step * self.global_batch_size + self._first_sample
+        count = self.micro_batches_per_step * self.micro_batch_size
+        tokens = np.stack([self.samples[first + number] for number in range(count)])
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+            number, position = np.argwhere((tokens < 0) | (tokens >= self._vocab_size))[0].tolist()
+            place = self.samples.place(first + number, position)
+            token = int(tokens[number, position])
+            raise out_of_vocab(place.prefix, place.document, place.offset, token, self._vocab_size)
+        shape = (self.micro_batches_per_step, self.micro_batch_size, self.seq_length + 1)
+        return torch.from_numpy(tokens).view(shape)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Position after ``step`` steps, for a checkpoint: plain values, the same on every rank."""
+        return {
+            "step": step,
+            "global_batch_size": self.global_batch_size,
+            "seq_length": self.seq_length,
+            "dataset": self.samples.description,
+            "fingerprint": self.samples.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Check that a position belongs to this data, and return its step.
+
+        Raises:
+            DataError: Sequence length, batch size, data, split or seed differ from the checkpoint's.
+        """
+        for key, name in (
+            ("seq_length", "data.seq_length"),
+            ("global_batch_size", "train.global_batch_size"),
+        ):
+            if state[key] != getattr(self, key):
+                raise DataError(
+                    f"{name} is {getattr(self, key)}, but the checkpoint's data position was counted with "
+                    f"{state[key]}\n"
+                    f"set {name} back to continue this run, or start a new one"
+                )
+        if state["fingerprint"] != self.samples.fingerprint:
+            raise DataError(
+                "the data is not what the checkpoint was trained on (content, split, blend weights or "
+                "shuffle seed)\n"
+                f"  checkpoint: {state['dataset']}, fingerprint {state['fingerprint'][:16]}\n"
+                f"  now:        {self.samples.description}, fingerprint {self.samples.fingerprint[:16]}\n"
+                "restore the dataset and the settings, or start a new run"
+            )
+        return int(state["step"])

@@ -1,0 +1,7 @@
+"""Errors of the data package."""
+
+from fp8train.config.errors import UserError
+
+
+class DataError(UserError):
+    """A dataset, tokenizer or input text is missing, damaged, too small or does not fit the run."""

@@ -1,0 +1,215 @@
+"""From the ``data`` section of a config to batches: the one call that training makes.
+
+Everything that can be wrong with the data is found here, before the first step: missing or damaged files, a
+tokenizer that is not the dataset's, a vocabulary larger than the model's, splits without a batch. Only token
+ids themselves are checked batch by batch, since reading all of a large dataset takes hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fp8train.config.schema import DataConfig
+from fp8train.data.batches import GlobalBatches, check_batch_sizes
+from fp8train.data.blend import Blend
+from fp8train.data.errors import DataError
+from fp8train.data.indexed_dataset import IndexedDataset
+from fp8train.data.samples import SPLITS, SampleDataset, Samples, split_documents
+from fp8train.data.sidecar import Sidecar, check_same_tokenizer, read_sidecar, sidecar_path, sidecar_tokenizer
+from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        train: Training batches, endless.
+        valid: Validation batches in a fixed order; None without a validation split. Use steps
+            ``0 .. batches_per_epoch - 1``.
+        test: Likewise.
+        tokenizer: None where no dataset names one and ``data.tokenizer`` is not set.
+        vocab_size: Tokens are below this: the model's vocabulary as given, else the tokenizer's.
+        eod_id: End-of-document id; None without a tokenizer.
+        token_lengths: UTF-8 bytes per id, int64 ``[tokenizer.vocab_size]``; None where they are not exact.
+            With it, bits per byte = (summed loss in nats over targets) / ln 2 /
+            ``token_lengths[targets].sum()``.
+        epochs: Passes over the training split that ``total_steps`` make.
+    """
+
+    train: GlobalBatches
+    valid: GlobalBatches | None
+    test: GlobalBatches | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    eod_id: int | None
+    token_lengths: np.ndarray | None
+    epochs: float
+
+    def summary(self) -> list[str]:
+        """Printable lines: what each split holds."""
+        lines = []
+        for batches in (self.train, self.valid, self.test):
+            if batches is not None:
+                lines.append(f"{batches.samples.description}, {batches.samples.samples_per_epoch} samples")
+        lines[0] += f", {self.epochs:.3g} epochs"
+        return lines
+
+
+def open_data(
+    config: DataConfig,
+    *,
+    vocab_size: int | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    seed: int,
+    total_steps: int,
+) -> Data:
+    """Open everything ``config`` names, check it and cut it into batches.
+
+    Args:
+        config: The ``data`` section.
+        vocab_size: The model's (unpadded) vocabulary; None takes the tokenizer's.
+        global_batch_size: Samples per step over all ranks.
+        micro_batch_size: Samples per forward pass.
+        dp_rank: This process among the data-parallel ranks.
+        dp_size: Number of data-parallel ranks.
+        seed: Of the sample order, unless ``config.shuffle_seed`` is set.
+        total_steps: Length of the run, for :attr:`Data.epochs`.
+
+    Raises:
+        ConfigError: The batch sizes do not divide.
+        DataError: The data is missing, damaged, too small, or does not fit the tokenizer or the model.
+    """
+    check_batch_sizes(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
+    entries = [(config.prefix, 1.0)] if config.prefix is not None else []
+    entries += [(entry.prefix, entry.weight) for entry in config.blend or ()]
+    datasets = [IndexedDataset(prefix) for prefix, _ in entries if prefix is not None]
+    weights = [weight for _, weight in entries]
+    held_out = IndexedDataset(config.valid_prefix) if config.valid_prefix is not None else None
+    everything = [*datasets, *([held_out] if held_out is not None else [])]
+    sidecars = [read_sidecar(dataset) for dataset in everything]
+    tokenizer = _tokenizer(config, everything, sidecars)
+    vocab_size = _vocab_size(vocab_size, everything, sidecars, tokenizer)
+    if config.mask_end_of_document and tokenizer is None:
+        raise DataError(
+            "data.mask_end_of_document needs a tokenizer to know the end-of-document id; set data.tokenizer"
+        )
+    seed = seed if config.shuffle_seed is None else config.shuffle_seed
+
+    splits: list[GlobalBatches | None] = []
+    for number in range(len(SPLITS)):
+        parts = _parts(datasets, held_out, config, number, seed)
+        if not parts:
+            splits.append(None)
+            continue
+        samples: Samples = parts[0] if len(parts) == 1 else Blend(parts, weights)
+        splits.append(
+            GlobalBatches(
+                samples,
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                vocab_size=vocab_size,
+            )
+        )
+    train, valid, test = splits
+    assert train is not None
+    return Data(
+        train=train,
+        valid=valid,
+        test=test,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        eod_id=None if tokenizer is None else tokenizer.eod_id,
+        token_lengths=_token_lengths(tokenizer, sidecars),
+        epochs=total_steps * global_batch_size / train.samples.samples_per_epoch,
+    )
+
+
+def _parts(
+    datasets: Sequence[IndexedDataset],
+    held_out: IndexedDataset | None,
+    config: DataConfig,
+    number: int,
+    seed: int,
+) -> list[SampleDataset]:
+    """One split of every dataset; of ``held_out`` alone for validation where there is one; none for share 0.
+
+    Parts of a blend get seeds of their own, so that datasets of equal size do not move in step.
+    """
+    split = SPLITS[number]
+    if split == "valid" and held_out is not None:
+        ranges = [(held_out, (0, held_out.num_documents))]
+    elif config.split[number] > 0:
+        ranges = [
+            (dataset, split_documents(dataset.num_documents, config.split)[number]) for dataset in datasets
+        ]
+    else:
+        return []
+    return [
+        SampleDataset(
+            dataset,
+            documents=documents,
+            seq_length=config.seq_length,
+            seed=seed + (part << 32),
+            shuffle=split == "train",
+            split=split,
+        )
+        for part, (dataset, documents) in enumerate(ranges)
+    ]
+
+
+def _tokenizer(
+    config: DataConfig, datasets: Sequence[IndexedDataset], sidecars: Sequence[Sidecar | None]
+) -> Tokenizer | None:
+    """The tokenizer named in the config or beside the first dataset, checked against every record."""
+    known = [
+        (dataset.prefix, sidecar) for dataset, sidecar in zip(datasets, sidecars, strict=True) if sidecar
+    ]
+    if config.tokenizer is not None:
+        eod_token = known[0][1].eod_token if known else None
+        tokenizer = load_tokenizer(config.tokenizer, eod_token=eod_token)
+    elif known:
+        tokenizer = sidecar_tokenizer(*known[0])
+    else:
+        return None
+    for prefix, sidecar in known:
+        check_same_tokenizer(prefix, sidecar, tokenizer)
+    return tokenizer
+
+
+def _vocab_size(
+    model_vocab_size: int | None,
+    datasets: Sequence[IndexedDataset],
+    sidecars: Sequence[Sidecar | None],
+    tokenizer: Tokenizer | None,
+) -> int:
+    if model_vocab_size is None:
+        if tokenizer is None:
+            raise DataError(
+                f"dataset {datasets[0].prefix} has no {sidecar_path(datasets[0].prefix).name} that names "
+                "its tokenizer\n"
+                "set data.tokenizer, or model.vocab_size"
+            )
+        return tokenizer.vocab_size
+    for dataset, sidecar in zip(datasets, sidecars, strict=True):
+        if sidecar is not None and sidecar.vocab_size > model_vocab_size:
+            raise DataError(
+                f"model.vocab_size ({model_vocab_size}) is smaller than the vocabulary of dataset "
+                f"{dataset.prefix} "
+                f"({sidecar.vocab_size})\nset it to {sidecar.vocab_size}, or leave it out to take the "
+                "tokenizer's"
+            )
+    return model_vocab_size
+
+
+def _token_lengths(tokenizer: Tokenizer | None, sidecars: Sequence[Sidecar | None]) -> np.ndarray | None:
+    exact = all(sidecar is not None and sidecar.exact_bytes for sidecar in sidecars)
+    return tokenizer.token_lengths() if tokenizer is not None and exact else None

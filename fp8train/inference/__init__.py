@@ -1,0 +1,1 @@
+"""Using a trained model: loading it from a checkpoint and continuing text."""

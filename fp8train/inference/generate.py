@@ -1,0 +1,158 @@
+"""Continuing text: ``fp8train generate``.
+
+The prompt runs through the model once and fills a key/value cache; every further token costs one forward of
+one position. All samples go as one batch. A sample that has ended is carried along until the last one ends.
+
+With FP8 GEMMs an activation's scale is that of the whole batch and of the positions at hand, so cached and
+uncached logits, or batches of other sizes, agree within the quantisation only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fp8train.comm.processes import choose_device
+from fp8train.inference.errors import InferenceError
+from fp8train.inference.load import load_trained
+from fp8train.inference.sampling import Sampling, sample
+from fp8train.layers.loss import logits
+from fp8train.models.decoder import Decoder
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt_tokens: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+    eod_id: int | None,
+    num_samples: int = 1,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Continue ``prompt_tokens``.
+
+    Args:
+        model: with its weights.
+        prompt_tokens: at least one token id.
+        max_tokens: most tokens to add.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: sample from the k likeliest tokens; None: from all.
+        top_p: sample from the likeliest tokens of this mass; None: from all.
+        generator: CPU generator.
+        eod_id: a sample ends when this is drawn (it is not returned); None never ends early.
+        num_samples: continuations to draw.
+        vocab_size: ids from here on are never drawn (a tokenizer may have fewer than the model); default: the
+            model's vocabulary.
+
+    Returns:
+        ``num_samples`` lists of new tokens.
+
+    Raises:
+        InferenceError: no prompt, more tokens than the model has positions, a sampling setting outside its
+            range, or logits that are not finite.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    _check_length(len(prompt_tokens), max_tokens, model.config.max_seq_len)
+    assert model.config.vocab_size is not None
+    choices = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    device = model.embedding.weight.device
+    caches = model.make_caches(num_samples, len(prompt_tokens) + max_tokens - 1)
+    tokens = torch.tensor([list(prompt_tokens)] * num_samples, dtype=torch.int64)
+    samples: list[list[int]] = [[] for _ in range(num_samples)]
+    running = set(range(num_samples))
+    for _ in range(max_tokens):
+        last = model.hidden(tokens.to(device), caches)[:, -1]
+        scores = logits(last, model.head_weight, vocab_size=choices)
+        if not scores.isfinite().all():
+            raise InferenceError(
+                "the model's logits are not finite; take a checkpoint from before it diverged"
+            )
+        drawn = sample(scores, sampling, generator)
+        for i, token in enumerate(drawn.tolist()):
+            if i in running and token == eod_id:
+                running.remove(i)
+            elif i in running:
+                samples[i].append(token)
+        if not running:
+            break
+        tokens = drawn[:, None]
+    return samples
+
+
+def _check_length(prompt: int, max_tokens: int, context: int) -> None:
+    if prompt == 0:
+        raise InferenceError("the prompt has no tokens; start with the end-of-document token for free text")
+    if prompt > context:
+        raise InferenceError(
+            f"the prompt has {prompt} tokens, the model's context (model.max_seq_len) is {context}; "
+            "shorten the prompt"
+        )
+    # The last token is drawn but never fed back.
+    if prompt + max_tokens - 1 > context:
+        raise InferenceError(
+            f"{prompt} tokens of prompt and {max_tokens} new ones do not fit the model's context "
+            f"(model.max_seq_len: {context}); use --max-tokens {context - prompt + 1} or a shorter prompt"
+        )
+
+
+def generate_command(
+    checkpoint: Path,
+    *,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    num_samples: int,
+    device: str,
+) -> int:
+    """Print continuations of ``prompt`` to stdout, what was loaded to stderr.
+
+    Args:
+        checkpoint: step directory, or run directory for its newest good checkpoint.
+        prompt: text to continue; empty: the model begins a document.
+        max_tokens: most tokens to add.
+        temperature: see :func:`generate`.
+        top_k: see :func:`generate`.
+        top_p: see :func:`generate`.
+        seed: of the sampling.
+        num_samples: continuations to print.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        UserError: anything that :func:`~fp8train.inference.load.load_trained` or :func:`generate` refuses.
+    """
+    trained = load_trained(checkpoint, device=choose_device(device, 0))
+    model, tokenizer = trained.built.model, trained.tokenizer
+    recipe = str(trained.config.precision.compute) if trained.built.fp8 is None else str(trained.built.fp8)
+    print(f"{trained.path}: step {trained.step}, {recipe}", file=sys.stderr, flush=True)
+    prompt_tokens = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    samples = generate(
+        model,
+        prompt_tokens,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator().manual_seed(seed),
+        eod_id=tokenizer.eod_id,
+        num_samples=num_samples,
+        vocab_size=tokenizer.vocab_size,
+    )
+    for number, new_tokens in enumerate(samples, start=1):
+        if num_samples > 1:
+            print(f"--- sample {number} of {num_samples}")
+        print(tokenizer.decode([*prompt_tokens, *new_tokens]))
+    return 0

@@ -1,0 +1,2 @@
+"""The pieces of a decoder. Layers receive what they need as arguments and know nothing of configuration
+files."""

@@ -1,0 +1,105 @@
+"""Causal self-attention with grouped key/value heads (GQA; MHA is one query head per group).
+
+The fused projection orders its rows by key/value group: for group g its query heads, then its key, then its
+value. A tensor-parallel shard that holds whole groups is therefore a contiguous range of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fp8train.layers.linear import Linear
+from fp8train.layers.qkv import split_heads
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for one layer's generation.
+
+    Attributes:
+        keys: [B, G, capacity, D].
+        values: the same.
+        length: positions filled.
+    """
+
+    def __init__(self, batch: int, groups: int, capacity: int, head_dim: int, like: Tensor) -> None:
+        self.keys = like.new_empty(batch, groups, capacity, head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, G, S, D] after what is there; returns all keys and values so far."""
+        end = self.length + key.shape[2]
+        assert end <= self.keys.shape[2], "KV cache is full"
+        self.keys[:, :, self.length : end] = key
+        self.values[:, :, self.length : end] = value
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """``out(softmax(q·k / sqrt(D)) · v)``, causal.
+
+    Attributes:
+        qkv: fused projection, rows by group.
+        out: projection back into the residual stream.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        recompute: Callable[..., Tensor] | None = None,
+    ) -> None:
+        """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations."""
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.recompute = recompute
+        self.qkv = Linear(
+            hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, dtype=dtype, device=device
+        )
+        self.out = Linear(num_heads * head_dim, hidden_size, bias=bias, dtype=dtype, device=device)
+
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Shapes: x [B, S, H] -> [B, S, H]; cos/sin [S, D/2] or None for models without RoPE."""
+        qkv = self.qkv(x)
+        if self.recompute is not None and cache is None:
+            return self.out(self.recompute(self._attend, qkv, cos, sin))
+        return self.out(self._attend(qkv, cos, sin, cache))
+
+    def _attend(
+        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        batch, length, _ = qkv.shape
+        groups, dim = self.num_kv_heads, self.head_dim
+        query, key, value = split_heads(qkv, cos, sin, num_kv_heads=groups, head_dim=dim)
+        fresh = True
+        if cache is not None:
+            fresh = cache.length == 0
+            key, value = cache.append(key, value)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if fresh or length == 1 else _continued_mask(length, key.shape[2], query.device),
+            is_causal=fresh and length > 1,
+            enable_gqa=self.num_heads > groups,
+        )
+        return mixed.transpose(1, 2).reshape(batch, length, self.num_heads * dim)
+
+
+def _continued_mask(new: int, total: int, device: torch.device) -> Tensor:
+    """True where the i-th of ``new`` tokens, appended to ``total - new`` earlier ones, may look."""
+    row = torch.arange(total - new, total, device=device)[:, None]
+    return torch.arange(total, device=device)[None, :] <= row

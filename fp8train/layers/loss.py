@@ -1,0 +1,97 @@
+"""Cross-entropy fused with the output head, a chunk of tokens at a time.
+
+The logits of a whole micro-batch are the largest tensor of small and medium models (tokens x vocabulary, in
+FP32). Nobody needs them all at once: for each chunk the loss and, while it is at hand, its gradient
+``softmax(logits) - onehot(target)`` are computed, multiplied into grad_hidden and grad_weight, and dropped.
+Softmax runs in FP32 (FP64 in FP64 runs) whatever the compute dtype. The price: gradients are computed in
+forward, so a forward under ``no_grad`` is the way to evaluate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8train.layers.blocks import row_blocks
+
+IGNORE = -100
+# CPU: glibc maps blocks of 32 MiB and more anew each time, and every page of them faults.
+_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, grad_enabled: bool
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        rows = max(1, _CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * wide.itemsize))
+        needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs_grad else None
+        for start in range(0, hidden.shape[0], rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = part @ weight.t()
+            for block in row_blocks(logits.shape[0], logits.shape[1], logits.device):
+                total += _to_gradient(logits[block], target[block], vocab_size, wide, needs_grad)
+            if grad_hidden is None or grad_weight is None:
+                continue
+            torch.mm(logits, weight, out=grad_hidden[start : start + rows])
+            grad_weight += logits.t() @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        factor = grads[0]
+        # Times a BF16 tensor, CUDA would round the factor (1 / tokens) to BF16 first and bias every gradient.
+        grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
+        return grad_hidden, grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None
+
+
+def _to_gradient(
+    logits: Tensor, targets: Tensor, vocab_size: int, wide: torch.dtype, needs_grad: bool
+) -> Tensor:
+    """The summed loss of logits [T, V], which become their own gradient if ``needs_grad``.
+
+    With ``e = exp(logits - max)`` and ``s = sum(e)``, the loss is ``log(s) - (logits[target] - max)`` and its
+    gradient ``e / s - onehot(target)``: one exponential serves both.
+    """
+    valid = (targets != IGNORE)[:, None]
+    target = targets[:, None].masked_fill(~valid, 0)
+    scores = logits.to(wide)
+    scores[:, vocab_size:] = -torch.inf
+    scores = scores.sub_(scores.amax(dim=-1, keepdim=True))
+    target_score = scores.gather(1, target)
+    total = scores.exp_().sum(dim=-1, keepdim=True)
+    if needs_grad:
+        weight = valid.to(wide)
+        logits.copy_(scores.mul_(weight / total).scatter_add_(1, target, -weight))
+    return (total.log() - target_score).masked_fill(~valid, 0).sum()
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
+    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``.
+
+    Args:
+        hidden: [T, H].
+        weight: [V, H], V >= vocab_size; rows from ``vocab_size`` on are padding and never win.
+        targets: int64 [T]; ``-100`` leaves a token out.
+        vocab_size: real vocabulary.
+
+    Returns:
+        FP32 scalar in nats (FP64 for FP64 inputs). Its gradient may be taken once.
+    """
+    # Asked here: inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, torch.is_grad_enabled())
+
+
+def logits(hidden: Tensor, weight: Tensor, *, vocab_size: int) -> Tensor:
+    """``hidden @ weight.T`` without the padded columns. Shapes: [.., H] -> [.., vocab_size], in the
+    compute dtype."""
+    return hidden @ weight[:vocab_size].t()

@@ -1,0 +1,63 @@
+"""The feed-forward half of a block: GELU or SwiGLU.
+
+SwiGLU's gate and up projections are one matrix whose rows alternate in units: unit u holds ``shard_unit``
+gate rows, then the same number of up rows. A tensor-parallel shard of whole units is a contiguous range of
+rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fp8train.layers.linear import Linear
+from fp8train.layers.swiglu import swiglu
+
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+_LARGEST_UNIT = 128
+
+
+def shard_unit(ffn_hidden_size: int) -> int:
+    """Rows of gate (and of up) that stay together: the largest power of two up to 128 that divides the
+    width."""
+    return math.gcd(ffn_hidden_size, _LARGEST_UNIT)
+
+
+class MLP(nn.Module):
+    """``down(activation(up(x)))``; with SwiGLU ``down(silu(gate(x)) · up(x))``."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        activation: Activation,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        recompute: Callable[..., Tensor] | None = None,
+    ) -> None:
+        """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations."""
+        super().__init__()
+        self.activation: Activation = activation
+        self.unit = shard_unit(ffn_hidden_size)
+        self.recompute = recompute
+        width = 2 * ffn_hidden_size if activation == "swiglu" else ffn_hidden_size
+        self.up = Linear(hidden_size, width, bias=bias, dtype=dtype, device=device)
+        self.down = Linear(ffn_hidden_size, hidden_size, bias=bias, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [B, S, H] -> [B, S, H]."""
+        up = self.up(x)
+        activated = self._activate(up) if self.recompute is None else self.recompute(self._activate, up)
+        return self.down(activated)
+
+    def _activate(self, up: Tensor) -> Tensor:
+        if self.activation != "swiglu":
+            return F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return swiglu(up, unit=self.unit)

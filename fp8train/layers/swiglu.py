@@ -1,0 +1,64 @@
+"""SwiGLU's non-linearity ``silu(gate) · up`` on the fused projection, gate and up interleaved in units.
+
+Written with autograd's own operations, backward would keep ``silu(gate)`` beside the projection's output,
+and build the gradient of each half in a tensor of full width, to add the two. This function keeps the
+projection's output alone (2·F values a token instead of 3·F) and writes both halves of the gradient in place.
+``silu(gate)`` is computed again in backward and rounded as in forward, so the values are autograd's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp8train.layers.blocks import row_blocks
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor, unit: int) -> Tensor:
+        activated = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
+        for rows in row_blocks(fused.shape[0], fused.shape[1], fused.device):
+            gate, up = _halves(fused[rows], unit)
+            torch.mul(F.silu(gate), up, out=activated[rows].unflatten(-1, (-1, unit)))
+        ctx.save_for_backward(fused)
+        ctx.unit = unit
+        return activated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (fused,) = ctx.saved_tensors
+        grad_fused = torch.empty_like(fused)
+        for rows in row_blocks(fused.shape[0], fused.shape[1], fused.device):
+            gate, up = _halves(fused[rows], ctx.unit)
+            grad_gate, grad_up = _halves(grad_fused[rows], ctx.unit)
+            grad = grads[0][rows].unflatten(-1, (-1, ctx.unit))
+            torch.mul(grad, F.silu(gate), out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_fused, None
+
+
+def _halves(fused: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """(gate, up) of [.., 2·F] as views [.., F / unit, unit]."""
+    units = fused.unflatten(-1, (-1, 2, unit))
+    return units[..., 0, :], units[..., 1, :]
+
+
+def swiglu(fused: Tensor, *, unit: int) -> Tensor:
+    """``silu(gate) · up``.
+
+    Args:
+        fused: [.., 2·F]: units of ``unit`` gate columns followed by as many up columns.
+        unit: divides F.
+
+    Returns:
+        [.., F] in fused's dtype.
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses, and decides itself what to keep
+        gate, up = _halves(fused, unit)
+        return (F.silu(gate) * up).flatten(-2)
+    flat = fused.reshape(-1, fused.shape[-1])
+    return _SwiGLU.apply(flat, unit).view(*fused.shape[:-1], fused.shape[-1] // 2)

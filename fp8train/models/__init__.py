@@ -1,0 +1,1 @@
+"""One decoder. GPT and Llama are settings of it."""

@@ -1,0 +1,87 @@
+"""From a configuration to an initialised model on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8train.config.schema import Config, ModelConfig
+from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
+from fp8train.models.decoder import Decoder
+from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan
+from fp8train.models.param_spec import initial_value
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model and how its GEMMs run.
+
+    Attributes:
+        model: on its device, parameters uninitialised.
+        fp8: what is in FP8; None if nothing was asked to be.
+        backend: the FP8 GEMM in use; None without FP8.
+    """
+
+    model: Decoder
+    fp8: PlanReport | None
+    backend: GemmBackend | None
+
+
+def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The model's settings with the tokenizer's vocabulary where none was set."""
+    return model if model.vocab_size is not None else model.model_copy(update={"vocab_size": vocab_size})
+
+
+def build_model(config: Config, *, vocab_size: int, device: torch.device) -> BuiltModel:
+    """Construct the decoder.
+
+    Args:
+        config: a validated configuration.
+        vocab_size: the tokenizer's, used where ``model.vocab_size`` is not set.
+        device: where parameters live.
+
+    Raises:
+        ConfigError: the FP8 plan is contradictory or selects nothing.
+        ValueError: the device cannot multiply in FP8.
+    """
+    dtype = COMPUTE_DTYPES[config.precision.compute]
+    model = Decoder(
+        with_vocab_size(config.model, vocab_size),
+        dtype=dtype,
+        device=device,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    report = backend = None
+    if config.precision.gemm.fp8:
+        backend = choose_gemm_backend(device, dtype)
+        report = apply_fp8_plan(
+            model.linears(), config.precision.gemm, backend, num_layers=config.model.num_layers
+        )
+        in_plan = {f"{path}.weight" for path in report.converted}
+        model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
+    if config.train.compile == "block":
+        for block in model.layers.values():
+            block.compile(fullgraph=True)
+    return BuiltModel(model, report, backend)
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int, seed_master: Callable[[str, Tensor], None] | None = None) -> None:
+    """Fill the parameters with their values at step 0.
+
+    Args:
+        model: where to write; values are rounded to its compute dtype.
+        seed: ``run.seed``.
+        seed_master: receives each (fqn, FP32 value) before rounding, so that master weights start from
+            the true values.
+    """
+    for fqn, parameter in model.named_parameters():
+        value = initial_value(model.specs[fqn], seed)
+        parameter.copy_(value)
+        if seed_master is not None:
+            seed_master(fqn, value)

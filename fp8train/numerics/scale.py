@@ -1,0 +1,73 @@
+"""Scales from amax.
+
+``scale`` multiplies before the cast, ``scale_inv`` after. For a format with largest value ``max``, the free
+scale is ``max / amax``. The power-of-two scale is the largest ``2^k`` with ``amax · 2^k <= max`` (rounding
+*down* never saturates), divided by ``2^margin``. Both formats have ``max = 1.75 · 2^e``, so with
+``amax = f · 2^a``, ``1 <= f < 2``, the exponent is ``k = e - a``, less one where ``f > 1.75``: integer
+arithmetic on the FP32 bits, the same on every device, no logarithm.
+
+Edge cases, the same everywhere: amax 0 gives scale 1; a tiny or subnormal amax is clamped so that ``scale``
+stays within ``2^±126`` and its inverse is a normal number; a NaN or infinite amax gives scale 1, and
+``scale_inv`` becomes NaN, so the non-finite source makes the product non-finite as it would in BF16 (a
+saturating cast hides infinities otherwise).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8train.numerics.quant_spec import QuantSpec
+
+MAX_EXPONENT = 126
+_MANTISSA_MASK = 0x7FFFFF
+_THREE_QUARTERS = 0x600000  # mantissa field of 1.75
+
+
+def exponent_from_amax(amax: Tensor, *, max_exponent: int, margin: int = 0) -> Tensor:
+    """``k`` of the power-of-two scale ``2^k``.
+
+    Args:
+        amax: FP32, any shape, finite and >= 0.
+        max_exponent: ``floor(log2(format.max))``.
+        margin: powers of two to leave free, 0 to 8.
+
+    Returns:
+        int32 of the same shape, in [-126, 126]; 0 where amax is 0.
+    """
+    bits = amax.view(torch.int32)
+    exponent = (bits >> 23) - 127
+    above = ((bits & _MANTISSA_MASK) > _THREE_QUARTERS).to(torch.int32)
+    k = (max_exponent - margin - exponent - above).clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    return torch.where(amax == 0, torch.zeros_like(k), k)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """``2^exponent`` as FP32, exactly. Args: int32 in [-126, 127]."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def scale_from_amax(amax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The scale for a tensor whose largest magnitude is ``amax``, and its inverse.
+
+    Args:
+        amax: FP32, any shape; NaN and infinity allowed.
+        spec: format, power-of-two choice and margin.
+
+    Returns:
+        (scale, scale_inv), FP32 of amax's shape. ``scale`` is always finite and positive; ``scale_inv`` is
+        NaN where amax is not finite. A power-of-two pair is exact: ``scale · scale_inv == 1``.
+    """
+    amax = amax.float()
+    finite = torch.isfinite(amax)
+    safe = torch.where(finite, amax, torch.zeros_like(amax))
+    if spec.power_of_two:
+        k = exponent_from_amax(safe, max_exponent=spec.format.max_exponent, margin=spec.margin)
+        scale, scale_inv = power_of_two(k), power_of_two(-k)
+    else:
+        limit = 2.0**MAX_EXPONENT
+        # Tensor by tensor: a Python number divided by a tensor is a reciprocal and a product, rounded twice.
+        ratio = torch.full_like(safe, spec.format.max * 2.0**-spec.margin) / safe
+        scale = torch.where(safe == 0, torch.ones_like(safe), ratio.clamp(1.0 / limit, limit))
+        scale_inv = scale.reciprocal()
+    return scale, torch.where(finite, scale_inv, torch.full_like(scale_inv, torch.nan))

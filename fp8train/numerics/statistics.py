@@ -1,0 +1,97 @@
+"""What a cast did to a tensor, measured on the device without a host sync.
+
+A *cast site* is (linear, operand). Every ``logging.cast_statistics_interval`` steps each site writes one row
+of a flat FP32 tensor; the rows travel to the host once, when the step is logged. One log feeds every plot and
+every guard.
+
+Columns (fractions are of the elements that are not zero in the source, except ``zero``):
+
+* ``amax``, ``rms`` of the source; ``log2_scale`` of the scale that multiplied it;
+* ``zero``: share of exact zeros in the source;
+* ``flushed``: non-zero values that became zero (underflow);
+* ``saturated``: values whose scaled magnitude exceeded the format's maximum (overflow);
+* ``snr_db``: signal-to-noise ratio ``10·log10(sum x² / sum (x - q)²)``; infinite where the cast was exact.
+
+A source that holds NaN or infinity has a NaN ``scale_inv``: ``log2_scale`` and ``snr_db`` are NaN, and the
+row is reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fp8train.numerics.cast import amax_of
+from fp8train.numerics.formats import format_of
+
+FIELDS = ("amax", "rms", "log2_scale", "zero", "flushed", "saturated", "snr_db")
+_ZERO = FIELDS.index("zero")
+_ULP_SLACK = 1 + 2.0**-20  # a free scale and its inverse are rounded: amax may land an FP32 ulp above max
+
+
+def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
+    """One row of statistics.
+
+    Args:
+        x: the source, any float dtype.
+        payload: its FP8 cast, same shape.
+        scale_inv: FP32 scalar.
+
+    Returns:
+        FP32 [len(FIELDS)], on x's device.
+    """
+    fmt = format_of(payload.dtype)
+    source = x.detach().float()
+    decoded = payload.float() * scale_inv
+    magnitude = source.abs()
+    nonzero = magnitude > 0
+    count = nonzero.sum().clamp(min=1).float()
+    signal = source.double().square().sum()
+    noise = (source - decoded).double().square().sum()
+    return torch.stack(
+        [
+            amax_of(source),
+            (signal / source.numel()).sqrt().float(),
+            -torch.log2(scale_inv),
+            (magnitude == 0).float().mean(),
+            (nonzero & (decoded == 0)).sum().float() / count,
+            (magnitude / scale_inv > fmt.max * _ULP_SLACK).sum().float() / count,
+            torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise)).float(),
+        ]
+    )
+
+
+class CastRecorder:
+    """Rows of statistics for a fixed list of cast sites.
+
+    ``active`` is a plain attribute that the training loop switches on for sampled steps; layers test it in
+    Python, so it costs nothing otherwise (and one extra graph under ``torch.compile``). With several
+    micro-batches in a step the last one is kept.
+    """
+
+    def __init__(self, sites: Sequence[str], device: torch.device) -> None:
+        """Args: ``sites``: unique names, e.g. ``layers.0.mlp.down/x``; ``device``: where the rows live."""
+        self.sites = list(sites)
+        self.active = False
+        self._index = {site: i for i, site in enumerate(self.sites)}
+        self.rows = torch.full((len(self.sites), len(FIELDS)), torch.nan, device=device)
+
+    def row(self, site: str) -> Tensor:
+        """The row of ``site``, FP32 [len(FIELDS)]: a view to write :func:`cast_statistics` into."""
+        return self.rows[self._index[site]]
+
+    def record(self, site: str, x: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
+        """Write the row of ``site``."""
+        self.rows[self._index[site]].copy_(cast_statistics(x, payload, scale_inv))
+
+    def collect(self) -> dict[str, dict[str, float]]:
+        """Move the rows to the host (the only sync): ``{site: {field: value}}`` of the recorded sites."""
+        table = self.rows.tolist()
+        return {
+            site: dict(zip(FIELDS, row, strict=True))
+            for site, row in zip(self.sites, table, strict=True)
+            if not math.isnan(row[_ZERO])  # a share of elements: never NaN in a recorded row
+        }

@@ -1,0 +1,76 @@
+"""Validation loss on a fixed set of batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fp8train.comm.processes import Processes
+from fp8train.data.batches import GlobalBatches
+from fp8train.layers.loss import IGNORE
+from fp8train.models.decoder import Decoder
+from fp8train.training.trainer import inputs_and_targets
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one evaluation.
+
+    Attributes:
+        loss: mean nats per target token.
+        tokens: target tokens.
+        bits_per_byte: bits per UTF-8 byte of the target text; None where token lengths are not known.
+    """
+
+    loss: float
+    tokens: int
+    bits_per_byte: float | None
+
+    def metrics(self) -> dict[str, float]:
+        """Names and values for the log."""
+        values = {"eval/loss": self.loss, "eval/perplexity": math.exp(min(self.loss, 700.0))}
+        if self.bits_per_byte is not None:
+            values["eval/bits_per_byte"] = self.bits_per_byte
+        return values
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder,
+    batches: GlobalBatches,
+    *,
+    num_batches: int,
+    processes: Processes,
+    token_lengths: np.ndarray | None,
+    ignore_after: int | None,
+) -> Evaluation:
+    """Mean loss over the first ``num_batches`` global batches (fewer if there are fewer), the same every
+    time.
+
+    Args:
+        model: evaluated as it is, with the training numerics.
+        batches: this rank's share of a split.
+        num_batches: global batches.
+        processes: ranks to sum over.
+        token_lengths: UTF-8 bytes per token id, for bits per byte; None leaves it out.
+        ignore_after: as in training.
+    """
+    lengths = None if token_lengths is None else torch.from_numpy(token_lengths)
+    totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for i in range(min(num_batches, batches.batches_per_epoch)):
+        for micro_batch in batches.batch(i):
+            inputs, targets = inputs_and_targets(micro_batch, ignore_after)
+            loss = model(inputs.to(processes.device), targets.to(processes.device))
+            counted = targets[targets != IGNORE]
+            totals[0] += float(loss)
+            totals[1] += counted.numel()
+            if lengths is not None:
+                totals[2] += int(lengths[counted].sum())
+    on_device = totals.to(processes.device)
+    processes.dp.all_reduce(on_device, purpose="loss")()
+    nats, tokens, num_bytes = on_device.tolist()
+    bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else None
+    return Evaluation(nats / max(1, tokens), int(tokens), bits_per_byte)

@@ -1,0 +1,207 @@
+"""The training loop: steps, and what happens between them.
+
+Order within a step: data, step, log, evaluation, agreement on stopping, checkpoint. Everything that belongs
+to step k is logged before checkpoint k is written, so a resumed run's records continue where the checkpoint's
+end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fp8train import __version__
+from fp8train.checkpoint import capture_rng, load_checkpoint, read_meta, restore_rng, save_checkpoint
+from fp8train.comm.processes import Processes
+from fp8train.config.errors import ConfigError, UserError
+from fp8train.config.schema import Config, to_plain
+from fp8train.data.loading import Data
+from fp8train.training.evaluation import Evaluation, evaluate
+from fp8train.training.reporter import Reporter
+from fp8train.training.run_dir import RunDir
+from fp8train.training.trainer import StepResult, Trainer
+
+MAX_SKIPPED = 20
+
+
+class DivergedError(UserError):
+    """Gradients stayed non-finite; the last checkpoint is from before."""
+
+    exit_status = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. ``state`` and ``reason`` as in status.json."""
+
+    state: Literal["completed", "stopped"]
+    reason: str
+    step: int
+
+
+class TrainingLoop:
+    """Runs a prepared trainer from its current step to the end or to a stop request."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        processes: Processes,
+        run_dir: RunDir,
+        data: Data,
+        trainer: Trainer,
+        reporter: Reporter,
+        stop_reason: Callable[[], str | None],
+    ) -> None:
+        """``stop_reason`` is called by all ranks after each step and returns the same answer on all."""
+        self.config, self.processes, self.run_dir = config, processes, run_dir
+        self.data, self.trainer, self.reporter, self.stop_reason = data, trainer, reporter, stop_reason
+        self.start = 0
+        self._skipped_in_a_row = 0
+        self._saved_at: int | None = None
+
+    def resume(self, path: Path) -> None:
+        """Continue from a verified checkpoint. Raises ``ConfigError`` if it belongs to another architecture
+        or data."""
+        _check_same_model(read_meta(path)["config"], to_plain(self.config), path)
+        loaded = load_checkpoint(
+            path, self.trainer.state_tensors(), group=self.processes.control, verify="size"
+        )
+        self.start = self.data.train.load_state_dict(loaded.meta["data"])
+        self.trainer.restored(loaded.meta["trainer"])
+        if loaded.rank_state is not None:
+            restore_rng(loaded.rank_state, self.processes.device)
+        else:
+            self.reporter.say(
+                f"checkpoint was saved by {loaded.world_size} ranks: random states start anew "
+                "(weights and data order do not depend on them)"
+            )
+        self._saved_at = self.start
+        self.reporter.event("resumed", step=self.start, checkpoint=str(path))
+        self.reporter.say(f"resumed from {path} at step {self.start}")
+
+    def run(self) -> Outcome:
+        """Train. Returns when all steps are done or a stop was agreed on; the state is saved then."""
+        total = self.config.total_steps
+        self.reporter.begin(self.start)
+        if self.start >= total:
+            return Outcome("completed", f"all {total} steps were done already", self.start)
+        for step in range(self.start, total):
+            self._one_step(step)
+            done = step + 1
+            if self._evaluation_due(done):
+                self.reporter.evaluation(done, self._evaluate())
+            reason = self.stop_reason()
+            if self._save_due(done, stopping=reason is not None):
+                self.save(done)
+            if reason is not None and done < total:
+                self.run_dir.clear_stop()
+                return Outcome("stopped", reason, done)
+        return Outcome("completed", "all steps done", total)
+
+    def _one_step(self, step: int) -> None:
+        began = time.perf_counter()
+        batch = self.data.train.batch(step)
+        fetched = time.perf_counter()
+        recorder, interval = self.trainer.recorder, self.config.logging.cast_statistics_interval
+        sampled = recorder is not None and (step == 0 or (step + 1) % interval == 0)
+        if recorder is not None:
+            recorder.active = sampled
+        result = self.trainer.step(step, batch)
+        if recorder is not None:
+            recorder.active = False
+            if sampled:
+                self.reporter.casts(step + 1, recorder.collect())
+        self._watch_skips(step + 1, result)
+        self.reporter.step(step + 1, result, data_seconds=fetched - began)
+
+    def _watch_skips(self, done: int, result: StepResult) -> None:
+        if result.applied:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        self.reporter.event(
+            "step_skipped", step=done, grad_norm=str(result.grad_norm), loss=str(float(result.loss))
+        )
+        self.reporter.say(
+            f"step {done}: gradient is not finite (norm {result.grad_norm}); weights left unchanged"
+        )
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise DivergedError(
+                f"step {done}: gradients were not finite for {MAX_SKIPPED} steps in a row; "
+                f"the weights are those of step {done - MAX_SKIPPED}\n"
+                "resume from a checkpoint with a lower optimizer.lr; casts.jsonl may show the tensor"
+            )
+
+    def _evaluation_due(self, done: int) -> bool:
+        interval = self.config.train.eval_interval
+        return bool(interval) and (done % interval == 0 or done == self.config.total_steps)
+
+    def _evaluate(self) -> Evaluation:
+        if self.data.valid is None:
+            raise ConfigError(
+                "train.eval_interval is set but there is no validation data; set data.split or "
+                "data.valid_prefix"
+            )
+        with self.reporter.outside_throughput():
+            return evaluate(
+                self.trainer.model,
+                self.data.valid,
+                num_batches=self.config.train.eval_batches,
+                processes=self.processes,
+                token_lengths=self.data.token_lengths,
+                ignore_after=self.trainer.ignore_after,
+            )
+
+    def _save_due(self, done: int, *, stopping: bool) -> bool:
+        checkpoint = self.config.checkpoint
+        at_end = done == self.config.total_steps and checkpoint.save_at_end
+        return stopping or at_end or bool(checkpoint.interval and done % checkpoint.interval == 0)
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint of step ``done`` unless it exists already."""
+        if self._saved_at == done:
+            return
+        meta: dict[str, Any] = {
+            "fp8train": __version__,
+            "config": to_plain(self.config),
+            "vocab_size": self.data.vocab_size,
+            "tokenizer": None if self.data.tokenizer is None else str(self.data.tokenizer.path),
+            "data": self.data.train.state_dict(done),
+            "trainer": self.trainer.state_meta(),
+        }
+        began = time.perf_counter()
+        with self.reporter.outside_throughput():
+            path = save_checkpoint(
+                self.run_dir.checkpoints,
+                done,
+                self.trainer.state_tensors(),
+                meta=meta,
+                rank_state=capture_rng(self.processes.device),
+                group=self.processes.control,
+                keep_last=self.config.checkpoint.keep_last,
+            )
+        self._saved_at = done
+        self.reporter.checkpoint(done, path, time.perf_counter() - began)
+
+
+def _check_same_model(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Refuse to continue a model of another shape or compute type."""
+    differing = [
+        f"model.{key}: {saved['model'].get(key)} -> {value}"
+        for key, value in now["model"].items()
+        if saved["model"].get(key) != value and key not in ("init_std",)
+    ]
+    if saved["precision"]["compute"] != now["precision"]["compute"]:
+        differing.append(
+            f"precision.compute: {saved['precision']['compute']} -> {now['precision']['compute']}"
+        )
+    if differing:
+        listed = "; ".join(differing[:6])
+        raise ConfigError(
+            f"checkpoint {path} holds another model (saved -> now): {listed}\n"
+            "restore these settings, or start a new run under another run.name"
+        )

@@ -1,0 +1,199 @@
+"""What a run tells about itself: console, metrics, events, cast statistics, trackers.
+
+One object that the loop talks to; it keeps the clock of the throughput window, out of which evaluation and
+saving are taken. Only rank 0 prints and writes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fp8train import __version__
+from fp8train.comm.processes import Processes
+from fp8train.config.schema import Config, to_plain
+from fp8train.data.loading import Data
+from fp8train.training.console import Console, format_count, format_duration
+from fp8train.training.evaluation import Evaluation
+from fp8train.training.metrics import metrics_record, strict
+from fp8train.training.run_dir import RunDir
+from fp8train.training.throughput import Throughput, memory_bytes
+from fp8train.training.trackers import Trackers
+from fp8train.training.trainer import StepResult, Trainer
+
+
+class Reporter:
+    """Reports a run. Use as a context manager: it closes the trackers."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        processes: Processes,
+        run_dir: RunDir,
+        trainer: Trainer,
+        vocab_size: int,
+    ) -> None:
+        self.config, self.processes, self.run_dir, self.trainer = config, processes, run_dir, trainer
+        self.console = Console(enabled=processes.rank == 0, total_steps=config.total_steps)
+        self.throughput = Throughput(
+            trainer.model.config,
+            config.data.seq_length,
+            processes.device,
+            vocab_size=vocab_size,
+            world_size=processes.world_size,
+            fp8=trainer.built.fp8 is not None,
+        )
+        self.trackers = Trackers(
+            config.logging,
+            run_dir,
+            self._tracker_failed,
+            run_name=config.run.name,
+            run_config=to_plain(config),
+            enabled=processes.rank == 0,
+        )
+        self._state = "failed"
+        self._tokens_per_step = config.train.global_batch_size * config.data.seq_length
+        self._window_steps = 0
+        self._data_seconds = 0.0
+        self._skipped = 0
+        self._casts: dict[str, float] = {}
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.trackers.close(self._state)
+
+    def _tracker_failed(self, kind: str, *, step: int, **fields: Any) -> None:
+        self.event(kind, step=step, **fields)
+        self.say(f"{fields['tracker']} stopped ({fields['problem']}); metrics.jsonl stays complete")
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, and for the rank's log."""
+        self.run_dir.log(text)
+        self.console.say(text)
+
+    def event(self, kind: str, *, step: int, **fields: Any) -> None:
+        """A line of events.jsonl."""
+        self.run_dir.log_event(kind, step=step, **fields)
+
+    def header(self, data: Data) -> None:
+        """Say what is about to run: version, device, model, precision, data."""
+        config, model = self.config, self.trainer.model
+        device = self.processes.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        parameters = sum(p.numel() for p in model.parameters())
+        where = f"{self.processes.world_size} x {name}, {torch.get_num_threads()} threads each"
+        self.say(
+            f"fp8train {__version__}, torch {torch.__version__}, {where}; run directory {self.run_dir.path}"
+        )
+        self.say(
+            f"model: {config.model.family}, {format_count(parameters)} parameters, {config.model.num_layers} "
+            f"layers of {config.model.hidden_size}, vocabulary {model.config.vocab_size}"
+        )
+        gradient = config.precision.gradient
+        self.say(
+            f"precision: {config.precision.level}, {config.precision.compute} weights and activations, "
+            f"gradients accumulated in {gradient.accumulate} and reduced in {gradient.reduce}"
+        )
+        if self.trainer.built.fp8 is None:
+            self.say("FP8: off")
+        else:
+            assert self.trainer.built.backend is not None
+            self.say(f"{self.trainer.built.fp8} [{self.trainer.built.backend.reason}]")
+        for line in data.summary():
+            self.say(f"data: {line}")
+
+    def begin(self, step: int) -> None:
+        """The loop starts at ``step``: record what runs and start the clock."""
+        fp8 = self.trainer.built.fp8
+        self.event(
+            "model",
+            step=step,
+            parameters=sum(p.numel() for p in self.trainer.model.parameters()),
+            hidden_linears=len(self.trainer.model.linears()),
+            fp8_linears=0 if fp8 is None else len(fp8.converted),
+            fp8_skipped={} if fp8 is None else {reason: list(paths) for reason, paths in fp8.skipped.items()},
+        )
+        self.throughput.restart()
+
+    def step(self, done: int, result: StepResult, *, data_seconds: float) -> None:
+        """A step is done; on logged steps print and record it."""
+        self._window_steps += 1
+        self._data_seconds += data_seconds
+        self._skipped += not result.applied
+        last = done == self.config.total_steps
+        if done % self.config.logging.interval and done != 1 and not last and result.applied:
+            return
+        metrics = {
+            "train/loss": float(result.loss),
+            "optim/grad_norm": result.grad_norm,
+            "optim/lr": result.lr,
+        }
+        steps, self._window_steps = self._window_steps, 0
+        metrics |= self.throughput.measure(steps, steps * self._tokens_per_step)
+        metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
+        metrics["optim/skipped_steps"] = self._skipped
+        metrics["comm/sent_bytes"] = sum(self.processes.dp.sent.values())
+        metrics |= memory_bytes(self.processes.device) | self._casts
+        self.record(done, metrics)
+        peak = self.throughput.peak
+        left = self.config.total_steps - done
+        self.console.step(
+            done, metrics, mfu_peak=None if peak is None else peak.name, eta_s=self.throughput.eta_s(left)
+        )
+
+    def casts(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """Statistics of a sampled step's casts: all of them to casts.jsonl, a summary to the metrics."""
+        for site, values in rows.items():
+            self.run_dir.log_casts(step, site, {name: strict(value) for name, value in values.items()})
+        snr = [values["snr_db"] for values in rows.values() if math.isfinite(values["snr_db"])]
+        self._casts = {
+            "fp8/flushed": statistics.fmean(values["flushed"] for values in rows.values()),
+            "fp8/saturated": statistics.fmean(values["saturated"] for values in rows.values()),
+            "fp8/snr_db_min": min(snr, default=math.nan),
+            "fp8/snr_db_median": statistics.median(snr) if snr else math.nan,
+        }
+
+    def evaluation(self, done: int, result: Evaluation) -> None:
+        """Print and record an evaluation."""
+        self.record(done, result.metrics())
+        text = f"step {done}: validation loss {result.loss:.4f} nats/token"
+        if result.bits_per_byte is not None:
+            text += f", {result.bits_per_byte:.3f} bits/byte"
+        self.say(f"{text} ({result.tokens:,} tokens)")
+
+    def checkpoint(self, done: int, path: Path, seconds: float) -> None:
+        """A checkpoint is safe."""
+        self.event("checkpoint", step=done, path=str(path), seconds=round(seconds, 3))
+        self.say(
+            f"step {done}: saved {path} in {format_duration(seconds) if seconds >= 1 else f'{seconds:.2f}s'}"
+        )
+
+    def end(self, state: str, reason: str, step: int) -> None:
+        """The run is over."""
+        self._state = state
+        self.event(state, step=step, reason=reason)
+        self.say(f"{state} at step {step}: {reason}")
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics to metrics.jsonl and to the trackers."""
+        if self.processes.rank != 0:
+            return
+        tokens = step * self._tokens_per_step
+        self.run_dir.log_metrics(metrics_record(step, tokens, metrics))
+        self.trackers.log(step, tokens, metrics)
+
+    def outside_throughput(self) -> AbstractContextManager[None]:
+        """Time in here is not training time."""
+        return self.throughput.excluded()

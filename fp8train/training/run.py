@@ -1,0 +1,169 @@
+"""``fp8train train``: from a resolved configuration to a finished run.
+
+Exit statuses, also in ``status.json``: 0 all steps done, or stopped on request with the state saved; 2
+something the user can mend; 3 gradients stayed non-finite; 1 a bug (with a traceback); 130 a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from fp8train.checkpoint import find_checkpoint, sweep_leftovers
+from fp8train.comm.processes import Processes, choose_threads, processes, world_from_environment
+from fp8train.config.dump import dump_yaml
+from fp8train.config.errors import ConfigError, UserError
+from fp8train.config.resolve import ResolvedConfig
+from fp8train.config.schema import Config
+from fp8train.config.world import check_world
+from fp8train.data.loading import Data, open_data
+from fp8train.training.environment import describe_environment
+from fp8train.training.loop import TrainingLoop
+from fp8train.training.reporter import Reporter
+from fp8train.training.run_dir import RunDir
+from fp8train.training.signals import StopRequest
+from fp8train.training.trainer import Trainer
+
+
+def run(resolved: ResolvedConfig) -> int:
+    """Train as ``resolved`` says, in as many processes as torchrun started.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: anything the user can mend; nothing that was saved is lost.
+    """
+    config = resolved.config
+    world_size, _, local_world_size, _ = world_from_environment()
+    check_world(config, world_size, origins=resolved.origins)
+    prepare_machine(config, local_world_size)
+    with processes(config.run.device) as procs:
+        seed_generators(config.run.seed, procs.rank)
+        run_dir = RunDir.open(
+            config.run.dir,
+            config.run.name,
+            resume=config.checkpoint.resume,
+            overwrite=config.run.overwrite,
+            group=procs.control,
+        )
+        try:
+            with _warnings_to(run_dir):
+                return _run_in(run_dir, config, procs)
+        finally:
+            run_dir.close()
+
+
+def prepare_machine(config: Config, local_world_size: int) -> None:
+    """Threads and determinism, before any tensor work."""
+    torch.set_num_threads(choose_threads(config.run.threads, local_world_size))
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+
+
+def seed_generators(seed: int, rank: int) -> None:
+    """Seed Python, NumPy and torch, differently on each rank. Weights and data order do not draw from
+    them."""
+    mixed = (seed * 1_000_003 + rank) % 2**63
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+
+
+def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
+    step = 0
+    try:
+        if procs.rank == 0:
+            sweep_leftovers(run_dir.checkpoints)
+        checkpoint = find_checkpoint(run_dir.checkpoints, config.checkpoint.resume, group=procs.control)
+        data = open_data(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=procs.dp.rank,
+            dp_size=procs.dp.size,
+            seed=config.run.seed,
+            total_steps=config.total_steps,
+        )
+        trainer = _build(config, procs, data)
+        run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
+        _keep_tokenizer(run_dir, data)
+        with (
+            StopRequest(run_dir.stop_file) as stop,
+            Reporter(
+                config, processes=procs, run_dir=run_dir, trainer=trainer, vocab_size=data.vocab_size
+            ) as reporter,
+        ):
+            loop = TrainingLoop(
+                config,
+                processes=procs,
+                run_dir=run_dir,
+                data=data,
+                trainer=trainer,
+                reporter=reporter,
+                stop_reason=lambda: stop.agree(procs.control),
+            )
+            reporter.header(data)
+            if checkpoint is not None:
+                loop.resume(checkpoint)
+            step = loop.start
+            run_dir.truncate_after(step or None)
+            run_dir.write_status("running", step=step)
+            outcome = loop.run()
+            reporter.end(outcome.state, outcome.reason, outcome.step)
+    except BaseException as error:
+        status = error.exit_status if isinstance(error, UserError) else 1
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        run_dir.write_status("failed", step=step, reason=reason, exit_code=status)
+        raise
+    run_dir.write_status(outcome.state, step=outcome.step, reason=outcome.reason, exit_code=0)
+    return 0
+
+
+def _build(config: Config, procs: Processes, data: Data) -> Trainer:
+    if config.train.eval_interval and data.valid is None:
+        raise ConfigError(
+            "train.eval_interval is set but there is no validation data; give data.split a validation share "
+            "or set data.valid_prefix"
+        )
+    ignore_after = data.eod_id if config.data.mask_end_of_document else None
+    try:
+        return Trainer(config, procs, vocab_size=data.vocab_size, ignore_after=ignore_after)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _keep_tokenizer(run_dir: RunDir, data: Data) -> None:
+    """Copy the tokenizer into the run directory, so that a checkpoint can be used without the dataset."""
+    if run_dir.rank == 0 and data.tokenizer is not None:
+        suffix = data.tokenizer.path.suffix or ".model"
+        shutil.copyfile(data.tokenizer.path, run_dir.path / f"tokenizer{suffix}")
+
+
+@contextmanager
+def _warnings_to(run_dir: RunDir) -> Iterator[None]:
+    """Send the package's warnings to stderr (rank 0) and to this rank's log."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = f"{record.levelname.lower()}: {record.getMessage()}"
+            run_dir.log(text)
+            if run_dir.rank == 0:
+                print(text, file=sys.stderr, flush=True)
+
+    handler, logger = Handler(), logging.getLogger("fp8train")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

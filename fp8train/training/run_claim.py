@@ -1,0 +1,176 @@
+"""Who may write to a run directory: the lock, and what happens to a run that is already there.
+
+The lock is ``flock`` on ``run.lock``. The kernel releases it however the job dies, so it is never stale; the
+file's content only serves the message to the second job. The file itself stays: deleting it would let two
+jobs lock two files.
+
+A run directory is known by its ``status.json``, the first file written to a new one. Anything else that is
+not empty is refused, so that a wrong ``run.dir`` cannot cost someone's data.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, POINTER_FILE, step_of
+from fp8train.checkpoint.errors import explain_os_error
+from fp8train.checkpoint.files import TMP_SUFFIX, is_real_dir, is_real_file, remove, replace_file
+from fp8train.config.errors import UserError
+
+LOCK_FILE = "run.lock"
+STATUS_FILE = "status.json"
+_OWN_FILES = (
+    "config.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "casts.jsonl",
+    "report.html",
+    "STOP",
+    "tokenizer.model",
+    "tokenizer.json",
+)
+_OWN_DIRS = ("logs", "tb", "wandb")
+_logger = logging.getLogger(__name__)
+
+
+class RunDirError(UserError):
+    """The run directory cannot be used: not writable, in use, or holding something that must not be
+    overwritten.
+    """
+
+
+def claim(base: Path, name: str, *, resume: str, overwrite: bool) -> tuple[int, bool]:
+    """Create, continue or overwrite ``base/name`` and lock it, on rank 0.
+
+    Returns the locked file and whether a run is continued. Raises :class:`RunDirError`; see ``RunDir.open``.
+    """
+    path = base / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise RunDirError(f"run.name: {name!r} must be a plain name, not a path")
+    if overwrite and resume == "auto":
+        raise RunDirError(
+            "run.overwrite=true deletes what checkpoint.resume=auto would continue from; set one of them"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _holds_run(path)  # refuses someone's folder before a lock file is put there
+        lock_fd = _lock(path)
+        try:
+            continued = _holds_run(path) and _settle(path, resume=resume, overwrite=overwrite)
+            _furnish(path, fresh=not continued)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+    except OSError as error:
+        raise RunDirError(
+            f"run directory {path} cannot be written ({explain_os_error(error)}); "
+            "set run.dir to a folder you can write to"
+        ) from error
+    return lock_fd, continued
+
+
+def _furnish(path: Path, *, fresh: bool) -> None:
+    for leftover in path.glob(f".*{TMP_SUFFIX}"):  # of a replacement that was killed
+        if _is_own_tmp(leftover.name):
+            remove(leftover)
+    if fresh:
+        status = {"state": "running", "step": 0, "reason": "", "exit_code": None}
+        replace_file(path / STATUS_FILE, (json.dumps(status, indent=2) + "\n").encode())
+    for folder in (CHECKPOINTS_DIR, "logs", "tb"):
+        (path / folder).mkdir(exist_ok=True)
+
+
+def _is_own_tmp(name: str) -> bool:
+    """Whether this is the temporary file of one of our own files: ``.status.json.1234.tmp``."""
+    return name.endswith(TMP_SUFFIX) and any(
+        name.startswith(f".{own}.") for own in (*_OWN_FILES, STATUS_FILE)
+    )
+
+
+def _holds_run(path: Path) -> bool:
+    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE}
+    if names and not is_real_file(path / STATUS_FILE):
+        raise RunDirError(
+            f"{path} is not empty and not a run directory (no {STATUS_FILE}; it holds "
+            f"{', '.join(sorted(names)[:3])}); choose another run.name or run.dir"
+        )
+    return bool(names)
+
+
+def _lock(path: Path) -> int:
+    """Take the lock or say who has it."""
+    fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(os.pread(fd, 4096, 0))
+        os.close(fd)
+        raise RunDirError(
+            f"run directory {path} is in use by another job ({holder}); wait for it, "
+            f"stop it with `touch {path}/STOP`, or choose another run.name"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(fd)
+            raise
+        _logger.warning(
+            "%s: this file system has no locks; make sure that no other job uses this run directory", path
+        )
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": os.environ.get("SLURM_JOB_ID")}
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(owner).encode(), 0)
+    return fd
+
+
+def _holder(data: bytes) -> str:
+    try:
+        owner = json.loads(data)
+        job = f", Slurm job {owner['job_id']}" if owner["job_id"] else ""
+        return f"host {owner['host']}, pid {owner['pid']}{job}"
+    except (ValueError, LookupError, TypeError):
+        return "it is just starting"
+
+
+def _settle(path: Path, *, resume: str, overwrite: bool) -> bool:
+    """Decide between continued (True), overwritten (False) and refused for a directory that holds a run."""
+    inside = resume not in ("never", "auto") and Path(resume).resolve().is_relative_to(path.resolve())
+    if overwrite:
+        if inside:
+            raise RunDirError(
+                f"run.overwrite=true would delete the checkpoint to resume from ({resume}); set one of them"
+            )
+        _delete_run(path)
+        return False
+    if resume == "auto" or inside:
+        remove(path / "STOP")  # it was meant for the job that is gone
+        return True
+    raise RunDirError(
+        f"{path} already holds a run. Three ways on:\n"
+        "  checkpoint.resume=auto   continue it from its newest checkpoint\n"
+        "  run.overwrite=true       delete it and start afresh\n"
+        "  run.name=OTHER           keep it and start another"
+    )
+
+
+def _delete_run(path: Path) -> None:
+    """Delete what a run makes; everything else stays. ``status.json`` is left: a killed deletion can then be
+    repeated.
+    """
+    if path.is_symlink():
+        raise RunDirError(
+            f"run.overwrite: {path} is a symbolic link; delete the run in {path.resolve()} yourself"
+        )
+    checkpoints = path / CHECKPOINTS_DIR
+    if is_real_dir(checkpoints):
+        for entry in list(checkpoints.iterdir()):
+            if entry.name == POINTER_FILE or step_of(Path(entry.name.removesuffix(TMP_SUFFIX))) is not None:
+                remove(entry)
+    elif checkpoints.is_symlink():
+        remove(checkpoints)
+    for name in (*_OWN_DIRS, *_OWN_FILES):
+        remove(path / name)

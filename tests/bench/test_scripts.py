@@ -1,0 +1,93 @@
+"""The benchmark scripts run in miniature and write what they promise. Timings are not asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools" / "bench" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150, check=False)
+
+
+def result_of(script: str, path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    done = run(script, *arguments, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+def check_numbers(variant: dict[str, Any], rounds: int) -> None:
+    assert len(variant["seconds_per_step"]) == rounds
+    low, high = variant["ratio_range"]
+    assert low <= variant["ratio_median"] <= high
+    numbers = [value for value in variant.values() if isinstance(value, float)]
+    numbers += [*variant["seconds_per_step"], low, high]
+    assert all(math.isfinite(number) and number > 0 for number in numbers), variant
+
+
+def check_machine(machine: dict[str, Any]) -> None:
+    assert machine["device"] == "cpu"
+    assert machine["threads"] == 1
+    assert machine["torch"]
+    assert machine["command"][0] == "python"
+    assert machine["command"][1].endswith(".py")
+
+
+def test_train_step(tmp_path: Path) -> None:
+    options = ["--tiny", "--device", "cpu", "--threads", "1"]
+    result, table = result_of("train_step.py", tmp_path / "result.json", *options)
+    check_machine(result["machine"])
+    assert list(result["variants"]) == ["O0", "FP8"]
+    for variant in result["variants"].values():
+        check_numbers(variant, rounds=2)
+        assert variant["mfu"] is None, "a CPU has no published peak"
+        # 1.1M parameters: 4 bytes of gradient, 2 of weight, 12 of master and moments at the very least.
+        assert 20e6 < variant["peak_bytes"] < 4e9
+        assert variant["first_loss"] == pytest.approx(math.log(512), abs=0.3)
+    tokens = result["micro_batch_size"] * result["seq_length"]
+    assert tokens == 128
+    # 2 layers of hidden 192, 6 heads and 2 key/value heads of 32, MLP 512, and the head of 512 rows.
+    flops = 6 * (2 * (192 * (192 + 128) + 192 * 192 + 3 * 192 * 512) + 192 * 512) + 6 * 2 * 192 * 64
+    base = result["variants"]["O0"]
+    assert base["tflops"] * 1e12 == pytest.approx(base["tokens_per_second"] * flops, rel=1e-12)
+    assert base["ratio_median"] == base["memory_ratio"] == 1.0
+    assert "O0" in table
+    assert "FP8" in table
+
+
+def test_train_step_says_what_is_wrong_with_a_configuration() -> None:
+    done = run("train_step.py", "--tiny", "--device", "cpu", "model.num_kv_heads=4")
+    assert done.returncode == 2
+    assert "num_kv_heads" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_vs_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2, "vocab": 256, "seq": 32, "batch": 2}
+    sizes |= {"threads": 1, "pairs": 2, "steps": 4, "warmup": 1}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    result, table = result_of("vs_transformers.py", tmp_path / "result.json", *options)
+    check_machine(result["machine"])
+    assert result["machine"]["transformers"]
+    assert result["model"]["tokens_per_step"] == 64
+    assert list(result["variants"]) == ["transformers", "fp8train O0", "fp8train FP8"]
+    for name, variant in result["variants"].items():
+        check_numbers(variant, rounds=2)
+        assert name in table
+    # Equal weights, batches and optimizer: nine steps later the losses have fallen and are still equal.
+    theirs, ours = result["variants"]["transformers"], result["variants"]["fp8train O0"]
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=0.01)
+    assert theirs["last_loss"] < theirs["first_loss"] - 0.1
+    assert ours["last_loss"] == pytest.approx(theirs["last_loss"], abs=0.005)

@@ -1,0 +1,148 @@
+"""Who fills what: family, level and recipe against tables written here from the documentation, and who
+wins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fp8train.config.presets import PRESETS, filled_keys
+from fp8train.config.resolve import resolve_mapping
+from tests.config.examples import minimal
+
+
+def merged(**sections: dict[str, Any]) -> dict[str, Any]:
+    data = minimal()
+    for name, keys in sections.items():
+        data[name] = {**data.get(name, {}), **keys}
+    return data
+
+
+@pytest.mark.parametrize(
+    ("family", "positions", "norm", "activation", "bias", "tied", "ffn"),
+    [
+        ("gpt", "learned", "layernorm", "gelu", True, True, 256),
+        ("llama", "rope", "rmsnorm", "swiglu", False, False, 256),
+    ],
+)
+def test_family(
+    family: str, positions: str, norm: str, activation: str, bias: bool, tied: bool, ffn: int
+) -> None:
+    resolved = resolve_mapping(merged(model={"family": family}))
+    model = resolved.config.model
+    assert (model.positions, model.norm, model.activation) == (positions, norm, activation)
+    assert (model.bias, model.tie_embeddings, model.ffn_hidden_size) == (bias, tied, ffn)
+    assert (model.num_kv_heads, model.head_dim, model.max_seq_len) == (4, 16, 32)
+    assert str(resolved.origins["model.norm"]) == f"preset model.family={family}"
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "ffn"), [(4096, 11008), (5120, 13824), (192, 512), (96, 256), (288, 768)]
+)
+def test_llama_mlp_width_is_the_published_one(hidden_size: int, ffn: int) -> None:
+    """4096 -> 11008 and 5120 -> 13824 are Llama-2 7B and 13B."""
+    data = merged(model={"hidden_size": hidden_size, "num_heads": 8})
+    assert resolve_mapping(data).config.model.ffn_hidden_size == ffn
+
+
+def test_every_family_choice_can_be_overridden_alone() -> None:
+    model = resolve_mapping(
+        merged(
+            model={
+                "family": "gpt",
+                "positions": "rope",
+                "bias": False,
+                "head_dim": 24,
+                "ffn_hidden_size": 100,
+            }
+        )
+    ).config.model
+    assert (model.positions, model.bias, model.norm) == ("rope", False, "layernorm")
+    assert (model.head_dim, model.ffn_hidden_size) == (24, 100)
+
+
+def test_a_width_that_heads_do_not_divide_is_fine_with_an_explicit_head_dim() -> None:
+    assert resolve_mapping(merged(model={"num_heads": 5, "head_dim": 16})).config.model.head_dim == 16
+
+
+def test_level_o0_is_high_precision_everywhere() -> None:
+    resolved = resolve_mapping(minimal())
+    precision = resolved.config.precision
+    assert (precision.level, precision.recipe, precision.compute) == ("O0", "current", "bf16")
+    assert precision.gemm.fp8 is False
+    assert (precision.gradient.accumulate, precision.gradient.reduce) == ("fp32", "fp32")
+    assert str(resolved.origins["precision.gemm.fp8"]) == "preset precision.level=O0"
+    assert str(resolved.origins["precision.gemm.output.x.format"]) == "preset precision.recipe=current"
+    assert str(resolved.origins["precision.level"]) == "default"
+
+
+def test_recipe_current_uses_e5m2_for_grad_output_only() -> None:
+    gemm = resolve_mapping(merged(precision={"gemm": {"fp8": True}})).config.precision.gemm
+    uses = {
+        "output.x": gemm.output.x,
+        "output.w": gemm.output.w,
+        "grad_input.grad_output": gemm.grad_input.grad_output,
+        "grad_input.w": gemm.grad_input.w,
+        "grad_weight.grad_output": gemm.grad_weight.grad_output,
+        "grad_weight.x": gemm.grad_weight.x,
+    }
+    for name, spec in uses.items():
+        assert spec.format == ("e5m2" if name.endswith("grad_output") else "e4m3"), name
+        assert (spec.granularity, spec.scale_source, spec.power_of_two) == ("tensor", "current", True)
+        assert (spec.margin, spec.rounding) == (0, "nearest")
+
+
+PRECEDENCE = [
+    # what is written, whether FP8 GEMMs run, margin of output.x, gradient.reduce, origin of gemm.fp8
+    ({}, False, 0, "fp32", "preset precision.level=O0"),
+    ({"level": "O0"}, False, 0, "fp32", "preset precision.level=O0"),
+    ({"gemm": {"fp8": True}}, True, 0, "fp32", "config"),
+    ({"level": "O0", "gemm": {"fp8": True}}, True, 0, "fp32", "config"),
+    (
+        {"recipe": "current", "gemm": {"fp8": True, "keep_x": "bf16", "output": {"x": {"margin": 2}}}},
+        True,
+        2,
+        "fp32",
+        "config",
+    ),
+    ({"gradient": {"reduce": "bf16"}}, False, 0, "bf16", "preset precision.level=O0"),
+    (
+        {"level": "O0", "compute": "fp64", "gradient": {"reduce": "bf16"}},
+        False,
+        0,
+        "bf16",
+        "preset precision.level=O0",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(PRECEDENCE)))
+def test_explicit_wins_over_recipe_over_level(case: int) -> None:
+    written, fp8, margin, reduce, origin = PRECEDENCE[case]
+    resolved = resolve_mapping(merged(precision=written))
+    precision = resolved.config.precision
+    assert (precision.gemm.fp8, precision.gemm.output.x.margin, precision.gradient.reduce) == (
+        fp8,
+        margin,
+        reduce,
+    )
+    assert precision.gemm.output.w.margin == 0
+    assert str(resolved.origins["precision.gemm.fp8"]) == origin
+
+
+def test_later_tables_win() -> None:
+    """Level, recipe: the order documented for settings; a key filled by both would come from the recipe."""
+    assert [table.key for table in PRESETS] == ["model.family", "precision.level", "precision.recipe"]
+
+
+def test_only_what_a_user_must_write_is_required() -> None:
+    from fp8train.config.keys import KeyTable
+
+    required = {key.name for key in KeyTable().keys.values() if key.required}
+    assert required == {
+        "model", "model.family", "model.num_layers", "model.hidden_size", "model.num_heads",
+        "data", "data.seq_length", "optimizer", "optimizer.lr",
+        "train", "train.global_batch_size", "train.micro_batch_size",
+    }  # fmt: skip
+    assert filled_keys() <= set(KeyTable().keys)

@@ -1,0 +1,29 @@
+"""Fixtures and rules for all tests."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from tests.distributed.pool import GlooPool
+
+# Shared machines make single examples slow; the seed of a failure is printed.
+hypothesis.settings.register_profile("fp8train", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fp8train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def gloo_pool() -> Iterator[GlooPool]:
+    """Persistent gloo workers; see tests/distributed/pool.py."""
+    pool = GlooPool()
+    yield pool
+    pool.close()

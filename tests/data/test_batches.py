@@ -1,0 +1,129 @@
+"""Global batches: the union over ranks is the global order; positions belong to their data (10, 15, 17)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fp8train.config.errors import ConfigError
+from fp8train.data.batches import GlobalBatches, check_batch_sizes
+from fp8train.data.errors import DataError
+from fp8train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from fp8train.data.samples import SampleDataset
+
+VOCAB = 1000
+
+
+def samples(
+    prefix: Path, *, seq_length: int = 8, seed: int = 1, tokens: np.ndarray | None = None
+) -> SampleDataset:
+    if tokens is None:
+        tokens = np.arange(1000) % VOCAB
+    with IndexedDatasetWriter(prefix, vocab_size=65536) as writer:
+        writer.add_documents(tokens, [len(tokens) // 10] * 10)
+        writer.finish()
+    return SampleDataset(IndexedDataset(prefix), documents=(0, 10), seq_length=seq_length, seed=seed)
+
+
+def batches(source: SampleDataset, *, rank: int = 0, size: int = 1, **options) -> GlobalBatches:
+    options = {"global_batch_size": 8, "micro_batch_size": 2, "vocab_size": VOCAB} | options
+    return GlobalBatches(source, dp_rank=rank, dp_size=size, **options)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("step", [0, 3, 100])
+def test_union_of_ranks_is_the_global_order(tmp_path, size, step):
+    source = samples(tmp_path / "d")
+    parts = [batches(source, rank=rank, size=size).batch(step) for rank in range(size)]
+    for part in parts:
+        assert part.shape == (4 // size, 2, 9)
+        assert part.dtype == torch.int64
+        assert part.device.type == "cpu"
+    union = torch.cat(parts).view(8, 9)
+    expected = torch.stack([torch.from_numpy(source[step * 8 + k]) for k in range(8)])
+    assert torch.equal(union, expected)
+
+
+def test_micro_batch_size_does_not_change_the_order(tmp_path):
+    source = samples(tmp_path / "d")
+    flat = {
+        batches(source, micro_batch_size=size).batch(2).view(8, 9).numpy().tobytes() for size in (1, 2, 4, 8)
+    }
+    assert len(flat) == 1
+
+
+def test_batches_per_epoch(tmp_path):
+    data = batches(samples(tmp_path / "d"))
+    assert data.samples.samples_per_epoch == 124
+    assert data.batches_per_epoch == 15
+    assert data.micro_batches_per_step == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "nearest"),
+    [(10, 2, 2, "8, 12"), (3, 2, 2, "4"), (100, 8, 3, "96, 120"), (7, 2, 1, "6, 8")],
+)
+def test_indivisible_batch(batch, micro, ranks, nearest):
+    with pytest.raises(ConfigError) as error:
+        check_batch_sizes(global_batch_size=batch, micro_batch_size=micro, dp_size=ranks)
+    first, second = str(error.value).split("\n")
+    assert f"global_batch_size ({batch})" in first
+    assert f"({micro} x {ranks} = {micro * ranks})" in first
+    assert second == f"nearest legal values: {nearest}"
+
+
+def test_indivisible_batch_is_refused_by_the_constructor(tmp_path):
+    with pytest.raises(ConfigError, match="nearest legal values: 6, 12"):
+        batches(samples(tmp_path / "d"), size=3)
+
+
+def test_too_small_for_one_global_batch(tmp_path):
+    source = samples(tmp_path / "d", seq_length=200)  # 4 samples
+    assert batches(source, global_batch_size=4).batch(0).shape == (2, 2, 201)
+    with pytest.raises(DataError, match=r"too small for one global batch\nneeded: 8 samples .* present: 4\n"):
+        batches(source)
+
+
+def test_token_outside_the_vocabulary(tmp_path):
+    tokens = np.arange(1000)
+    tokens[345] = VOCAB + 7  # document 3, offset 45
+    data = batches(samples(tmp_path / "d", tokens=tokens))
+    bad = next(index for index in range(120) if VOCAB + 7 in data.samples[index])
+    with pytest.raises(DataError) as error:
+        data.batch(bad // 8)
+    first = str(error.value).split("\n")[0]
+    assert first.endswith("d.bin: token id 1007 at document 3, offset 45 is outside the vocabulary [0, 1000)")
+    data.batch(bad // 8 + 1)
+    batches(data.samples, vocab_size=VOCAB + 8).batch(0)
+
+
+def test_position_round_trip(tmp_path):
+    saved = batches(samples(tmp_path / "d"), size=4, rank=3).state_dict(17)
+    assert saved["step"] == 17
+    (tmp_path / "moved").mkdir()
+    moved = samples(tmp_path / "moved" / "d")  # same content, another place and another number of ranks
+    assert batches(moved, size=2).load_state_dict(saved) == 17
+    assert saved == batches(samples(tmp_path / "d"), rank=0).state_dict(17)
+
+
+def test_position_of_other_data_is_refused(tmp_path):
+    saved = batches(samples(tmp_path / "a")).state_dict(5)
+    other = batches(samples(tmp_path / "b", tokens=np.arange(1000)[::-1].copy()))
+    with pytest.raises(DataError) as error:
+        other.load_state_dict(saved)
+    message = str(error.value)
+    assert f"checkpoint: {tmp_path / 'a'} (train: 10 documents, 1000 tokens)" in message
+    assert f"now:        {tmp_path / 'b'} (train: 10 documents, 1000 tokens)" in message
+    assert saved["fingerprint"][:16] in message
+    assert other.samples.fingerprint[:16] in message
+    with pytest.raises(DataError, match="shuffle seed"):
+        batches(samples(tmp_path / "a", seed=2)).load_state_dict(saved)
+
+
+def test_position_of_other_sizes_is_refused(tmp_path):
+    saved = batches(samples(tmp_path / "a")).state_dict(5)
+    with pytest.raises(DataError, match=r"data\.seq_length is 4, but the checkpoint's .* with 8"):
+        batches(samples(tmp_path / "a", seq_length=4)).load_state_dict(saved)
+    with pytest.raises(DataError, match=r"train\.global_batch_size is 16, but the checkpoint's .* with 8"):
+        batches(samples(tmp_path / "a"), global_batch_size=16).load_state_dict(saved)

@@ -1,0 +1,81 @@
+"""What only a CUDA device can show. Run with: launch/test.sh -m gpu"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8train.comm.collectives import CountedGroup
+from fp8train.comm.processes import Processes
+from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm
+from fp8train.numerics.cast import quantize
+from fp8train.numerics.formats import E4M3, E5M2, Format
+from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.training.trainer import Trainer
+from tests.training.tiny import VOCAB, batches, tiny_config
+
+pytestmark = pytest.mark.gpu
+
+
+def on_cuda() -> Processes:
+    return Processes(torch.device("cuda", 0), 1, 0, CountedGroup(None), None)
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_casts_give_the_same_codes_as_on_the_cpu(fmt: Format, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(512, 256) * torch.exp(3 * torch.randn(512, 256))).to(dtype)
+    for spec in (QuantSpec(fmt), QuantSpec(fmt, power_of_two=False), QuantSpec(fmt, margin=1)):
+        here, there = quantize(x, spec), quantize(x.cuda(), spec)
+        assert torch.equal(here[1], there[1].cpu())
+        assert torch.equal(here[0].view(torch.uint8), there[0].cpu().view(torch.uint8))
+
+
+@pytest.mark.parametrize("formats", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_tensor_cores_agree_with_decoded_operands(
+    formats: tuple[Format, Format], out_dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    a, scale_a = quantize(torch.randn(96, 512, device="cuda"), QuantSpec(formats[0]))
+    b, scale_b = quantize(torch.randn(512, 64, device="cuda"), QuantSpec(formats[1]))
+    exact = (a.double() @ b.double()) * scale_a.double() * scale_b.double()
+    bound = (a.double().abs() @ b.double().abs()) * scale_a.double() * scale_b.double()
+    got = fp8_gemm(a, b, scale_a, scale_b, power_of_two=True, out_dtype=out_dtype, backend="scaled_mm")
+    # products are exact; Hopper adds with about 14 bits; one rounding to the result's dtype
+    rounding = 2.0**-8 if out_dtype == torch.bfloat16 else 2.0**-23
+    assert ((got.double() - exact).abs() <= bound * 2.0**-12 + exact.abs() * rounding).all()
+
+
+@pytest.mark.parametrize("fp8", ["true", "false"])
+@pytest.mark.parametrize("compile_mode", ["off", "block"])
+def test_training_follows_the_cpu(fp8: str, compile_mode: str) -> None:
+    overrides = [f"precision.gemm.fp8={fp8}", f"train.compile={compile_mode}", "model.hidden_size=64"]
+    config = tiny_config([*overrides, "model.ffn_hidden_size=128"])
+    cpu = Processes(torch.device("cpu"), 1, 0, CountedGroup(None), None)
+    curves = []
+    for processes in (cpu, on_cuda()):
+        trainer = Trainer(config, processes, vocab_size=VOCAB)
+        if fp8 == "true" and processes.device.type == "cuda":
+            assert trainer.built.backend == choose_gemm_backend(processes.device, torch.bfloat16)
+            assert trainer.built.backend.name == "scaled_mm"
+        data = batches(config, processes)
+        curves.append([float(trainer.step(i, data.batch(i)).loss) for i in range(10)])
+    assert curves[1] == pytest.approx(curves[0], rel=2e-2)
+
+
+def test_deterministic_runs_are_bit_identical() -> None:
+    def weights() -> bytes:
+        config = tiny_config(["precision.gemm.fp8=true"])
+        trainer = Trainer(config, on_cuda(), vocab_size=VOCAB)
+        data = batches(config, on_cuda())
+        for i in range(5):
+            trainer.step(i, data.batch(i))
+        return b"".join(t.cpu().numpy().tobytes() for t in trainer.state_tensors().values())
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert weights() == weights()
+    finally:
+        torch.use_deterministic_algorithms(False)

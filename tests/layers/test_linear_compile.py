@@ -1,0 +1,134 @@
+"""The linear layer under ``torch.compile(fullgraph=True)``: one graph, the gradients of eager mode."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.layers.linear import Fp8Plan, Linear, SinkSlot
+from fp8train.numerics.grad_sink import register_sink
+from fp8train.numerics.quant_spec import LinearQuant
+from fp8train.numerics.statistics import CastRecorder
+
+CPU = torch.device("cpu")
+
+
+class Mlp(nn.Module):
+    """Two linears, a nonlinearity and a residual; in and out features need padding."""
+
+    def __init__(self, dtype: torch.dtype, *, fp8: bool) -> None:
+        super().__init__()
+        self.up = Linear(40, 72, bias=True, dtype=dtype)
+        self.down = Linear(72, 40, bias=False, dtype=dtype)
+        generator = torch.Generator().manual_seed(2)
+        for name, layer in (("up", self.up), ("down", self.down)):
+            layer.name = name
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            if fp8:
+                layer.use_fp8(Fp8Plan(LinearQuant(), choose_gemm_backend(CPU, dtype)))
+
+    @property
+    def linears(self) -> tuple[Linear, Linear]:
+        return self.up, self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.up(x)))
+
+
+class BufferSink:
+    """Adds contributions to one buffer per layer."""
+
+    def __init__(self, layers: tuple[Linear, ...]) -> None:
+        number = register_sink(self)
+        self.buffers = [torch.zeros_like(layer.weight, requires_grad=False) for layer in layers]
+        for slot, (layer, buffer) in enumerate(zip(layers, self.buffers, strict=True)):
+            layer.sink_slot = SinkSlot(number, torch.tensor(slot), buffer)
+
+    @torch.no_grad()
+    def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
+        self.buffers[slot].add_(compute())
+
+
+def step(
+    model: Mlp, call: Callable[[Tensor], Tensor], sink: BufferSink | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """Two micro-batches; output of the last, gradients of all."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in model.linears:
+        layer.quantize_weight()
+        layer.zero_grad()
+    for buffer in sink.buffers if sink else []:
+        buffer.zero_()
+    for _ in range(2):
+        x = torch.randn(3, 7, 40, generator=generator, dtype=dtype).requires_grad_()
+        output = call(x)
+        output.square().sum().backward()
+    assert x.grad is not None
+    assert model.up.bias is not None
+    assert model.up.bias.grad is not None
+    weights = sink.buffers if sink else [layer.weight.grad for layer in model.linears]
+    return [output.detach(), x.grad, model.up.bias.grad, *(w.clone() for w in weights if w is not None)]
+
+
+@pytest.mark.parametrize("with_sink", [False, True], ids=["autograd", "sink"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["high", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_gradients_equal_eager_ones(dtype: torch.dtype, fp8: bool, with_sink: bool) -> None:
+    torch._dynamo.reset()
+    model = Mlp(dtype, fp8=fp8)
+    sink = BufferSink(model.linears) if with_sink else None
+    expected = step(model, model, sink, dtype)
+    assert len(expected) == 5
+    got = step(model, torch.compile(model, fullgraph=True), sink, dtype)
+    for a, b in zip(got, expected, strict=True):
+        assert b.any()
+        relative = float((a - b).abs().max() / b.abs().max())
+        assert relative <= (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def test_compiled_layer_follows_the_weight_without_new_graphs() -> None:
+    """A step changes the weight and its payload; the graph of the first step serves them all."""
+    torch._dynamo.reset()
+    model = Mlp(torch.float64, fp8=True)
+    sink = BufferSink(model.linears)
+    compiled = torch.compile(model, fullgraph=True)
+    step(model, compiled, sink, torch.float64)
+    graphs = counters["stats"]["unique_graphs"]
+    for _ in range(3):
+        with torch.no_grad():
+            for layer in model.linears:
+                layer.weight.mul_(-1.5)
+        got, expected = step(model, compiled, sink, torch.float64), step(model, model, sink, torch.float64)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13 * float(b.abs().max()))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_compiled_layer_records_cast_statistics() -> None:
+    """A sampled step takes one more graph and writes the rows that eager mode writes."""
+    torch._dynamo.reset()
+    model = Mlp(torch.float64, fp8=True)
+    sink = BufferSink(model.linears)
+    sites = [f"{name}/{use}" for name in ("up", "down") for use in ("x", "w", "grad_output")]
+    recorder = CastRecorder(sites, CPU)
+    for layer in model.linears:
+        layer.recorder = recorder
+    compiled = torch.compile(model, fullgraph=True)
+    step(model, compiled, sink, torch.float64)
+    assert recorder.collect() == {}
+    recorder.active = True
+    rows = []
+    for call in (compiled, model):
+        recorder.rows.fill_(torch.nan)
+        step(model, call, sink, torch.float64)
+        for layer in model.linears:
+            layer.record_weight()
+        rows.append(recorder.rows.clone())
+    assert list(recorder.collect()) == sites
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,109 @@
+"""The fused loss against ``F.cross_entropy`` of the whole logits in FP64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import profile
+
+from fp8train.layers.loss import IGNORE, linear_cross_entropy, logits
+
+HIDDEN = 8
+
+
+def inputs(tokens: int, rows: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden [tokens, 8], weight [rows, 8] and targets, a fifth of them ignored."""
+    generator = torch.Generator().manual_seed(11)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(rows, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(vocab_size, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < 0.2] = IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, factor: float
+) -> list[Tensor]:
+    """(loss, grad_hidden, grad_weight) of ``factor`` times the summed loss, in FP64."""
+    hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    loss = F.cross_entropy(hidden @ weight[:vocab_size].t(), targets, reduction="sum", ignore_index=IGNORE)
+    return [loss.detach(), *torch.autograd.grad(loss * factor, (hidden, weight))]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "vocab_size"),
+    [
+        pytest.param(33, 48, 48, id="whole"),
+        pytest.param(33, 48, 41, id="padded vocabulary"),
+        pytest.param(2500, 4096, 4001, id="three chunks, the last one partial"),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.0, 1 / 3000])
+def test_equals_cross_entropy(tokens: int, rows: int, vocab_size: int, factor: float) -> None:
+    hidden, weight, targets = inputs(tokens, rows, vocab_size, torch.float64)
+    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size)
+    grads = torch.autograd.grad(loss * factor, (hidden, weight))
+    expected = reference(hidden, weight, targets, vocab_size, factor)
+    for ours, theirs in zip((loss.detach(), *grads), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+    assert grads[1][vocab_size:].count_nonzero() == 0
+    assert grads[0][targets == IGNORE].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_lower_precision_stays_close(dtype: torch.dtype, bound: float) -> None:
+    """The loss is a wide scalar; logits and their gradient are rounded to the compute dtype (BF16: 2^-9)."""
+    hidden, weight, targets = inputs(300, 128, 120, dtype)
+    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=120)
+    assert loss.dtype == torch.float32
+    grads = torch.autograd.grad(loss / 300, (hidden, weight))
+    expected = reference(hidden, weight, targets, 120, 1 / 300)
+    for ours, theirs in zip((loss.detach(), *grads), expected, strict=True):
+        assert (ours.double() - theirs).norm() <= bound * theirs.norm()
+    assert [grad.dtype for grad in grads] == [dtype, dtype]
+
+
+def test_scaling_of_bf16_gradients_is_not_biased() -> None:
+    """1/2500 rounded to BF16 would put every gradient 0.14 % off."""
+    hidden, weight, targets = inputs(500, 64, 64, torch.bfloat16)
+    plain = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, vocab_size=64), hidden)[0]
+    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=64)
+    scaled = torch.autograd.grad(loss / 2500, hidden)[0]
+    ratio = (scaled.double() * plain.double()).sum() / plain.double().square().sum() * 2500
+    assert abs(ratio - 1) < 1e-4
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden = torch.tensor([[300.0], [-300.0]]).requires_grad_()
+    weight = torch.tensor([[1.0], [-1.0], [0.0]]).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 1]), vocab_size=3)
+    loss.backward()
+    assert loss.item() == 600.0
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, torch.tensor([[2.0], [0.0]]))
+
+
+def test_all_targets_ignored() -> None:
+    hidden, weight, _ = inputs(5, 16, 16, torch.float32)
+    loss = linear_cross_entropy(hidden, weight, torch.full((5,), IGNORE), vocab_size=16)
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("grad", "matmuls"), [(True, 3), (False, 1)])
+def test_evaluation_computes_no_gradient(grad: bool, matmuls: int) -> None:
+    hidden, weight, targets = inputs(7, 16, 16, torch.float32)
+    with torch.set_grad_enabled(grad), profile() as trace:
+        linear_cross_entropy(hidden, weight, targets, vocab_size=16)
+    counts = {event.key: event.count for event in trace.key_averages()}
+    assert counts["aten::mm"] == matmuls
+
+
+def test_logits_leave_out_the_padding() -> None:
+    hidden, weight, _ = inputs(5, 16, 13, torch.float64)
+    torch.testing.assert_close(logits(hidden, weight, vocab_size=13), (hidden @ weight.t())[:, :13])

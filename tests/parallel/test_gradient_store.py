@@ -1,0 +1,128 @@
+"""The gradient store: what goes in comes out once, in order, or an error names the parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fp8train.comm.collectives import CountedGroup
+from fp8train.layers.linear import Linear
+from fp8train.models.build import build_model, initialise
+from fp8train.parallel.gradient_store import GradientStore
+from tests.training.tiny import VOCAB, alone, batches, tiny_config
+
+
+class Net(nn.Module):
+    """One linear of ours, one parameter served by autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Linear(8, 8, bias=True, dtype=torch.float64)
+        self.gain = nn.Parameter(torch.ones(8, dtype=torch.float64))
+        for parameter in (self.linear.weight, self.linear.bias):
+            assert parameter is not None
+            nn.init.normal_(parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, 8] -> scalar."""
+        return (self.linear(x) * self.gain).square().sum()
+
+
+def store_of(model: nn.Module, **changes) -> GradientStore:
+    arguments = dict(
+        accumulate=torch.float64, reduce=torch.float64, bucket_bytes=1 << 20, group=CountedGroup(None)
+    )
+    return GradientStore(model, **{**arguments, **changes})
+
+
+def reference(net: Net, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients through plain autograd."""
+    weight, bias, gain = (
+        t.detach().clone().requires_grad_() for t in (net.linear.weight, net.linear.bias, net.gain)
+    )
+    for x in inputs:
+        ((x @ weight.t() + bias) * gain).square().sum().backward()
+    return {"linear.weight": weight.grad, "linear.bias": bias.grad, "gain": gain.grad}
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 600, 1 << 20])
+def test_sums_micro_batches_and_leaves_no_grad(bucket_bytes: int) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    store = store_of(net, bucket_bytes=bucket_bytes)
+    for _ in range(2):  # the second step must not see the first
+        inputs = [torch.randn(5, 8, dtype=torch.float64) for _ in range(3)]
+        store.begin_step(3)
+        for x in inputs:
+            net(x).backward()
+            assert all(p.grad is None for p in net.parameters())
+        store.finish()
+        for fqn, expected in reference(net, inputs).items():
+            torch.testing.assert_close(store.grad(fqn), expected, rtol=1e-12, atol=1e-12)
+        total = sum(float(g.square().sum()) for g in reference(net, inputs).values()) ** 0.5
+        assert float(store.global_norm()) == pytest.approx(total, rel=1e-12)
+    assert store.num_buckets == {1: 3, 600: 2, 1 << 20: 1}[bucket_bytes]
+
+
+def test_too_few_and_too_many_contributions_name_the_parameter() -> None:
+    net = Net()
+    store = store_of(net)
+    store.begin_step(2)
+    net(torch.randn(2, 8, dtype=torch.float64)).backward()
+    with pytest.raises(
+        RuntimeError, match=r"3 parameters lack gradient contributions: linear.bias \(1 of 2\)"
+    ):
+        store.finish()
+    store.begin_step(1)
+    net(torch.randn(2, 8, dtype=torch.float64)).backward()
+    with pytest.raises(RuntimeError, match="contribution 2 in a step that expects 1"):
+        net(torch.randn(2, 8, dtype=torch.float64)).backward()
+
+
+def test_an_unused_parameter_is_named() -> None:
+    net = Net()
+    net.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    store = store_of(net)
+    store.begin_step(1)
+    net(torch.randn(2, 8, dtype=torch.float64)).backward()
+    with pytest.raises(RuntimeError, match=r"1 parameters lack gradient contributions: unused \(0 of 1\)"):
+        store.finish()
+
+
+def test_bf16_accumulation_rounds_as_bf16_addition_does() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    store = store_of(net, accumulate=torch.bfloat16, reduce=torch.bfloat16)
+    inputs = [torch.randn(5, 8, dtype=torch.float64) for _ in range(3)]
+    store.begin_step(3)
+    for x in inputs:
+        net(x).backward()
+    store.finish()
+    expected = torch.zeros(8, dtype=torch.bfloat16)
+    for x in inputs:
+        expected = expected + reference(net, [x])["gain"].to(torch.bfloat16)
+    assert store.grad("gain").dtype == torch.bfloat16
+    # one contribution is rounded once more on entry: at most an ulp apart
+    torch.testing.assert_close(store.grad("gain"), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+@pytest.mark.parametrize("fp8", ["true", "false"])
+def test_a_decoder_with_a_store_has_the_gradients_of_one_without(family: str, fp8: str) -> None:
+    config = tiny_config([f"model.family={family}", f"precision.gemm.fp8={fp8}", "precision.compute=fp64"])
+    tokens = batches(config, alone()).batch(0)[0]
+
+    def built():
+        model = build_model(config, vocab_size=VOCAB, device=torch.device("cpu")).model
+        initialise(model, 1)
+        return model
+
+    plain, stored = built(), built()
+    plain(tokens[:, :-1], tokens[:, 1:]).backward()
+    store = store_of(stored)
+    store.begin_step(1)
+    stored(tokens[:, :-1], tokens[:, 1:]).backward()
+    store.finish()
+    for fqn, parameter in plain.named_parameters():
+        assert torch.equal(store.grad(fqn), parameter.grad), fqn  # a tied embedding counts both uses

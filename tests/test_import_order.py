@@ -1,0 +1,101 @@
+"""The layering of the package, read from the import statements."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A package may import only those before it (and itself).
+ORDER = [
+    *("config", "numerics", "kernels", "comm", "layers", "models", "parallel", "optim", "data"),
+    *("checkpoint", "inference", "training", "planning", "reporting", "cli"),
+]
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Dotted names of everything a file imports, inside functions too; relative imports resolved."""
+    package = path.relative_to(ROOT).parts[:-1]
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [] if not node.level else list(package[: len(package) - node.level + 1])
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # "from fp8train import X" imports a package, "from fp8train.config.schema import X" a name.
+            names += [f"{module}.{alias.name}" for alias in node.names] if module == "fp8train" else [module]
+    return names
+
+
+def files_of(part: str) -> list[Path]:
+    folder = ROOT / "fp8train" / part
+    return [*folder.rglob("*.py"), *folder.parent.glob(f"{part}.py")]
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    parts = {
+        p.stem if p.suffix == ".py" else p.name
+        for p in (ROOT / "fp8train").iterdir()
+        if p.suffix == ".py" or (p.is_dir() and any(p.glob("*.py")))
+    }
+    assert parts - set(ORDER) <= {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("part", ORDER)
+def test_imports_go_up_only(part: str) -> None:
+    allowed = set(ORDER[: ORDER.index(part) + 1]) | {"__version__"}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files_of(part)
+        for name in imported_modules(path)
+        if name.split(".")[0] == "fp8train" and name.split(".")[1] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_numerics_needs_only_torch() -> None:
+    allowed = {"torch", "fp8train"} | sys.stdlib_module_names
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files_of("numerics")
+        for name in imported_modules(path)
+        if name.split(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_of_the_package_imports_the_tests() -> None:
+    for path in (ROOT / "fp8train").rglob("*.py"):
+        assert not [name for name in imported_modules(path) if name.split(".")[0] in ("tests", "tools")], path
+
+
+@pytest.mark.parametrize("name", ["cli", "config", "config.resolve", "config.loader", "config.schema"])
+def test_reading_a_config_does_not_import_torch(name: str) -> None:
+    code = f"import fp8train.{name}, sys; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+def test_the_reader_of_imports_sees_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "fp8train" / "data" / "a.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import torch, fp8train.config.schema as s\n"
+        "from fp8train import cli\nfrom . import b\nfrom ..comm.x import y\n"
+        "def f():\n    from fp8train.models.decoder import Decoder\n"
+    )
+    assert sorted(imported_modules(file)) == [
+        "fp8train.cli",
+        "fp8train.comm.x",
+        "fp8train.config.schema",
+        "fp8train.data",
+        "fp8train.models.decoder",
+        "torch",
+    ]

@@ -1,0 +1,80 @@
+"""Kill a run with SIGKILL, resume it, and get the run that was never killed: same losses, same weights, to
+the bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fp8train.checkpoint import candidates
+from tests.training.launching import STEPS, finish, history, start, wait_for_step, weights, write_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run."""
+    return write_config(tmp_path_factory.mktemp("resume"))
+
+
+def kill_at(processes: list[subprocess.Popen], metrics: Path, step: int, delay: float) -> None:
+    """SIGKILL every rank once ``step`` is logged and ``delay`` seconds have passed."""
+    wait_for_step(processes, metrics, step)
+    time.sleep(delay)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_run_resumes_to_the_same_bits(config: Path, world_size: int, precision: str) -> None:
+    fp8 = f"precision.gemm.fp8={'true' if precision == 'fp8' else 'false'}"
+    names = [f"{precision}{world_size}_{kind}" for kind in ("whole", "again", "killed")]
+    for name in names[:2]:
+        finish(start(config, world_size, fp8, f"run.name={name}"))
+    whole, again, killed = (config.parent / name for name in names)
+    assert history(whole) == history(again), "two runs with one seed differ"
+    assert weights(whole) == weights(again)
+
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    step, delay = generator.randrange(5, STEPS // 2), generator.random() * 0.02
+    kill_at(start(config, world_size, fp8, f"run.name={names[2]}"), killed / "metrics.jsonl", step, delay)
+    saved = {path.name for path in candidates(killed / "checkpoints")}
+    assert saved and f"step_{STEPS:08d}" not in saved
+    output = finish(start(config, world_size, fp8, f"run.name={names[2]}", "checkpoint.resume=auto"))
+    assert "resumed from" in output
+    assert history(killed) == history(whole)
+    assert weights(killed) == weights(whole)
+
+
+def test_a_run_continues_on_another_number_of_ranks(config: Path) -> None:
+    finish(start(config, 1, "precision.compute=fp64", "run.name=elastic_whole"))
+    processes = start(config, 1, "precision.compute=fp64", "run.name=elastic")
+    kill_at(processes, config.parent / "elastic/metrics.jsonl", 9, 0.0)
+    finish(start(config, 2, "precision.compute=fp64", "run.name=elastic", "checkpoint.resume=auto"))
+    one, two = (
+        {row[0]: row[1] for row in history(config.parent / name) if row[1] is not None}
+        for name in ("elastic_whole", "elastic")
+    )
+    assert two.keys() == one.keys()
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-9)
+
+
+def test_another_architecture_is_refused(config: Path) -> None:
+    finish(start(config, 1, "run.name=shape", "train.steps=2", "checkpoint.interval=2"))
+    output = finish(
+        start(
+            config, 1, "run.name=shape", "checkpoint.resume=auto", "model.hidden_size=32", "model.num_heads=2"
+        ),
+        expect=2,
+    )
+    assert "model.hidden_size: 64 -> 32" in output
+    assert len(output.partition("error: ")[2].strip().splitlines()) <= 5

@@ -1,0 +1,122 @@
+"""Stop requests: which signals ask, how ranks agree, what a second Ctrl-C does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fp8train.training.signals import SAME_CTRL_C_S, StopRequest
+from tests.distributed.pool import GlooPool
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_once_however_often_it_comes(number: signal.Signals) -> None:
+    before = [signal.getsignal(s) for s in SIGNALS]
+    with StopRequest(None) as stop:
+        assert stop.agree(None) is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # torchrun and Slurm both forward it
+        assert stop.local_reason == number.name
+        assert stop.agree(None) == number.name
+        assert stop.agree(None) == number.name
+    assert [signal.getsignal(s) for s in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_handlers_are_restored_when_the_run_raises() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), StopRequest(None):
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_stop_file_asks(tmp_path: Path) -> None:
+    with StopRequest(tmp_path / "STOP") as stop:
+        assert stop.agree(None) is None
+        (tmp_path / "STOP").touch()
+        assert stop.agree(None) == "STOP file"
+
+
+def test_a_second_interrupt_raises_only_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("fp8train.training.signals.time.monotonic", lambda: clock[0])
+    with StopRequest(None) as stop:
+        stop._record(signal.SIGINT, None)
+        clock[0] += SAME_CTRL_C_S * 0.9
+        stop._record(signal.SIGINT, None)
+        clock[0] += SAME_CTRL_C_S * 0.2
+        with pytest.raises(KeyboardInterrupt):
+            stop._record(signal.SIGINT, None)
+        stop._record(signal.SIGTERM, None)  # still only a request
+        assert stop.agree(None) == "SIGINT"
+
+
+def asked(group, rank, world_size, folder, wishes):
+    """Three agreements; before the second, each rank gets what ``wishes`` says."""
+    answers = []
+    with StopRequest(Path(folder) / "STOP") as stop:
+        answers.append(stop.agree(group))
+        wish = wishes.get(rank)
+        if wish == "STOP":
+            (Path(folder) / "STOP").touch()
+        elif wish is not None:
+            os.kill(os.getpid(), getattr(signal, wish))
+        answers.append(stop.agree(group))
+        answers.append(stop.agree(group))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("wishes", "reason"),
+    [
+        ({}, None),
+        ({0: "STOP"}, "STOP file"),
+        ({2: "SIGUSR1"}, "SIGUSR1"),
+        ({1: "SIGTERM", 2: "SIGUSR2"}, "SIGTERM"),
+        ({0: "SIGINT", 1: "SIGINT", 2: "SIGTERM"}, "SIGINT"),
+    ],
+)
+def test_all_ranks_stop_together(
+    gloo_pool: GlooPool, tmp_path: Path, wishes: dict[int, str], reason: str | None
+) -> None:
+    assert gloo_pool.run(asked, 3, str(tmp_path), wishes) == [[None, reason, reason]] * 3
+
+
+STUCK = """
+import sys, time
+from fp8train.training import signals
+signals._UNWIND_S, signals.SAME_CTRL_C_S = 0.5, 0.2
+with signals.StopRequest(None):
+    print("ready", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            if "swallow" not in sys.argv:
+                raise
+"""
+
+
+@pytest.mark.parametrize("behaviour", ["unwind", "swallow"])
+def test_a_second_ctrl_c_ends_the_process_even_if_python_does_not(behaviour: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, behaviour], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None  # the first is a request
+        process.send_signal(signal.SIGINT)
+        status = process.wait(20)
+    finally:
+        process.kill()
+    # An uncaught KeyboardInterrupt ends Python by SIGINT; the command line turns it into 130.
+    assert status == (130 if behaviour == "swallow" else -signal.SIGINT)

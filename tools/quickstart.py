@@ -1,0 +1,306 @@
+"""The quick start: text in, trained models out, BF16 beside FP8 GEMMs, on any machine.
+
+Source code of Python's standard library -> SentencePiece tokenizer -> Megatron dataset -> the same small
+Llama twice, from the same weights on the same batches: in BF16 and with FP8 GEMMs -> validation losses
+against a bigram model counted on the same training tokens, what ran in FP8, a loss plot, a checkpoint, and a
+few generated lines. Everything is measured in this run. The limits at the end are checked, and the exit
+status tells: 0 all hold, 1 one does not.
+
+    python tools/quickstart.py [--out runs/quickstart] [--data data/quickstart] [--vocab-size 4096]
+    [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fp8train.config.resolve import ResolvedConfig, load_config
+from fp8train.data.loading import open_data
+from fp8train.data.prepare import prepare
+from fp8train.data.sources import stdlib_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {
+    "BF16": Path("configs/quickstart/llama.yaml"),
+    "FP8 GEMMs": Path("configs/quickstart/llama_fp8.yaml"),
+}
+MAX_BITS_PER_BYTE = 2.3
+MAX_GAP = 0.05
+PROMPT = "def "
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run left behind."""
+
+    name: str
+    directory: Path
+    loss: float
+    bits_per_byte: float
+    seconds: float
+    metrics: list[dict[str, Any]]
+
+
+def main() -> int:
+    """Run everything; returns the exit status."""
+    args = parse_arguments()
+    os.chdir(ROOT)  # so that every path printed is relative to the project
+    console = Console(width=100, highlight=False, soft_wrap=True)
+    began = time.perf_counter()
+    prefix = args.data / "stdlib"
+    step(console, 1, "text -> tokenizer -> dataset")
+    make_dataset(console, prefix, args.vocab_size)
+    results = []
+    for number, (name, config) in enumerate(RUNS.items(), start=2):
+        step(console, number, f"train the {name} run")
+        results.append(train(name, config, prefix, args.out, args.overrides))
+    resolved = load(RUNS["BF16"], prefix, args.out, args.overrides)
+    step(console, 4, "compare")
+    bigram = bigram_loss(resolved, prefix)
+    plot = plot_losses(results, bigram, args.out / "loss.png")
+    console.print(losses_table(results, bigram))
+    report_casts(console, results[1])
+    console.print(f"loss plot    {plot}")
+    for result in results:
+        console.print(f"checkpoint   {newest_checkpoint(result.directory)}")
+    step(console, 5, f"generate from the {results[1].name} model, prompt {PROMPT!r}")
+    console.print(generate(results[1].directory), markup=False)
+    status = verdict(console, results, bigram)
+    console.print(f"\nfinished in {(time.perf_counter() - began) / 60:.1f} minutes")
+    return status
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line of the script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="where runs and the plot go"
+    )
+    parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="where the dataset goes")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("overrides", nargs="*", help="section.key=value, for both runs")
+    return parser.parse_args()
+
+
+def step(console: Console, number: int, what: str) -> None:
+    """Announce a stage."""
+    console.print(f"\n== {number}/5  {what}", markup=False)
+
+
+def make_dataset(console: Console, prefix: Path, vocab_size: int) -> None:
+    """Tokenise the standard library unless an earlier call has."""
+    if Path(f"{prefix}.idx").exists():
+        console.print(f"dataset {prefix} exists; delete {prefix.parent} to make it anew")
+        return
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    sidecar = prepare(stdlib_corpus(), str(prefix), vocab_size=vocab_size, patterns=("*.py",))
+    console.print(
+        f"{sidecar.documents} files, {sidecar.source_bytes / 1e6:.1f} MB -> {sidecar.tokens:,} tokens of a "
+        f"{sidecar.vocab_size}-piece vocabulary ({sidecar.source_bytes / sidecar.tokens:.2f} bytes per token)"
+    )
+
+
+def settings(prefix: Path, out: Path, overrides: list[str]) -> list[str]:
+    """Overrides that both runs share."""
+    return [f"data.prefix={prefix}", f"run.dir={out}", *overrides]
+
+
+def load(config: Path, prefix: Path, out: Path, overrides: list[str]) -> ResolvedConfig:
+    """The resolved configuration of a run."""
+    return load_config(config, settings(prefix, out, overrides))
+
+
+def train(name: str, config: Path, prefix: Path, out: Path, overrides: list[str]) -> Result:
+    """Train one run with the command line a user would type, and read its records."""
+    arguments = settings(prefix, out, overrides)
+    command = [sys.executable, "-m", "fp8train", "train", str(config), "run.overwrite=true", *arguments]
+    print(f"$ fp8train train {config}", flush=True)
+    began = time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - began
+    resolved = load(config, prefix, out, overrides)
+    directory = Path(resolved.config.run.dir) / resolved.config.run.name
+    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in metrics if "eval/loss" in record][-1]
+    return Result(name, directory, last["eval/loss"], last["eval/bits_per_byte"], seconds, metrics)
+
+
+def bigram_loss(resolved: ResolvedConfig, prefix: Path) -> float:
+    """Nats per token of an interpolated bigram model, counted on the training tokens that the runs saw.
+
+    ``p(b | a) = w·count(a, b)/count(a) + (1 - w)·(count(b) + 1)/(total + V)``; the weight w is the best of a
+    grid *on the validation text*, which flatters the bigram.
+    """
+    config = resolved.config
+    data = open_data(
+        config.data,
+        vocab_size=None,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        seed=config.run.seed,
+        total_steps=config.total_steps,
+    )
+    assert data.valid is not None
+    size = data.vocab_size
+    seen = np.stack([data.train.batch(s).numpy() for s in range(config.total_steps)]).reshape(
+        -1, config.data.seq_length + 1
+    )
+    num_valid = min(config.train.eval_batches, data.valid.batches_per_epoch)
+    valid = np.stack([data.valid.batch(s).numpy() for s in range(num_valid)]).reshape(
+        -1, config.data.seq_length + 1
+    )
+    pairs, counts = np.unique(seen[:, :-1].ravel() * size + seen[:, 1:].ravel(), return_counts=True)
+    before = np.bincount(seen[:, :-1].ravel(), minlength=size)
+    unigram = (np.bincount(seen[:, 1:].ravel(), minlength=size) + 1) / (seen[:, 1:].size + size)
+    first, second = valid[:, :-1].ravel(), valid[:, 1:].ravel()
+    keys = first * size + second
+    place = np.minimum(np.searchsorted(pairs, keys), len(pairs) - 1)
+    together = np.where(pairs[place] == keys, counts[place], 0)
+    conditional = together / np.maximum(before[first], 1)
+    return min(
+        float(-np.log(w * conditional + (1 - w) * unigram[second]).mean())
+        for w in np.linspace(0.05, 0.95, 19)
+    )
+
+
+def losses_table(results: list[Result], bigram: float) -> Table:
+    """Validation losses side by side."""
+    table = Table(title="validation after training on the same batches")
+    for heading in ("run", "nats/token", "bits/byte", "gap to BF16", "FP8 linears", "seconds"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    bytes_per_token = results[0].loss / math.log(2) / results[0].bits_per_byte
+    table.add_row(
+        "bigram counts", f"{bigram:.4f}", f"{bigram / math.log(2) / bytes_per_token:.3f}", "", "", ""
+    )
+    for result in results:
+        gap = "" if result is results[0] else f"{result.loss - results[0].loss:+.4f}"
+        linears = fp8_linears(result)
+        table.add_row(
+            result.name,
+            f"{result.loss:.4f}",
+            f"{result.bits_per_byte:.3f}",
+            gap,
+            linears,
+            f"{result.seconds:.0f}",
+        )
+    return table
+
+
+def events(result: Result, kind: str) -> list[dict[str, Any]]:
+    """Records of a run's events.jsonl."""
+    lines = (result.directory / "events.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def fp8_linears(result: Result) -> str:
+    """``24 of 24 hidden``, as the run recorded it."""
+    plan = events(result, "model")[-1]
+    return f"{plan['fp8_linears']} of {plan['hidden_linears']} hidden"
+
+
+def report_casts(console: Console, result: Result) -> None:
+    """Cast statistics of the last sampled step, by operand."""
+    rows = [json.loads(line) for line in (result.directory / "casts.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    table = Table(title=f"FP8 casts of step {rows[-1]['step']} ({len(last)} cast sites)")
+    for heading in (
+        "operand",
+        "format",
+        "sites",
+        "SNR dB (lowest)",
+        "SNR dB (median)",
+        "flushed % (worst)",
+        "saturated %",
+    ):
+        table.add_column(heading, justify="left" if heading in ("operand", "format") else "right")
+    for operand, fmt in (("x", "E4M3"), ("w", "E4M3"), ("grad_output", "E5M2")):
+        chosen = [row for row in last if row["site"].endswith("/" + operand)]
+        snr = sorted(row["snr_db"] for row in chosen)
+        table.add_row(
+            operand,
+            fmt,
+            str(len(chosen)),
+            f"{snr[0]:.1f}",
+            f"{snr[len(snr) // 2]:.1f}",
+            f"{100 * max(row['flushed'] for row in chosen):.3f}",
+            f"{100 * max(row['saturated'] for row in chosen):.3f}",
+        )
+    console.print(table)
+
+
+def plot_losses(results: list[Result], bigram: float, path: Path) -> Path:
+    """Training and validation losses of all runs as a PNG."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for result, style in zip(results, ("-", "--"), strict=True):
+        train = [(r["step"], r["train/loss"]) for r in result.metrics if "train/loss" in r]
+        valid = [(r["step"], r["eval/loss"]) for r in result.metrics if "eval/loss" in r]
+        (line,) = axes.plot(*zip(*train, strict=True), style, linewidth=1, label=f"{result.name}, training")
+        axes.plot(*zip(*valid, strict=True), "o", color=line.get_color(), label=f"{result.name}, validation")
+    axes.axhline(bigram, color="grey", linewidth=0.8, linestyle=":", label="bigram counts, validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """The last checkpoint of a run."""
+    return max((directory / "checkpoints").glob("step_????????"))
+
+
+def generate(directory: Path) -> str:
+    """Sample from a run's newest checkpoint with the command line a user would type."""
+    command = [
+        sys.executable,
+        "-m",
+        "fp8train",
+        "generate",
+        str(newest_checkpoint(directory)),
+        "--prompt",
+        PROMPT,
+    ]
+    command += ["--max-tokens", "120", "--temperature", "0.7", "--top-p", "0.9", "--seed", "1"]
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.rstrip()
+
+
+def verdict(console: Console, results: list[Result], bigram: float) -> int:
+    """Check the limits and say so; 0 if all hold."""
+    gap = abs(results[1].loss - results[0].loss)
+    plan = events(results[1], "model")[-1]
+    checks = [
+        (f"bits per byte <= {MAX_BITS_PER_BYTE}", max(r.bits_per_byte for r in results) <= MAX_BITS_PER_BYTE),
+        (f"below the bigram model ({bigram:.4f})", max(r.loss for r in results) < bigram),
+        (f"FP8 within {MAX_GAP} nats of BF16 ({gap:.4f})", gap <= MAX_GAP),
+        ("every hidden linear ran in FP8", plan["fp8_linears"] == plan["hidden_linears"]),
+    ]
+    console.print()
+    for text, holds in checks:
+        console.print(f"{'ok  ' if holds else 'FAIL'} {text}", markup=False)
+    return 0 if all(holds for _, holds in checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
