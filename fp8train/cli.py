@@ -9,6 +9,7 @@ where torchrun looks for them, so that its own summary names the reason.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -302,4 +303,8 @@ def main() -> None:
     run: Callable[[Sequence[str]], int | None] = run_command
     if "TORCHELASTIC_RUN_ID" in os.environ:
         run = _recorded(run_command)
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    # Process groups sit in reference cycles (hooks, stores), and only their destruction joins gloo's threads.
+    # One that is still at work while the interpreter is torn down aborts a process that has done its job.
+    gc.collect()
+    sys.exit(status)

@@ -7,7 +7,7 @@ rounded once.
   row-major and B column-major only, so backward GEMMs need transposed copies, made here in one place.
 * ``decode``: any device without FP8 units. Every FP8 value is exact in BF16, so for a BF16 result and
   power-of-two scales a BF16 matmul of the decoded payloads *is* the FP8 GEMM (accumulation order apart). FP32
-  and FP64 results multiply in FP32 and FP64.
+  and FP64 results multiply in FP32 and FP64, and so do BF16 results on a CPU that has no BF16 instructions.
 
 Both refuse what the GPU refuses (rules below), so that what runs on a laptop runs on a cluster: FP8 dtypes,
 E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardware says so in
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.numerics.cast import decode_finite
 
 ALIGNMENT = 16
@@ -138,10 +139,12 @@ def _decode_gemm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The ``decode`` implementation; arguments as :func:`fp8_gemm`."""
+    on_cpu = a.device.type == "cpu"
     in_bf16 = out_dtype == torch.bfloat16 and pow2 and alpha == 1.0
+    in_bf16 = in_bf16 and not (on_cpu and not cpu_multiplies_bf16())
     work = torch.bfloat16 if in_bf16 else torch.float64 if out_dtype == torch.float64 else torch.float32
     a, b = decode_finite(a, work), decode_finite(b, work)
-    if a.device.type != "cpu":  # the scales stay on the device: no host sync
+    if not on_cpu:  # the scales stay on the device: no host sync
         return ((a @ b) * (alpha * scale_inv_a.double() * scale_inv_b.double())).to(out_dtype)
     factor = alpha * float(scale_inv_a) * float(scale_inv_b)
     if in_bf16 and _FOLD_RANGE[0] <= factor <= _FOLD_RANGE[1]:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fp8train.kernels.matmul import scaled_dot_product_attention
 from fp8train.layers.linear import Linear
 from fp8train.layers.qkv import split_heads
 
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         if cache is not None:
             fresh = cache.length == 0
             key, value = cache.append(key, value)
-        mixed = F.scaled_dot_product_attention(
+        mixed = scaled_dot_product_attention(
             query,
             key,
             value,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8train.kernels.gemm import ALIGNMENT, GemmBackend, fp8_gemm
+from fp8train.kernels.matmul import matmul
 from fp8train.numerics.cast import quantize, uncast
 from fp8train.numerics.grad_sink import find_sink
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
@@ -124,7 +125,7 @@ def contribute_grad_weight(
     grad_output: Tensor, x: Tensor, buffer: Tensor, slot: Tensor, sink: int, alpha: float
 ) -> None:
     """Hand ``alpha · grad_output.T @ x`` of a high-precision linear to its sink: [T, N], [T, K] -> [N, K]."""
-    find_sink(sink).contribute(int(slot), lambda: _scaled(grad_output.t() @ x, alpha))
+    find_sink(sink).contribute(int(slot), lambda: _scaled(matmul(grad_output.t(), x), alpha))
 
 
 @torch.library.custom_op("fp8train::contribute_grad_weight_fp8", mutates_args=("buffer",))
@@ -168,7 +169,7 @@ class _HighPrecisionLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.buffer, ctx.slot = buffer, slot  # not saved: other micro-batches change the buffer
         ctx.call = call
-        return _scaled(x @ weight.t(), call.alphas.output)
+        return _scaled(matmul(x, weight.t()), call.alphas.output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,11 +179,11 @@ class _HighPrecisionLinear(torch.autograd.Function):
         grad_output = grads[0]
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = _scaled(grad_output @ weight, call.alphas.grad_input)
+            grad_input = _scaled(matmul(grad_output, weight), call.alphas.grad_input)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             if buffer is None:
-                grad_weight = _scaled(grad_output.t() @ x, call.alphas.grad_weight)
+                grad_weight = _scaled(matmul(grad_output.t(), x), call.alphas.grad_weight)
             else:
                 contribute_grad_weight(grad_output, x, buffer, slot, call.sink, call.alphas.grad_weight)
         return grad_input, grad_weight, None, None, None

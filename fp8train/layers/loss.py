@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.kernels.matmul import matmul
 from fp8train.layers.blocks import row_blocks
 
 IGNORE = -100
@@ -34,13 +35,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs_grad else None
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = part @ weight.t()
+            logits = matmul(part, weight.t())
             for block in row_blocks(logits.shape[0], logits.shape[1], logits.device):
                 total += _to_gradient(logits[block], target[block], vocab_size, wide, needs_grad)
             if grad_hidden is None or grad_weight is None:
                 continue
-            torch.mm(logits, weight, out=grad_hidden[start : start + rows])
-            grad_weight += logits.t() @ part
+            grad_hidden[start : start + rows] = matmul(logits, weight)
+            grad_weight += matmul(logits.t(), part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -94,4 +95,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, voc
 def logits(hidden: Tensor, weight: Tensor, *, vocab_size: int) -> Tensor:
     """``hidden @ weight.T`` without the padded columns. Shapes: [.., H] -> [.., vocab_size], in the
     compute dtype."""
-    return hidden @ weight[:vocab_size].t()
+    return matmul(hidden, weight[:vocab_size].t())

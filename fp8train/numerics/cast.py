@@ -77,18 +77,17 @@ def quantize(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def decode_finite(payload: Tensor, dtype: torch.dtype) -> Tensor:
     """FP8 to BF16, FP32 or FP64 for payloads that hold no NaN or infinity: the GEMM operands of a CPU.
 
-    Both formats are a BF16 with fewer bits: shifting the code into place and multiplying by ``2^(127 -
-    bias)`` decodes it, subnormals included, in a quarter of the time of ``Tensor.to``. Special codes come out
-    as large finite values; a quantised operand only holds them when its ``scale_inv`` is NaN, which makes the
-    product NaN all the same. The shifted codes of FP8 subnormals are BF16 subnormals, so this needs gradual
-    underflow, torch's default (``torch.set_flush_denormal(False)``).
+    Both formats are a BF16 or FP32 with fewer bits: shifting the code into place and multiplying by
+    ``2^(127 - bias)`` decodes it, subnormals included, in a quarter of the time of ``Tensor.to``. Special
+    codes come out as large finite values; a quantised operand only holds them when its ``scale_inv`` is NaN,
+    which makes the product NaN all the same. The shifted codes of FP8 subnormals are subnormals too, so this
+    needs gradual underflow, torch's default (``torch.set_flush_denormal(False)``).
     """
-    if dtype != torch.bfloat16 or payload.device.type != "cpu" or torch.compiler.is_compiling():
+    if dtype == torch.float64 or payload.device.type != "cpu" or torch.compiler.is_compiling():
         return payload.to(dtype)
     fmt = format_of(payload.dtype)
-    shift = 7 - fmt.mantissa_bits
-    keep_sign_and_code = (0x7F << shift) - 0x8000
-    code = (
-        payload.view(torch.int8).to(torch.int16).bitwise_left_shift_(shift).bitwise_and_(keep_sign_and_code)
-    )
-    return code.view(torch.bfloat16).mul_(2.0 ** (127 - fmt.bias))
+    integer, mantissa_bits = (torch.int16, 7) if dtype == torch.bfloat16 else (torch.int32, 23)
+    shift = mantissa_bits - fmt.mantissa_bits
+    keep_sign_and_code = (0x7F << shift) + torch.iinfo(integer).min
+    code = payload.view(torch.int8).to(integer).bitwise_left_shift_(shift).bitwise_and_(keep_sign_and_code)
+    return code.view(dtype).mul_(2.0 ** (127 - fmt.bias))

@@ -42,8 +42,10 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def start(config: Path, world_size: int, *overrides: str) -> list[subprocess.Popen]:
-    """Start the ranks of a run as torchrun would."""
+def start(
+    config: Path, world_size: int, *overrides: str, program: tuple[str, ...] = ("-m", "fp8train")
+) -> list[subprocess.Popen]:
+    """Start the ranks of a run as torchrun would; ``program`` is what Python runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -55,8 +57,7 @@ def start(config: Path, world_size: int, *overrides: str) -> list[subprocess.Pop
             env |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [
             sys.executable,
-            "-m",
-            "fp8train",
+            *program,
             "train",
             str(config),
             f"run.dir={config.parent}",

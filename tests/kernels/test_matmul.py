@@ -1,0 +1,57 @@
+"""Widened products mean what BF16 products mean: exact products, a wide sum, one rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8train.kernels import matmul as module
+from fp8train.kernels.matmul import matmul, scaled_dot_product_attention
+
+
+@pytest.fixture(params=[False, True], ids=["widened", "native"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both answers to "does this CPU multiply BF16", whatever the machine says."""
+    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: request.param)
+    return request.param
+
+
+def ulps(result: Tensor, exact: Tensor) -> float:
+    """Largest distance from the correctly rounded value, in BF16 units of the last place."""
+    expected = exact.to(torch.bfloat16)
+    ulp = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=1e-30))) - 7)
+    return float(((result.double() - expected.double()).abs() / ulp).max())
+
+
+def test_a_bf16_product_is_the_exact_one_rounded_once(native: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((33, 256), (256, 48)))
+    product = matmul(a, b)
+    assert product.dtype == torch.bfloat16
+    exact = a.double() @ b.double()
+    # Where the sum nearly cancels, FP32 accumulation is allowed to be an ulp of the result's off.
+    assert ulps(product[exact.abs() > 1], exact[exact.abs() > 1]) <= 1.0
+    assert float((product.double() == exact.bfloat16().double()).double().mean()) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_types_are_left_alone(native: bool, dtype: torch.dtype) -> None:
+    a, b = torch.randn(5, 7, dtype=dtype), torch.randn(7, 3, dtype=dtype)
+    assert torch.equal(matmul(a, b), a @ b)
+
+
+def test_attention_keeps_the_dtype_and_its_gradients(native: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((2, 4, 16, 8), (2, 2, 16, 8), (2, 2, 16, 8))
+    q, k, v = (torch.randn(s, generator=generator).bfloat16().requires_grad_() for s in shapes)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    settings = {"attn_mask": None, "is_causal": True, "enable_gqa": True}
+    mixed = scaled_dot_product_attention(q, k, v, **settings)
+    exact = scaled_dot_product_attention(*wide, **settings)
+    assert mixed.dtype == torch.bfloat16
+    assert torch.allclose(mixed.double(), exact, atol=2e-2)
+    mixed.float().sum().backward()
+    exact.sum().backward()
+    for narrow, reference in zip((q, k, v), wide, strict=True):
+        assert torch.allclose(narrow.grad.double(), reference.grad, atol=4e-2)
