@@ -1,0 +1,106 @@
+"""Stochastic rounding from a counter: reproducible, and the same however a tensor is cut.
+
+A value between two neighbours of the target format goes up with the probability of its distance from the
+lower one, so the expected result is the value itself and updates smaller than half a unit are not lost but
+accumulate on average. The random bits are a hash of (seed, step, tensor, *logical* element index): no
+generator state exists, ranks that hold different parts of a tensor draw the bits that one process would,
+and a resumed run draws them again.
+
+The hash is two rounds of the 32-bit finaliser of MurmurHash3 (Appleby, public domain constants), which
+passes from the low bits of the index to all bits; integer arithmetic that wraps, equal on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from fp8train.numerics.formats import Format
+
+_INT32 = 1 << 32
+
+
+def stream_key(seed: int, step: int, name: str) -> int:
+    """A 32-bit key for one tensor in one step: everything but the element index."""
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def _signed(value: int) -> int:
+    value %= _INT32
+    return value - _INT32 if value >= _INT32 // 2 else value
+
+
+def _mix(h: Tensor) -> Tensor:
+    """MurmurHash3's finaliser on int32; shifts are logical (the sign bits that >> drags in are masked)."""
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = h * _signed(0x85EBCA6B)
+    h = h ^ ((h >> 13) & 0x7FFFF)
+    h = h * _signed(0xC2B2AE35)
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Uniform 32-bit patterns of the elements ``start .. start + count`` of a tensor.
+
+    Args:
+        key: from :func:`stream_key`.
+        start: logical index of the first element; indices are taken modulo 2^32.
+        count: how many.
+
+    Returns:
+        int32 [count].
+    """
+    index = torch.arange(count, dtype=torch.int32, device=device) + _signed(start)
+    return _mix(_mix(index * _signed(0x9E3779B1) ^ _signed(key)) + _signed(key * 0x9E3779B1))
+
+
+def round_mantissa(x: Tensor, drop_bits: int, bits: Tensor) -> Tensor:
+    """Stochastically round FP32 to a mantissa that is ``drop_bits`` shorter; normal numbers only.
+
+    Adds ``drop_bits`` random bits below the new last place and cuts. A carry into the exponent is right:
+    the next number up is the next power of two. NaN and infinity pass unchanged.
+
+    Args:
+        x: FP32.
+        drop_bits: 13 for FP16, 16 for BF16, 20 for E4M3, 21 for E5M2.
+        bits: int32 random patterns of x's shape.
+
+    Returns:
+        FP32 whose low ``drop_bits`` bits are zero.
+    """
+    mask = (1 << drop_bits) - 1
+    rounded = ((x.view(torch.int32) + (bits & mask)) & ~mask).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x)
+
+
+def round_stochastic(x: Tensor, mantissa_bits: int, min_exponent: int, bits: Tensor) -> Tensor:
+    """Stochastically round FP32 to a format with subnormals.
+
+    Args:
+        x: FP32, within the format's range.
+        mantissa_bits: of the format: 10 for FP16, 7 for BF16, 3 for E4M3, 2 for E5M2.
+        min_exponent: of its smallest normal number: -14 for FP16, E5M2; -6 for E4M3; -126 for BF16.
+        bits: int32 random patterns of x's shape.
+
+    Returns:
+        FP32 values that the format holds exactly.
+    """
+    normal = round_mantissa(x, 23 - mantissa_bits, bits)
+    if min_exponent <= -126:
+        return normal
+    # Below the smallest normal number the spacing is constant: x / spacing, up with the fraction's
+    # probability.
+    spacing = 2.0 ** (min_exponent - mantissa_bits)
+    uniform = (bits & 0xFFFFFF).float() * 2.0**-24
+    subnormal = (x / spacing + uniform).floor() * spacing
+    return torch.where(x.abs() < 2.0**min_exponent, subnormal, normal)
+
+
+def cast_stochastic(x: Tensor, fmt: Format, scale: Tensor, bits: Tensor) -> Tensor:
+    """As :func:`fp8train.numerics.cast.cast`, rounding stochastically. ``bits``: int32 of x's shape."""
+    scaled = (x.float() * scale).clamp(-fmt.max, fmt.max)
+    rounded = round_stochastic(scaled, fmt.mantissa_bits, 1 - fmt.bias, bits)
+    return rounded.clamp(-fmt.max, fmt.max).to(fmt.dtype)
