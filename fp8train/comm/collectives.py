@@ -1,7 +1,8 @@
 """Collectives that count what they put on the wire.
 
-Bytes are per rank and direction, for the ring algorithms that NCCL and gloo use for large messages: an
-all-reduce of n bytes over N ranks sends ``2·n·(N-1)/N``.
+Bytes are per rank and direction. An all-reduce of n bytes over N ranks sends ``2·n·(N-1)/N`` (the ring
+algorithms that NCCL and gloo use for large messages), an all-to-all and an all-gather that end in n bytes
+send ``n·(N-1)/N``: a rank keeps its own part.
 """
 
 from __future__ import annotations
@@ -48,6 +49,41 @@ class CountedGroup:
         self.sent[f"all_reduce/{purpose}"] += 2 * tensor.nbytes * (self.size - 1) // self.size
         work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
         return work.wait
+
+    def all_to_all(self, output: Tensor, tensor: Tensor, *, purpose: str) -> Callable[[], None]:
+        """Start an all-to-all: row r of ``tensor`` goes to rank r, row r of ``output`` comes from it.
+
+        Args:
+            output: uint8 [N, n], contiguous; holds the result once the wait returned.
+            tensor: uint8 [N, n], contiguous; must not be touched before.
+            purpose: name in the byte counters.
+
+        Returns:
+            A function that waits for the result.
+        """
+        if self.group is None or self.size == 1:
+            output.copy_(tensor)
+            return lambda: None
+        self.sent[f"all_to_all/{purpose}"] += tensor.nbytes * (self.size - 1) // self.size
+        return dist.all_to_all_single(output, tensor, group=self.group, async_op=True).wait
+
+    def all_gather(self, output: Tensor, tensor: Tensor, *, purpose: str) -> Callable[[], None]:
+        """Start an all-gather: every rank gets all ranks' ``tensor``, in rank order.
+
+        Args:
+            output: [N, ..], contiguous; holds the result once the wait returned.
+            tensor: [..] of a row of ``output``, contiguous; must not be touched before.
+            purpose: name in the byte counters.
+
+        Returns:
+            A function that waits for the result.
+        """
+        if self.group is None or self.size == 1:
+            output.copy_(tensor[None])
+            return lambda: None
+        self.sent[f"all_gather/{purpose}"] += tensor.nbytes * (self.size - 1)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+        return gather(output.view(-1), tensor.view(-1), group=self.group, async_op=True).wait
 
     def barrier(self) -> None:
         """Wait for every rank."""

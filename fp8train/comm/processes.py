@@ -100,6 +100,24 @@ def processes(device_setting: str, *, timeout_s: float = 600.0) -> Iterator[Proc
         dist.destroy_process_group()
 
 
+def two_levels(group: CountedGroup, node_size: int) -> tuple[CountedGroup, CountedGroup]:
+    """Split a group into nodes of ``node_size`` consecutive ranks.
+
+    Collective over all ranks of the job.
+
+    Returns:
+        (the ranks of this node, the ranks of all nodes with this one's place in its node).
+    """
+    assert group.group is not None
+    assert group.size % node_size == 0
+    ranks = dist.get_process_group_ranks(group.group)
+    nodes = [ranks[start : start + node_size] for start in range(0, len(ranks), node_size)]
+    across = [list(place) for place in zip(*nodes, strict=True)]
+    local, _ = dist.new_subgroups_by_enumeration(nodes)
+    cross, _ = dist.new_subgroups_by_enumeration(across)
+    return CountedGroup(local), CountedGroup(cross)
+
+
 def joined_processes(device: torch.device) -> Processes:
     """The layout inside an already initialised default process group."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))

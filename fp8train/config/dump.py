@@ -33,13 +33,16 @@ _Representer.add_representer(list, _represent_list)
 def effective(config: Config) -> dict[str, Any]:
     """``config`` as nested plain values, without what has no effect.
 
-    Where FP8 GEMMs are off, how they would be quantised is left out: it has no effect, and a file that sets
-    it is refused as contradictory. Loading fills the same presets again.
+    How FP8 GEMMs and FP8 gradients would be done is left out where they are off: it has no effect, and a file
+    that sets it is refused as contradictory. Loading fills the same presets again.
     """
     plain = to_plain(config)
+    precision = plain["precision"]
     if not config.precision.gemm.fp8:
-        del plain["precision"]["recipe"]
-        plain["precision"]["gemm"] = {"fp8": False}
+        del precision["recipe"], precision["profile"], precision["state"], precision["weights"]
+        precision["gemm"] = {"fp8": False}
+    if config.precision.gradient.format == "high_precision":
+        del precision["gradient"]["fp8"]
     return plain
 
 

@@ -14,8 +14,7 @@ from fp8train.config.scalars import needs_quotes
 def explain(resolved: ResolvedConfig) -> str:
     """A table of ``key  value  origin``, one line per value, grouped by section. Plain text, no colour.
 
-    Settings without effect (how FP8 operands would be quantised, while FP8 GEMMs are off) are replaced by one
-    line.
+    Settings without effect (how FP8 would be done, while it is off) are replaced by one line.
     """
     plain = effective(resolved.config)
     rows = [
@@ -33,7 +32,9 @@ def explain(resolved: ResolvedConfig) -> str:
         lines.append(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
     if len(rows) < len(resolved.origins):
         hidden = len(resolved.origins) - len(rows)
-        lines += ["", f"# {hidden} settings of FP8 GEMMs are not shown: precision.gemm.fp8 is false"]
+        gemm = resolved.config.precision.gemm.fp8
+        why = "precision.gradient.format is high_precision" if gemm else "precision.gemm.fp8 is false"
+        lines += ["", f"# {hidden} settings without effect are not shown: {why}"]
     return "\n".join(lines) + "\n"
 
 

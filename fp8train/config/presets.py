@@ -1,4 +1,4 @@
-"""Values that one key chooses for others: ``model.family``, ``precision.level``, ``precision.recipe``.
+"""Values that one key chooses for others: ``model.family``, ``precision.level``, ``.recipe``, ``.profile``.
 
 A preset is data, not code: a table from a choice to the dotted keys it fills. :data:`PRESETS` lists the
 tables in the order in which they are laid over each other (the later wins), and whatever a person writes wins
@@ -58,13 +58,53 @@ _FAMILIES: dict[str, Values] = {
     },
 }
 
+_HIGH_PRECISION_GRADIENTS: Values = {
+    "precision.gradient.accumulate": "fp32",
+    "precision.gradient.reduce": "fp32",
+}
+_FP8_GRADIENTS: Values = {
+    "precision.gradient.fp8.accumulate": "bf16",
+    "precision.gradient.fp8.reduce": "exchange",
+    "precision.gradient.fp8.block": 128,
+}
+
+
+def _states(master: str, exp_avg: str, exp_avg_sq: str) -> Values:
+    """Formats of the three states; a master in 16 bits is rounded stochastically."""
+    formats = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    rounding = "stochastic" if master == "fp16_scaled" else "nearest"
+    return {f"precision.state.{role}.format": name for role, name in formats.items()} | {
+        "precision.state.master.rounding": rounding
+    }
+
+
 _LEVELS: dict[str, Values] = {
     "O0": {
         "precision.gemm.fp8": False,
-        "precision.gradient.accumulate": "fp32",
-        "precision.gradient.reduce": "fp32",
+        "precision.gradient.format": "high_precision",
+        "precision.weights": "compute",
+        **_HIGH_PRECISION_GRADIENTS,
+        **_FP8_GRADIENTS,
+        **_states("fp32", "fp32", "fp32"),
+    },
+    "O1": {
+        "precision.gemm.fp8": True,
+        "precision.gradient.format": "e4m3",
+        "precision.weights": "fp8",
+        **_HIGH_PRECISION_GRADIENTS,
+        **_FP8_GRADIENTS,
+        **_states("fp16_scaled", "fp32", "fp32"),
+    },
+    "O2": {
+        "precision.gemm.fp8": True,
+        "precision.gradient.format": "e4m3",
+        "precision.weights": "fp8",
+        **_HIGH_PRECISION_GRADIENTS,
+        **_FP8_GRADIENTS,
+        **_states("fp16_scaled", "e4m3", "fp16_scaled"),
     },
 }
+"""FP8-LM's levels in our defaults; each adds to the one before (FP8-LM section 2; names from MS-AMP)."""
 
 GEMM_OPERANDS: dict[str, str] = {
     "output.x": "e4m3",
@@ -99,10 +139,24 @@ _RECIPES: dict[str, Values] = {
     ),
 }
 
+_DELAYED_OPERANDS = ("output.x", "grad_input.grad_output", "grad_weight.grad_output", "grad_weight.x")
+_PROFILES: dict[str, Values] = {
+    "default": {},
+    # FP8-LM and its code, MS-AMP: windows of 16 for activations and output gradients, of 1 (current) for
+    # weights.
+    "paper": {
+        **{f"precision.gemm.{operand}.scale_source": "delayed" for operand in _DELAYED_OPERANDS},
+        "precision.gradient.fp8.reduce": "shared_scale",
+        **{f"precision.state.{role}.granularity": "tensor" for role in ("master", "exp_avg", "exp_avg_sq")},
+        "precision.state.master.rounding": "nearest",
+    },
+}
+
 PRESETS: tuple[PresetTable, ...] = (
     PresetTable("model.family", _FAMILIES),
     PresetTable("precision.level", _LEVELS, default="O0"),
     PresetTable("precision.recipe", _RECIPES, default="current"),
+    PresetTable("precision.profile", _PROFILES, default="default"),
 )
 """All tables, in the order in which they win: a later one overrides an earlier one, explicit values override
 all."""

@@ -70,7 +70,7 @@ def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> 
     for text in overrides:
         root = merge(root, parse_override(text, table))
     tree, problems = apply_presets(root)
-    problems += _fp8_off_but_set(tree)
+    problems += _fp8_off_but_set(tree) or _fp8_gradients_off_but_set(tree)
     config = _validate(tree, table, problems)
     raise_problems(problems, tree, sources)
     assert config is not None
@@ -97,14 +97,36 @@ def _fp8_off_but_set(tree: Node) -> list[Problem]:
     assert gemm is not None
     assert isinstance(gemm.value, dict)
     inert = [("precision", "recipe"), *(("precision", "gemm", key) for key in gemm.value if key != "fp8")]
+    profile = tree.find(("precision", "profile"))
+    if profile is not None and profile.value != "default":
+        inert.append(("precision", "profile"))
+    reason = "" if off.origin.explicit else f" ({off.origin})"
+    message = (
+        f"is set but FP8 GEMMs are off: precision.gemm.fp8 is false{reason}; "
+        "write precision.gemm.fp8: true, or remove the setting (null takes back what a base file set)"
+    )
+    return _first_set(tree, inert, message, "precision.gemm.fp8")
+
+
+def _fp8_gradients_off_but_set(tree: Node) -> list[Problem]:
+    """Likewise for how FP8 gradients are reduced while gradients are stored in high precision."""
+    stored = tree.find(("precision", "gradient", "format"))
+    if stored is None or stored.value != "high_precision":
+        return []
+    reason = "" if stored.origin.explicit else f" ({stored.origin})"
+    message = (
+        f"is set but gradients are stored in high precision: precision.gradient.format is "
+        f"high_precision{reason}; write precision.gradient.format: e4m3, or remove the setting "
+        "(null takes back what a base file set)"
+    )
+    return _first_set(tree, [("precision", "gradient", "fp8")], message, "precision.gradient.format")
+
+
+def _first_set(tree: Node, inert: list[tuple[str, ...]], message: str, switch: str) -> list[Problem]:
+    """The first of the ``inert`` paths that a person wrote, as a problem; ``switch`` is what turns it off."""
     for path in inert:
         if tree.explicit(path):
-            reason = "" if off.origin.explicit else f" ({off.origin})"
-            message = (
-                f"is set but FP8 GEMMs are off: precision.gemm.fp8 is false{reason}; "
-                "write precision.gemm.fp8: true, or remove the setting (null takes back what a base file set)"
-            )
-            return [Problem(_first_explicit_leaf(tree, path), message, ("precision.gemm.fp8",))]
+            return [Problem(_first_explicit_leaf(tree, path), message, (switch,))]
     return []
 
 

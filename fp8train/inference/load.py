@@ -1,7 +1,8 @@
 """A trained model and its tokenizer from a checkpoint, in the numerics it was trained with.
 
-Weights are the checkpoint's master weights rounded to the compute dtype, which is what training computes
-with. A model trained with FP8 GEMMs generates with FP8 GEMMs.
+Weights are the checkpoint's master weights rounded to the compute dtype, or cast to FP8 where training keeps
+only that: what training computes with. A model trained with FP8 GEMMs generates with FP8 GEMMs, and with the
+delayed scales it was trained with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.schema import Config
 from fp8train.data.tokenizer import Tokenizer, load_tokenizer
 from fp8train.inference.errors import InferenceError
-from fp8train.models.build import BuiltModel, build_model
+from fp8train.models.build import BuiltModel, build_model, make_scale_state
+from fp8train.optim.from_config import state_format
+from fp8train.optim.master_weights import MasterWeights
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 """Names under which training leaves the tokenizer in the run directory."""
@@ -100,7 +103,7 @@ def load_trained(path: Path, *, device: torch.device) -> TrainedModel:
         built = build_model(config.model_copy(update={"train": train}), vocab_size=vocab_size, device=device)
     except ValueError as error:  # the device cannot multiply in FP8
         raise InferenceError(f"{checkpoint}: {error}") from None
-    step = _fill(built, checkpoint)
+    step = _fill(built, config, checkpoint)
     built.model.requires_grad_(False)
     return TrainedModel(built, tokenizer, config, checkpoint, step)
 
@@ -135,14 +138,19 @@ def _tokenizer_file(checkpoint: Path, meta: dict[str, Any]) -> Path:
 
 
 @torch.no_grad()
-def _fill(built: BuiltModel, checkpoint: Path) -> int:
-    """Write the master weights into the model, rounded to its compute dtype; returns the step."""
-    wide = torch.promote_types(built.model.dtype, torch.float32)
-    masters = {
-        f"master/{fqn}": torch.empty(parameter.shape, dtype=wide)
-        for fqn, parameter in built.model.named_parameters()
-    }
-    loaded = load_checkpoint(checkpoint, masters, group=None, verify="size", allow_unexpected=True)
-    for fqn, parameter in built.model.named_parameters():
-        parameter.copy_(masters[f"master/{fqn}"])
+def _fill(built: BuiltModel, config: Config, checkpoint: Path) -> int:
+    """Write the master weights into the model, rounded to its compute dtype or cast to FP8; returns the
+    step."""
+    parameters = dict(built.model.named_parameters())
+    masters = MasterWeights(parameters, built.model.specs, state_format(config.precision.state.master))
+    device = next(iter(parameters.values())).device
+    scales = make_scale_state(built.model, device)  # before any weight is written
+    tensors = masters.state_tensors() | ({} if scales is None else scales.state_tensors())
+    loaded = load_checkpoint(checkpoint, tensors, group=None, verify="size", allow_unexpected=True)
+    for fqn, parameter in parameters.items():
+        target = built.weight_targets.get(fqn)
+        if target is None:
+            parameter.copy_(masters.values(fqn))
+        else:
+            target.fill(masters.values(fqn).to(device))
     return loaded.step

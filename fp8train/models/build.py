@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fp8train.config.schema import Config, ModelConfig
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
+from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan
 from fp8train.models.param_spec import initial_value
+from fp8train.numerics.scale_state import ScaleState
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -25,11 +27,13 @@ class BuiltModel:
         model: on its device, parameters uninitialised.
         fp8: what is in FP8; None if nothing was asked to be.
         backend: the FP8 GEMM in use; None without FP8.
+        weight_targets: weights that exist in FP8 only, by FQN: what writes them.
     """
 
     model: Decoder
     fp8: PlanReport | None
     backend: GemmBackend | None
+    weight_targets: Mapping[str, ResidentFp8Weight] = field(default_factory=dict)
 
 
 def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -57,6 +61,7 @@ def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Bui
         activation_checkpointing=config.train.activation_checkpointing,
     )
     report = backend = None
+    targets: dict[str, ResidentFp8Weight] = {}
     if config.precision.gemm.fp8:
         backend = choose_gemm_backend(device, dtype)
         report = apply_fp8_plan(
@@ -64,10 +69,29 @@ def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Bui
         )
         in_plan = {f"{path}.weight" for path in report.converted}
         model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
+        if config.precision.weights == "fp8":
+            linears = model.linears()
+            targets = {f"{path}.weight": linears[path].hold_fp8_weight() for path in report.converted}
     if config.train.compile == "block":
         for block in model.layers.values():
             block.compile(fullgraph=True)
-    return BuiltModel(model, report, backend)
+    return BuiltModel(model, report, backend, targets)
+
+
+def make_scale_state(model: Decoder, device: torch.device) -> ScaleState | None:
+    """The state of all delayed scales, connected to the model's linears; None if there are none.
+
+    Call it before the first FP8 weight is written.
+    """
+    linears = model.linears().values()
+    slots = {name: spec for linear in linears for name, spec in linear.scale_slots().items()}
+    if not slots:
+        return None
+    state = ScaleState(slots, device)
+    for linear in linears:
+        if linear.scale_slots():
+            linear.use_scale_state(state)
+    return state
 
 
 @torch.no_grad()
@@ -75,13 +99,17 @@ def initialise(model: Decoder, seed: int, seed_master: Callable[[str, Tensor], N
     """Fill the parameters with their values at step 0.
 
     Args:
-        model: where to write; values are rounded to its compute dtype.
+        model: where to write; values are rounded to its compute dtype. Weights that exist in FP8 only are
+            left to
+            the optimizer.
         seed: ``run.seed``.
         seed_master: receives each (fqn, FP32 value) before rounding, so that master weights start from
             the true values.
     """
+    resident = {f"{path}.weight" for path, linear in model.linears().items() if linear.fp8_weight_is_resident}
     for fqn, parameter in model.named_parameters():
         value = initial_value(model.specs[fqn], seed)
-        parameter.copy_(value)
+        if fqn not in resident:
+            parameter.copy_(value)
         if seed_master is not None:
             seed_master(fqn, value)

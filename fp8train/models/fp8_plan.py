@@ -52,6 +52,10 @@ def quant_spec(config: QuantConfig) -> QuantSpec:
         config.scale_source,
         config.power_of_two,
         config.margin,
+        config.history,
+        config.reduce,
+        config.interval,
+        config.constant_exponent,
     )
 
 

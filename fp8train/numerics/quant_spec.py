@@ -6,6 +6,11 @@ own :class:`QuantSpec`, because a scale that varies along the dimension a GEMM c
 of the sum: a tensor scaled per row for the forward may need another scaling for the backward.
 :class:`LinearQuant` collects the six with what backward keeps, and refuses the combinations that no GPU
 multiplies (E5M2 x E5M2) or that make no sense (keeping *the same* payload under two different specs).
+
+A scale comes from one of three sources. ``current``: this very tensor's amax. ``delayed``: the amaxes of
+earlier optimizer steps (Micikevicius et al. 2022; FP8-LM appendix A.2), which lets a kernel cast without
+reading the tensor twice; :mod:`fp8train.numerics.scale_state` holds them. ``constant``: a power of two that
+never changes.
 """
 
 from __future__ import annotations
@@ -16,10 +21,13 @@ from typing import Literal
 from fp8train.numerics.formats import E4M3, E5M2, Format
 
 Granularity = Literal["tensor"]
-ScaleSource = Literal["current"]
+ScaleSource = Literal["current", "delayed", "constant"]
+Reduce = Literal["max", "most_recent"]
 Keep = Literal["same", "requantise", "second_copy", "bf16"]
 
 MAX_MARGIN = 8  # beyond, E4M3 would be left with values below 1.75
+MAX_HISTORY = 1024
+MAX_CONSTANT = 126  # both 2^k and 2^-k are normal FP32 numbers
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,17 @@ class QuantSpec:
     Attributes:
         format: FP8 format of the payload.
         granularity: what shares one scale.
-        scale_source: where the scale comes from; ``current`` is this tensor's own amax.
+        scale_source: where the scale comes from: ``current`` is this tensor's own amax, ``delayed`` the
+            amaxes of earlier steps, ``constant`` a fixed number.
         power_of_two: scales are powers of two, rounded down so that amax never saturates.
         margin: powers of two left free between the scaled amax and the format's maximum, 0 to 8.
+        history: delayed only: steps whose amax is remembered, 1 to 1024.
+        reduce: delayed only: the amax that counts is the ``max`` over the history or its ``most_recent``.
+        interval: delayed only: the scale is computed anew every so many steps, at least 1.
+        constant_exponent: constant only, and required there: the scale is ``2^constant_exponent``.
 
     Raises:
-        ValueError: ``margin`` is outside 0 to 8.
+        ValueError: a number is out of range, or a setting is given that the scale source does not use.
     """
 
     format: Format
@@ -42,17 +55,70 @@ class QuantSpec:
     scale_source: ScaleSource = "current"
     power_of_two: bool = True
     margin: int = 0
+    history: int = 16
+    reduce: Reduce = "max"
+    interval: int = 1
+    constant_exponent: int | None = None
 
     def __post_init__(self) -> None:
+        if self.scale_source not in ("current", "delayed", "constant"):
+            raise ValueError(f"scale_source: {self.scale_source!r}; legal: current, delayed, constant")
         if not 0 <= self.margin <= MAX_MARGIN:
             raise ValueError(f"margin: {self.margin} powers of two; legal: 0 to {MAX_MARGIN}")
+        self._check_delayed()
+        self._check_constant()
+
+    def _check_delayed(self) -> None:
+        if not 1 <= self.history <= MAX_HISTORY:
+            raise ValueError(f"history: {self.history} steps; legal: 1 to {MAX_HISTORY}")
+        if self.reduce not in ("max", "most_recent"):
+            raise ValueError(f"reduce: {self.reduce!r}; legal: max, most_recent")
+        if self.interval < 1:
+            raise ValueError(f"interval: {self.interval} steps; legal: 1 or more")
+        if self.scale_source != "delayed":
+            for key, default in (("history", 16), ("reduce", "max"), ("interval", 1)):
+                if (value := getattr(self, key)) != default:
+                    raise ValueError(
+                        f"{key}: {value} has no effect with scale_source: {self.scale_source}; "
+                        f"leave it at {default} or set scale_source: delayed"
+                    )
+
+    def _check_constant(self) -> None:
+        k = self.constant_exponent
+        if self.scale_source != "constant":
+            if k is not None:
+                raise ValueError(
+                    f"constant_exponent: {k} has no effect with scale_source: {self.scale_source}; "
+                    "remove it or set scale_source: constant"
+                )
+            return
+        if k is None:
+            raise ValueError(
+                "scale_source: constant needs constant_exponent; the scale is 2^constant_exponent"
+            )
+        if not -MAX_CONSTANT <= k <= MAX_CONSTANT:
+            raise ValueError(f"constant_exponent: {k}; legal: -{MAX_CONSTANT} to {MAX_CONSTANT}")
+        if not self.power_of_two:
+            raise ValueError("power_of_two: false has no effect with scale_source: constant; remove it")
+        if self.margin:
+            raise ValueError(
+                f"margin: {self.margin} has no effect with scale_source: constant; "
+                "lower constant_exponent instead"
+            )
 
     def __str__(self) -> str:
-        source = {"current": "cur"}[self.scale_source]
         scale = "pow2" if self.power_of_two else "fp32"
-        return f"{self.format.name}:{source}/{self.granularity}/{scale}" + (
+        return f"{self.format.name}:{self._source()}/{self.granularity}/{scale}" + (
             f"-{self.margin}" if self.margin else ""
         )
+
+    def _source(self) -> str:
+        if self.scale_source == "current":
+            return "cur"
+        if self.scale_source == "constant":
+            return f"constant2^{self.constant_exponent}"
+        reduce = {"max": "max", "most_recent": "recent"}[self.reduce]
+        return f"delayed{self.history}{reduce}" + (f"@{self.interval}" if self.interval > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -107,6 +173,21 @@ class LinearQuant:
             raise ValueError(
                 f"{where} has no effect: output.{operand} and {backward_use} are both {forward}; use same"
             )
+
+    def casts(self) -> dict[str, QuantSpec]:
+        """``{use: spec}`` of the uses that are cast on their own; one that shares a payload is not listed."""
+        casts = {
+            "output.x": self.output_x,
+            "output.w": self.output_w,
+            "grad_input.grad_output": self.grad_input_grad_output,
+        }
+        if self.keep_x != "same":
+            casts["grad_weight.x"] = self.grad_weight_x
+        if self.keep_w != "same":
+            casts["grad_input.w"] = self.grad_input_w
+        if self.grad_weight_grad_output != self.grad_input_grad_output:
+            casts["grad_weight.grad_output"] = self.grad_weight_grad_output
+        return casts
 
     def __str__(self) -> str:
         parts = [f"x={self.output_x}", f"w={self.output_w}", f"grad_output={self.grad_input_grad_output}"]

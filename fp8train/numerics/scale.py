@@ -9,7 +9,8 @@ arithmetic on the FP32 bits, the same on every device, no logarithm.
 Edge cases, the same everywhere: amax 0 gives scale 1; a tiny or subnormal amax is clamped so that ``scale``
 stays within ``2^±126`` and its inverse is a normal number; a NaN or infinite amax gives scale 1, and
 ``scale_inv`` becomes NaN, so the non-finite source makes the product non-finite as it would in BF16 (a
-saturating cast hides infinities otherwise).
+saturating cast hides infinities otherwise). That last rule holds for constant and delayed scales too, which
+is why their casts need the amax of the tensor at hand.
 """
 
 from __future__ import annotations
@@ -47,12 +48,19 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def scale_from_amax(amax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def inverse_power_of_two(scale: Tensor) -> Tensor:
+    """``1 / scale`` of FP32 powers of two in [2^-126, 2^126], by negating the exponent: exact everywhere."""
+    return ((2 * 127 << 23) - scale.view(torch.int32)).view(torch.float32)
+
+
+def scale_from_amax(amax: Tensor, spec: QuantSpec, *, delayed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The scale for a tensor whose largest magnitude is ``amax``, and its inverse.
 
     Args:
         amax: FP32, any shape; NaN and infinity allowed.
-        spec: format, power-of-two choice and margin.
+        spec: format, power-of-two choice and margin; or a constant scale.
+        delayed: FP32 scale from earlier steps, broadcastable, that replaces the tensor's own; 0 where there
+            is none yet.
 
     Returns:
         (scale, scale_inv), FP32 of amax's shape. ``scale`` is always finite and positive; ``scale_inv`` is
@@ -60,14 +68,25 @@ def scale_from_amax(amax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """
     amax = amax.float()
     finite = torch.isfinite(amax)
-    safe = torch.where(finite, amax, torch.zeros_like(amax))
-    if spec.power_of_two:
-        k = exponent_from_amax(safe, max_exponent=spec.format.max_exponent, margin=spec.margin)
-        scale, scale_inv = power_of_two(k), power_of_two(-k)
+    if spec.constant_exponent is not None:
+        scale = torch.full_like(amax, 2.0**spec.constant_exponent)
+        scale_inv = torch.full_like(amax, 2.0**-spec.constant_exponent)
     else:
-        limit = 2.0**MAX_EXPONENT
-        # Tensor by tensor: a Python number divided by a tensor is a reciprocal and a product, rounded twice.
-        ratio = torch.full_like(safe, spec.format.max * 2.0**-spec.margin) / safe
-        scale = torch.where(safe == 0, torch.ones_like(safe), ratio.clamp(1.0 / limit, limit))
-        scale_inv = scale.reciprocal()
+        scale, scale_inv = _own_scale(torch.where(finite, amax, torch.zeros_like(amax)), spec)
+    if delayed is not None:
+        inverse = inverse_power_of_two(delayed) if spec.power_of_two else delayed.reciprocal()
+        known = delayed > 0
+        scale, scale_inv = torch.where(known, delayed, scale), torch.where(known, inverse, scale_inv)
     return scale, torch.where(finite, scale_inv, torch.full_like(scale_inv, torch.nan))
+
+
+def _own_scale(amax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(scale, scale_inv) from a finite amax."""
+    if spec.power_of_two:
+        k = exponent_from_amax(amax, max_exponent=spec.format.max_exponent, margin=spec.margin)
+        return power_of_two(k), power_of_two(-k)
+    limit = 2.0**MAX_EXPONENT
+    # Tensor by tensor: a Python number divided by a tensor is a reciprocal and a product, rounded twice.
+    ratio = torch.full_like(amax, spec.format.max * 2.0**-spec.margin) / amax
+    scale = torch.where(amax == 0, torch.ones_like(amax), ratio.clamp(1.0 / limit, limit))
+    return scale, scale.reciprocal()

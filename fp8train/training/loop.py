@@ -66,7 +66,12 @@ class TrainingLoop:
     def resume(self, path: Path) -> None:
         """Continue from a verified checkpoint. Raises ``ConfigError`` if it belongs to another architecture
         or data."""
-        _check_same_model(read_meta(path)["config"], to_plain(self.config), path)
+        meta = read_meta(path)
+        _check_same_model(meta["config"], to_plain(self.config), path)
+        try:
+            self.trainer.check_meta(meta["trainer"])
+        except ValueError as error:
+            raise ConfigError(f"checkpoint {path}: {error}") from None
         loaded = load_checkpoint(
             path, self.trainer.state_tensors(), group=self.processes.control, verify="size"
         )
@@ -74,6 +79,8 @@ class TrainingLoop:
         self.trainer.restored(loaded.meta["trainer"])
         if loaded.rank_state is not None:
             restore_rng(loaded.rank_state, self.processes.device)
+            for name, tensor in self.trainer.rank_tensors().items():
+                tensor.copy_(loaded.rank_state[name])
         else:
             self.reporter.say(
                 f"checkpoint was saved by {loaded.world_size} ranks: random states start anew "
@@ -180,7 +187,7 @@ class TrainingLoop:
                 done,
                 self.trainer.state_tensors(),
                 meta=meta,
-                rank_state=capture_rng(self.processes.device),
+                rank_state=capture_rng(self.processes.device) | self.trainer.rank_tensors(),
                 group=self.processes.control,
                 keep_last=self.config.checkpoint.keep_last,
             )

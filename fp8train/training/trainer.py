@@ -9,22 +9,23 @@ same one).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
+from fp8train.config.world import accumulation_steps
 from fp8train.layers.loss import IGNORE
-from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, initialise
+from fp8train.models.build import BuiltModel, build_model, initialise, make_scale_state
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.optim.adamw import AdamW, AdamWSettings
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradient_store import GradientStore
-
-_GRADIENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from fp8train.training.precision import all_reduce_max, make_gradient_plan, make_run_optimizer
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class Trainer:
 
     Attributes:
         built: the model and its FP8 plan.
+        gradients: how gradients are stored and reduced, and the scale state of that.
         store: gradients.
         optimizer: master weights and moments.
+        scales: state of delayed scales; None if there are none.
         updates: optimizer steps applied (skipped ones do not count).
         recorder: FP8 cast statistics; None without FP8 or with statistics off.
     """
@@ -80,23 +83,14 @@ class Trainer:
         self.built: BuiltModel = build_model(config, vocab_size=vocab_size, device=processes.device)
         self.model = self.built.model
         self.updates = 0
-        gradient = config.precision.gradient
-        fp64 = COMPUTE_DTYPES[config.precision.compute] == torch.float64
-        self.store = GradientStore(
-            self.model,
-            accumulate=torch.float64 if fp64 else _GRADIENT_DTYPES[gradient.accumulate],
-            reduce=torch.float64 if fp64 else _GRADIENT_DTYPES[gradient.reduce],
-            bucket_bytes=gradient.bucket_mib * 2**20,
-            group=processes.dp,
-        )
-        o = config.optimizer
-        self.optimizer = AdamW(
-            dict(self.model.named_parameters()),
-            self.model.specs,
-            AdamWSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay),
-        )
-        initialise(self.model, config.run.seed, self.optimizer.seed_master)
+        contributions = accumulation_steps(config, processes.dp.size)
+        self.gradients = make_gradient_plan(config, processes, self.built, contributions=contributions)
+        self.store = GradientStore(self.model, self.gradients)
+        self.optimizer = make_run_optimizer(config, self.built)
+        self.scales = make_scale_state(self.model, processes.device)
         self.recorder = self._attach_recorder()
+        initialise(self.model, config.run.seed, self.optimizer.seed_master)
+        self.optimizer.publish()
 
     def _attach_recorder(self) -> CastRecorder | None:
         if self.built.fp8 is None or self.config.logging.cast_statistics_interval == 0:
@@ -119,26 +113,46 @@ class Trainer:
         inputs, targets = inputs_and_targets(micro_batches, self.ignore_after)
         inputs, targets = (t.to(self.processes.device, non_blocking=True) for t in (inputs, targets))
         num_tokens = self._global_token_count(targets)
-        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        self.store.begin_step(len(inputs))
-        for x, y in zip(inputs, targets, strict=True):
-            loss_sum = self.model(x, y)
-            (loss_sum / num_tokens).backward()
-            total += loss_sum.detach()
+        if self.gradients.needs_calibration:
+            with self.gradients.calibration():
+                self._accumulate(inputs, targets, num_tokens)
+        with nullcontext() if self.scales is None else self.scales.recording():
+            total = self._accumulate(inputs, targets, num_tokens)
         self.processes.dp.all_reduce(total, purpose="loss")()
-        self.store.finish()
         norm = self.store.global_norm()
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         applied = bool(torch.isfinite(norm))  # the one host sync of a step
+        self._move_scales(applied)  # first: new weights are cast with the next step's scales
         if applied:
             self.updates += 1
             self.optimizer.step(
-                self.store.grad,
+                self.store.reader,
                 step=self.updates,
                 lr_factor=factor,
                 grad_multiplier=clip_multiplier(norm, self.config.optimizer.clip_grad_norm),
             )
         return StepResult(total / num_tokens, float(norm), self.config.optimizer.lr * factor, applied)
+
+    def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | int) -> Tensor:
+        """Forward and backward of all micro-batches into the store, reduced. Returns this rank's summed loss,
+        an FP64 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        self.store.begin_step(len(inputs))
+        self.gradients.begin_step()
+        for x, y in zip(inputs, targets, strict=True):
+            loss_sum = self.model(x, y)
+            (loss_sum / num_tokens).backward()
+            total += loss_sum.detach()
+        self.store.finish()
+        self.gradients.end_step()
+        return total
+
+    def _move_scales(self, applied: bool) -> None:
+        """The only moment at which scale state changes, and only if the optimizer step is applied."""
+        if applied:
+            self.gradients.commit()
+        if self.scales is not None:
+            self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
 
     def _global_token_count(self, targets: Tensor) -> Tensor | int:
         """Target tokens of the whole global batch; known without communication unless some are left out."""
@@ -149,15 +163,34 @@ class Trainer:
         return count.clamp(min=1)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of a checkpoint: master weights and moments. The model's own weights are their
-        rounding."""
-        return self.optimizer.state_tensors()
+        """Every tensor of a checkpoint: master weights, moments and scale state. The model's own weights are
+        the masters' rounding."""
+        scales = {} if self.scales is None else self.scales.state_tensors()
+        return self.optimizer.state_tensors() | self.gradients.state_tensors() | scales
 
-    def state_meta(self) -> dict[str, int]:
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint that belong to this rank alone; usually none."""
+        return self.gradients.rank_tensors()
+
+    def state_meta(self) -> dict[str, Any]:
         """Host state of a checkpoint."""
-        return {"updates": self.updates}
+        return {"updates": self.updates, **self.optimizer.state_meta(), **self.gradients.state_meta()}
 
-    def restored(self, meta: dict[str, int]) -> None:
+    def check_meta(self, meta: dict[str, Any]) -> None:
+        """Whether a checkpoint with this host state fits.
+
+        Raises:
+            ValueError: other state formats, or another reduction with a state of its own.
+        """
+        self.optimizer.load_state_meta(meta)
+        self.gradients.check_meta(meta)
+
+    def restored(self, meta: dict[str, Any]) -> None:
         """Finish loading after :meth:`state_tensors` were filled in place."""
         self.updates = meta["updates"]
+        self.gradients.restored()
         self.optimizer.publish()
+
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes this rank has sent since the start, by collective and purpose."""
+        return dict(self.gradients.sent_bytes())

@@ -237,7 +237,7 @@ VALUE_CASES = {
     ),
     "level": (
         MINIMAL + "precision: {level: O7}\n",
-        "run.yaml:15: precision.level: expected O0; got 'O7'; did you mean O0?",
+        "run.yaml:15: precision.level: expected one of: O0, O1, O2; got 'O7'; did you mean O2?",
     ),
     "section_is_scalar": (
         MINIMAL + "schedule: cosine\n",

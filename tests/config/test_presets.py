@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fp8train.config.errors import ConfigError
 from fp8train.config.presets import PRESETS, filled_keys
 from fp8train.config.resolve import resolve_mapping
 from tests.config.examples import minimal
@@ -133,7 +134,102 @@ def test_explicit_wins_over_recipe_over_level(case: int) -> None:
 
 def test_later_tables_win() -> None:
     """Level, recipe: the order documented for settings; a key filled by both would come from the recipe."""
-    assert [table.key for table in PRESETS] == ["model.family", "precision.level", "precision.recipe"]
+    keys = ["model.family", "precision.level", "precision.recipe", "precision.profile"]
+    assert [table.key for table in PRESETS] == keys
+
+
+LEVELS = {
+    # FP8 GEMMs, gradients, master, first and second moment, weights between steps (FP8-LM, section 2)
+    "O0": (False, "high_precision", "fp32", "fp32", "fp32", "compute"),
+    "O1": (True, "e4m3", "fp16_scaled", "fp32", "fp32", "fp8"),
+    "O2": (True, "e4m3", "fp16_scaled", "e4m3", "fp16_scaled", "fp8"),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_level(level: str) -> None:
+    precision = resolve_mapping(merged(precision={"level": level})).config.precision
+    state = precision.state
+    filled = (
+        precision.gemm.fp8,
+        precision.gradient.format,
+        state.master.format,
+        state.exp_avg.format,
+        state.exp_avg_sq.format,
+        precision.weights,
+    )
+    assert filled == LEVELS[level]
+    fp8 = precision.gradient.fp8
+    assert (fp8.accumulate, fp8.reduce, fp8.block) == ("bf16", "exchange", 128)
+    assert state.master.rounding == ("nearest" if level == "O0" else "stochastic")
+
+
+def test_the_paper_profile_is_the_paper() -> None:
+    """FP8-LM A.2 and MS-AMP: windows of 16 for activations and output gradients, of 1 for weights; one
+    scale per tensor; a shared-scale reduction; masters rounded to nearest."""
+    precision = resolve_mapping(merged(precision={"level": "O2", "profile": "paper"})).config.precision
+    gemm = precision.gemm
+    for delayed in (gemm.output.x, gemm.grad_input.grad_output, gemm.grad_weight.grad_output):
+        assert (delayed.scale_source, delayed.history, delayed.reduce) == ("delayed", 16, "max")
+    assert gemm.grad_weight.x == gemm.output.x
+    assert gemm.output.w.scale_source == gemm.grad_input.w.scale_source == "current"
+    assert precision.gradient.fp8.reduce == "shared_scale"
+    state = precision.state
+    assert {state.master.granularity, state.exp_avg.granularity, state.exp_avg_sq.granularity} == {"tensor"}
+    assert state.master.rounding == "nearest"
+    # Explicit settings win over the profile.
+    changed = {"level": "O2", "profile": "paper", "gradient": {"fp8": {"reduce": "exchange"}}}
+    assert resolve_mapping(merged(precision=changed)).config.precision.gradient.fp8.reduce == "exchange"
+
+
+REFUSED = {
+    "gradients need FP8 GEMMs": (
+        {"level": "O1", "gemm": {"fp8": False}},
+        "gradient.format applies to the linears that multiply in FP8, but gemm.fp8 is false",
+    ),
+    "states need FP8 GEMMs": (
+        {"state": {"exp_avg": {"format": "e4m3"}}},
+        "state applies to the linears that multiply in FP8, but gemm.fp8 is false",
+    ),
+    "reduction without FP8 gradients": (
+        {"gemm": {"fp8": True}, "gradient": {"fp8": {"reduce": "exact"}}},
+        "is set but gradients are stored in high precision: precision.gradient.format is high_precision",
+    ),
+    "profile without FP8": ({"profile": "paper"}, "is set but FP8 GEMMs are off"),
+    "mu of another reduction": (
+        {"level": "O2", "gradient": {"fp8": {"mu_window": 5}}},
+        "mu_window belongs to reduce: shared_scale, but reduce is exchange",
+    ),
+    "nodes of another reduction": (
+        {"level": "O2", "gradient": {"fp8": {"reduce": "exact", "node_size": 2}}},
+        "node_size belongs to reduce: exchange, but reduce is exact",
+    ),
+    "FP8 accumulation by default": (
+        {"level": "O2", "gradient": {"fp8": {"accumulate": "fp8"}}},
+        "write accumulate: bf16",
+    ),
+    "history of a current scale": (
+        {"level": "O1", "gemm": {"output": {"x": {"history": 4}}}},
+        "history belongs to scale_source: delayed, but scale_source is current",
+    ),
+    "constant without a constant": (
+        {"level": "O1", "gemm": {"output": {"x": {"scale_source": "constant"}}}},
+        "scale_source: constant needs constant_exponent",
+    ),
+    "no source for BF16 weights": (
+        {"level": "O1", "gemm": {"keep_w": "bf16"}},
+        "keep_w: bf16 needs weights in the compute type",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_would_be_ignored_are_refused(case: str) -> None:
+    written, message = REFUSED[case]
+    with pytest.raises(ConfigError) as caught:
+        resolve_mapping(merged(precision=written))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 5
 
 
 def test_only_what_a_user_must_write_is_required() -> None:

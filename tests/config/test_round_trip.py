@@ -23,6 +23,10 @@ VARIANTS: dict[str, list[str]] = {
         "precision.gemm.keep_x=second_copy",
             "precision.gemm.exclude=[layers.0.*, lm_head]"],
     "fp8_recipe": ["precision.recipe=current", "precision.gemm={fp8: true, keep_x: bf16, min_dim: 64}"],
+    "O1": ["precision.level=O1"],
+    "O2_paper": ["precision.level=O2", "precision.profile=paper", "precision.gradient.fp8.accumulate=fp8"],
+    "O2_changed": ["precision.level=O2", "precision.state.exp_avg_sq={format: e4m3, sqrt: true}",
+                   "precision.gradient.fp8.node_size=2", "precision.weights=compute"],
     "off_words": ["train.compile=off", "logging.wandb.mode=off", 'run.name="010"', 'run.dir="no"',
                   "logging.wandb.entity=on"],
     "blend": ["data.prefix=null", "data.blend=[{prefix: 'a: b', weight: 1e-7}, {prefix: \"ü#\", weight: 3}]"],
@@ -42,7 +46,7 @@ def test_dump_loads_to_the_same_config(name: str, tmp_path: Path) -> None:
 
 
 def test_dump_is_complete_where_fp8_is_on(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, MINIMAL), ["precision.gemm.fp8=true"]).config
+    config = load_config(write(tmp_path, MINIMAL), ["precision.level=O2"]).config
     assert parse_text(dump_yaml(config), "x").plain() == json.loads(config.model_dump_json())
 
 
@@ -84,10 +88,12 @@ def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     assert rows["model.head_dim"] == ["16", "derived from model.hidden_size / model.num_heads"]
     assert "precision.gemm.output.x.format" not in rows
     assert "\x1b" not in text
-    assert text.splitlines()[-1] == "# 44 settings of FP8 GEMMs are not shown: precision.gemm.fp8 is false"
+    assert text.splitlines()[-1] == "# 95 settings without effect are not shown: precision.gemm.fp8 is false"
     fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]))
     assert "precision.gemm.grad_input.grad_output.format" in fp8
-    assert "not shown" not in fp8
+    assert "precision.gradient.fp8.block" not in fp8
+    assert fp8.splitlines()[-1].endswith("not shown: precision.gradient.format is high_precision")
+    assert "not shown" not in explain(load_config(path, ["precision.level=O1"]))
 
 
 def test_reference_lists_every_key_with_its_documentation() -> None:

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8train.kernels.gemm import choose_gemm_backend
-from fp8train.layers import linear as linear_module
+from fp8train.layers import fp8_linear, fp8_weight
+from fp8train.layers.fp8_operand import Operand, quantize_operand
 from fp8train.layers.linear import Alphas, Fp8Plan, Linear, SinkSlot
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.formats import E4M3, E5M2
@@ -355,11 +357,12 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Sources of every quantisation the layer makes."""
     sources: list[Tensor] = []
 
-    def counted(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    def counted(x: Tensor, *args: Any) -> Operand:
         sources.append(x)
-        return quantize(x, spec)
+        return quantize_operand(x, *args)
 
-    monkeypatch.setattr(linear_module, "quantize", counted)
+    for module in (fp8_linear, fp8_weight):
+        monkeypatch.setattr(module, "quantize_operand", counted)
     return sources
 
 
@@ -427,13 +430,13 @@ def test_each_operand_is_cast_as_often_as_needed(casts: list[Tensor]) -> None:
 
 def test_backward_multiplies_only_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
-    real = linear_module.fp8_gemm
+    real = fp8_linear.fp8_gemm
 
     def spy(*args: Tensor, fast_accumulation: bool = False, **options: object) -> Tensor:
         calls.append(fast_accumulation)
         return real(*args, fast_accumulation=fast_accumulation, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(linear_module, "fp8_gemm", spy)
+    monkeypatch.setattr(fp8_linear, "fp8_gemm", spy)
     every_spec_equal = LinearQuant(
         grad_input_grad_output=E4, grad_weight_grad_output=E4, fast_accumulation=True
     )

@@ -9,9 +9,12 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.layers.linear import Fp8Plan, Linear, SinkSlot
+from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.grad_sink import register_sink
-from fp8train.numerics.quant_spec import LinearQuant
+from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
+from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
 
 CPU = torch.device("cpu")
@@ -132,3 +135,109 @@ def test_compiled_layer_records_cast_statistics() -> None:
         rows.append(recorder.rows.clone())
     assert list(recorder.collect()) == sites
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=1e-5)
+
+
+def _delayed() -> LinearQuant:
+    e4 = QuantSpec(E4M3, scale_source="delayed", history=4)
+    e5 = QuantSpec(E5M2, scale_source="delayed", history=2)
+    spaced = QuantSpec(E4M3, scale_source="delayed", margin=1)
+    return LinearQuant(
+        output_x=e4,
+        output_w=e4,
+        grad_input_grad_output=e5,
+        grad_weight_grad_output=spaced,
+        grad_weight_x=e4,
+        grad_input_w=spaced,
+        keep_w="requantise",
+    )
+
+
+def _steps(compile_it: bool, *, resident: bool, interleaved: bool) -> list[Tensor]:
+    """Three steps with delayed scales; outputs, gradients and the scale state after each."""
+    model = Mlp(torch.float64, fp8=False)
+    masters = [layer.weight.detach().float() for layer in model.linears]
+    for layer in model.linears:
+        layer.use_fp8(Fp8Plan(_delayed(), choose_gemm_backend(CPU, torch.float64)))
+    state = ScaleState({k: v for layer in model.linears for k, v in layer.scale_slots().items()}, CPU)
+    for layer, master in zip(model.linears, masters, strict=True):
+        layer.use_scale_state(state)
+        if resident:
+            layer.hold_fp8_weight().fill(master)
+    sink = BufferSink(model.linears)
+    sink.buffers = [torch.zeros(layer.weight.shape, dtype=torch.float64) for layer in model.linears]
+    for layer, buffer in zip(model.linears, sink.buffers, strict=True):
+        assert layer.sink_slot is not None
+        layer.sink_slot = SinkSlot(layer.sink_slot.sink, layer.sink_slot.slot, buffer)
+    call = torch.compile(model, fullgraph=True) if compile_it else model
+    found: list[Tensor] = []
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        inputs = [
+            (torch.randn(3, 7, 40, generator=generator, dtype=torch.float64) * 2**number).requires_grad_()
+            for _ in range(2)
+        ]
+        losses = []
+        with state.recording():
+            for x in inputs:
+                for layer in model.linears:
+                    layer.quantize_weight()
+                losses.append(call(x).square().sum())
+                if not interleaved:
+                    losses.pop().backward()
+            for loss in losses:  # a pipeline's order: forwards first
+                loss.backward()
+        found += [state.amaxes.clone(), *(x.grad for x in inputs if x.grad is not None)]
+        state.advance(lambda tensor: None, applied=True)
+        found += [state.scales.clone(), *(buffer.clone() for buffer in sink.buffers)]
+        for layer, master in zip(model.linears, masters, strict=True):
+            master.mul_(-1.5)
+            if isinstance(layer._fp8_weight, ResidentFp8Weight):
+                layer._fp8_weight.fill(master)
+            else:
+                with torch.no_grad():
+                    layer.weight.copy_(master)
+    return found
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["cached", "resident"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["1F1B", "forwards first"])
+def test_compiled_delayed_scales(resident: bool, interleaved: bool) -> None:
+    """One graph for warm-up and after, the amaxes and gradients of eager mode, weights resident or not."""
+    torch._dynamo.reset()
+    expected = _steps(False, resident=resident, interleaved=interleaved)
+    counters.clear()
+    got = _steps(True, resident=resident, interleaved=interleaved)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert len(got) == len(expected) == 3 * 6
+    for a, b in zip(got, expected, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13 * float(b.abs().max()))
+
+
+def test_blocks_with_delayed_scales_share_a_graph() -> None:
+    """Slots are tensors, so another block's slots are no reason to compile again."""
+    torch._dynamo.reset()
+    models = [Mlp(torch.float64, fp8=False) for _ in range(3)]
+    layers = [layer for model in models for layer in model.linears]
+    for i, layer in enumerate(layers):
+        layer.name = f"layers.{i}"
+        layer.use_fp8(Fp8Plan(_delayed(), choose_gemm_backend(CPU, torch.float64)))
+    state = ScaleState({k: v for layer in layers for k, v in layer.scale_slots().items()}, CPU)
+    for layer in layers:
+        layer.use_scale_state(state)
+        layer.quantize_weight()
+    for model in models:
+        model.compile(fullgraph=True)
+    counters.clear()
+    x = torch.randn(3, 7, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        with state.recording():
+            for layer in layers:
+                layer.quantize_weight()
+            y = x.clone().requires_grad_()
+            for model in models:
+                y = model(y)
+            y.square().sum().backward()
+        assert bool((state.amaxes > 0).all())
+        state.advance(lambda tensor: None, applied=True)
+    assert counters["stats"]["unique_graphs"] == 1

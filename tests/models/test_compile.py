@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from fp8train.comm.collectives import CountedGroup
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.parallel.gradient_plan import GradientPlan, Groups
 from fp8train.parallel.gradient_store import GradientStore
 from tests.models.settings import FAMILIES, gradients, random_tokens, tiny_config, tiny_model
 
@@ -29,9 +30,15 @@ def build(family: str, *, compiled: bool, fp8: bool, compute: str, mode: str = "
 
 def stored_gradients(model: Decoder, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """As :func:`gradients`, of two equal micro-batches, through a gradient store."""
-    store = GradientStore(
-        model, accumulate=torch.float32, reduce=torch.float32, bucket_bytes=2**12, group=CountedGroup(None)
+    plan = GradientPlan(
+        dict(model.named_parameters()),
+        accumulate=torch.float32,
+        reduce=torch.float32,
+        bucket_bytes=2**12,
+        groups=Groups(CountedGroup(None)),
+        device=torch.device("cpu"),
     )
+    store = GradientStore(model, plan)
     assert store.num_buckets > 1
     store.begin_step(2)
     for _ in range(2):

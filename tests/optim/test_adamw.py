@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.optim.adamw import CHUNK, AdamW, AdamWSettings
+from fp8train.optim.adamw import AdamW, AdamWSettings
 from fp8train.optim.clipping import clip_multiplier
+from fp8train.optim.gradient import TensorGradient
+from fp8train.optim.optimizer import CHUNK
+from fp8train.optim.state_plan import StatePlan
 
 SETTINGS = AdamWSettings(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
@@ -30,6 +33,10 @@ def spec(fqn: str, shape: tuple[int, ...], **changes) -> ParamSpec:
     return ParamSpec(**{**values, **changes})
 
 
+def adamw(parameters: dict[str, nn.Parameter], specs: dict[str, ParamSpec]) -> AdamW:
+    return AdamW(parameters, specs, SETTINGS, StatePlan(), seed=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_agrees_with_torch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -38,7 +45,7 @@ def test_agrees_with_torch(dtype: torch.dtype) -> None:
         "b": nn.Parameter(torch.randn(17, dtype=dtype)),
     }
     theirs = {k: nn.Parameter(p.detach().double()) for k, p in ours.items()}
-    optimizer = AdamW(ours, {k: spec(k, tuple(p.shape)) for k, p in ours.items()}, SETTINGS)
+    optimizer = adamw(ours, {k: spec(k, tuple(p.shape)) for k, p in ours.items()})
     groups = [{"params": [theirs["w"]], "weight_decay": 0.1}, {"params": [theirs["b"]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
     for step in range(1, 51):
@@ -49,7 +56,12 @@ def test_agrees_with_torch(dtype: torch.dtype) -> None:
         for k, p in theirs.items():
             p.grad = grads[k].double() * 0.5
         reference.step()
-        optimizer.step(grads.__getitem__, step=step, lr_factor=factor, grad_multiplier=torch.tensor(0.5))
+        optimizer.step(
+            lambda k: TensorGradient(grads[k]),  # noqa: B023
+            step=step,
+            lr_factor=factor,
+            grad_multiplier=torch.tensor(0.5),
+        )
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for k, p in ours.items():
         torch.testing.assert_close(p.double(), theirs[k], rtol=tolerance, atol=tolerance)
@@ -57,7 +69,7 @@ def test_agrees_with_torch(dtype: torch.dtype) -> None:
 
 def test_bf16_parameters_follow_an_fp32_master() -> None:
     parameter = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
-    optimizer = AdamW({"w": parameter}, {"w": spec("w", (4, 4), decay=None)}, SETTINGS)
+    optimizer = adamw({"w": parameter}, {"w": spec("w", (4, 4), decay=None)})
     true = torch.full((4, 4), 1.001)
     optimizer.seed_master("w", true)
     assert torch.equal(optimizer.master("w"), true)  # not the BF16 rounding of it
@@ -65,7 +77,10 @@ def test_bf16_parameters_follow_an_fp32_master() -> None:
     optimizer.settings = tiny
     for step in range(1, 301):  # each step is far below a BF16 ulp of 1 (2^-7); the master must not lose it
         optimizer.step(
-            lambda _: torch.ones(4, 4), step=step, lr_factor=1.0, grad_multiplier=torch.tensor(1.0)
+            lambda _: TensorGradient(torch.ones(4, 4)),
+            step=step,
+            lr_factor=1.0,
+            grad_multiplier=torch.tensor(1.0),
         )
     torch.testing.assert_close(optimizer.master("w"), true - 300e-5, rtol=1e-5, atol=0)
     assert torch.equal(parameter, optimizer.master("w").to(torch.bfloat16))
@@ -78,16 +93,17 @@ def test_bits_do_not_depend_on_how_a_tensor_is_cut() -> None:
     cuts = [0, 64 * 100, CHUNK, size]
     parts = [nn.Parameter(whole[a:b].clone()) for a, b in itertools.pairwise(cuts)]
     one = nn.Parameter(whole.clone())
-    first = AdamW({"w": one}, {"w": spec("w", (size,), decay="lr_times_lambda")}, SETTINGS)
-    second = AdamW(
+    first = adamw({"w": one}, {"w": spec("w", (size,), decay="lr_times_lambda")})
+    second = adamw(
         {str(i): p for i, p in enumerate(parts)},
         {str(i): spec(str(i), tuple(p.shape), decay="lr_times_lambda") for i, p in enumerate(parts)},
-        SETTINGS,
     )
     for step in (1, 2, 3):
-        first.step(lambda _: grads, step=step, lr_factor=1.0, grad_multiplier=torch.tensor(0.3))
+        first.step(
+            lambda _: TensorGradient(grads), step=step, lr_factor=1.0, grad_multiplier=torch.tensor(0.3)
+        )
         second.step(
-            lambda k: grads[cuts[int(k)] : cuts[int(k) + 1]],
+            lambda k: TensorGradient(grads[cuts[int(k)] : cuts[int(k) + 1]]),
             step=step,
             lr_factor=1.0,
             grad_multiplier=torch.tensor(0.3),
@@ -106,8 +122,13 @@ def test_bits_do_not_depend_on_how_a_tensor_is_cut() -> None:
 )
 def test_decay_rules(rule, expected: float) -> None:
     parameter = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
-    optimizer = AdamW({"w": parameter}, {"w": spec("w", (2, 2), decay=rule, lr_mult=2.0)}, SETTINGS)
-    optimizer.step(lambda _: torch.zeros(2, 2), step=1, lr_factor=0.5, grad_multiplier=torch.tensor(1.0))
+    optimizer = adamw({"w": parameter}, {"w": spec("w", (2, 2), decay=rule, lr_mult=2.0)})
+    optimizer.step(
+        lambda _: TensorGradient(torch.zeros(2, 2)),
+        step=1,
+        lr_factor=0.5,
+        grad_multiplier=torch.tensor(1.0),
+    )
     assert parameter.flatten().tolist() == pytest.approx([expected] * 4, rel=1e-12)
 
 

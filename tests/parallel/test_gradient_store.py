@@ -9,6 +9,7 @@ from torch import nn
 from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear
 from fp8train.models.build import build_model, initialise
+from fp8train.parallel.gradient_plan import GradientPlan, Groups
 from fp8train.parallel.gradient_store import GradientStore
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
@@ -31,9 +32,13 @@ class Net(nn.Module):
 
 def store_of(model: nn.Module, **changes) -> GradientStore:
     arguments = dict(
-        accumulate=torch.float64, reduce=torch.float64, bucket_bytes=1 << 20, group=CountedGroup(None)
+        accumulate=torch.float64,
+        reduce=torch.float64,
+        bucket_bytes=1 << 20,
+        groups=Groups(CountedGroup(None)),
+        device=torch.device("cpu"),
     )
-    return GradientStore(model, **{**arguments, **changes})
+    return GradientStore(model, GradientPlan(dict(model.named_parameters()), **{**arguments, **changes}))
 
 
 def reference(net: Net, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:

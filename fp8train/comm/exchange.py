@@ -1,0 +1,182 @@
+"""FP8 reduction by exchange: FP8 on the wire, FP32 in the sum.
+
+A ring that adds in FP8 rounds at every hop, so its error grows with the number of ranks, and it needs one
+scale that all ranks share. Here nobody adds in FP8. For a block matrix (:mod:`fp8train.numerics.blocks`) on
+N ranks:
+
+1. every rank quantises its own values, each block with its own scale;
+2. all-to-all: rank r receives part r of every rank, codes and E8M0 scales;
+3. rank r decodes and adds the N parts in FP32, in rank order: one rounding per contribution, whatever N is.
+   *Reduce-scatter ends here*, with FP32 sums;
+4. it quantises the sums and an all-gather hands them to everyone.
+
+Sent per element: 1 + 1/block bytes in each half, like a ring all-reduce of bytes: half of what BF16 sends.
+Ranks add the same numbers in the same order, so the result has the same bits on all of them, and on any
+arrival order.
+
+With ranks on several nodes, :class:`HierarchicalExchange` reduces inside the node first and only then between
+nodes, where it moves 1/L of the data over L parallel links, in FP8 or BF16.
+
+Both work in two halves so that a caller can overlap them with computation: ``start`` posts the first
+communication, ``advance`` does what the first enables and posts the next, ``finish`` waits for the last.
+Ranks must call them in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fp8train.comm.collectives import CountedGroup
+from fp8train.numerics.blocks import dequantize_blocks, quantize_blocks
+from fp8train.numerics.formats import Format
+
+Quantized = tuple[Tensor, Tensor]
+"""(payload FP8 [blocks, block], E8M0 scales uint8 [blocks])."""
+
+
+def padded_blocks(count: int, ranks: int) -> int:
+    """Blocks of a matrix that ``ranks`` ranks can share evenly."""
+    return -(-count // ranks) * ranks
+
+
+def pack(payload: Tensor, scales: Tensor, parts: int) -> Tensor:
+    """Codes and scales of each part side by side, so that one message carries both.
+
+    Args:
+        payload: FP8 [blocks, block], ``blocks`` a multiple of ``parts``.
+        scales: uint8 [blocks].
+        parts: receivers.
+
+    Returns:
+        uint8 [parts, blocks / parts · (block + 1)].
+    """
+    codes = payload.view(torch.uint8).reshape(parts, -1)
+    return torch.cat((codes, scales.view(parts, -1)), dim=1)
+
+
+def unpack(message: Tensor, block: int, dtype: torch.dtype) -> Quantized:
+    """(payload [blocks, block], scales [blocks]) of one part: uint8 [blocks · (block + 1)]."""
+    blocks = message.numel() // (block + 1)
+    codes = message[: blocks * block].view(blocks, block)
+    return codes.view(dtype), message[blocks * block :]
+
+
+def sum_parts(messages: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """FP32 sum of the parts received, in rank order: uint8 [N, blocks · (block + 1)] -> [blocks, block]."""
+    total = dequantize_blocks(*unpack(messages[0], block, dtype))
+    for message in messages[1:]:
+        total += dequantize_blocks(*unpack(message, block, dtype))
+    return total
+
+
+class Exchange:
+    """One reduction over one group: :meth:`start`, :meth:`advance`, then :meth:`finish` (all-reduce) or
+    nothing more (reduce-scatter: :meth:`advance` returned the FP32 sums)."""
+
+    def __init__(self, group: CountedGroup, fmt: Format, *, purpose: str) -> None:
+        """Args: ``group``: who reduces; ``fmt``: of the codes; ``purpose``: name in the byte counters."""
+        self._group, self._format, self._purpose = group, fmt, purpose
+        self._block = 0
+        self._received: Tensor | None = None
+        self._gathered: Tensor | None = None
+        self._wait: Callable[[], None] | None = None
+
+    def start(self, payload: Tensor, scales: Tensor) -> None:
+        """Send every part to its rank.
+
+        Args:
+            payload: FP8 [blocks, block]; ``blocks`` a multiple of the group's size.
+            scales: E8M0 bytes uint8 [blocks].
+        """
+        message = pack(payload, scales, self._group.size)
+        self._block = payload.shape[1]
+        self._received = torch.empty_like(message)
+        self._wait = self._group.all_to_all(self._received, message, purpose=self._purpose)
+
+    def advance(self, *, gather: bool = True) -> Tensor:
+        """Wait for the parts and add them; with ``gather``, quantise the sums and send them to everyone.
+
+        Returns:
+            FP32 sums of this rank's part [blocks / N, block].
+        """
+        assert self._wait is not None
+        assert self._received is not None
+        self._wait()
+        total = sum_parts(self._received, self._block, self._format.dtype)
+        self._received = self._wait = None
+        if gather:
+            self.gather(*quantize_blocks(total, self._format))
+        return total
+
+    def gather(self, payload: Tensor, scales: Tensor) -> None:
+        """Send this rank's quantised part to everyone: FP8 [blocks / N, block], uint8 [blocks / N]."""
+        message = pack(payload, scales, 1)[0]
+        self._block = payload.shape[1]
+        self._gathered = message.new_empty(self._group.size, message.numel())
+        self._wait = self._group.all_gather(self._gathered, message, purpose=self._purpose)
+
+    def finish(self) -> Quantized:
+        """The quantised result of all parts."""
+        assert self._wait is not None
+        assert self._gathered is not None
+        self._wait()
+        parts = [unpack(message, self._block, self._format.dtype) for message in self._gathered]
+        self._gathered = self._wait = None
+        payload = torch.cat([part.view(torch.uint8) for part, _ in parts]).view(self._format.dtype)
+        return payload, torch.cat([scales for _, scales in parts])
+
+
+class HierarchicalExchange:
+    """The same all-reduce in two levels; bit-identical on all ranks like :class:`Exchange`.
+
+    Inside the node FP8 always; between nodes ``between`` chooses FP8 (three roundings in all) or BF16 (the
+    sums of a node travel with 8 bits of mantissa, two roundings to FP8).
+    """
+
+    def __init__(
+        self,
+        local: CountedGroup,
+        cross: CountedGroup,
+        fmt: Format,
+        *,
+        between: Literal["fp8", "bf16"],
+        purpose: str,
+    ) -> None:
+        """Args: ``local``: ranks of this node; ``cross``: ranks of all nodes with this one's local rank."""
+        self._cross, self._format, self._between, self._purpose = cross, fmt, between, purpose
+        self._inside = Exchange(local, fmt, purpose=f"{purpose}_in_node")
+        self._across = Exchange(cross, fmt, purpose=f"{purpose}_between_nodes")
+
+    def start(self, payload: Tensor, scales: Tensor) -> None:
+        """As :meth:`Exchange.start`; ``blocks`` a multiple of local size · nodes."""
+        self._inside.start(payload, scales)
+
+    def advance(self) -> None:
+        """Add inside the node, then between nodes, and post the gather inside the node."""
+        total = self._inside.advance(gather=False)
+        if self._between == "fp8":
+            self._across.start(*quantize_blocks(total, self._format))
+            self._across.advance()
+        else:
+            self._across.gather(*quantize_blocks(self._add_in_bf16(total), self._format))
+        self._inside.gather(*self._across.finish())
+
+    def _add_in_bf16(self, total: Tensor) -> Tensor:
+        """This rank's part of the sum over nodes, FP32 from BF16 contributions in node order."""
+        nodes = self._cross.size
+        sent = total.to(torch.bfloat16).view(torch.uint8).reshape(nodes, -1)
+        received = torch.empty_like(sent)
+        self._cross.all_to_all(received, sent, purpose=f"{self._purpose}_between_nodes")()
+        parts = received.view(torch.bfloat16).view(nodes, -1, total.shape[1])
+        result = parts[0].float()
+        for part in parts[1:]:
+            result += part.float()
+        return result
+
+    def finish(self) -> Quantized:
+        """The quantised result of all parts."""
+        return self._inside.finish()

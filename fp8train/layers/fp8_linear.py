@@ -1,0 +1,196 @@
+"""A linear's forward and backward with FP8 operands, as one autograd function.
+
+Each operand of each GEMM is quantised as its :class:`~fp8train.numerics.quant_spec.QuantSpec` says, and
+backward keeps FP8 payloads, not BF16 inputs: half the activation memory. The weight arrives quantised, once
+per optimizer step (:mod:`fp8train.layers.fp8_weight`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fp8train.kernels.gemm import fp8_gemm
+from fp8train.layers.fp8_operand import Operand, quantize_operand
+from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight_fp8
+from fp8train.layers.linear_plan import Fp8Plan, LinearCall
+from fp8train.numerics.cast import uncast
+from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.numerics.scale_state import ScaleSlot
+
+
+class CastSlots(NamedTuple):
+    """Scale slots of the casts that happen in forward and backward; None where the scale is not delayed."""
+
+    output_x: ScaleSlot | None = None
+    grad_input_grad_output: ScaleSlot | None = None
+    grad_input_w: ScaleSlot | None = None
+    grad_weight_grad_output: ScaleSlot | None = None
+    grad_weight_x: ScaleSlot | None = None
+
+
+class StatisticsRows(NamedTuple):
+    """Rows for cast statistics; None on steps that are not sampled."""
+
+    x: Tensor | None = None
+    grad_output: Tensor | None = None
+
+
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    operands: tuple[Operand, Operand | None],
+    sink_slot: SinkSlot | None,
+    slots: CastSlots,
+    rows: StatisticsRows,
+    call: LinearCall,
+) -> Tensor:
+    """``alpha_output · x @ weight.T`` in FP8, with FP8 GEMMs in backward.
+
+    Args:
+        x: [T, K] in the compute dtype.
+        weight: [N, K]; tells autograd where the gradient belongs. Its values are not read unless backward
+            keeps them in high precision.
+        operands: the quantised weight of the output and the grad_input GEMM; None for the second if backward
+            casts ``weight``.
+        sink_slot: where the weight gradient goes; None returns it to autograd.
+        slots: delayed scales of the casts.
+        rows: where statistics of the casts go.
+        call: the rest.
+
+    Returns:
+        [T, N] in x's dtype.
+    """
+    buffer, index = (None, None) if sink_slot is None else (sink_slot.buffer, sink_slot.slot)
+    return _Fp8Linear.apply(x, weight, *operands, buffer, index, slots, rows, call)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        w_forward: Operand,
+        w_backward: Operand | None,
+        buffer: Tensor | None,
+        sink_slot: Tensor | None,
+        slots: CastSlots,
+        rows: StatisticsRows,
+        call: LinearCall,
+    ) -> Tensor:
+        assert call.plan is not None
+        quant = call.plan.quant
+        x_operand = quantize_operand(x, quant.output_x, slots.output_x, rows.x)
+        product = _multiply(
+            call.plan,
+            x_operand,
+            (w_forward[0].t(), w_forward[1]),
+            (quant.output_x, quant.output_w),
+            call.alphas.output,
+            x.dtype,
+            fast_accumulation=quant.fast_accumulation,
+        )
+        kept_x: tuple[Tensor, Tensor | None] = x_operand
+        if quant.keep_x == "bf16":
+            kept_x = (x, None)
+        elif quant.keep_x == "second_copy":
+            kept_x = quantize_operand(x, quant.grad_weight_x, slots.grad_weight_x)
+        kept_w = (weight, None) if w_backward is None else w_backward
+        ctx.save_for_backward(*kept_x, *kept_w)
+        # Not saved: other micro-batches change what these hold.
+        ctx.buffer, ctx.sink_slot, ctx.slots, ctx.grad_row = buffer, sink_slot, slots, rows.grad_output
+        ctx.call, ctx.shape, ctx.weight_shape = call, x.shape, weight.shape
+        return product[: x.shape[0], : weight.shape[0]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_scale_inv, w, w_scale_inv = ctx.saved_tensors
+        call: LinearCall = ctx.call
+        slots: CastSlots = ctx.slots
+        assert call.plan is not None
+        quant = call.plan.quant
+        grad_output = grads[0]
+        grad_operand = quantize_operand(
+            grad_output, quant.grad_input_grad_output, slots.grad_input_grad_output, ctx.grad_row
+        )
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            w_operand = _backward_operand(
+                quant.keep_w, w, w_scale_inv, quant.grad_input_w, slots.grad_input_w
+            )
+            specs = (quant.grad_input_grad_output, quant.grad_input_w)
+            product = _multiply(
+                call.plan, grad_operand, w_operand, specs, call.alphas.grad_input, grad_output.dtype
+            )
+            grad_input = product[: ctx.shape[0], : ctx.shape[1]]
+        if ctx.needs_input_grad[1]:
+            if quant.grad_weight_grad_output != quant.grad_input_grad_output:
+                grad_operand = quantize_operand(
+                    grad_output, quant.grad_weight_grad_output, slots.grad_weight_grad_output
+                )
+            x_operand = _backward_operand(
+                quant.keep_x, x, x_scale_inv, quant.grad_weight_x, slots.grad_weight_x
+            )
+            grad_weight = _grad_weight(ctx, grad_operand, x_operand, grad_output.dtype)
+        return grad_input, grad_weight, None, None, None, None, None, None, None
+
+
+def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: torch.dtype) -> Tensor | None:
+    """The weight gradient; None if it went to the sink."""
+    call: LinearCall = ctx.call
+    assert call.plan is not None
+    quant, alpha = call.plan.quant, call.alphas.grad_weight
+    specs = (quant.grad_weight_grad_output, quant.grad_weight_x)
+    if ctx.buffer is None:
+        transposed = (grad_operand[0].t(), grad_operand[1])
+        product = _multiply(call.plan, transposed, x_operand, specs, alpha, dtype)
+        return product[: ctx.weight_shape[0], : ctx.weight_shape[1]]
+    contribute_grad_weight_fp8(
+        *grad_operand,
+        *x_operand,
+        ctx.buffer,
+        ctx.sink_slot,
+        call.sink,
+        alpha,
+        specs[0].power_of_two and specs[1].power_of_two,
+        dtype,
+        call.plan.backend.name,
+    )
+    return None
+
+
+def _multiply(
+    plan: Fp8Plan,
+    a: Operand,
+    b: Operand,
+    specs: tuple[QuantSpec, QuantSpec],
+    alpha: float,
+    dtype: torch.dtype,
+    *,
+    fast_accumulation: bool = False,
+) -> Tensor:
+    return fp8_gemm(
+        a[0],
+        b[0],
+        a[1],
+        b[1],
+        alpha=alpha,
+        power_of_two=specs[0].power_of_two and specs[1].power_of_two,
+        out_dtype=dtype,
+        backend=plan.backend.name,
+        fast_accumulation=fast_accumulation,
+    )
+
+
+def _backward_operand(
+    keep: str, kept: Tensor, scale_inv: Tensor | None, backward: QuantSpec, slot: ScaleSlot | None
+) -> Operand:
+    """The backward GEMM's operand from what forward kept."""
+    if scale_inv is None:
+        return quantize_operand(kept, backward, slot)
+    if keep == "requantise":
+        return quantize_operand(uncast(kept, scale_inv), backward, slot)
+    return kept, scale_inv

@@ -1,0 +1,248 @@
+"""The FP8 copies of a linear's weight, made once per optimizer step.
+
+Two ways to come by them:
+
+* :class:`CachedFp8Weight`: the layer holds its weight in the compute dtype and casts it when it changed.
+* :class:`ResidentFp8Weight`: the layer holds nothing but the FP8 copies, and the optimizer writes them from
+  its master weights, piece by piece (it is a ``fp8train.optim.weight_target.WeightTarget``). That saves the
+  2 bytes per parameter of a BF16 weight and one rounding: the operand is the master rounded to FP8, not the
+  master rounded to BF16 and then to FP8.
+
+Either way there are at most two copies: the operand of the output GEMM, and another for grad_input where
+``keep_w: second_copy`` asks for it. Copies are padded with zeros to multiples of 16.
+
+A delayed scale of a weight is used when the weight is cast and is told the weight's amax by every training
+forward that uses it (:meth:`Fp8Weight.record_amax`), so it does not matter whether a training step or an
+evaluation came across the new weight first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fp8train.layers.fp8_operand import Operand, aligned, quantize_operand
+from fp8train.numerics.cast import amax_of, cast, uncast
+from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
+from fp8train.numerics.scale import scale_from_amax
+from fp8train.numerics.scale_state import ScaleSlot, record_amax
+from fp8train.numerics.statistics import FIELDS, CastRecorder, cast_statistics
+
+
+class Fp8Weight:
+    """What both kinds have in common.
+
+    Attributes:
+        forward: operand of the output GEMM, [N, K] padded; None before the first cast.
+        backward: operand of the grad_input GEMM; None where backward casts the high-precision weight.
+        slots: ``{use: slot}`` of the delayed ones among ``output.w`` and ``grad_input.w``.
+        recorder: where cast statistics go, and under which name; None keeps none.
+    """
+
+    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
+        self.quant, self.shape = quant, shape
+        self.forward: Operand | None = None
+        self.backward: Operand | None = None
+        self.slots: Mapping[str, ScaleSlot] = {}
+        self.recorder: tuple[CastRecorder, str] | None = None
+        self._amax = torch.zeros((), device=device)
+
+    def _uses(self) -> dict[str, QuantSpec]:
+        """The copies to make; with ``requantise`` backward recasts the forward's payload instead."""
+        second = self.quant.keep_w == "second_copy"
+        return {"output.w": self.quant.output_w} | (
+            {"grad_input.w": self.quant.grad_input_w} if second else {}
+        )
+
+    def _delayed_scale(self, use: str, spec: QuantSpec) -> Tensor | None:
+        return self.slots[use].scale if spec.scale_source == "delayed" else None
+
+    def record_amax(self) -> None:
+        """Tell the weight's delayed scales its amax; for training forwards while amaxes are recorded."""
+        for use, spec in self._uses().items():
+            if spec.scale_source == "delayed":
+                running = self.slots[use].amax
+                assert running is not None
+                record_amax(self._amax, running)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The values that the output GEMM multiplies: [N, K]."""
+        assert self.forward is not None, "the FP8 weight was not written yet"
+        payload, scale_inv = self.forward
+        return uncast(payload[: self.shape[0], : self.shape[1]], scale_inv, dtype)
+
+    def _active_row(self) -> Tensor | None:
+        """Where this step's statistics go; None if it is not sampled."""
+        if self.recorder is None or not self.recorder[0].active:
+            return None
+        return self.recorder[0].row(self.recorder[1])
+
+
+class CachedFp8Weight(Fp8Weight):
+    """Copies of a weight that the layer holds in the compute dtype."""
+
+    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
+        super().__init__(quant, shape, device)
+        self._key: tuple[int, int] | None = None
+
+    def forget(self) -> None:
+        """Cast again at the next :meth:`refresh`."""
+        self._key = None
+
+    def refresh(self, weight: nn.Parameter) -> None:
+        """Cast ``weight`` unless this storage was cast at this version."""
+        key = (weight.data_ptr(), weight._version)
+        if self._key == key:
+            return
+        self._amax.zero_()
+        copies = {}
+        for use, spec in self._uses().items():
+            scale = self._delayed_scale(use, spec)
+            slot = None if scale is None else ScaleSlot(scale, self._amax)
+            row = self._active_row() if use == "output.w" else None
+            copies[use] = quantize_operand(weight, spec, slot, row)
+        self.forward = copies["output.w"]
+        self.backward = None if self.quant.keep_w == "bf16" else copies.get("grad_input.w", self.forward)
+        self._key = key
+
+    def record_statistics(self, weight: Tensor) -> None:
+        """Write the statistics of the current copy; it was cast once, which need not be in this forward."""
+        row = self._active_row()
+        if row is not None:
+            assert self.forward is not None
+            payload, scale_inv = self.forward
+            row.copy_(cast_statistics(weight, payload[: self.shape[0], : self.shape[1]], scale_inv))
+
+
+@dataclass
+class _Copy:
+    spec: QuantSpec
+    payload: Tensor
+    scale: Tensor
+    scale_inv: Tensor
+
+
+class ResidentFp8Weight(Fp8Weight):
+    """The only copies of a weight. The optimizer writes them: ``begin``, ``write`` each piece, ``end``."""
+
+    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
+        """Allocates the payloads.
+
+        Raises:
+            ValueError: ``quant`` keeps the weight in BF16 for backward.
+        """
+        if quant.keep_w == "bf16":
+            raise ValueError(
+                "precision.gemm.keep_w: bf16 keeps a high-precision weight for backward, "
+                "but this weight is resident in FP8; use same, requantise or second_copy"
+            )
+        super().__init__(quant, shape, device)
+        self._copies = {use: self._allocate(spec, device) for use, spec in self._uses().items()}
+        self._rows: list[tuple[Tensor, int]] = []
+
+    def _allocate(self, spec: QuantSpec, device: torch.device) -> _Copy:
+        padded = (aligned(self.shape[0]), aligned(self.shape[1]))
+        payload = torch.zeros(padded, dtype=torch.uint8, device=device).view(spec.format.dtype)
+        return _Copy(spec, payload, torch.ones((), device=device), torch.ones((), device=device))
+
+    @torch.no_grad()
+    def begin(self, amax: Tensor) -> None:
+        """Fix the scales of a new weight.
+
+        Args:
+            amax: FP32 scalar on the device: largest magnitude of the whole weight, over all ranks that hold
+                a part; NaN if it holds NaN.
+        """
+        self._amax.copy_(amax)
+        self._rows.clear()
+        for use, copy in self._copies.items():
+            scale, scale_inv = scale_from_amax(
+                self._amax, copy.spec, delayed=self._delayed_scale(use, copy.spec)
+            )
+            copy.scale.copy_(scale)
+            copy.scale_inv.copy_(scale_inv)
+
+    @torch.no_grad()
+    def write(self, start: int, stop: int, values: Tensor) -> None:
+        """Cast a piece into the payloads.
+
+        Args:
+            start: row-major index of the piece's first element in the [N, K] weight.
+            stop: index after its last element.
+            values: FP32 (or FP64) [stop - start].
+        """
+        assert values.shape == (stop - start,) and 0 <= start <= stop <= self.shape.numel()
+        if start == stop:
+            return
+        sampled = self._active_row() is not None
+        for use, copy in self._copies.items():
+            codes = cast(values, copy.spec.format, copy.scale, scale_is_power_of_two=copy.spec.power_of_two)
+            _store(copy.payload, self.shape[1], start, codes)
+            if sampled and use == "output.w":
+                self._rows.append((cast_statistics(values, codes, copy.scale_inv), stop - start))
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Put the copies into use. On a sampled step the weight's row describes what this step wrote."""
+        operands = {use: (copy.payload, copy.scale_inv) for use, copy in self._copies.items()}
+        self.forward = operands["output.w"]
+        self.backward = operands.get("grad_input.w", self.forward)
+        row = self._active_row()
+        if row is not None and self._rows:
+            row.copy_(_merge_statistics(self._rows))
+        self._rows.clear()
+
+    def fill(self, values: Tensor) -> None:
+        """Write a whole weight [N, K] at once."""
+        flat = values.detach().reshape(-1)
+        self.begin(amax_of(flat))
+        self.write(0, flat.numel(), flat)
+        self.end()
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to ``device``."""
+        self._amax = self._amax.to(device)
+        for copy in self._copies.values():
+            copy.payload, copy.scale = copy.payload.to(device), copy.scale.to(device)
+            copy.scale_inv = copy.scale_inv.to(device)
+        if self.forward is not None:
+            self.end()
+
+
+def _store(payload: Tensor, columns: int, start: int, codes: Tensor) -> None:
+    """Put row-major elements ``start ..`` of a matrix with ``columns`` columns into its padded payload."""
+    if payload.shape[1] == columns:
+        payload.view(-1)[start : start + len(codes)] = codes
+        return
+    row, column = divmod(start, columns)
+    if column:  # the rest of a row that an earlier piece began
+        head = codes[: columns - column]
+        payload[row, column : column + len(head)] = head
+        row, codes = row + 1, codes[len(head) :]
+    whole, rest = divmod(len(codes), columns)
+    payload[row : row + whole, :columns] = codes[: whole * columns].view(whole, columns)
+    if rest:
+        payload[row + whole, :rest] = codes[whole * columns :]
+
+
+def _merge_statistics(rows: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """The row of a tensor that was cast in pieces, from (row, elements) of each."""
+    table = torch.stack([row for row, _ in rows]).double()
+    count = torch.tensor([count for _, count in rows], dtype=torch.float64, device=table.device)
+    field = {name: table[:, i] for i, name in enumerate(FIELDS)}
+    nonzero = (1 - field["zero"]) * count
+    signal = field["rms"].square() * count
+    noise = (signal * 10 ** (-field["snr_db"] / 10)).sum()
+    merged = {
+        "amax": field["amax"].max(),
+        "rms": (signal.sum() / count.sum()).sqrt(),
+        "log2_scale": field["log2_scale"][0],
+        "zero": (field["zero"] * count).sum() / count.sum(),
+        "flushed": (field["flushed"] * nonzero).sum() / nonzero.sum().clamp(min=1),
+        "saturated": (field["saturated"] * nonzero).sum() / nonzero.sum().clamp(min=1),
+        "snr_db": torch.where(noise == 0, torch.inf, 10 * torch.log10(signal.sum() / noise)),
+    }
+    return torch.stack([merged[name] for name in FIELDS]).float()

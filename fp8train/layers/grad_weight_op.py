@@ -1,0 +1,76 @@
+"""Operators that hand a linear's weight gradient to its sink.
+
+They receive the operands of the GEMM and let the :class:`~fp8train.numerics.grad_sink.GradSink` decide when
+to multiply. They are operators because a Python side effect inside an autograd function breaks full-graph
+compilation; an operator that declares the buffer it mutates does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8train.kernels.gemm import fp8_gemm
+from fp8train.kernels.matmul import matmul
+from fp8train.numerics.grad_sink import find_sink
+
+
+@dataclass(frozen=True)
+class SinkSlot:
+    """A linear's place in a gradient sink.
+
+    ``buffer`` is declared to the compiler as what the operator mutates. ``slot`` is a CPU tensor, not an int,
+    so that blocks that differ only in their slots share one compiled graph.
+    """
+
+    sink: int
+    slot: Tensor
+    buffer: Tensor
+
+
+def scaled(product: Tensor, alpha: float) -> Tensor:
+    """``alpha · product``."""
+    return product if alpha == 1.0 else product * alpha
+
+
+@torch.library.custom_op("fp8train::contribute_grad_weight", mutates_args=("buffer",))
+def contribute_grad_weight(
+    grad_output: Tensor, x: Tensor, buffer: Tensor, slot: Tensor, sink: int, alpha: float
+) -> None:
+    """Hand ``alpha · grad_output.T @ x`` of a high-precision linear to its sink: [T, N], [T, K] -> [N, K]."""
+    find_sink(sink).contribute(int(slot), lambda: scaled(matmul(grad_output.t(), x), alpha))
+
+
+@torch.library.custom_op("fp8train::contribute_grad_weight_fp8", mutates_args=("buffer",))
+def contribute_grad_weight_fp8(
+    grad_output: Tensor,
+    grad_output_scale_inv: Tensor,
+    x: Tensor,
+    x_scale_inv: Tensor,
+    buffer: Tensor,
+    slot: Tensor,
+    sink: int,
+    alpha: float,
+    power_of_two: bool,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> None:
+    """Hand the FP8 product ``alpha · grad_output.T @ x`` to its sink. Payloads are padded to 16s."""
+    rows, columns = buffer.shape
+
+    def compute() -> Tensor:
+        product = fp8_gemm(
+            grad_output.t(),
+            x,
+            grad_output_scale_inv,
+            x_scale_inv,
+            alpha=alpha,
+            power_of_two=power_of_two,
+            out_dtype=out_dtype,
+            backend=backend,
+        )
+        return product[:rows, :columns]
+
+    find_sink(sink).contribute(int(slot), compute)

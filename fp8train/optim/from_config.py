@@ -1,0 +1,33 @@
+"""State formats from ``precision.state`` in the configuration."""
+
+from __future__ import annotations
+
+from fp8train.config.errors import ConfigError
+from fp8train.config.schema import Config, StateFormatConfig
+from fp8train.optim.state_plan import StateFormat, StatePlan
+
+
+def state_plan(config: Config) -> StatePlan:
+    """The formats of the optimizer states.
+
+    Raises:
+        ConfigError: formats that do not fit their role.
+    """
+    state = config.precision.state
+    second = None if config.optimizer.name == "lion" else state_format(state.exp_avg_sq)
+    try:
+        return StatePlan(state_format(state.master), state_format(state.exp_avg), second)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def state_format(config: StateFormatConfig) -> StateFormat:
+    """The format of one state of the FP8 plan's matrices."""
+    scaled = config.format in ("fp16_scaled", "e4m3", "e5m2")
+    return StateFormat(
+        name=config.format,
+        granularity=config.granularity if scaled else "block",  # a profile fills it for every format
+        expand=config.expand,
+        sqrt=config.sqrt,
+        rounding=config.rounding,
+    )

@@ -1,0 +1,23 @@
+"""How an optimizer reads a gradient: in pieces, so that FP8 gradients are never widened as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8train.parallel.buckets import GradientReader
+
+__all__ = ["GradientReader", "TensorGradient"]
+
+
+class TensorGradient:
+    """A gradient that is held as an ordinary tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Read ``tensor``: contiguous, any float dtype but FP8."""
+        self._flat = tensor.detach().view(-1)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """See :class:`GradientReader`."""
+        values = self._flat[start:stop]
+        return values if values.dtype == torch.float64 else values.float()

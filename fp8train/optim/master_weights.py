@@ -1,0 +1,46 @@
+"""Master weights alone: what a checkpoint is read into where nothing will be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.blocks import block_size
+from fp8train.optim.formats import make_storage
+from fp8train.optim.state_plan import StateFormat
+from fp8train.optim.storage import Layout, Storage
+
+
+class MasterWeights:
+    """Storages as the optimizer's, for the role ``master`` only; on the CPU."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], master: StateFormat
+    ) -> None:
+        """Args: ``parameters``, ``specs``: the model's; ``master``: format of matrices in the FP8 plan."""
+        self._storages: dict[str, Storage] = {}
+        for fqn, parameter in parameters.items():
+            spec = specs[fqn]
+            in_plan = len(spec.global_shape) == 2 and spec.in_fp8_plan
+            fmt = master if in_plan else StateFormat()
+            blocks = fmt.is_scaled and fmt.granularity == "block"
+            block = block_size(spec.global_shape[-1], fmt.block) if blocks else 1
+            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            layout = Layout(tuple(parameter.shape), block, 0, torch.device("cpu"))
+            self._storages[fqn] = make_storage(fmt, layout, wide=wide)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What to load from a checkpoint, in place: ``master/FQN`` with the suffixes of its format."""
+        return {
+            f"master/{fqn}{suffix}": tensor
+            for fqn, storage in self._storages.items()
+            for suffix, tensor in storage.tensors().items()
+        }
+
+    def values(self, fqn: str) -> Tensor:
+        """A weight as FP32 (FP64 in FP64 runs), of the parameter's shape, on the CPU."""
+        storage = self._storages[fqn]
+        return storage.load(0, storage.layout.numel).view(storage.layout.shape)

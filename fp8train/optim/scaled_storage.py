@@ -1,0 +1,254 @@
+"""States in FP16 or FP8 with scales: per block, per tensor, per block with an expanded range, or as a root.
+
+A scale is a power of two, as large as the amax of its group allows (:mod:`fp8train.numerics.scale`). So
+nothing saturates, a group of zeros has scale 1, and a scale that moves loses nothing but subnormals.
+
+**Blocks** lie within a chunk: amax is known before anything is stored, one pass over memory is enough, and
+the result depends neither on the chunk nor on who holds the other rows. That is why FP16 states have block
+scales too by default, for 1/128 byte. A scale per tensor, kept until amax leaves a window, would also be one
+pass, but a second moment that starts at zero, or jumps by more than the headroom, would flush or saturate
+within the very step that moves it.
+
+**Per tensor** (FP8-LM) takes two passes: amax of the new values first, then the new values again, stored.
+
+**Expanded range** (after COAT, arXiv:2410.19313, section 4). A block of moments spans fewer binades than the
+format, or more. With c its largest and a its smallest non-zero magnitude, it is stored as ::
+
+    q = cast(sign(x) · max · (|x| / c)^k)         x ≈ sign(q) · c · (|q| / max)^(1/k)
+    k = log(max² / 2) / log(c / a),  rounded down to 1/16, within [1/2, 8]
+
+so c becomes the format's largest value and a lands a bit above its smallest; relative errors shrink by k, or
+grow where k < 1 saves small values from zero. Two things differ from COAT: zeros do not enter the minimum
+(one exact zero would make k collapse for the whole block) and stay zeros; and c and k replace its three
+numbers, as its scale is a function of them. c stays FP32: rounded up to BF16 it would stop the decay of a
+block's largest element. 5 bytes per block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fp8train.numerics.blocks import (
+    as_blocks,
+    block_amax,
+    decode_e8m0,
+    encode_e8m0,
+    from_blocks,
+    quantize_blocks,
+)
+from fp8train.numerics.cast import cast, decode_finite
+from fp8train.numerics.formats import Format
+from fp8train.numerics.scale import exponent_from_amax, power_of_two
+from fp8train.numerics.stochastic import cast_stochastic
+from fp8train.optim.storage import Layout, Storage
+
+FP16 = Format("fp16", torch.float16, exponent_bits=5, mantissa_bits=10, bias=15, max=65504.0)
+"""Like the FP8 formats, but its largest value is just below 2^16 instead of 1.75 · 2^15: scales made for the
+latter leave it a little room."""
+
+_POWER_UNIT = 16
+_MIN_POWER, _MAX_POWER = _POWER_UNIT // 2, _POWER_UNIT * 8
+_SCALE_ONE = 127  # E8M0 byte of 2^0
+
+
+def _decode(payload: Tensor) -> Tensor:
+    """FP32 values of finite codes; a new tensor."""
+    return payload.float() if payload.dtype == torch.float16 else decode_finite(payload, torch.float32)
+
+
+class _ScaledStorage(Storage):
+    """A payload of one code per element."""
+
+    def __init__(self, layout: Layout, fmt: Format) -> None:
+        super().__init__(layout)
+        self.format = fmt
+        self.payload = torch.zeros(layout.shape, dtype=fmt.dtype, device=layout.device)
+        self._flat = self.payload.view(-1)
+
+    def _write(self, start: int, stop: int, payload: Tensor) -> None:
+        self._flat[start:stop] = payload
+
+
+class _BlockedStorage(_ScaledStorage):
+    """Chunks seen as matrices of blocks; rows that end in a short block are padded with zeros."""
+
+    def _blocks(self, flat: Tensor) -> Tensor:
+        row, block = self.layout.row, self.layout.block
+        return flat.view(-1, block) if row % block == 0 else as_blocks(flat.view(-1, row), block)
+
+    def _flatten(self, blocks: Tensor, count: int) -> Tensor:
+        if self.layout.row % self.layout.block == 0:
+            return blocks.view(-1)
+        rows = count // self.layout.row
+        return from_blocks(blocks, (rows, self.layout.row)).reshape(-1)
+
+    def _span(self, start: int, stop: int) -> slice:
+        """The blocks of flat elements ``start .. stop``."""
+        row, block = self.layout.row, self.layout.block
+        if row % block == 0:
+            return slice(start // block, stop // block)
+        per_row = -(-row // block)
+        return slice(start // row * per_row, stop // row * per_row)
+
+    def _bits(self, key: int, start: int, stop: int) -> Tensor:
+        return self._blocks(self.layout.bits(key, start, stop - start))
+
+
+class BlockStorage(_BlockedStorage):
+    """FP16, E4M3 or E5M2 with one E8M0 scale per block."""
+
+    def __init__(self, layout: Layout, fmt: Format) -> None:
+        super().__init__(layout, fmt)
+        self.scale = torch.full(layout.scale_shape, _SCALE_ONE, dtype=torch.uint8, device=layout.device)
+        self._flat_scale = self.scale.view(-1)
+
+    def load(self, start: int, stop: int) -> Tensor:
+        """See :class:`Storage`."""
+        values = self._blocks(_decode(self._flat[start:stop]))
+        values.mul_(decode_e8m0(self._flat_scale[self._span(start, stop)]).unsqueeze(-1))
+        return self._flatten(values, stop - start)
+
+    def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
+        """See :class:`Storage`."""
+        blocks = self._blocks(values.float())
+        if key is None:
+            payload, scale = quantize_blocks(blocks, self.format)
+        else:
+            amax = block_amax(blocks)
+            k = exponent_from_amax(amax, max_exponent=self.format.max_exponent)
+            bits = self._bits(key, start, stop)
+            payload = cast_stochastic(blocks, self.format, power_of_two(k).unsqueeze(-1), bits)
+            scale = encode_e8m0(-k, torch.isfinite(amax))
+        self._write(start, stop, self._flatten(payload, stop - start))
+        self._flat_scale[self._span(start, stop)] = scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Storage`: payload of the tensor's shape, E8M0 bytes [.., blocks of a row]."""
+        return {".payload": self.payload, ".scale": self.scale}
+
+
+class TensorStorage(_ScaledStorage):
+    """FP16, E4M3 or E5M2 with one power-of-two scale for the tensor; two passes."""
+
+    two_pass = True
+
+    def __init__(self, layout: Layout, fmt: Format) -> None:
+        super().__init__(layout, fmt)
+        self.scale_inv = torch.ones((), dtype=torch.float32, device=layout.device)
+        self._new_exponent = torch.zeros((), dtype=torch.int32, device=layout.device)
+
+    def load(self, start: int, stop: int) -> Tensor:
+        """See :class:`Storage`."""
+        return _decode(self._flat[start:stop]).mul_(self.scale_inv)
+
+    def begin(self, amax: Tensor) -> None:
+        """See :class:`Storage`."""
+        self._new_exponent = exponent_from_amax(amax, max_exponent=self.format.max_exponent)
+
+    def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
+        """See :class:`Storage`."""
+        scale = power_of_two(self._new_exponent)
+        if key is None:
+            payload = cast(values.float(), self.format, scale, scale_is_power_of_two=True)
+        else:
+            bits = self.layout.bits(key, start, stop - start)
+            payload = cast_stochastic(values, self.format, scale, bits)
+        self._write(start, stop, payload)
+
+    def end(self) -> None:
+        """See :class:`Storage`."""
+        self.scale_inv.copy_(power_of_two(-self._new_exponent))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Storage`: payload of the tensor's shape, FP32 scalar."""
+        return {".payload": self.payload, ".scale_inv": self.scale_inv}
+
+
+class ExpandedStorage(_BlockedStorage):
+    """E4M3 or E5M2 blocks whose range of magnitudes is stretched over the format's.
+
+    Stochastic rounding is unbiased before the root of decoding, not after: it draws values slightly towards
+    zero.
+    """
+
+    def __init__(self, layout: Layout, fmt: Format) -> None:
+        super().__init__(layout, fmt)
+        shape, device = layout.scale_shape, layout.device
+        self.amax = torch.ones(shape, dtype=torch.float32, device=device)
+        self.power = torch.full(shape, _POWER_UNIT, dtype=torch.uint8, device=device)
+        self._flat_amax, self._flat_power = self.amax.view(-1), self.power.view(-1)
+        self._range = math.log2(fmt.max**2 / 2)
+
+    def load(self, start: int, stop: int) -> Tensor:
+        """See :class:`Storage`."""
+        span = self._span(start, stop)
+        codes = self._blocks(_decode(self._flat[start:stop])).mul_(1.0 / self.format.max)
+        root = (_POWER_UNIT / self._flat_power[span].float()).unsqueeze(-1)
+        magnitude = codes.abs().log2_().mul_(root).exp2_().mul_(self._flat_amax[span].unsqueeze(-1))
+        return self._flatten(torch.copysign(magnitude, codes, out=magnitude), stop - start)
+
+    def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
+        """See :class:`Storage`."""
+        blocks = self._blocks(values.float())
+        magnitude = blocks.abs()
+        amax, power = self._describe(magnitude)
+        exponent = (power.float() / _POWER_UNIT).unsqueeze(-1)
+        # log2(0) is -inf and exp2 takes it back to 0
+        magnitude.div_(amax.unsqueeze(-1)).log2_().mul_(exponent).exp2_().mul_(self.format.max)
+        torch.copysign(magnitude, blocks, out=magnitude)
+        one = torch.ones((), device=magnitude.device)
+        if key is None:
+            payload = cast(magnitude, self.format, one)
+        else:
+            payload = cast_stochastic(magnitude, self.format, one, self._bits(key, start, stop))
+        self._write(start, stop, self._flatten(payload, stop - start))
+        span = self._span(start, stop)
+        self._flat_amax[span], self._flat_power[span] = amax, power
+
+    def _describe(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+        """(c FP32, 16·k uint8) of blocks; a block of zeros has c = 1."""
+        amax = magnitude.amax(dim=-1)
+        smallest = torch.where(magnitude == 0, torch.inf, magnitude).amin(dim=-1)
+        amax = torch.where(amax == 0, 1.0, amax)
+        binades = (amax / smallest).log2_().clamp_(min=0.0)
+        power = (_POWER_UNIT * self._range / binades).clamp_(_MIN_POWER, _MAX_POWER).floor_()
+        return amax, power.to(torch.uint8)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Storage`: payload of the tensor's shape; FP32 and uint8 [.., blocks of a row]."""
+        return {".payload": self.payload, ".amax": self.amax, ".power": self.power}
+
+
+class RootStorage(Storage):
+    """The square root of a state that is never negative, in another storage.
+
+    Stochastic rounding is unbiased for the root: the square gains its variance, 0.14 % for E4M3.
+    """
+
+    def __init__(self, inner: Storage) -> None:
+        super().__init__(inner.layout)
+        self.inner = inner
+        self.two_pass = inner.two_pass
+
+    def load(self, start: int, stop: int) -> Tensor:
+        """See :class:`Storage`."""
+        return self.inner.load(start, stop).square_()
+
+    def begin(self, amax: Tensor) -> None:
+        """See :class:`Storage`."""
+        self.inner.begin(amax.sqrt())
+
+    def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
+        """See :class:`Storage`."""
+        self.inner.store(start, stop, values.sqrt(), key)
+
+    def end(self) -> None:
+        """See :class:`Storage`."""
+        self.inner.end()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Storage`: of the root."""
+        return self.inner.tensors()

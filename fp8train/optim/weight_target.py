@@ -1,0 +1,28 @@
+"""Where new weights go when no high-precision copy of them stays in the model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class WeightTarget(Protocol):
+    """The FP8 operands of one linear, cast from the master weight after each step.
+
+    The optimizer calls ``begin``, then ``write`` for pieces that cover the local tensor in order, then
+    ``end``. What it hands over are the values *as stored*, so that the operands after a step equal those made
+    again from a checkpoint.
+    """
+
+    def begin(self, amax: Tensor) -> None:
+        """Start a new weight. ``amax``: FP32 scalar on the device, largest magnitude of all values."""
+        ...
+
+    def write(self, start: int, stop: int, values: Tensor) -> None:
+        """Take elements ``start .. stop`` in row-major order: FP32 [stop - start], not to be kept."""
+        ...
+
+    def end(self) -> None:
+        """All elements were written."""
+        ...
