@@ -60,6 +60,12 @@ class Fp8Weight:
     def _delayed_scale(self, use: str, spec: QuantSpec) -> Tensor | None:
         return self.slots[use].scale if spec.scale_source == "delayed" else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies, padding and scales included."""
+        copies = {id(copy): copy for copy in (self.forward, self.backward) if copy is not None}
+        return sum(payload.nbytes + scale_inv.nbytes for payload, scale_inv in copies.values())
+
     def record_amax(self) -> None:
         """Tell the weight's delayed scales its amax; for training forwards while amaxes are recorded."""
         for use, spec in self._uses().items():

@@ -135,6 +135,12 @@ class Linear(nn.Module):
         self._fp8_weight = CachedFp8Weight(plan.quant, self.weight.shape, self.weight.device)
         self._connect()
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the weight takes as the GEMMs read it: the parameter's values, and its FP8 copies."""
+        own = 0 if self.fp8_weight_is_resident else self.weight.nbytes
+        return own + (0 if self._fp8_weight is None else self._fp8_weight.nbytes)
+
     def scale_slots(self) -> dict[str, QuantSpec]:
         """``{slot name: spec}`` of the delayed casts, ``{self.name}/{use}``: what a
         :class:`~fp8train.numerics.scale_state.ScaleState` is made of."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -296,6 +296,10 @@ class Optimizer(ABC):
         """
         chosen = [state for state in self._states.values() if state.in_plan or not in_plan_only]
         return {role: sum(state.storages[role].nbytes for state in chosen) for role in self.roles}
+
+    def stored_bytes_of(self, fqns: Collection[str]) -> dict[str, int]:
+        """As :meth:`stored_bytes` for these parameters."""
+        return {role: sum(self._states[fqn].storages[role].nbytes for fqn in fqns) for role in self.roles}
 
     def num_elements(self, *, in_plan_only: bool) -> int:
         """Local elements that :meth:`stored_bytes` counts."""

@@ -55,6 +55,15 @@ class Bucket(Protocol):
     """What the gradient store asks of a bucket. ``member`` is a position in ``members``."""
 
     members: Sequence[Member]
+    @property
+    def stored_bytes(self) -> int:
+        """What it keeps between steps, scales included."""
+        ...
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """What it needs beside that while micro-batches add up."""
+        ...
 
     def buffer(self, member: int) -> Tensor:
         """What a contribution mutates, of the parameter's shape: declared to the compiler, never read."""
@@ -101,6 +110,8 @@ class _TensorReader:
 class PlainBucket:
     """Gradients in the accumulation dtype, reduced by an all-reduce in ``reduce``."""
 
+    accumulator_bytes = 0
+
     def __init__(
         self,
         members: Sequence[Member],
@@ -120,6 +131,11 @@ class PlainBucket:
             offset += member.numel
         self._wire: Tensor | None = None
         self._wait: Callable[[], None] | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """See :class:`Bucket`."""
+        return self._flat.nbytes
 
     def buffer(self, member: int) -> Tensor:
         """See :class:`Bucket`."""
@@ -229,6 +245,17 @@ class Fp8Bucket:
             torch.zeros(total, block, dtype=torch.bfloat16, device=device) if error_feedback else None
         )
         self._reduced = False
+
+    @property
+    def stored_bytes(self) -> int:
+        """See :class:`Bucket`; the residual of error feedback counts."""
+        residual = 0 if self.residual is None else self.residual.nbytes
+        return self._payload.nbytes + self._scales.nbytes + residual
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """See :class:`Bucket`."""
+        return 0 if self._accumulator is None else self._accumulator.nbytes
 
     def _matrix(self, member: int, blocks: Tensor) -> Tensor:
         """The member's part of a block matrix as a view of its shape (rows may be longer in memory)."""

@@ -119,6 +119,7 @@ class ExactBucket:
     """Integer sums of gradients; see the module. Subclasses say how a gradient becomes integers."""
 
     integer: torch.dtype
+    accumulator_bytes = 0
 
     def __init__(
         self,
@@ -149,6 +150,11 @@ class ExactBucket:
         size = padded_blocks(self._offsets[-1], group.size)
         self._sums = torch.zeros(size, dtype=self.integer, device=device)
         self._wait: Callable[[], None] | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """See :class:`~fp8train.parallel.buckets.Bucket`."""
+        return self._sums.nbytes
 
     def _flat(self, member: int) -> Tensor:
         return self._sums[self._offsets[member] : self._offsets[member + 1]]

@@ -306,6 +306,17 @@ class GradientPlan:
                 "which keeps another scale state; resume with the setting that it was written with"
             )
 
+    def metrics(self) -> dict[str, float]:
+        """``fp8/...`` numbers about gradients; waits for the device."""
+        found: dict[str, float] = {}
+        if self.mu is not None:
+            found["fp8/mu_min"] = float(self.mu.mu.min())
+            found["fp8/mu_max"] = float(self.mu.mu.max())
+            found["fp8/gradient_saturated"] = float(self.saturated.sum() / self._numel.sum())
+        if self.grids is not None:
+            found["fp8/gradient_saturated_elements"] = float(self.grids.saturated)
+        return found
+
     def sent_bytes(self) -> Counter[str]:
         """Bytes this rank has sent since the start, by collective and purpose."""
         total: Counter[str] = Counter()

@@ -101,6 +101,16 @@ class SharedScaleBucket:
         self._reduction: SharedScaleReduction | None = None
         self._result: ReducedBucket | None = None
 
+    @property
+    def stored_bytes(self) -> int:
+        """See :class:`~fp8train.parallel.buckets.Bucket`: the reduced codes and a scale per tensor."""
+        return sum(member.numel + 4 for member in self.members)
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """See :class:`~fp8train.parallel.buckets.Bucket`."""
+        return sum(accumulator.payload.nbytes for accumulator in self._accumulators)
+
     def buffer(self, member: int) -> Tensor:
         """See :class:`~fp8train.parallel.buckets.Bucket`."""
         payload = self._accumulators[member].payload

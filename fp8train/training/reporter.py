@@ -21,6 +21,7 @@ from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.console import Console, format_count, format_duration
+from fp8train.training.describe import describe_precision, stored_bytes
 from fp8train.training.evaluation import Evaluation
 from fp8train.training.metrics import metrics_record, strict
 from fp8train.training.run_dir import RunDir
@@ -101,16 +102,8 @@ class Reporter:
             f"model: {config.model.family}, {format_count(parameters)} parameters, {config.model.num_layers} "
             f"layers of {config.model.hidden_size}, vocabulary {model.config.vocab_size}"
         )
-        gradient = config.precision.gradient
-        self.say(
-            f"precision: {config.precision.level}, {config.precision.compute} weights and activations, "
-            f"gradients accumulated in {gradient.accumulate} and reduced in {gradient.reduce}"
-        )
-        if self.trainer.built.fp8 is None:
-            self.say("FP8: off")
-        else:
-            assert self.trainer.built.backend is not None
-            self.say(f"{self.trainer.built.fp8} [{self.trainer.built.backend.reason}]")
+        for line in describe_precision(self.trainer):
+            self.say(line)
         for line in data.summary():
             self.say(f"data: {line}")
 
@@ -124,6 +117,7 @@ class Reporter:
             hidden_linears=len(self.trainer.model.linears()),
             fp8_linears=0 if fp8 is None else len(fp8.converted),
             fp8_skipped={} if fp8 is None else {reason: list(paths) for reason, paths in fp8.skipped.items()},
+            bytes_per_parameter=stored_bytes(self.trainer).per_parameter(),
         )
         self.throughput.restart()
 
@@ -144,7 +138,10 @@ class Reporter:
         metrics |= self.throughput.measure(steps, steps * self._tokens_per_step)
         metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
         metrics["optim/skipped_steps"] = self._skipped
-        metrics["comm/sent_bytes"] = sum(self.processes.dp.sent.values())
+        sent = self.trainer.sent_bytes()
+        metrics["comm/sent_bytes"] = sum(sent.values())
+        metrics |= {f"comm/sent_bytes/{name}": count for name, count in sent.items()}
+        metrics |= self.trainer.precision_metrics()
         metrics |= memory_bytes(self.processes.device) | self._casts
         self.record(done, metrics)
         peak = self.throughput.peak

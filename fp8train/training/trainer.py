@@ -191,6 +191,10 @@ class Trainer:
         self.gradients.restored()
         self.optimizer.publish()
 
+    def precision_metrics(self) -> dict[str, float]:
+        """State of the reduction for the log; waits for the device."""
+        return self.gradients.metrics()
+
     def sent_bytes(self) -> dict[str, int]:
         """Bytes this rank has sent since the start, by collective and purpose."""
         return dict(self.gradients.sent_bytes())

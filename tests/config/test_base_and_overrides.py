@@ -161,7 +161,7 @@ OVERRIDE_CASES = {
     "optimizer.lrr": "command line: optimizer.lrr: not section.key=value; did you mean optimizer.lr=VALUE?",
     "optimizer": (
         "command line: optimizer: not section.key=value; name a key of the section, for example "
-        "optimizer.lr=..."
+        "optimizer.name=..."
     ),
     "": "command line: : not section.key=value",
     "=3": "command line: =3: not section.key=value",

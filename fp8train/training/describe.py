@@ -1,0 +1,138 @@
+"""What a run stores in which format: the header's lines about precision, and bytes per parameter.
+
+Bytes are persistent between steps, scales included. *Per parameter of the FP8 plan* counts the matrices
+whose linears multiply in FP8 (all hidden linears where FP8 is off): gradient, master weight and moments.
+The compute copy of the weights and the accumulator of micro-batches stand beside them, as does the whole
+model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fp8train.config.schema import Config, StateFormatConfig
+from fp8train.training.console import format_bytes
+from fp8train.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes on this rank.
+
+    Attributes:
+        parameters: elements of the hidden linears' matrices.
+        states: by what: ``gradient``, then the optimizer's roles; of those matrices.
+        compute_copy: their weights as the GEMMs read them.
+        accumulator: of those matrices, while micro-batches add up.
+        whole_model: everything above for all parameters.
+    """
+
+    parameters: int
+    states: dict[str, int]
+    compute_copy: int
+    accumulator: int
+    whole_model: int
+
+    def per_parameter(self) -> dict[str, float]:
+        """``{what: bytes}`` per parameter of the FP8 plan, with ``total`` over ``states``."""
+        shares = {name: count / self.parameters for name, count in self.states.items()}
+        return {
+            **shares,
+            "total": sum(shares.values()),
+            "compute_copy": self.compute_copy / self.parameters,
+            "accumulator": self.accumulator / self.parameters,
+        }
+
+    def __str__(self) -> str:
+        shares = self.per_parameter()
+        states = ", ".join(f"{name} {shares[name]:.2f}" for name in self.states)
+        return (
+            f"{shares['total']:.2f} bytes per parameter of the hidden linears ({states}) "
+            f"+ compute copy {shares['compute_copy']:.2f} + accumulator {shares['accumulator']:.2f}; "
+            f"whole model {format_bytes(self.whole_model)}"
+        )
+
+
+def stored_bytes(trainer: Trainer) -> StoredBytes:
+    """Count what ``trainer`` has allocated."""
+    linears = trainer.model.linears()
+    matrices = {f"{path}.weight": linear for path, linear in linears.items()}
+    elements = sum(linear.weight.numel() for linear in matrices.values())
+    buckets = trainer.store.buckets
+    gradient = accumulator = 0
+    for bucket in buckets:
+        inside = sum(member.numel for member in bucket.members if member.fqn in matrices)
+        share = inside / sum(member.numel for member in bucket.members)
+        gradient += round(share * bucket.stored_bytes)
+        accumulator += round(share * bucket.accumulator_bytes)
+    roles = trainer.optimizer.stored_bytes_of(matrices)
+    copies = {fqn: linear.weight_bytes for fqn, linear in matrices.items()}
+    others = sum(p.nbytes for fqn, p in trainer.model.named_parameters() if fqn not in matrices)
+    whole = (
+        sum(bucket.stored_bytes + bucket.accumulator_bytes for bucket in buckets)
+        + sum(trainer.optimizer.stored_bytes(in_plan_only=False).values())
+        + sum(copies.values())
+        + others
+    )
+    return StoredBytes(elements, {"gradient": gradient, **roles}, sum(copies.values()), accumulator, whole)
+
+
+def describe_precision(trainer: Trainer) -> list[str]:
+    """Lines for the header: exactly what is FP8 and what is not."""
+    config, built = trainer.config, trainer.built
+    precision = config.precision
+    lines = [f"precision: {precision.level}, {precision.compute} activations; {_others(config)}"]
+    if built.fp8 is None:
+        lines.append("FP8: off")
+    else:
+        assert built.backend is not None
+        lines.append(f"{built.fp8} [{built.backend.reason}]")
+        lines.append(f"their weights {_weights(config)}; gradients {_gradients(config)}; {_states(config)}")
+    lines.append(f"memory: {stored_bytes(trainer)}")
+    return lines
+
+
+def _others(config: Config) -> str:
+    gradient = config.precision.gradient
+    wide = "fp64" if config.precision.compute == "fp64" else "fp32"
+    whose = "gradients" if gradient.format == "high_precision" else "gradients outside the FP8 plan"
+    return (
+        f"{whose} accumulated in {gradient.accumulate} and reduced in {gradient.reduce}, "
+        f"{config.optimizer.name} states outside the FP8 plan in {wide}"
+    )
+
+
+def _weights(config: Config) -> str:
+    resident = config.precision.weights == "fp8"
+    return (
+        "in FP8 only, cast from the master" if resident else f"in {config.precision.compute}, cast every step"
+    )
+
+
+def _gradients(config: Config) -> str:
+    gradient = config.precision.gradient
+    if gradient.format == "high_precision":
+        return "in high precision"
+    fp8 = gradient.fp8
+    scales = (
+        "one scale per tensor" if fp8.reduce in ("shared_scale", "exact") else f"blocks of up to {fp8.block}"
+    )
+    return f"{gradient.format} ({scales}), accumulated in {fp8.accumulate}, reduced by {fp8.reduce}"
+
+
+def _states(config: Config) -> str:
+    state = config.precision.state
+    roles = {"master": state.master, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    if config.optimizer.name == "lion":
+        del roles["exp_avg_sq"]
+    return ", ".join(f"{role} {_format(one)}" for role, one in roles.items())
+
+
+def _format(state: StateFormatConfig) -> str:
+    name = f"sqrt({state.format})" if state.sqrt else state.format
+    if state.format in ("fp32", "bf16_remainder"):
+        return name
+    extra = [state.granularity] if state.format != "bf16" else []
+    extra += ["expanded"] if state.expand else []
+    extra += ["stochastic"] if state.rounding == "stochastic" else []
+    return f"{name} ({', '.join(extra)})" if extra else name
