@@ -6,8 +6,9 @@ accumulate on average. The random bits are a hash of (seed, step, tensor, *logic
 generator state exists, ranks that hold different parts of a tensor draw the bits that one process would,
 and a resumed run draws them again.
 
-The hash is two rounds of the 32-bit finaliser of MurmurHash3 (Appleby, public domain constants), which
-passes from the low bits of the index to all bits; integer arithmetic that wraps, equal on every device.
+The hash is the 32-bit finaliser of MurmurHash3 (Appleby, public domain constants) of the index, multiplied
+and shifted by the key: it passes from the low bits of the index to all bits. Integer arithmetic that wraps,
+equal on every device.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ def _signed(value: int) -> int:
     return value - _INT32 if value >= _INT32 // 2 else value
 
 
-def _mix(h: Tensor) -> Tensor:
-    """MurmurHash3's finaliser on int32; shifts are logical (the sign bits that >> drags in are masked)."""
-    h = h ^ ((h >> 16) & 0xFFFF)
-    h = h * _signed(0x85EBCA6B)
-    h = h ^ ((h >> 13) & 0x7FFFF)
-    h = h * _signed(0xC2B2AE35)
-    return h ^ ((h >> 16) & 0xFFFF)
+def _mix_(h: Tensor) -> Tensor:
+    """MurmurHash3's finaliser on int32, in place; shifts are logical (the sign bits that >> drags in are
+    masked)."""
+    shifted = torch.empty_like(h)
+    for bits, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, None)):
+        torch.bitwise_right_shift(h, bits, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_((1 << (32 - bits)) - 1))
+        if factor is not None:
+            h.mul_(_signed(factor))
+    return h
 
 
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
@@ -53,8 +57,8 @@ def random_bits(key: int, start: int, count: int, device: torch.device) -> Tenso
     Returns:
         int32 [count].
     """
-    index = torch.arange(count, dtype=torch.int32, device=device) + _signed(start)
-    return _mix(_mix(index * _signed(0x9E3779B1) ^ _signed(key)) + _signed(key * 0x9E3779B1))
+    index = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(start))
+    return _mix_(index.mul_(_signed(0x9E3779B1)).add_(_signed(key)))
 
 
 def round_mantissa(x: Tensor, drop_bits: int, bits: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ def round_mantissa(x: Tensor, drop_bits: int, bits: Tensor) -> Tensor:
         FP32 whose low ``drop_bits`` bits are zero.
     """
     mask = (1 << drop_bits) - 1
-    rounded = ((x.view(torch.int32) + (bits & mask)) & ~mask).view(torch.float32)
+    rounded = (bits & mask).add_(x.view(torch.int32)).bitwise_and_(~mask).view(torch.float32)
     return torch.where(torch.isfinite(x), rounded, x)
 
 
@@ -91,12 +95,15 @@ def round_stochastic(x: Tensor, mantissa_bits: int, min_exponent: int, bits: Ten
     normal = round_mantissa(x, 23 - mantissa_bits, bits)
     if min_exponent <= -126:
         return normal
+    below = (x.abs() < 2.0**min_exponent).logical_and_(x != 0)
+    if x.device.type == "cpu" and not below.any():  # where looking costs less than computing for nothing
+        return normal
     # Below the smallest normal number the spacing is constant: x / spacing, up with the fraction's
     # probability.
     spacing = 2.0 ** (min_exponent - mantissa_bits)
     uniform = (bits & 0xFFFFFF).float() * 2.0**-24
     subnormal = (x / spacing + uniform).floor() * spacing
-    return torch.where(x.abs() < 2.0**min_exponent, subnormal, normal)
+    return torch.where(below, subnormal, normal)
 
 
 def cast_stochastic(x: Tensor, fmt: Format, scale: Tensor, bits: Tensor) -> Tensor:

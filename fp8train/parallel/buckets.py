@@ -55,6 +55,7 @@ class Bucket(Protocol):
     """What the gradient store asks of a bucket. ``member`` is a position in ``members``."""
 
     members: Sequence[Member]
+
     @property
     def stored_bytes(self) -> int:
         """What it keeps between steps, scales included."""

@@ -132,7 +132,7 @@ def _format(state: StateFormatConfig) -> str:
     name = f"sqrt({state.format})" if state.sqrt else state.format
     if state.format in ("fp32", "bf16_remainder"):
         return name
-    extra = [state.granularity] if state.format != "bf16" else []
+    extra: list[str] = [state.granularity] if state.format != "bf16" else []
     extra += ["expanded"] if state.expand else []
     extra += ["stochastic"] if state.rounding == "stochastic" else []
     return f"{name} ({', '.join(extra)})" if extra else name

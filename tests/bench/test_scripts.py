@@ -91,3 +91,29 @@ def test_vs_transformers(tmp_path: Path) -> None:
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=0.01)
     assert theirs["last_loss"] < theirs["first_loss"] - 0.1
     assert ours["last_loss"] == pytest.approx(theirs["last_loss"], abs=0.005)
+
+
+def test_optimizer_step(tmp_path: Path) -> None:
+    result, table = result_of("optimizer_step.py", tmp_path / "result.json", "--tiny")
+    check_machine(result["machine"])
+    plans = result["plans"]
+    assert plans["FP32"]["stored_bytes_per_parameter"] == 12
+    assert plans["O2"]["stored_bytes_per_parameter"] == pytest.approx(5 + 3 / 128, abs=1e-6)
+    # A small matrix: temporaries are a dozen chunks at most, whatever the plan.
+    for plan in plans.values():
+        stored = plan["stored_bytes_per_parameter"] * result["parameters"]
+        assert 0 < (plan["peak_over_stored"] - 1) * stored < 14 * 4 * 2**19
+        assert plan["nanoseconds_per_parameter"] > 0
+    assert "O2, v E4M3 expanded" in table
+
+
+def test_reduce_snr(tmp_path: Path) -> None:
+    result, table = result_of("reduce_snr.py", tmp_path / "result.json", "--tiny")
+    assert result["gloo"] == {"2": 3}
+    snr = {(row["mode"], row["ranks"]): row["snr_db"] for row in result["results"]}
+    for ranks in (2, 4):
+        assert snr["exchange, all-reduce", ranks] >= 28
+        assert snr["exchange, reduce-scatter", ranks] >= 31
+        assert snr["BF16 ring", ranks] >= 45
+    assert snr["hierarchical 2 + FP8", 4] >= 26
+    assert "gloo, 2 ranks: 3 reductions have the bits of their simulation" in table

@@ -60,7 +60,37 @@ def test_loads_and_prints(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_every_size_is_checked() -> None:
-    assert {name for name in FILES if not name.startswith("quickstart/")} == set(PUBLISHED)
+    sizes = {name for name in FILES if not name.startswith(("quickstart/", "ablations/"))}
+    assert sizes == set(PUBLISHED)
+
+
+TABLE_6 = {
+    # GEMMs and gradients, master, first and second moment (FP8-LM, Table 6)
+    "table6_0": ("fp32", "high_precision", "fp32", "fp32", "fp32"),
+    "table6_1": ("bf16", "high_precision", "fp32", "fp32", "fp32"),
+    "table6_2a": ("fp8", "e4m3", "fp16_scaled", "e4m3", "fp16_scaled"),
+    "table6_2b": ("fp8", "e4m3", "bf16", "e4m3", "fp16_scaled"),
+    "table6_3": ("fp8", "e4m3", "e4m3", "e4m3", "fp16_scaled"),
+    "table6_4": ("fp8", "e4m3", "fp16_scaled", "e4m3", "e4m3"),
+    "fp8_gemms_only": ("fp8", "high_precision", "fp32", "fp32", "fp32"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_6)
+def test_ablations_are_the_papers(name: str) -> None:
+    precision = load_config(CONFIGS / f"ablations/{name}.yaml").config.precision
+    state = precision.state
+    gemm = "fp8" if precision.gemm.fp8 else precision.compute
+    formats = (state.master.format, state.exp_avg.format, state.exp_avg_sq.format)
+    assert (gemm, precision.gradient.format, *formats) == TABLE_6[name]
+    if precision.gradient.format == "e4m3":
+        assert precision.gradient.fp8.reduce == "shared_scale"
+        assert {state.master.granularity, state.exp_avg.granularity, state.exp_avg_sq.granularity} == {
+            "tensor"
+        }
+    assert {f"ablations/{ablation}.yaml" for ablation in TABLE_6} == {
+        file for file in FILES if file.startswith("ablations/")
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -108,12 +138,11 @@ def test_quickstart_pair_differs_in_fp8_only() -> None:
     assert bf16 == fp8
 
 
-@pytest.mark.parametrize("vocab_size", [4096, 8192])
 @pytest.mark.parametrize("name", ["llama", "gpt"])
-def test_quickstart_is_small_and_needs_no_padding(name: str, vocab_size: int) -> None:
+def test_quickstart_is_small_and_needs_no_padding(name: str) -> None:
     config = load_config(CONFIGS / f"quickstart/{name}.yaml").config
     model = config.model
-    assert 3e6 <= num_parameters(model, vocab_size) <= 6e6
+    assert 3e6 <= num_parameters(model, 8192) <= 6e6
     kv = model.num_kv_heads * model.head_dim
     for dim in (model.hidden_size, model.num_heads * model.head_dim, kv, model.ffn_hidden_size):
         assert dim % 16 == 0

@@ -1,0 +1,78 @@
+"""Bytes per parameter and the header's words, against what is allocated and what the levels promise."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp8train.training.describe import describe_precision, stored_bytes
+from fp8train.training.trainer import Trainer
+from tests.training.tiny import VOCAB, alone, tiny_config
+
+SIZES = ["model.hidden_size=128", "model.ffn_hidden_size=256", "train.micro_batch_size=4"]
+# FP8-LM section 2: bytes per parameter of gradient, master, first and second moment, without scales.
+LEVELS = {"O0": (4, 4, 4, 4), "O1": (1, 2, 4, 4), "O2": (1, 2, 1, 2)}
+
+
+def trainer_of(*overrides: str) -> Trainer:
+    return Trainer(tiny_config([*SIZES, *overrides]), alone(), vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bytes_per_parameter_are_those_of_the_level_and_a_scale_for_128(level: str) -> None:
+    trainer = trainer_of(f"precision.level={level}")
+    stored = stored_bytes(trainer)
+    shares = stored.per_parameter()
+    for name, plain in zip(("gradient", "master", "exp_avg", "exp_avg_sq"), LEVELS[level], strict=True):
+        scale = 1 / 128 if plain < 4 else 0.0
+        assert shares[name] == pytest.approx(plain + scale, abs=1e-6), name
+    assert shares["total"] == pytest.approx(sum(LEVELS[level]), rel=0.01)
+    if level == "O2":
+        assert shares["total"] <= 6.1
+    assert shares["compute_copy"] == pytest.approx(2 if level == "O0" else 1, abs=0.01)
+    assert shares["accumulator"] == (0 if level == "O0" else 2)
+    assert stored.parameters == sum(linear.weight.numel() for linear in trainer.model.linears().values())
+
+
+def test_8_bit_second_moments_fit_the_target() -> None:
+    state = "precision.state.exp_avg_sq={format: e4m3, expand: true}"
+    assert stored_bytes(trainer_of("precision.level=O2", state)).per_parameter()["total"] <= 5.2
+
+
+def test_one_micro_batch_needs_no_accumulator() -> None:
+    trainer = trainer_of("precision.level=O2", "train.micro_batch_size=8")
+    assert stored_bytes(trainer).per_parameter()["accumulator"] == 0
+
+
+def test_the_whole_model_is_everything_that_is_allocated() -> None:
+    trainer = trainer_of("precision.level=O2")
+    states = sum(tensor.nbytes for tensor in trainer.optimizer.state_tensors().values())
+    buckets = sum(bucket.stored_bytes + bucket.accumulator_bytes for bucket in trainer.store.buckets)
+    linears = trainer.model.linears()
+    copies = sum(linear.weight_bytes for linear in linears.values())
+    inside = {f"{path}.weight" for path in linears}
+    others = sum(p.nbytes for fqn, p in trainer.model.named_parameters() if fqn not in inside)
+    assert stored_bytes(trainer).whole_model == states + buckets + copies + others
+
+
+def test_the_header_says_what_is_fp8_and_what_is_not() -> None:
+    lines = "\n".join(describe_precision(trainer_of("precision.level=O2")))
+    for words in (
+        "precision: O2, bf16 activations",
+        "FP8: 8 of 9 linears; skipped 1 (head: 1)",
+        "weights in FP8 only",
+        "gradients e4m3 (blocks of up to 128), accumulated in bf16, reduced by exchange",
+        "master fp16_scaled (block, stochastic), exp_avg e4m3 (block), exp_avg_sq fp16_scaled (block)",
+        "6.03 bytes per parameter of the hidden linears",
+        "outside the FP8 plan accumulated in fp32 and reduced in fp32",
+    ):
+        assert words in lines, lines
+    paper = "\n".join(describe_precision(trainer_of("precision.level=O1", "precision.profile=paper")))
+    for words in ("one scale per tensor", "reduced by shared_scale", "exp_avg fp32, exp_avg_sq fp32"):
+        assert words in paper, paper
+    assert "FP8: off" in "\n".join(describe_precision(trainer_of()))
+
+
+def test_print_shows_the_live_recipe_of_every_linear() -> None:
+    text = repr(trainer_of("precision.level=O1", "precision.profile=paper").model)
+    assert text.count("weight resident in fp8") == 8
+    assert text.count("x=e4m3:delayed16max/tensor/pow2 w=e4m3:cur/tensor/pow2") == 8

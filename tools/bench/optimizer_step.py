@@ -1,0 +1,172 @@
+"""Bytes and time of an optimizer step: stored, peak while stepping, nanoseconds a parameter, for every
+state plan.
+
+    python tools/bench/optimizer_step.py --json out.json
+    python tools/bench/optimizer_step.py --tiny
+
+One square matrix (default 8192 x 8192, 67M parameters) with an FP8 gradient. *Stored* is what lies there
+between steps, scales included; *peak* adds the most that tensors created during a step held at once,
+counted by a dispatch mode on CPUs and by the allocator on CUDA. Plans are timed in turn; ratios to FP32
+states are taken round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import describe_machine, print_table, speed_ratio, time_in_turn, write_json
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.formats import E4M3
+from fp8train.optim.adamw import AdamWSettings
+from fp8train.optim.make import make_optimizer
+from fp8train.optim.optimizer import Optimizer
+from fp8train.optim.state_plan import StateFormat, StatePlan
+from fp8train.parallel.buckets import Fp8Bucket, GradientReader, Member
+
+_SR = StateFormat("fp16_scaled", rounding="stochastic")
+_TENSOR = StateFormat("fp16_scaled", granularity="tensor")
+PLANS = {
+    "FP32": StatePlan(),
+    "O1": StatePlan(_SR),
+    "O2": StatePlan(_SR, StateFormat("e4m3"), StateFormat("fp16_scaled")),
+    "O2, v E4M3 expanded": StatePlan(_SR, StateFormat("e4m3"), StateFormat("e4m3", expand=True)),
+    "O2, v sqrt E4M3": StatePlan(
+        _SR, StateFormat("e4m3"), StateFormat("e4m3", sqrt=True, rounding="stochastic")
+    ),
+    "paper": StatePlan(_TENSOR, StateFormat("e4m3", granularity="tensor"), _TENSOR),
+    "BF16 + remainder, O2 moments": StatePlan(
+        StateFormat("bf16_remainder"), StateFormat("e4m3"), StateFormat("fp16_scaled")
+    ),
+}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of live storages created inside, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {
+            t.untyped_storage()._cdata
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs | self._known:
+                self._track(tensor)
+        return result
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, gone)
+
+
+def gradient_reader(size: int, device: torch.device) -> GradientReader:
+    """A random gradient in FP8 blocks."""
+    torch.manual_seed(0)
+    bucket = Fp8Bucket(
+        [Member("w", (size, size))],
+        block=128,
+        fmt=E4M3,
+        accumulate=None,
+        reduction=None,
+        parts=1,
+        device=device,
+    )
+    bucket.add(0, torch.randn(size, size, device=device) * 1e-4, first=True)
+    return bucket.reader(0)
+
+
+def make(plan: StatePlan, size: int, device: torch.device) -> tuple[Optimizer, nn.Parameter]:
+    """An optimizer of one BF16 matrix."""
+    parameter = nn.Parameter(torch.zeros(size, size, dtype=torch.bfloat16, device=device))
+    spec = ParamSpec("w", "hidden", (size, size), size, size, "normal", 0.02, 1.0, "lr_times_lambda", True)
+    settings = AdamWSettings(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8)
+    optimizer = make_optimizer("adamw", {"w": parameter}, {"w": spec}, settings, plan, seed=1)
+    optimizer.seed_master("w", torch.randn(size, size) * 0.02)
+    return optimizer, parameter
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=8192, help="side of the matrix")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--tiny", action="store_true", help="side 1024, 2 rounds")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.tiny:
+        args.size, args.rounds = 1024, 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, count = torch.device(args.device), args.size**2
+    reader = gradient_reader(args.size, device)
+    one = torch.ones((), device=device)
+    optimizers = {name: make(plan, args.size, device)[0] for name, plan in PLANS.items()}
+
+    def step(optimizer: Optimizer, number: int) -> None:
+        optimizer.step(lambda _: reader, step=number + 1, lr_factor=1.0, grad_multiplier=one)
+
+    temporaries = {}
+    for name, optimizer in optimizers.items():
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step(optimizer, 0)
+            temporaries[name] = torch.cuda.max_memory_allocated() - before
+        else:
+            with PeakMemory() as memory:
+                step(optimizer, 0)
+            temporaries[name] = memory.peak
+    timings = time_in_turn(
+        {name: lambda i, o=optimizer: step(o, i + 1) for name, optimizer in optimizers.items()},
+        rounds=args.rounds,
+        steps_per_round=1,
+        warmup=1,
+        device=device,
+    )
+    rows, result = [], {}
+    for name, optimizer in optimizers.items():
+        stored = sum(optimizer.stored_bytes(in_plan_only=True).values())
+        peak = 1 + temporaries[name] / stored
+        nanoseconds = timings[name].median / count * 1e9
+        ratio = speed_ratio(timings[name], timings["FP32"])
+        result[name] = {
+            "stored_bytes_per_parameter": stored / count,
+            "peak_over_stored": peak,
+            "nanoseconds_per_parameter": nanoseconds,
+            "seconds": list(timings[name].seconds),
+        }
+        rows.append((name, f"{stored / count:.3f}", f"{peak:.3f}", f"{nanoseconds:.1f}", str(ratio)))
+    print_table(("states (master, m, v)", "bytes/param", "peak / stored", "ns/param", "speed / FP32"), rows)
+    if args.json:
+        machine = describe_machine(device)
+        write_json(args.json, {"machine": machine, "parameters": count, "plans": result})
+
+
+if __name__ == "__main__":
+    main()
