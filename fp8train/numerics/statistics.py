@@ -38,7 +38,7 @@ def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
     Args:
         x: the source, any float dtype.
         payload: its FP8 cast, same shape.
-        scale_inv: FP32 scalar.
+        scale_inv: FP32 scalar, or broadcastable to x (block scales): ``log2_scale`` is then their mean.
 
     Returns:
         FP32 [len(FIELDS)], on x's device.
@@ -55,7 +55,7 @@ def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
         [
             amax_of(source),
             (signal / source.numel()).sqrt().float(),
-            -torch.log2(scale_inv),
+            -torch.log2(scale_inv).mean(),
             (magnitude == 0).float().mean(),
             (nonzero & (decoded == 0)).sum().float() / count,
             (magnitude / scale_inv > fmt.max * _ULP_SLACK).sum().float() / count,

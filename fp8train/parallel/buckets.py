@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Quantized, padded_blocks
-from fp8train.numerics.blocks import as_blocks, dequantize_blocks, from_blocks, quantize_blocks
+from fp8train.numerics.blocks import as_blocks, decode_e8m0, dequantize_blocks, from_blocks, quantize_blocks
 from fp8train.numerics.formats import Format
 
 
@@ -180,6 +180,19 @@ class PlainBucket:
         return torch.linalg.vector_norm(self._views[member], dtype=dtype)
 
 
+class GradientRecorder(Protocol):
+    """Takes statistics of gradient casts; see :class:`fp8train.numerics.statistics.CastRecorder`."""
+
+    @property
+    def active(self) -> bool:
+        """Whether this step is sampled."""
+        ...
+
+    def record(self, fqn: str, source: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
+        """Take one cast: source and payload of one shape, ``scale_inv`` broadcastable to it."""
+        ...
+
+
 class BlockReduction(Protocol):
     """How quantised block matrices of all ranks become their sum; see :mod:`fp8train.comm.exchange`."""
 
@@ -213,6 +226,7 @@ class Fp8Bucket:
         reduction: BlockReduction | None,
         parts: int,
         error_feedback: bool = False,
+        recorder: GradientRecorder | None = None,
         device: torch.device,
     ) -> None:
         """Allocate.
@@ -226,10 +240,11 @@ class Fp8Bucket:
             parts: the number of blocks is padded to a multiple of this.
             error_feedback: add what the last cast lost to the next step's gradient (BF16, 2 bytes an
                 element; Seide et al. 2014).
+            recorder: receives statistics of the cast of each member on sampled steps.
             device: where it lives.
         """
         self.members = members
-        self._format, self._block, self._reduction = fmt, block, reduction
+        self._format, self._block, self._reduction, self._recorder = fmt, block, reduction, recorder
         self._ranges: list[slice] = []
         end = 0
         for member in members:
@@ -284,11 +299,23 @@ class Fp8Bucket:
         if self.residual is not None:
             blocks = blocks.float() + self.residual[rows]
         payload, scales = quantize_blocks(blocks, self._format)
+        if self._recorder is not None and self._recorder.active:
+            self._record(rows, blocks, payload, scales)
         self._payload.view(torch.uint8)[rows] = payload.view(torch.uint8)
         self._scales[rows] = scales
         if self.residual is not None:
             lost = blocks - dequantize_blocks(payload, scales)
             self.residual[rows] = torch.where(torch.isfinite(lost), lost, 0.0).to(torch.bfloat16)
+
+    def _record(self, rows: slice, blocks: Tensor, payload: Tensor, scales: Tensor) -> None:
+        """Statistics of the members whose blocks are ``rows``; zeros that pad short rows count as zeros."""
+        assert self._recorder is not None
+        for member, own in zip(self.members, self._ranges, strict=True):
+            if rows.start <= own.start and own.stop <= rows.stop:
+                part = slice(own.start - rows.start, own.stop - rows.start)
+                self._recorder.record(
+                    member.fqn, blocks[part], payload[part], decode_e8m0(scales[part]).unsqueeze(-1)
+                )
 
     def launch(self) -> None:
         """See :class:`Bucket`."""
@@ -342,11 +369,19 @@ class WideReducedFp8Bucket(Fp8Bucket):
         accumulate: torch.dtype,
         reduce: torch.dtype,
         group: CountedGroup,
+        recorder: GradientRecorder | None = None,
         device: torch.device,
     ) -> None:
         """As :class:`Fp8Bucket`; ``reduce``: dtype on the wire."""
         super().__init__(
-            members, block=block, fmt=fmt, accumulate=accumulate, reduction=None, parts=1, device=device
+            members,
+            block=block,
+            fmt=fmt,
+            accumulate=accumulate,
+            reduction=None,
+            parts=1,
+            recorder=recorder,
+            device=device,
         )
         self._reduce, self._group = reduce, group
         self._wire: Tensor | None = None

@@ -26,6 +26,7 @@ from fp8train.parallel.buckets import (
     BlockReduction,
     Bucket,
     Fp8Bucket,
+    GradientRecorder,
     Member,
     PlainBucket,
     WideReducedFp8Bucket,
@@ -103,6 +104,7 @@ class GradientPlan:
         fp8: Fp8Gradients | None = None,
         in_fp8_plan: Collection[str] = (),
         contributions: int = 0,
+        recorder: GradientRecorder | None = None,
     ) -> None:
         """Decide.
 
@@ -116,11 +118,12 @@ class GradientPlan:
             fp8: how FP8 gradients are kept; None stores all in high precision.
             in_fp8_plan: names whose gradients are FP8.
             contributions: micro-batches of a step; with one, FP8 gradients need no accumulator.
+            recorder: takes statistics of casts to FP8 blocks.
         """
         self._accumulate, self._reduce, self._bucket_bytes = accumulate, reduce, bucket_bytes
         self._groups, self._device, self.fp8 = groups, device, fp8
         self._in_fp8_plan = frozenset(in_fp8_plan) if fp8 is not None else frozenset()
-        self._contributions = contributions
+        self._contributions, self._recorder = contributions, recorder
         self._with_residual: list[Fp8Bucket] = []
         self.mu: MuController | None = None
         self.grids: GridScales | None = None
@@ -212,6 +215,7 @@ class GradientPlan:
                 accumulate=fp8.accumulate,
                 reduce=fp8.reduce,
                 group=self._groups.all,
+                recorder=self._recorder,
                 device=self._device,
             )
         bucket = Fp8Bucket(
@@ -222,6 +226,7 @@ class GradientPlan:
             reduction=self._reduction(fp8),
             parts=self._groups.all.size,
             error_feedback=fp8.error_feedback,
+            recorder=self._recorder,
             device=self._device,
         )
         self._with_residual += [bucket] if fp8.error_feedback else []

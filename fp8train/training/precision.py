@@ -4,6 +4,7 @@ process."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel
 from fp8train.numerics.formats import format_by_name
+from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.adamw import AdamWSettings
 from fp8train.optim.from_config import state_plan
 from fp8train.optim.make import make_optimizer
@@ -23,7 +25,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def make_gradient_plan(
-    config: Config, processes: Processes, built: BuiltModel, *, contributions: int
+    config: Config,
+    processes: Processes,
+    built: BuiltModel,
+    *,
+    contributions: int,
+    recorder: CastRecorder | None = None,
 ) -> GradientPlan:
     """How gradients are stored and reduced.
 
@@ -32,6 +39,7 @@ def make_gradient_plan(
         processes: this process's place in the job.
         built: the model and its FP8 plan.
         contributions: micro-batches of a step on this rank.
+        recorder: where statistics of gradient casts go, at sites ``PATH/grad_weight``.
 
     Raises:
         ConfigError: ``node_size`` does not divide the ranks; ``exact`` without what makes it exact.
@@ -51,7 +59,22 @@ def make_gradient_plan(
         fp8=fp8,
         in_fp8_plan=[fqn for fqn, spec in built.model.specs.items() if spec.in_fp8_plan],
         contributions=contributions,
+        recorder=None if recorder is None else _GradientSites(recorder),
     )
+
+
+@dataclass(frozen=True)
+class _GradientSites:
+    """Names a gradient's cast site after its linear, as the operands' are."""
+
+    recorder: CastRecorder
+
+    @property
+    def active(self) -> bool:
+        return self.recorder.active
+
+    def record(self, fqn: str, source: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
+        self.recorder.record(f"{fqn.removesuffix('.weight')}/grad_weight", source, payload, scale_inv)
 
 
 def _fp8_gradients(config: Config) -> Fp8Gradients:

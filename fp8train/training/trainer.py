@@ -84,11 +84,13 @@ class Trainer:
         self.model = self.built.model
         self.updates = 0
         contributions = accumulation_steps(config, processes.dp.size)
-        self.gradients = make_gradient_plan(config, processes, self.built, contributions=contributions)
+        self.recorder = self._attach_recorder()
+        self.gradients = make_gradient_plan(
+            config, processes, self.built, contributions=contributions, recorder=self.recorder
+        )
         self.store = GradientStore(self.model, self.gradients)
         self.optimizer = make_run_optimizer(config, self.built)
         self.scales = make_scale_state(self.model, processes.device)
-        self.recorder = self._attach_recorder()
         initialise(self.model, config.run.seed, self.optimizer.seed_master)
         self.optimizer.publish()
 
@@ -96,7 +98,11 @@ class Trainer:
         if self.built.fp8 is None or self.config.logging.cast_statistics_interval == 0:
             return None
         paths = self.built.fp8.converted
-        sites = [f"{path}/{operand}" for path in paths for operand in ("x", "w", "grad_output")]
+        operands = ["x", "w", "grad_output"]
+        gradient = self.config.precision.gradient
+        if gradient.format != "high_precision" and gradient.fp8.reduce not in ("shared_scale", "exact"):
+            operands.append("grad_weight")
+        sites = [f"{path}/{operand}" for path in paths for operand in operands]
         recorder = CastRecorder(sites, self.processes.device)
         for path, linear in self.model.linears().items():
             if path in paths:

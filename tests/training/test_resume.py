@@ -31,13 +31,31 @@ def kill_at(processes: list[subprocess.Popen], metrics: Path, step: int, delay: 
         process.communicate()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-@pytest.mark.parametrize("world_size", [1, 2])
+PRECISIONS = {
+    "bf16": ["precision.level=O0"],
+    "fp8": ["precision.gemm.fp8=true"],
+    "O1": ["precision.level=O1"],
+    "O2": ["precision.level=O2"],
+    "O2-paper": ["precision.level=O2", "precision.profile=paper"],
+    "O2-exact": ["precision.level=O2", "precision.gradient.fp8.reduce=exact"],
+    "O2-feedback": ["precision.level=O2", "precision.gradient.fp8.error_feedback=true"],
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("world_size", "precision"),
+    [
+        *((1, "bf16"), (2, "bf16"), (1, "fp8"), (2, "fp8"), (1, "O1"), (2, "O2"), (2, "O2-paper")),
+        *(pytest.param(*case, marks=SLOW) for case in ((2, "O1"), (1, "O2"), (1, "O2-paper"))),
+        *(pytest.param(n, p, marks=SLOW) for n in (1, 2) for p in ("O2-exact", "O2-feedback")),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_bits(config: Path, world_size: int, precision: str) -> None:
-    fp8 = f"precision.gemm.fp8={'true' if precision == 'fp8' else 'false'}"
+    overrides = PRECISIONS[precision]
     names = [f"{precision}{world_size}_{kind}" for kind in ("whole", "again", "killed")]
     for name in names[:2]:
-        finish(start(config, world_size, fp8, f"run.name={name}"))
+        finish(start(config, world_size, *overrides, f"run.name={name}"))
     whole, again, killed = (config.parent / name for name in names)
     assert history(whole) == history(again), "two runs with one seed differ"
     assert weights(whole) == weights(again)
@@ -46,10 +64,11 @@ def test_a_killed_run_resumes_to_the_same_bits(config: Path, world_size: int, pr
     print(f"seed {seed}")
     generator = random.Random(seed)
     step, delay = generator.randrange(5, STEPS // 2), generator.random() * 0.02
-    kill_at(start(config, world_size, fp8, f"run.name={names[2]}"), killed / "metrics.jsonl", step, delay)
+    running = start(config, world_size, *overrides, f"run.name={names[2]}")
+    kill_at(running, killed / "metrics.jsonl", step, delay)
     saved = {path.name for path in candidates(killed / "checkpoints")}
     assert saved and f"step_{STEPS:08d}" not in saved
-    output = finish(start(config, world_size, fp8, f"run.name={names[2]}", "checkpoint.resume=auto"))
+    output = finish(start(config, world_size, *overrides, f"run.name={names[2]}", "checkpoint.resume=auto"))
     assert "resumed from" in output
     assert history(killed) == history(whole)
     assert weights(killed) == weights(whole)
