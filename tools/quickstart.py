@@ -6,7 +6,7 @@ against a bigram model counted on the same training tokens, what ran in FP8, a l
 few generated lines. Everything is measured in this run. The limits at the end are checked, and the exit
 status tells: 0 all hold, 1 one does not.
 
-    python tools/quickstart.py [--out runs/quickstart] [--data data/quickstart] [--vocab-size 8192]
+    python tools/quickstart.py [--out runs/quickstart] [--data data/quickstart] [--vocab-size 12288]
     [section.key=value ...]
 """
 
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/quickstart"), help="where runs and the plot go"
     )
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="where the dataset goes")
-    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--vocab-size", type=int, default=12288)
     parser.add_argument("overrides", nargs="*", help="section.key=value, for both runs")
     return parser.parse_args()
 

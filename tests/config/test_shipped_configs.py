@@ -142,7 +142,7 @@ def test_quickstart_pair_differs_in_fp8_only() -> None:
 def test_quickstart_is_small_and_needs_no_padding(name: str) -> None:
     config = load_config(CONFIGS / f"quickstart/{name}.yaml").config
     model = config.model
-    assert 3e6 <= num_parameters(model, 8192) <= 6e6
+    assert 3e6 <= num_parameters(model, 12288) <= 6e6
     kv = model.num_kv_heads * model.head_dim
     for dim in (model.hidden_size, model.num_heads * model.head_dim, kv, model.ffn_hidden_size):
         assert dim % 16 == 0
