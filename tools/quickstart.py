@@ -1,13 +1,15 @@
-"""The quick start: text in, trained models out, BF16 beside FP8 GEMMs, on any machine.
+"""The quick start: text in, trained models out, BF16 beside FP8 from GEMMs to optimizer, on any machine.
 
 Source code of Python's standard library -> SentencePiece tokenizer -> Megatron dataset -> the same small
-Llama twice, from the same weights on the same batches: in BF16 and with FP8 GEMMs -> validation losses
-against a bigram model counted on the same training tokens, what ran in FP8, a loss plot, a checkpoint, and a
-few generated lines. Everything is measured in this run. The limits at the end are checked, and the exit
-status tells: 0 all hold, 1 one does not.
+Llama four times, from the same weights on the same batches: in BF16 (level O0), with FP8 GEMMs alone, at O1
+and at O2 -> validation losses against a bigram model counted on the same training tokens, bytes per
+parameter, bytes on the wire, what ran in FP8, a loss plot, checkpoints, and a few generated lines. Each run
+is data-parallel over two processes (gloo, or two GPUs) where the machine has two cores. Everything is
+measured in this run. The limits at the end are checked, and the exit status tells: 0 all hold, 1 one does
+not.
 
     python tools/quickstart.py [--out runs/quickstart] [--data data/quickstart] [--vocab-size 12288]
-    [section.key=value ...]
+    [--ranks 2] [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ from fp8train.data.prepare import prepare
 from fp8train.data.sources import stdlib_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = {
-    "BF16": Path("configs/quickstart/llama.yaml"),
-    "FP8 GEMMs": Path("configs/quickstart/llama_fp8.yaml"),
+LLAMA = Path("configs/quickstart/llama.yaml")
+RUNS: dict[str, tuple[Path, list[str]]] = {
+    "BF16": (LLAMA, []),
+    "FP8 GEMMs": (Path("configs/quickstart/llama_fp8.yaml"), []),
+    "O1": (LLAMA, ["precision.level=O1", "run.name=quickstart_llama_o1"]),
+    "O2": (LLAMA, ["precision.level=O2", "run.name=quickstart_llama_o2"]),
 }
+STAGES = len(RUNS) + 3
 MAX_BITS_PER_BYTE = 2.3
 MAX_GAP = 0.05
 PROMPT = "def "
@@ -68,20 +74,20 @@ def main() -> int:
     step(console, 1, "text -> tokenizer -> dataset")
     make_dataset(console, prefix, args.vocab_size)
     results = []
-    for number, (name, config) in enumerate(RUNS.items(), start=2):
+    for number, (name, (config, overrides)) in enumerate(RUNS.items(), start=2):
         step(console, number, f"train the {name} run")
-        results.append(train(name, config, prefix, args.out, args.overrides))
-    resolved = load(RUNS["BF16"], prefix, args.out, args.overrides)
-    step(console, 4, "compare")
+        results.append(train(name, config, settings(prefix, args, overrides), args.ranks))
+    resolved = load_config(LLAMA, settings(prefix, args, []))
+    step(console, STAGES - 1, "compare")
     bigram = bigram_loss(resolved, prefix)
     plot = plot_losses(results, bigram, args.out / "loss.png")
     console.print(losses_table(results, bigram))
-    report_casts(console, results[1])
+    report_casts(console, results[-1])
     console.print(f"loss plot    {plot}")
     for result in results:
         console.print(f"checkpoint   {newest_checkpoint(result.directory)}")
-    step(console, 5, f"generate from the {results[1].name} model, prompt {PROMPT!r}")
-    console.print(generate(results[1].directory), markup=False)
+    step(console, STAGES, f"generate from the {results[-1].name} model, prompt {PROMPT!r}")
+    console.print(generate(results[-1].directory), markup=False)
     status = verdict(console, results, bigram)
     console.print(f"\nfinished in {(time.perf_counter() - began) / 60:.1f} minutes")
     return status
@@ -97,13 +103,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="where the dataset goes")
     parser.add_argument("--vocab-size", type=int, default=12288)
-    parser.add_argument("overrides", nargs="*", help="section.key=value, for both runs")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--ranks", type=int, choices=[1, 2], default=min(2, cores), help="processes of a run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, for all runs")
     return parser.parse_args()
 
 
 def step(console: Console, number: int, what: str) -> None:
     """Announce a stage."""
-    console.print(f"\n== {number}/5  {what}", markup=False)
+    console.print(f"\n== {number}/{STAGES}  {what}", markup=False)
 
 
 def make_dataset(console: Console, prefix: Path, vocab_size: int) -> None:
@@ -119,25 +127,23 @@ def make_dataset(console: Console, prefix: Path, vocab_size: int) -> None:
     )
 
 
-def settings(prefix: Path, out: Path, overrides: list[str]) -> list[str]:
-    """Overrides that both runs share."""
-    return [f"data.prefix={prefix}", f"run.dir={out}", *overrides]
+def settings(prefix: Path, args: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """The overrides of a run: its own, what all share, and the user's."""
+    ranks = [f"train.micro_batch_size={2 // args.ranks}"]
+    return [f"data.prefix={prefix}", f"run.dir={args.out}", *ranks, *overrides, *args.overrides]
 
 
-def load(config: Path, prefix: Path, out: Path, overrides: list[str]) -> ResolvedConfig:
-    """The resolved configuration of a run."""
-    return load_config(config, settings(prefix, out, overrides))
-
-
-def train(name: str, config: Path, prefix: Path, out: Path, overrides: list[str]) -> Result:
+def train(name: str, config: Path, overrides: list[str], ranks: int) -> Result:
     """Train one run with the command line a user would type, and read its records."""
-    arguments = settings(prefix, out, overrides)
-    command = [sys.executable, "-m", "fp8train", "train", str(config), "run.overwrite=true", *arguments]
-    print(f"$ fp8train train {config}", flush=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "fp8train", "train", str(config)]
+    shown = " ".join(["NPROC=2 launch/torchrun.sh" if ranks > 1 else "fp8train train", str(config)])
+    print(f"$ {shown} {' '.join(o for o in overrides if o.startswith('precision'))}".rstrip(), flush=True)
     began = time.perf_counter()
-    subprocess.run(command, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "run.overwrite=true", *overrides], check=True, env=environment)
     seconds = time.perf_counter() - began
-    resolved = load(config, prefix, out, overrides)
+    resolved = load_config(config, overrides)
     directory = Path(resolved.config.run.dir) / resolved.config.run.name
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in metrics if "eval/loss" in record][-1]
@@ -187,11 +193,14 @@ def bigram_loss(resolved: ResolvedConfig, prefix: Path) -> float:
 def losses_table(results: list[Result], bigram: float) -> Table:
     """Validation losses side by side."""
     table = Table(title="validation after training on the same batches")
-    for heading in ("run", "nats/token", "bits/byte", "gap to BF16", "FP8 linears", "seconds"):
+    for heading in (
+        *("run", "nats/token", "bits/byte", "gap to BF16", "FP8 linears"),
+        *("bytes/param stored", "bytes/param sent a step", "seconds"),
+    ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     bytes_per_token = results[0].loss / math.log(2) / results[0].bits_per_byte
     table.add_row(
-        "bigram counts", f"{bigram:.4f}", f"{bigram / math.log(2) / bytes_per_token:.3f}", "", "", ""
+        "bigram counts", f"{bigram:.4f}", f"{bigram / math.log(2) / bytes_per_token:.3f}", *[""] * 5
     )
     for result in results:
         gap = "" if result is results[0] else f"{result.loss - results[0].loss:+.4f}"
@@ -202,6 +211,8 @@ def losses_table(results: list[Result], bigram: float) -> Table:
             f"{result.bits_per_byte:.3f}",
             gap,
             linears,
+            stored_bytes(result),
+            sent_bytes(result),
             f"{result.seconds:.0f}",
         )
     return table
@@ -219,6 +230,26 @@ def fp8_linears(result: Result) -> str:
     return f"{plan['fp8_linears']} of {plan['hidden_linears']} hidden"
 
 
+def stored_bytes(result: Result) -> str:
+    """Gradient and optimizer states, and the compute copy of the weight, of the hidden linears."""
+    shares = events(result, "model")[-1]["bytes_per_parameter"]
+    return f"{shares['total']:.2f} + {shares['compute_copy']:.2f}"
+
+
+def sent_bytes(result: Result) -> str:
+    """What a rank sent for gradients of the hidden linears, as counted by its collectives."""
+    model, last = events(result, "model")[-1], [r for r in result.metrics if "train/loss" in r][-1]
+    sent = {name.rpartition("/")[2]: 0.0 for name in last if name.startswith("comm/sent_bytes/")}
+    for name, value in last.items():
+        if name.startswith("comm/sent_bytes/"):
+            sent[name.rpartition("/")[2]] += value
+    if not sent:
+        return "one rank"
+    in_plan = "gradient_fp8_plan" in sent
+    count = model["hidden_parameters"] if in_plan else model["parameters"]
+    return f"{sent['gradient_fp8_plan' if in_plan else 'gradient'] / last['step'] / count:.2f}"
+
+
 def report_casts(console: Console, result: Result) -> None:
     """Cast statistics of the last sampled step, by operand."""
     rows = [json.loads(line) for line in (result.directory / "casts.jsonl").read_text().splitlines()]
@@ -234,7 +265,7 @@ def report_casts(console: Console, result: Result) -> None:
         "saturated %",
     ):
         table.add_column(heading, justify="left" if heading in ("operand", "format") else "right")
-    for operand, fmt in (("x", "E4M3"), ("w", "E4M3"), ("grad_output", "E5M2")):
+    for operand, fmt in (("x", "E4M3"), ("w", "E4M3"), ("grad_output", "E5M2"), ("grad_weight", "E4M3")):
         chosen = [row for row in last if row["site"].endswith("/" + operand)]
         snr = sorted(row["snr_db"] for row in chosen)
         table.add_row(
@@ -252,7 +283,7 @@ def report_casts(console: Console, result: Result) -> None:
 def plot_losses(results: list[Result], bigram: float, path: Path) -> Path:
     """Training and validation losses of all runs as a PNG."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    for result, style in zip(results, ("-", "--"), strict=True):
+    for result, style in zip(results, ("-", "--", "-.", ":"), strict=True):
         train = [(r["step"], r["train/loss"]) for r in result.metrics if "train/loss" in r]
         valid = [(r["step"], r["eval/loss"]) for r in result.metrics if "eval/loss" in r]
         (line,) = axes.plot(*zip(*train, strict=True), style, linewidth=1, label=f"{result.name}, training")
@@ -288,13 +319,16 @@ def generate(directory: Path) -> str:
 
 def verdict(console: Console, results: list[Result], bigram: float) -> int:
     """Check the limits and say so; 0 if all hold."""
-    gap = abs(results[1].loss - results[0].loss)
-    plan = events(results[1], "model")[-1]
+    gap = max(abs(result.loss - results[0].loss) for result in results[1:])
+    plans = [events(result, "model")[-1] for result in results[1:]]
     checks = [
         (f"bits per byte <= {MAX_BITS_PER_BYTE}", max(r.bits_per_byte for r in results) <= MAX_BITS_PER_BYTE),
         (f"below the bigram model ({bigram:.4f})", max(r.loss for r in results) < bigram),
         (f"FP8 within {MAX_GAP} nats of BF16 ({gap:.4f})", gap <= MAX_GAP),
-        ("every hidden linear ran in FP8", plan["fp8_linears"] == plan["hidden_linears"]),
+        (
+            "every hidden linear ran in FP8",
+            all(plan["fp8_linears"] == plan["hidden_linears"] for plan in plans),
+        ),
     ]
     console.print()
     for text, holds in checks:

@@ -115,6 +115,7 @@ class Reporter:
             step=step,
             parameters=sum(p.numel() for p in self.trainer.model.parameters()),
             hidden_linears=len(self.trainer.model.linears()),
+            hidden_parameters=sum(linear.weight.numel() for linear in self.trainer.model.linears().values()),
             fp8_linears=0 if fp8 is None else len(fp8.converted),
             fp8_skipped={} if fp8 is None else {reason: list(paths) for reason, paths in fp8.skipped.items()},
             bytes_per_parameter=stored_bytes(self.trainer).per_parameter(),

@@ -117,3 +117,13 @@ def test_reduce_snr(tmp_path: Path) -> None:
         assert snr["BF16 ring", ranks] >= 45
     assert snr["hierarchical 2 + FP8", 4] >= 26
     assert "gloo, 2 ranks: 3 reductions have the bits of their simulation" in table
+
+
+def test_wire_bytes(tmp_path: Path) -> None:
+    result, _ = result_of("wire_bytes.py", tmp_path / "result.json", "--tiny")
+    rows = {row["mode"]: row for row in result["results"]}
+    assert rows["FP32 all-reduce"]["counted_bytes_per_parameter_and_rank"] == pytest.approx(4.0)
+    assert rows["exchange, all-reduce"]["over_bf16_all_reduce"] <= 0.51
+    assert rows["exchange, all-reduce"]["over_bf16_all_reduce"] / 2 <= 0.26
+    for row in rows.values():  # a few MiB only: headers, acknowledgements and other traffic weigh more
+        assert row["loopback_over_counted"] == pytest.approx(1.0, abs=0.2), row

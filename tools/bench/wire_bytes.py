@@ -1,0 +1,164 @@
+"""Bytes on the wire of a gradient reduction: counted by the collectives, and by the loopback interface.
+
+    python tools/bench/wire_bytes.py --ranks 2 4 --json out.json
+    python tools/bench/wire_bytes.py --tiny
+
+Processes on this machine reduce one large gradient (default 64 MiB in FP32) over gloo. The collectives say
+what they sent; the kernel's counters of the loopback interface (/proc/net/dev, all ranks together) say what
+really went out, headers included. Both are shown in bytes per parameter and rank, beside what BF16 and FP32
+all-reduces send.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from measure import describe_machine, print_table, write_json
+from torch import Tensor
+
+from fp8train.comm.collectives import CountedGroup
+from fp8train.comm.exchange import Exchange
+from fp8train.comm.shared_scale import shared_scale_all_reduce
+from fp8train.numerics.blocks import quantize_blocks
+from fp8train.numerics.formats import E4M3
+from fp8train.parallel.buckets import Member
+from fp8train.parallel.exact import ExactFp8Bucket, GridScales
+
+BLOCK = 128
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback interface has sent since the machine started."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[8])
+    raise SystemExit("this machine has no loopback counters in /proc/net/dev")
+
+
+def exchange(gradient: Tensor, group: CountedGroup) -> None:
+    """All-reduce in FP8 blocks."""
+    reduction = Exchange(group, E4M3, purpose="x")
+    reduction.start(*quantize_blocks(gradient, E4M3))
+    reduction.advance()
+    reduction.finish()
+
+
+def reduce_scatter(gradient: Tensor, group: CountedGroup) -> None:
+    """Its first half."""
+    reduction = Exchange(group, E4M3, purpose="x")
+    reduction.start(*quantize_blocks(gradient, E4M3))
+    reduction.advance(gather=False)
+
+
+def exact(gradient: Tensor, group: CountedGroup, contributions: int) -> None:
+    """Integer sums."""
+    scales = GridScales([True], group, gradient.device)
+    bucket = ExactFp8Bucket(
+        [Member("w", tuple(gradient.shape))],
+        scales=scales,
+        parameters=[0],
+        group=group,
+        contributions=contributions,
+        device=gradient.device,
+    )
+    bucket.add(0, gradient, first=True)
+    bucket.launch()
+    bucket.finish()
+
+
+MODES: dict[str, Callable[[Tensor, CountedGroup], Any]] = {
+    "FP32 all-reduce": lambda g, group: group.all_reduce(g.clone(), purpose="x")(),
+    "BF16 all-reduce": lambda g, group: group.all_reduce(g.bfloat16(), purpose="x")(),
+    "exchange, all-reduce": exchange,
+    "exchange, reduce-scatter": reduce_scatter,
+    "shared_scale ring": lambda g, group: shared_scale_all_reduce([g], torch.ones(1), group, purpose="x"),
+    "shared_scale tree": lambda g, group: shared_scale_all_reduce(
+        [g], torch.ones(1), group, algorithm="tree", purpose="x"
+    ),
+    "exact, one micro-batch a rank": lambda g, group: exact(g, group, 1),
+    "exact, several": lambda g, group: exact(g, group, 2),
+}
+
+
+def run_rank(rank: int, ranks: int, elements: int, folder: str) -> None:
+    """One process: every mode once; rank 0 saves (counted by all ranks, seen on the interface)."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store{ranks}", ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
+    gradient = torch.randn(elements // BLOCK, BLOCK, generator=torch.Generator().manual_seed(rank)) * 1e-3
+    found = {}
+    for name, reduce in MODES.items():
+        group = CountedGroup(dist.group.WORLD)
+        reduce(gradient[: BLOCK * ranks], CountedGroup(dist.group.WORLD))  # connections are made now
+        dist.barrier()
+        before = loopback_bytes()
+        dist.barrier()
+        reduce(gradient, group)
+        dist.barrier()
+        seen = loopback_bytes() - before
+        counted = torch.tensor(float(sum(group.sent.values())))
+        dist.all_reduce(counted)
+        found[name] = (float(counted), seen)
+        dist.barrier()
+    if rank == 0:
+        torch.save(found, f"{folder}/found{ranks}.pt")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--mib", type=float, default=64.0, help="size of the gradient in FP32")
+    parser.add_argument("--tiny", action="store_true", help="2 ranks, 4 MiB")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.tiny:
+        args.ranks, args.mib = [2], 4.0
+    step = BLOCK * max(args.ranks) * 16
+    elements = int(args.mib * 2**20 / 4) // step * step
+    rows, result = [], []
+    for ranks in args.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(run_rank, args=(ranks, elements, folder), nprocs=ranks)
+            found = torch.load(f"{folder}/found{ranks}.pt")
+        bf16 = found["BF16 all-reduce"][0]
+        for name, (counted, seen) in found.items():
+            per_parameter = counted / ranks / elements
+            result.append(
+                {
+                    "ranks": ranks,
+                    "mode": name,
+                    "counted_bytes_per_parameter_and_rank": per_parameter,
+                    "loopback_over_counted": seen / counted,
+                    "over_bf16_all_reduce": counted / bf16,
+                }
+            )
+            rows.append(
+                (name, str(ranks), f"{per_parameter:.3f}", f"{seen / counted:.3f}", f"{counted / bf16:.3f}")
+            )
+    header = (
+        "reduction",
+        "ranks",
+        "bytes/param and rank, counted",
+        "loopback / counted",
+        "/ BF16 all-reduce",
+    )
+    print_table(header, rows)
+    if args.json:
+        machine = describe_machine(torch.device("cpu"))
+        write_json(args.json, {"machine": machine, "elements": elements, "results": result})
+
+
+if __name__ == "__main__":
+    main()
