@@ -3,13 +3,12 @@
 Source code of Python's standard library -> SentencePiece tokenizer -> Megatron dataset -> the same small
 Llama four times, from the same weights on the same batches: in BF16 (level O0), with FP8 GEMMs alone, at O1
 and at O2 -> validation losses against a bigram model counted on the same training tokens, bytes per
-parameter, bytes on the wire, what ran in FP8, a loss plot, checkpoints, and a few generated lines. Each run
-is data-parallel over two processes (gloo, or two GPUs) where the machine has two cores. Everything is
-measured in this run. The limits at the end are checked, and the exit status tells: 0 all hold, 1 one does
-not.
+parameter, bytes on the wire (counted in two more steps of each, on two processes), what ran in FP8, a loss
+plot, checkpoints, and a few generated lines. Everything is measured in this run. The limits at the end are
+checked, and the exit status tells: 0 all hold, 1 one does not.
 
     python tools/quickstart.py [--out runs/quickstart] [--data data/quickstart] [--vocab-size 12288]
-    [--ranks 2] [section.key=value ...]
+    [--jobs 2] [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ RUNS: dict[str, tuple[Path, list[str]]] = {
     "O1": (LLAMA, ["precision.level=O1", "run.name=quickstart_llama_o1"]),
     "O2": (LLAMA, ["precision.level=O2", "run.name=quickstart_llama_o2"]),
 }
-STAGES = len(RUNS) + 3
+STAGES = 4
+WIRE_STEPS = 2
 MAX_BITS_PER_BYTE = 2.3
 MAX_GAP = 0.05
 PROMPT = "def "
@@ -73,15 +76,15 @@ def main() -> int:
     prefix = args.data / "stdlib"
     step(console, 1, "text -> tokenizer -> dataset")
     make_dataset(console, prefix, args.vocab_size)
-    results = []
-    for number, (name, (config, overrides)) in enumerate(RUNS.items(), start=2):
-        step(console, number, f"train the {name} run")
-        results.append(train(name, config, settings(prefix, args, overrides), args.ranks))
+    step(console, 2, f"train {', '.join(RUNS)}" + (f", {args.jobs} at a time" if args.jobs > 1 else ""))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(lambda name: train(name, settings(prefix, args, RUNS[name][1])), RUNS))
+        wire = list(pool.map(lambda name: sent_bytes(name, settings(prefix, args, RUNS[name][1])), RUNS))
     resolved = load_config(LLAMA, settings(prefix, args, []))
     step(console, STAGES - 1, "compare")
     bigram = bigram_loss(resolved, prefix)
     plot = plot_losses(results, bigram, args.out / "loss.png")
-    console.print(losses_table(results, bigram))
+    console.print(losses_table(results, wire, bigram))
     report_casts(console, results[-1])
     console.print(f"loss plot    {plot}")
     for result in results:
@@ -104,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="where the dataset goes")
     parser.add_argument("--vocab-size", type=int, default=12288)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--ranks", type=int, choices=[1, 2], default=min(2, cores), help="processes of a run")
+    parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at a time")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for all runs")
     return parser.parse_args()
 
@@ -129,19 +132,39 @@ def make_dataset(console: Console, prefix: Path, vocab_size: int) -> None:
 
 def settings(prefix: Path, args: argparse.Namespace, overrides: list[str]) -> list[str]:
     """The overrides of a run: its own, what all share, and the user's."""
-    ranks = [f"train.micro_batch_size={2 // args.ranks}"]
-    return [f"data.prefix={prefix}", f"run.dir={args.out}", *ranks, *overrides, *args.overrides]
+    return [f"data.prefix={prefix}", f"run.dir={args.out}", *overrides, *args.overrides]
 
 
-def train(name: str, config: Path, overrides: list[str], ranks: int) -> Result:
-    """Train one run with the command line a user would type, and read its records."""
+def launch(name: str, ranks: int, overrides: list[str], *, show: bool) -> None:
+    """Run ``fp8train train`` to its end; its lines are shown behind the run's name.
+
+    Raises:
+        SystemExit: it failed; its output is shown then.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "fp8train", "train", str(config)]
-    shown = " ".join(["NPROC=2 launch/torchrun.sh" if ranks > 1 else "fp8train train", str(config)])
-    print(f"$ {shown} {' '.join(o for o in overrides if o.startswith('precision'))}".rstrip(), flush=True)
-    began = time.perf_counter()
+    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "fp8train", "train"]
+    command += [str(RUNS[name][0]), "run.overwrite=true", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "run.overwrite=true", *overrides], check=True, env=environment)
+    lines = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if show:
+                print(f"{name:<{max(map(len, RUNS))}}  {line}", end="", flush=True)
+    if process.returncode:
+        raise SystemExit(f"{name} failed with status {process.returncode}:\n{''.join(lines[-20:])}")
+
+
+def train(name: str, overrides: list[str]) -> Result:
+    """Train one run with the command line a user would type, and read its records."""
+    config = RUNS[name][0]
+    level = " ".join(override for override in overrides if override.startswith("precision."))
+    print(f"{name:<{max(map(len, RUNS))}}  $ fp8train train {config} {level}".rstrip(), flush=True)
+    began = time.perf_counter()
+    launch(name, 1, overrides, show=True)
     seconds = time.perf_counter() - began
     resolved = load_config(config, overrides)
     directory = Path(resolved.config.run.dir) / resolved.config.run.name
@@ -190,19 +213,19 @@ def bigram_loss(resolved: ResolvedConfig, prefix: Path) -> float:
     )
 
 
-def losses_table(results: list[Result], bigram: float) -> Table:
-    """Validation losses side by side."""
+def losses_table(results: list[Result], wire: list[float], bigram: float) -> Table:
+    """Validation losses side by side, with bytes per parameter of the hidden linears."""
     table = Table(title="validation after training on the same batches")
     for heading in (
         *("run", "nats/token", "bits/byte", "gap to BF16", "FP8 linears"),
-        *("bytes/param stored", "bytes/param sent a step", "seconds"),
+        *("bytes/param: states + weight", "sent a step", "seconds"),
     ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     bytes_per_token = results[0].loss / math.log(2) / results[0].bits_per_byte
     table.add_row(
         "bigram counts", f"{bigram:.4f}", f"{bigram / math.log(2) / bytes_per_token:.3f}", *[""] * 5
     )
-    for result in results:
+    for result, sent in zip(results, wire, strict=True):
         gap = "" if result is results[0] else f"{result.loss - results[0].loss:+.4f}"
         linears = fp8_linears(result)
         table.add_row(
@@ -212,7 +235,7 @@ def losses_table(results: list[Result], bigram: float) -> Table:
             gap,
             linears,
             stored_bytes(result),
-            sent_bytes(result),
+            f"{sent:.2f}",
             f"{result.seconds:.0f}",
         )
     return table
@@ -236,18 +259,28 @@ def stored_bytes(result: Result) -> str:
     return f"{shares['total']:.2f} + {shares['compute_copy']:.2f}"
 
 
-def sent_bytes(result: Result) -> str:
-    """What a rank sent for gradients of the hidden linears, as counted by its collectives."""
-    model, last = events(result, "model")[-1], [r for r in result.metrics if "train/loss" in r][-1]
-    sent = {name.rpartition("/")[2]: 0.0 for name in last if name.startswith("comm/sent_bytes/")}
-    for name, value in last.items():
-        if name.startswith("comm/sent_bytes/"):
-            sent[name.rpartition("/")[2]] += value
-    if not sent:
-        return "one rank"
-    in_plan = "gradient_fp8_plan" in sent
-    count = model["hidden_parameters"] if in_plan else model["parameters"]
-    return f"{sent['gradient_fp8_plan' if in_plan else 'gradient'] / last['step'] / count:.2f}"
+def sent_bytes(name: str, overrides: list[str]) -> float:
+    """What one of two data-parallel ranks sends a step for gradients of the hidden linears, per parameter, as
+    counted by its collectives in a run of :data:`WIRE_STEPS` steps."""
+    short = [f"train.steps={WIRE_STEPS}", "train.micro_batch_size=1", "train.eval_interval=0"]
+    short += ["logging.tensorboard=false", "checkpoint.save_at_end=false"]
+    with tempfile.TemporaryDirectory() as folder:
+        launch(name, 2, [*overrides, *short, f"run.dir={folder}", "run.name=wire"], show=False)
+        directory = Path(folder) / "wire"
+        last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+        model = next(
+            record
+            for record in map(json.loads, (directory / "events.jsonl").read_text().splitlines())
+            if record["kind"] == "model"
+        )
+    sent: Counter[str] = Counter()
+    for key, value in last.items():
+        if key.startswith("comm/sent_bytes/"):
+            sent[key.rpartition("/")[2]] += value
+    purpose, count = "gradient", model["parameters"]
+    if "gradient_fp8_plan" in sent:  # else hidden linears travel with all others
+        purpose, count = "gradient_fp8_plan", model["hidden_parameters"]
+    return sent[purpose] / WIRE_STEPS / count
 
 
 def report_casts(console: Console, result: Result) -> None:
