@@ -281,9 +281,9 @@ class Optimizer(ABC):
         """
         for key, setting in (("optimizer", "optimizer.name"), ("states", "precision.state")):
             ours = self.state_meta()[key]
-            if meta[key] != ours:
+            if (saved := meta.get(key)) != ours:
                 raise ValueError(
-                    f"{setting}: {ours}, but the checkpoint was written with {meta[key]}; "
+                    f"{setting}: {ours}, but the checkpoint was written with {saved or 'an older version'}; "
                     "resume with the setting that it was written with"
                 )
 

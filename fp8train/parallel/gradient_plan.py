@@ -304,7 +304,7 @@ class GradientPlan:
         Raises:
             ValueError: its reduction had another state.
         """
-        ours, saved = self._reduction_name(), meta["reduction"]
+        ours, saved = self._reduction_name(), meta.get("reduction", "stateless")
         if ours != saved:
             raise ValueError(
                 f"precision.gradient.fp8.reduce: {ours} here, but the checkpoint was written with {saved}, "
