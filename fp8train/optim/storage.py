@@ -102,11 +102,11 @@ class Storage(ABC):
 
     def begin(self, amax: Tensor) -> None:
         """Announce new values of this largest magnitude (FP32 scalar); ``two_pass`` only."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} stores in one pass")
 
     def end(self) -> None:
         """All new values are stored; ``two_pass`` only."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} stores in one pass")
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

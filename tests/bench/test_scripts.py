@@ -74,7 +74,7 @@ def test_train_step_says_what_is_wrong_with_a_configuration() -> None:
 
 
 def test_vs_transformers(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'fp8train[hf]'")
     sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2, "vocab": 256, "seq": 32, "batch": 2}
     sizes |= {"threads": 1, "pairs": 2, "steps": 4, "warmup": 1}
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]

@@ -246,7 +246,7 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
     mount.mkdir()
     command = ["mount", "-t", "tmpfs", "tmpfs", str(mount)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
+        pytest.skip("needs the right to mount a tmpfs: run as root")
     _finished_run(mount)
     subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
     yield mount
@@ -360,7 +360,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     mount.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
+        pytest.skip("needs the right to mount a tmpfs: run as root")
     yield mount
     subprocess.run(["umount", str(mount)], check=True)
 

@@ -304,7 +304,7 @@ print(t.take_problem())
 
 
 def run_real(tmp_path: Path, mode: str, close_timeout: float, **environment: str) -> str:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="needs wandb: pip install wandb")
     home = tmp_path / "home"
     home.mkdir()
     (tmp_path / "run").mkdir()
