@@ -1,13 +1,14 @@
 """Levels, reductions and ablations on real text, paired: one table from many runs, resumable.
 
-    python tools/experiments.py --data data/novels/novels --out runs/experiments [--runs O0 O1 O2] [--seeds
-    1 2 3] python tools/experiments.py --out runs/experiments --table          # only the table of what is
-    there
+    fp8train data prepare NOVELS --output data/novels/novels --vocab-size 4096
+    python tools/experiments.py --out runs/experiments            # trains what is missing, then the table
+    python tools/experiments.py --out runs/experiments --table    # only the table of what is there
 
-Every run trains the quick start's Llama (or ``--config``) with the overrides of its name below. Runs of one
-seed share initial weights and batches, so their losses are compared in pairs: the mean of the differences
-to O0 with a 95 % interval (Student's t), beside the standard deviation of O0 over seeds. A run that is
-complete is not run again; one that was interrupted continues from its checkpoint.
+Every run trains ``configs/experiments/novels.yaml`` (or ``--config``) on ``--ranks`` processes with the
+overrides of its name below: O0, O1 and O2 with every seed, the rest with the first ``--rest`` of them. Runs
+of one seed share initial weights and batches, so their losses are compared in pairs: the mean of the
+differences to O0 with a 95 % interval (Student's t), beside the standard deviation of O0 over seeds. A run
+that is complete is not run again; one that was interrupted continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,10 @@ RUNS: dict[str, list[str]] = {
     ],
 }
 """Name -> overrides. ``#0`` to ``#4`` are the rows of FP8-LM's Table 6; its #1 is O0."""
+PAIRED = ("O0", "O1", "O2")
+"""Run with every seed; the others with the first few."""
+DIVERGED = 3
+"""Exit status of a run whose gradients stayed non-finite, which is a result and no failure."""
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -74,26 +81,34 @@ def outcome(folder: Path) -> Outcome | None:
     return Outcome(losses[-1], skipped[-1])
 
 
+def diverged(folder: Path) -> bool:
+    """Whether a run ended because its gradients stayed non-finite."""
+    status = folder / "status.json"
+    return status.exists() and json.loads(status.read_text())["exit_code"] == DIVERGED
+
+
 def train(args: argparse.Namespace, name: str, seed: int) -> None:
     """Run one to its end unless it is there already. A run that diverges is reported, not fatal."""
     folder = directory(args.out, name, seed)
-    if outcome(folder) is not None:
+    if outcome(folder) is not None or diverged(folder):
         print(f"{name}, seed {seed}: complete", flush=True)
         return
-    command = [sys.executable, "-m", "fp8train", "train", str(args.config), f"data.prefix={args.data}"]
-    command += [
-        f"run.dir={args.out}",
-        f"run.name={folder.name}",
-        f"run.seed={seed}",
-        "checkpoint.resume=auto",
-    ]
+    command = [sys.executable, "-m"]
+    if args.ranks > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}", "-m"]
+    command += ["fp8train", "train", str(args.config.resolve()), f"run.dir={args.out.resolve()}"]
+    command += [f"run.name={folder.name}", f"run.seed={seed}", "checkpoint.resume=auto"]
     command += ["checkpoint.interval=100", "checkpoint.keep_last=1", *args.overrides, *RUNS[name]]
+    start = time.monotonic()
     print(f"{name}, seed {seed}: training", flush=True)
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 3):  # 3: gradients stayed non-finite, which is a result
-        raise SystemExit(f"{name}, seed {seed} failed with status {done.returncode}:\n{done.stderr}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (args.out / f"{folder.name}.log").open("a") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode != 0 and not diverged(folder):
+        raise SystemExit(f"{name}, seed {seed} failed with status {done.returncode}; see {log.name}")
     found = outcome(folder)
-    print(f"{name}, seed {seed}: {'diverged' if found is None else f'{found.loss:.4f}'}", flush=True)
+    loss = "diverged" if found is None else f"{found.loss:.4f}"
+    print(f"{name}, seed {seed}: {loss} ({time.monotonic() - start:.0f} s)", flush=True)
 
 
 def table(out: Path, names: list[str], seeds: list[int]) -> str:
@@ -109,8 +124,9 @@ def table(out: Path, names: list[str], seeds: list[int]) -> str:
     ]
     for name in names:
         done = {s: o for s in seeds if (o := found[name, s]) is not None}
+        gone = sum(diverged(directory(out, name, s)) for s in seeds)
         if not done:
-            lines.append(f"| {name} | not run or diverged | | | 0 | |")
+            lines.append(f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | 0 | |")
             continue
         gaps = [o.loss - b.loss for s, o in done.items() if (b := found.get(("O0", s))) is not None]
         interval = ""
@@ -129,18 +145,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart/llama.yaml"))
-    parser.add_argument("--data", default="data/quickstart/stdlib", help="dataset prefix")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/experiments/novels.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--rest", type=int, default=1, help=f"seeds of runs other than {', '.join(PAIRED)}")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a run")
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value, for all runs")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        for seed in args.seeds:
+        for number, seed in enumerate(args.seeds):
             for name in args.runs:
-                train(args, name, seed)
+                if name in PAIRED or number < args.rest:
+                    train(args, name, seed)
     print(table(args.out, args.runs, args.seeds))
 
 
