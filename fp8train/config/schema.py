@@ -15,26 +15,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _contradiction(message: str, *keys: str) -> PydanticCustomError:
-    """The error a validator raises; ``keys`` are the fields of the section that do not fit together, worst
-    first."""
-    return PydanticCustomError("contradiction", "{message}", {"message": message, "keys": keys})
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys refused, no silent conversion, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    contradiction,
+)
 
 
 class RunConfig(Section):
@@ -73,7 +65,7 @@ class RopeScalingConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> RopeScalingConfig:
         if self.high_freq_factor <= self.low_freq_factor:
-            raise _contradiction(
+            raise contradiction(
                 f"high_freq_factor ({self.high_freq_factor:g}) must be larger than low_freq_factor "
                 f"({self.low_freq_factor:g})",
                 "high_freq_factor",
@@ -131,17 +123,17 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _shapes(self) -> ModelConfig:
         if self.num_heads % self.num_kv_heads:
-            raise _contradiction(
+            raise contradiction(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
                 "num_kv_heads",
                 "num_heads",
             )
         if self.positions == "rope" and self.head_dim % 2:
-            raise _contradiction(
+            raise contradiction(
                 f"head_dim ({self.head_dim}) must be even for positions: rope", "head_dim", "positions"
             )
         if self.rope_scaling is not None and self.positions != "rope":
-            raise _contradiction(
+            raise contradiction(
                 f"rope_scaling is set but positions is {self.positions}; "
                 "remove rope_scaling or write positions: rope",
                 "rope_scaling",
@@ -184,333 +176,17 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if (self.prefix is None) == (self.blend is None):
-            raise _contradiction("set exactly one of data.prefix and data.blend", "prefix", "blend")
+            raise contradiction("set exactly one of data.prefix and data.blend", "prefix", "blend")
         if self.blend is not None and len(self.blend) == 0:
-            raise _contradiction(
-                "blend is empty; list at least one entry {prefix: ..., weight: ...}", "blend"
-            )
+            raise contradiction("blend is empty; list at least one entry {prefix: ..., weight: ...}", "blend")
         if self.split[0] <= 0:
-            raise _contradiction("the training share (first number) must be larger than 0", "split")
+            raise contradiction("the training share (first number) must be larger than 0", "split")
         if self.valid_prefix is not None and self.split[1] > 0:
-            raise _contradiction(
+            raise contradiction(
                 "valid_prefix is set and split keeps a validation share too; "
                 "write split: [1, 0, 0] or remove valid_prefix",
                 "valid_prefix",
                 "split",
-            )
-        return self
-
-
-class QuantConfig(Section):
-    """How one operand of one GEMM is quantised."""
-
-    format: Literal["e4m3", "e5m2"]
-    """FP8 format."""
-    granularity: Literal["tensor"] = "tensor"
-    """What shares a scale."""
-    scale_source: Literal["current", "delayed", "constant"] = "current"
-    """Where the scale comes from: ``current`` = this tensor's own amax; ``delayed`` = the amaxes of earlier
-    steps; ``constant`` = ``2^constant_exponent``."""
-    history: Annotated[int, Field(ge=1, le=1024)] = 16
-    """``delayed`` only: steps whose amax is remembered."""
-    reduce: Literal["max", "most_recent"] = "max"
-    """``delayed`` only: the amax of the history that counts."""
-    interval: PositiveInt = 1
-    """``delayed`` only: compute the scale anew every this many steps."""
-    constant_exponent: Annotated[int, Field(ge=-126, le=126)] | None = None
-    """``constant`` only, and required there."""
-    power_of_two: bool = True
-    """Round the scale down to a power of two (never saturates; requantising is exact)."""
-    margin: Annotated[int, Field(ge=0, le=8)] = 0
-    """Leave this many powers of two between amax and the format's maximum."""
-    rounding: Literal["nearest"] = "nearest"
-    """Rounding of the payload: to nearest, ties to even."""
-
-    @model_validator(mode="after")
-    def _fits_the_source(self) -> QuantConfig:
-        for key, source in (
-            ("history", "delayed"),
-            ("reduce", "delayed"),
-            ("interval", "delayed"),
-            ("constant_exponent", "constant"),
-        ):
-            changed = getattr(self, key) != type(self).model_fields[key].default
-            if changed and self.scale_source != source:
-                raise _contradiction(
-                    f"{key} belongs to scale_source: {source}, but scale_source is {self.scale_source}",
-                    key,
-                    "scale_source",
-                )
-        if self.scale_source == "constant":
-            if self.constant_exponent is None:
-                raise _contradiction(
-                    "scale_source: constant needs constant_exponent; the scale is 2^constant_exponent",
-                    "constant_exponent",
-                    "scale_source",
-                )
-            for key, neutral in (("margin", self.margin == 0), ("power_of_two", self.power_of_two)):
-                if not neutral:
-                    raise _contradiction(
-                        f"{key} has no effect with scale_source: constant; remove it", key, "scale_source"
-                    )
-        return self
-
-
-def _refuse_two_e5m2(gemm: Section, first: str, second: str) -> None:
-    """Hardware multiplies E4M3 by either format, but never E5M2 by E5M2."""
-    if getattr(gemm, first).format == "e5m2" and getattr(gemm, second).format == "e5m2":
-        raise _contradiction(
-            f"{first} and {second} are both e5m2, which no hardware multiplies; write e4m3 for one of them",
-            f"{first}.format",
-            f"{second}.format",
-        )
-
-
-class OutputGemmConfig(Section):
-    """output = x @ weight.T"""
-
-    x: QuantConfig
-    """Activation entering the linear."""
-    w: QuantConfig
-    """Weight."""
-
-    @model_validator(mode="after")
-    def _formats(self) -> OutputGemmConfig:
-        _refuse_two_e5m2(self, "x", "w")
-        return self
-
-
-class GradInputGemmConfig(Section):
-    """grad_input = grad_output @ weight"""
-
-    grad_output: QuantConfig
-    """Gradient arriving at the linear."""
-    w: QuantConfig
-    """Weight."""
-
-    @model_validator(mode="after")
-    def _formats(self) -> GradInputGemmConfig:
-        _refuse_two_e5m2(self, "grad_output", "w")
-        return self
-
-
-class GradWeightGemmConfig(Section):
-    """grad_weight = grad_output.T @ x"""
-
-    grad_output: QuantConfig
-    """Gradient arriving at the linear."""
-    x: QuantConfig
-    """Activation that entered the linear."""
-
-    @model_validator(mode="after")
-    def _formats(self) -> GradWeightGemmConfig:
-        _refuse_two_e5m2(self, "grad_output", "x")
-        return self
-
-
-class GemmConfig(Section):
-    """FP8 matrix multiplications of the hidden linears."""
-
-    fp8: bool
-    """Multiply in FP8. Filled by ``precision.level``; ``level: O0`` with ``fp8: true`` is the FP8-GEMMs-only
-    baseline."""
-    output: OutputGemmConfig
-    """Forward GEMM."""
-    grad_input: GradInputGemmConfig
-    """Backward GEMM towards the input."""
-    grad_weight: GradWeightGemmConfig
-    """Backward GEMM towards the weight."""
-    keep_x: Literal["same", "requantise", "second_copy", "bf16"] = "same"
-    """What backward keeps of x: ``same`` the forward's FP8 operand; ``requantise`` recast it from the
-    forward's operand; ``second_copy`` cast twice in forward; ``bf16`` keep the unquantised input."""
-    keep_w: Literal["same", "second_copy", "requantise", "bf16"] = "same"
-    """Likewise for the weight."""
-    exclude: tuple[str, ...] = Field(default=(), strict=False)
-    """Glob patterns over parameter paths (``layers.0.*``) that stay in high precision; one that matches
-    nothing is an error."""
-    first_layers_bf16: NonNegativeInt = 0
-    """Leave this many first blocks in high precision."""
-    last_layers_bf16: NonNegativeInt = 0
-    """Leave this many last blocks in high precision."""
-    min_dim: PositiveInt | None = None
-    """Opt-in speed filter: linears with a dimension below this stay in high precision."""
-    fast_accumulation: bool = False
-    """Hopper's reduced-precision accumulator for the forward GEMM."""
-
-    @model_validator(mode="after")
-    def _kept_operands(self) -> GemmConfig:
-        if not self.fp8:
-            return self
-        for name, keep, forward, backward, backward_use in (
-            ("x", self.keep_x, self.output.x, self.grad_weight.x, "grad_weight.x"),
-            ("w", self.keep_w, self.output.w, self.grad_input.w, "grad_input.w"),
-        ):
-            keys = (f"keep_{name}", f"output.{name}", backward_use)
-            if keep == "same" and forward != backward:
-                raise _contradiction(
-                    f"keep_{name}: same reuses the payload of output.{name}, but {backward_use} is set "
-                    "differently; make the two equal, or choose requantise, second_copy or bf16",
-                    *keys,
-                )
-            if keep in ("requantise", "second_copy") and forward == backward:
-                raise _contradiction(
-                    f"keep_{name}: {keep} changes nothing, because output.{name} and {backward_use} are "
-                    "equal; write same",
-                    *keys,
-                )
-        return self
-
-
-class Fp8GradientConfig(Section):
-    """Weight gradients of the linears that multiply in FP8, where ``format`` is an FP8 one."""
-
-    accumulate: Literal["fp32", "bf16", "fp8"]
-    """Type in which micro-batches add up before the one cast. ``fp8`` (with ``shared_scale`` only) casts
-    after each addition, as MS-AMP does, and loses small contributions."""
-    reduce: Literal["exchange", "shared_scale", "exact", "bf16", "fp32"]
-    """Sum over data-parallel ranks. ``exchange``: FP8 on the wire, FP32 in the sum, an error that does not
-    grow with the ranks. ``shared_scale``: FP8-LM's sum in FP8 with one scale per tensor and auto-scaling.
-    ``exact``: integer sums, the same bits for any number of ranks and micro-batches. ``bf16``/``fp32``:
-    reduce in that type, store in FP8."""
-    block: Annotated[int, Field(ge=32, le=128)]
-    """Most elements of a row that share a scale; the largest divisor of the row up to this is taken."""
-    error_feedback: bool = False
-    """``exchange`` only: add what the cast lost to the next step's gradient (2 bytes a parameter)."""
-    node_size: PositiveInt | None = None
-    """``exchange`` only: ranks that reduce among themselves first (a node's) before anything travels between
-    nodes; default: one exchange over all ranks. Must divide the data-parallel ranks."""
-    between_nodes: Literal["fp8", "bf16"] = "fp8"
-    """Type between nodes, where ``node_size`` is set."""
-    sum: Literal["ring", "tree", "native"] = "ring"
-    """``shared_scale`` only: who adds FP8. ``ring`` and ``tree`` hop by hop on any backend; ``native``:
-    NCCL's own FP8 sum (2.24.3 or newer, Hopper)."""
-    mu_criterion: Literal["count", "any"] = "count"
-    """``shared_scale`` only: what halves the auto-scaling factor: a share of entries at the format's maximum
-    (``mu_threshold``), or a single one."""
-    mu_threshold: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """``mu_criterion: count`` only: that share (FP8-LM: 0.001 %)."""
-    mu_window: PositiveInt = 1000
-    """``shared_scale`` only: quiet steps that double the factor."""
-
-    @model_validator(mode="after")
-    def _fits_the_reduction(self) -> Fp8GradientConfig:
-        for key, needs in (
-            ("sum", "shared_scale"),
-            ("mu_criterion", "shared_scale"),
-            ("mu_threshold", "shared_scale"),
-            ("mu_window", "shared_scale"),
-            ("error_feedback", "exchange"),
-            ("node_size", "exchange"),
-        ):
-            changed = getattr(self, key) != type(self).model_fields[key].default
-            if changed and self.reduce != needs:
-                raise _contradiction(
-                    f"{key} belongs to reduce: {needs}, but reduce is {self.reduce}", key, "reduce"
-                )
-        if self.accumulate == "fp8" and self.reduce != "shared_scale":
-            raise _contradiction(
-                "accumulate: fp8 is what reduce: shared_scale offers (fidelity to MS-AMP), but reduce is "
-                f"{self.reduce}; write accumulate: bf16",
-                "accumulate",
-                "reduce",
-            )
-        return self
-
-
-class GradientConfig(Section):
-    """Weight gradients between backward and optimizer."""
-
-    accumulate: Literal["fp32", "bf16"]
-    """Storage of high-precision gradients while micro-batches add up."""
-    reduce: Literal["fp32", "bf16"]
-    """Their type on the wire of the data-parallel all-reduce."""
-    bucket_mib: PositiveFloat = 25.0
-    """Gradients are reduced in buckets of about this size, while backward goes on."""
-    format: Literal["high_precision", "e4m3", "e5m2"]
-    """Storage of the gradients of linears that multiply in FP8; embedding, head, norms and biases always keep
-    high precision."""
-    fp8: Fp8GradientConfig
-    """How FP8 gradients are accumulated and reduced."""
-
-
-class StateFormatConfig(Section):
-    """How one optimizer state of the linears that multiply in FP8 is stored."""
-
-    format: Literal["fp32", "bf16", "fp16_scaled", "bf16_remainder", "e4m3", "e5m2"]
-    """``fp16_scaled``: FP16 with power-of-two scales; ``bf16_remainder`` (master only): a BF16 weight and
-    the 16 bits that it lacks, exact FP32."""
-    granularity: Literal["tensor", "block"] = "block"
-    """What shares a scale, for ``fp16_scaled`` and FP8: a block of a row, or the tensor (as FP8-LM; takes two
-    passes)."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    """``stochastic`` keeps updates smaller than half a unit on average; reproducible."""
-    expand: bool = False
-    """FP8 blocks only: stretch each block's range over the format's (COAT)."""
-    sqrt: bool = False
-    """Second moment only: store its root, which needs half the exponents."""
-
-
-class StateConfig(Section):
-    """Optimizer states of the linears that multiply in FP8; all other parameters keep FP32 states."""
-
-    master: StateFormatConfig
-    """Master weights."""
-    exp_avg: StateFormatConfig
-    """First moment."""
-    exp_avg_sq: StateFormatConfig
-    """Second moment."""
-
-
-class PrecisionConfig(Section):
-    """Number formats, from the level down to one operand. Later wins: level, recipe, profile, explicit
-    fields."""
-
-    level: Literal["O0", "O1", "O2"] = "O0"
-    """O0: high precision everywhere (FP8 GEMMs by ``gemm.fp8``). O1: FP8 GEMMs, FP8 gradients and their
-    reduction, FP16 master weights. O2: O1 and FP8/FP16 moments. O3 is not built yet."""
-    recipe: Literal["current"] = "current"
-    """How FP8 scales are chosen; fills ``gemm``."""
-    profile: Literal["default", "paper"] = "default"
-    """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
-    scale per tensor everywhere, shared-scale reduction with auto-scaling, masters rounded to nearest."""
-    compute: Literal["bf16", "fp32", "fp64"] = "bf16"
-    """Type of weights and activations. ``bf16`` keeps FP32 master weights; ``fp64`` is for tests."""
-    gemm: GemmConfig
-    """FP8 GEMMs of the hidden linears."""
-    gradient: GradientConfig
-    """Gradient storage and reduction."""
-    state: StateConfig
-    """Optimizer states."""
-    weights: Literal["compute", "fp8"]
-    """Weights of the linears that multiply in FP8, between steps: ``compute`` keeps them in the compute
-    type and casts them every step; ``fp8`` keeps only the FP8 operand, cast from the master weight."""
-
-    @model_validator(mode="after")
-    def _needs_fp8_gemms(self) -> PrecisionConfig:
-        if self.gemm.fp8:
-            return self
-        states = (self.state.master, self.state.exp_avg, self.state.exp_avg_sq)
-        for key, off in (
-            ("gradient.format", self.gradient.format == "high_precision"),
-            ("state", all(state.format == "fp32" for state in states)),
-            ("weights", self.weights == "compute"),
-        ):
-            if not off:
-                raise _contradiction(
-                    f"{key} applies to the linears that multiply in FP8, but gemm.fp8 is false; "
-                    f"write gemm.fp8: true or level: O0",
-                    key,
-                    "gemm.fp8",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _resident_weights(self) -> PrecisionConfig:
-        if self.weights == "fp8" and self.gemm.fp8 and self.gemm.keep_w == "bf16":
-            raise _contradiction(
-                "keep_w: bf16 needs weights in the compute type; write weights: compute, or another keep_w",
-                "gemm.keep_w",
-                "weights",
             )
         return self
 
@@ -559,7 +235,7 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _one_warmup(self) -> ScheduleConfig:
         if self.warmup_steps is not None and self.warmup_fraction is not None:
-            raise _contradiction(
+            raise contradiction(
                 "set at most one of schedule.warmup_steps and schedule.warmup_fraction",
                 "warmup_steps",
                 "warmup_fraction",
@@ -590,11 +266,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _batch(self) -> TrainConfig:
         if (self.steps is None) == (self.tokens is None):
-            raise _contradiction("set exactly one of train.steps and train.tokens", "steps", "tokens")
+            raise contradiction("set exactly one of train.steps and train.tokens", "steps", "tokens")
         if self.global_batch_size % self.micro_batch_size:
             below = self.global_batch_size // self.micro_batch_size * self.micro_batch_size
             legal = [value for value in (below, below + self.micro_batch_size) if value]
-            raise _contradiction(
+            raise contradiction(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
                 f"({self.micro_batch_size}); nearest legal values: {', '.join(map(str, legal))}",
                 "global_batch_size",
@@ -668,7 +344,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _context(self) -> Config:
         if self.data.seq_length > self.model.max_seq_len:
-            raise _contradiction(
+            raise contradiction(
                 f"data.seq_length ({self.data.seq_length}) is longer than "
                 f"model.max_seq_len ({self.model.max_seq_len})",
                 "data.seq_length",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.schema import Config, StateFormatConfig
+from fp8train.config.precision_schema import StateFormatConfig
+from fp8train.config.schema import Config
 from fp8train.optim.state_plan import StateFormat, StatePlan
 
 

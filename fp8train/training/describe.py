@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fp8train.config.schema import Config, StateFormatConfig
+from fp8train.config.precision_schema import StateFormatConfig
+from fp8train.config.schema import Config
 from fp8train.training.console import format_bytes
 from fp8train.training.trainer import Trainer
 
