@@ -85,10 +85,33 @@ class CountedGroup:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
         return gather(output.view(-1), tensor.view(-1), group=self.group, async_op=True).wait
 
+    def reduce_scatter(self, output: Tensor, tensor: Tensor, *, purpose: str) -> Callable[[], None]:
+        """Start a reduce-scatter: row r of the sum over ranks goes to rank r.
+
+        Args:
+            output: [..] of a row of ``tensor``, contiguous; holds the result once the wait returned.
+            tensor: [N, ..], contiguous; must not be touched before.
+            purpose: name in the byte counters.
+
+        Returns:
+            A function that waits for the result.
+        """
+        if self.group is None or self.size == 1:
+            output.copy_(tensor[0])
+            return lambda: None
+        self.sent[f"reduce_scatter/{purpose}"] += tensor.nbytes * (self.size - 1) // self.size
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return scatter(output.view(-1), tensor.view(-1), group=self.group, async_op=True).wait
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.group is not None and self.size > 1:
             dist.barrier(self.group)
+
+
+def alone() -> CountedGroup:
+    """The group of one rank."""
+    return CountedGroup(None)
 
 
 def all_ranks_equal(group: CountedGroup, value: Tensor) -> bool:

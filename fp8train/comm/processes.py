@@ -1,35 +1,61 @@
 """Who we are: device, rank, mesh and groups of this process.
 
 torchrun describes the job in environment variables; without them the run is a single process and no process
-group exists. The world is one :class:`~torch.distributed.device_mesh.DeviceMesh`; today it has the axis
-``dp`` alone. A gloo group carries CPU objects (checkpoint plans, stop flags) beside whatever moves tensors.
+group exists. The world is one :class:`~torch.distributed.device_mesh.DeviceMesh` with the axes dp, pp, cp,
+tp, tp innermost. A gloo group carries CPU objects (checkpoint plans, stop flags) beside whatever moves tensors.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fp8train.comm.collectives import CountedGroup
+from fp8train.comm.collectives import CountedGroup, alone
 from fp8train.config.errors import ConfigError
+
+AXES = ("dp", "pp", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along each axis; the world size is their product."""
+
+    pp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.pp * self.cp * self.tp
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process's place in the job.
 
+    Groups along an axis hold the ranks that differ in that axis alone. Groups over several axes:
+
     Attributes:
         device: where its tensors live.
         world_size: processes in the job.
         rank: this one's number.
-        dp: data-parallel group (device tensors).
+        dp: ranks with other samples and the same part of the model.
+        pp: ranks with the other stages.
+        cp: ranks with other parts of the same sequences.
+        tp: ranks with other parts of the same matrices.
+        replicas: dp and cp: ranks whose gradients of the same parameters add up.
+        sequence: cp and tp: ranks that hold parts of one activation.
+        stage: dp, cp and tp: ranks with the same blocks.
+        everyone: all ranks.
         control: gloo group over all ranks for CPU objects; None for a single process.
     """
 
@@ -38,6 +64,31 @@ class Processes:
     rank: int
     dp: CountedGroup
     control: dist.ProcessGroup | None
+    pp: CountedGroup = field(default_factory=alone)
+    cp: CountedGroup = field(default_factory=alone)
+    tp: CountedGroup = field(default_factory=alone)
+    replicas: CountedGroup = field(default_factory=alone)
+    sequence: CountedGroup = field(default_factory=alone)
+    stage: CountedGroup = field(default_factory=alone)
+    everyone: CountedGroup = field(default_factory=alone)
+
+    @property
+    def groups(self) -> Mapping[str, CountedGroup]:
+        """Every group by name; one that several names share appears once, under the first."""
+        found: dict[str, CountedGroup] = {}
+        for name in (*AXES, "replicas", "sequence", "stage", "everyone"):
+            group = getattr(self, name)
+            if group.size > 1 and all(group is not other for other in found.values()):
+                found[name] = group
+        return found
+
+    def describe(self) -> str:
+        """The layout in words: ``8 ranks = dp 2 x pp 2 x tp 2``."""
+        sizes = [(axis, getattr(self, axis).size) for axis in AXES]
+        return f"{self.world_size} ranks = " + " x ".join(f"{a} {n}" for a, n in sizes if n > 1 or a == "dp")
+
+
+_DATA_PARALLEL = Layout()
 
 
 def world_from_environment() -> tuple[int, int, int, int]:
@@ -78,11 +129,14 @@ def choose_threads(setting: int | None, local_world_size: int) -> int:
 
 
 @contextmanager
-def processes(device_setting: str, *, timeout_s: float = 600.0) -> Iterator[Processes]:
+def processes(
+    device_setting: str, *, layout: Layout = _DATA_PARALLEL, timeout_s: float = 600.0
+) -> Iterator[Processes]:
     """Join the job that the environment describes, leave it on exit.
 
     Args:
         device_setting: ``run.device``.
+        layout: ranks of a copy of the model; the rest is data-parallel.
         timeout_s: after this long a collective that some rank never joins fails.
     """
     world_size, _rank, _, local_rank = world_from_environment()
@@ -90,12 +144,12 @@ def processes(device_setting: str, *, timeout_s: float = 600.0) -> Iterator[Proc
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
-        yield Processes(device, 1, 0, CountedGroup(None), None)
+        yield Processes(device, 1, 0, alone(), None)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
-        yield joined_processes(device)
+        yield joined_processes(device, layout)
     finally:
         dist.destroy_process_group()
 
@@ -118,9 +172,42 @@ def two_levels(group: CountedGroup, node_size: int) -> tuple[CountedGroup, Count
     return CountedGroup(local), CountedGroup(cross)
 
 
-def joined_processes(device: torch.device) -> Processes:
-    """The layout inside an already initialised default process group."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    control = dist.new_group(backend="gloo")
-    dp = CountedGroup(mesh.get_group("dp"))
-    return Processes(device, dist.get_world_size(), dist.get_rank(), dp, control)
+def joined_processes(device: torch.device, layout: Layout = _DATA_PARALLEL) -> Processes:
+    """The layout inside an already initialised default process group; collective over all its ranks."""
+    world = dist.get_world_size()
+    assert world % layout.model_ranks == 0, f"{world} ranks, {layout}"
+    shape = (world // layout.model_ranks, layout.pp, layout.cp, layout.tp)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+    made: dict[tuple[str, ...], CountedGroup] = {}
+
+    def group(*axes: str) -> CountedGroup:
+        """The group over these axes; axes of one rank do not count, so equal groups are one object."""
+        wide = tuple(axis for axis in axes if shape[AXES.index(axis)] > 1)
+        if wide not in made:
+            made[wide] = _make_group(mesh, wide)
+        return made[wide]
+
+    return Processes(
+        device,
+        world,
+        dist.get_rank(),
+        group("dp"),
+        dist.new_group(backend="gloo"),
+        **{axis: group(axis) for axis in ("pp", "cp", "tp")},
+        replicas=group("dp", "cp"),
+        sequence=group("cp", "tp"),
+        stage=group("dp", "cp", "tp"),
+        everyone=group(*AXES),
+    )
+
+
+def _make_group(mesh: DeviceMesh, axes: tuple[str, ...]) -> CountedGroup:
+    if not axes:
+        return CountedGroup(None)
+    if len(axes) == 1:
+        return CountedGroup(mesh.get_group(axes[0]))
+    kept = [i for i, axis in enumerate(AXES) if axis in axes]
+    others = [i for i in range(len(AXES)) if i not in kept]
+    sets = mesh.mesh.permute(*others, *kept).reshape(-1, math.prod(mesh.mesh.shape[i] for i in kept))
+    ranks, _ = dist.new_subgroups_by_enumeration(sets.tolist())
+    return CountedGroup(ranks)

@@ -278,13 +278,35 @@ class StateConfig(Section):
     """Second moment."""
 
 
+class TrafficConfig(Section):
+    """What tensor-, pipeline- and ZeRO-parallel ranks send each other; of FP8 linears only. ``compute``: the
+    compute type."""
+
+    activations: Literal["compute", "fp8"]
+    """Inputs of column-parallel linears, gathered in forward and again in backward: the FP8 operands that
+    the GEMM reads anyway, so nothing is lost."""
+    grad_output: Literal["compute", "fp8"]
+    """Output gradients of row-parallel linears, gathered in backward: likewise."""
+    grad_input: Literal["compute", "fp8"]
+    """Input gradients of column-parallel linears, reduce-scattered in backward: ``fp8`` sends E5M2 codes with
+    block scales and adds in FP32 (``exchange``)."""
+    output: Literal["compute", "fp8"] = "compute"
+    """Outputs of row-parallel linears, reduce-scattered in forward; ``fp8`` costs accuracy in every forward:
+    check the loss."""
+    weights: Literal["compute", "fp8"]
+    """New weights from their ZeRO owners: the FP8 operands themselves."""
+    pipeline: Literal["compute", "fp8"] = "compute"
+    """Activations and their gradients between pipeline stages."""
+
+
 class PrecisionConfig(Section):
     """Number formats, from the level down to one operand. Later wins: level, recipe, profile, explicit
     fields."""
 
-    level: Literal["O0", "O1", "O2"] = "O0"
+    level: Literal["O0", "O1", "O2", "O3"] = "O0"
     """O0: high precision everywhere (FP8 GEMMs by ``gemm.fp8``). O1: FP8 GEMMs, FP8 gradients and their
-    reduction, FP16 master weights. O2: O1 and FP8/FP16 moments. O3 is not built yet."""
+    reduction, FP16 master weights. O2: O1 and FP8/FP16 moments. O3: O2, ZeRO, and FP8 between
+    ranks."""
     recipe: Literal["current"] = "current"
     """How FP8 scales are chosen; fills ``gemm``."""
     profile: Literal["default", "paper"] = "default"
@@ -302,6 +324,9 @@ class PrecisionConfig(Section):
     """Weights of the linears that multiply in FP8, between steps: ``compute`` keeps them in the compute
     type and casts them every step; ``fp8`` keeps only the FP8 operand, cast from the master weight."""
 
+    traffic: TrafficConfig
+    """What ranks send each other, besides gradients."""
+
     @model_validator(mode="after")
     def _needs_fp8_gemms(self) -> PrecisionConfig:
         if self.gemm.fp8:
@@ -311,6 +336,7 @@ class PrecisionConfig(Section):
             ("gradient.format", self.gradient.format == "high_precision"),
             ("state", all(state.format == "fp32" for state in states)),
             ("weights", self.weights == "compute"),
+            ("traffic", "fp8" not in self.traffic.model_dump().values()),
         ):
             if not off:
                 raise contradiction(

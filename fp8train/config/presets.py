@@ -78,6 +78,22 @@ def _states(master: str, exp_avg: str, exp_avg_sq: str) -> Values:
     }
 
 
+_TRAFFIC = ("activations", "grad_output", "grad_input", "weights")
+
+
+def _traffic(kind: str) -> Values:
+    """What ranks send each other besides gradients; outputs and pipeline traffic stay as they are."""
+    return {f"precision.traffic.{name}": kind for name in _TRAFFIC}
+
+
+_O2: Values = {
+    "precision.gemm.fp8": True,
+    "precision.gradient.format": "e4m3",
+    "precision.weights": "fp8",
+    **_HIGH_PRECISION_GRADIENTS,
+    **_FP8_GRADIENTS,
+    **_states("fp16_scaled", "e4m3", "fp16_scaled"),
+}
 _LEVELS: dict[str, Values] = {
     "O0": {
         "precision.gemm.fp8": False,
@@ -86,6 +102,7 @@ _LEVELS: dict[str, Values] = {
         **_HIGH_PRECISION_GRADIENTS,
         **_FP8_GRADIENTS,
         **_states("fp32", "fp32", "fp32"),
+        **_traffic("compute"),
     },
     "O1": {
         "precision.gemm.fp8": True,
@@ -94,15 +111,10 @@ _LEVELS: dict[str, Values] = {
         **_HIGH_PRECISION_GRADIENTS,
         **_FP8_GRADIENTS,
         **_states("fp16_scaled", "fp32", "fp32"),
+        **_traffic("compute"),
     },
-    "O2": {
-        "precision.gemm.fp8": True,
-        "precision.gradient.format": "e4m3",
-        "precision.weights": "fp8",
-        **_HIGH_PRECISION_GRADIENTS,
-        **_FP8_GRADIENTS,
-        **_states("fp16_scaled", "e4m3", "fp16_scaled"),
-    },
+    "O2": {**_O2, **_traffic("compute")},
+    "O3": {**_O2, **_traffic("fp8"), "parallel.zero": 1},
 }
 """FP8-LM's levels in our defaults; each adds to the one before (FP8-LM section 2; names from MS-AMP)."""
 

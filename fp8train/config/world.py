@@ -10,23 +10,40 @@ from fp8train.config.nodes import Origin
 from fp8train.config.schema import Config
 
 
+def model_ranks(config: Config) -> int:
+    """Processes that hold one copy of the model: ``pp * cp * tp``."""
+    parallel = config.parallel
+    return parallel.pp * parallel.cp * parallel.tp
+
+
 def data_parallel_size(
     config: Config, world_size: int, *, origins: Mapping[str, Origin] | None = None
 ) -> int:
     """Data-parallel ranks of a run with ``world_size`` processes.
 
     Raises:
-        ConfigError: ``parallel.dp`` is a number other than the world size; states the formula and what would
-            fit.
+        ConfigError: the world size is not ``dp * pp * cp * tp``; states the formula and what would fit.
     """
     assert world_size >= 1
-    dp = config.parallel.dp
-    if dp == "auto" or dp == world_size:
-        return world_size
+    parallel, each = config.parallel, model_ranks(config)
+    dp = parallel.dp
+    if world_size % each == 0 and dp in ("auto", world_size // each):
+        return world_size // each
+    numbers = f"{dp} * {parallel.pp} * {parallel.cp} * {parallel.tp}"
+    if each == 1:
+        fix = f"write parallel.dp: auto or {world_size}, or start {dp} processes"
+        need = dp
+    elif dp == "auto":
+        need = max(1, world_size // each) * each
+        fix = f"start a multiple of {each} processes, for example {need}"
+    else:
+        need = dp * each
+        fix = f"start {need} processes, or change parallel.pp, cp or tp"
+        if world_size % each == 0:
+            fix = f"write parallel.dp: auto or {world_size // each}, or start {need} processes"
     raise ConfigError(
-        f"{_place('parallel.dp', origins)}parallel.dp ({dp}) must equal the number of processes "
-        f"({world_size}): world size = dp; write parallel.dp: auto or {world_size}, or start {dp} processes "
-        f"(torchrun --nproc-per-node={dp} on one node)"
+        f"{_place('parallel.dp', origins)}parallel.dp * pp * cp * tp = {numbers} must equal the number of "
+        f"processes ({world_size}): {fix} (torchrun --nproc-per-node={need} on one node)"
     )
 
 

@@ -16,27 +16,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp8train.config.blocks import MAX_BLOCK, block_size
 from fp8train.numerics.cast import cast, decode_finite
 from fp8train.numerics.formats import Format
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 
-MAX_BLOCK = 128
-_MIN_BLOCK = 32
+__all__ = [
+    "MAX_BLOCK",
+    "as_blocks",
+    "block_size",
+    "decode_e8m0",
+    "dequantize_blocks",
+    "from_blocks",
+    "quantize_blocks",
+]
+
 _BIAS = 127
 _NAN = 255
-
-
-def block_size(row_length: int, limit: int = MAX_BLOCK) -> int:
-    """Elements that share a scale, for rows of this length.
-
-    Args:
-        row_length: size of the last dimension of the logical tensor, at least 1.
-        limit: largest block.
-    """
-    if row_length <= limit:
-        return row_length
-    divisors = (size for size in range(limit, _MIN_BLOCK - 1, -1) if row_length % size == 0)
-    return next(divisors, limit)
 
 
 def as_blocks(x: Tensor, block: int) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fp8train.checkpoint import find_checkpoint, sweep_leftovers
-from fp8train.comm.processes import Processes, choose_threads, processes, world_from_environment
+from fp8train.comm.processes import Layout, Processes, choose_threads, processes, world_from_environment
 from fp8train.config.dump import dump_yaml
 from fp8train.config.errors import ConfigError, UserError
 from fp8train.config.resolve import ResolvedConfig
@@ -46,7 +46,7 @@ def run(resolved: ResolvedConfig) -> int:
     world_size, _, local_world_size, _ = world_from_environment()
     check_world(config, world_size, origins=resolved.origins)
     prepare_machine(config, local_world_size)
-    with processes(config.run.device) as procs:
+    with processes(config.run.device, layout=layout_of(config)) as procs:
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
             config.run.dir,
@@ -60,6 +60,11 @@ def run(resolved: ResolvedConfig) -> int:
                 return _run_in(run_dir, config, procs)
         finally:
             run_dir.close()
+
+
+def layout_of(config: Config) -> Layout:
+    """The ranks of a copy of the model."""
+    return Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
 
 
 def prepare_machine(config: Config, local_world_size: int) -> None:

@@ -147,7 +147,8 @@ VALUE_CASES = {
     ),
     "nothing_near": (
         MINIMAL + "parallel: {zzz: 1}\n",
-        "run.yaml:15: parallel.zzz: unknown key; parallel has dp",
+        "run.yaml:15: parallel.zzz: unknown key; parallel has dp, tp, cp, pp, "
+        "pipeline, zero, zero_partition",
     ),
     "dotted_key": (
         MINIMAL + "run.seed: 3\n",
@@ -237,7 +238,7 @@ VALUE_CASES = {
     ),
     "level": (
         MINIMAL + "precision: {level: O7}\n",
-        "run.yaml:15: precision.level: expected one of: O0, O1, O2; got 'O7'; did you mean O2?",
+        "run.yaml:15: precision.level: expected one of: O0, O1, O2, O3; got 'O7'; did you mean O3?",
     ),
     "section_is_scalar": (
         MINIMAL + "schedule: cosine\n",

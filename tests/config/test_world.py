@@ -53,6 +53,6 @@ def test_dp_must_equal_the_world_size() -> None:
     with pytest.raises(ConfigError) as caught:
         check_world(resolved.config, 2, origins=resolved.origins)
     assert str(caught.value) == (
-        "command line: parallel.dp (4) must equal the number of processes (2): world size = dp; "
+        "command line: parallel.dp * pp * cp * tp = 4 * 1 * 1 * 1 must equal the number of processes (2): "
         "write parallel.dp: auto or 2, or start 4 processes (torchrun --nproc-per-node=4 on one node)"
     )

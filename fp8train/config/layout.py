@@ -1,0 +1,151 @@
+"""Whether a model fits a process layout: arithmetic on a validated configuration, no process group.
+
+Every message gives the numbers, and values that would do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8train.config.blocks import MAX_BLOCK, block_size
+
+if TYPE_CHECKING:
+    from fp8train.config.schema import Config
+
+_SWIGLU_UNIT = 128
+
+
+@dataclass(frozen=True)
+class LayoutProblem:
+    """What does not fit, and the keys to change, worst first."""
+
+    message: str
+    keys: tuple[str, ...]
+
+
+def layout_problems(config: Config) -> Iterator[LayoutProblem]:
+    """Everything that the file alone shows to be wrong with the layout."""
+    yield from _tensor_parallel(config)
+    yield from _context_parallel(config)
+    yield from _pipeline_parallel(config)
+    yield from _execution(config)
+
+
+def _divisors(*numbers: int) -> str:
+    common = math.gcd(*numbers)
+    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+
+
+def _tensor_parallel(config: Config) -> Iterator[LayoutProblem]:
+    tp, model = config.parallel.tp, config.model
+    if tp == 1:
+        return
+    unit = math.gcd(model.ffn_hidden_size, _SWIGLU_UNIT) if model.activation == "swiglu" else 1
+    units = model.ffn_hidden_size // unit
+    per_unit = f" / {unit} (rows of gate and up stay together in units)" if unit > 1 else ""
+    for key, count, name in (
+        ("num_heads", model.num_heads, "model.num_heads"),
+        ("num_kv_heads", model.num_kv_heads, "model.num_kv_heads"),
+        ("ffn_hidden_size", units, f"model.ffn_hidden_size{per_unit}"),
+        ("vocab_multiple", model.vocab_multiple, "model.vocab_multiple"),
+    ):
+        if count % tp:
+            replicate = "; key/value heads are not replicated" if key == "num_kv_heads" else ""
+            yield LayoutProblem(
+                f"parallel.tp ({tp}) must divide {name} = {count}{replicate}; legal: {_divisors(count)}",
+                ("parallel.tp", f"model.{key}"),
+            )
+    yield from _cut_blocks(config)
+
+
+def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
+    """Row-parallel matrices are cut along their rows, where blocks of gradients and states lie."""
+    tp, model, gradient = config.parallel.tp, config.model, config.precision.gradient
+    states = config.precision.state
+    in_blocks = [
+        state.granularity == "block" and state.format in ("fp16_scaled", "e4m3", "e5m2")
+        for state in (states.master, states.exp_avg, states.exp_avg_sq)
+    ]
+    limits = [MAX_BLOCK] if any(in_blocks) else []
+    if gradient.format != "high_precision" and gradient.fp8.reduce not in ("shared_scale", "exact"):
+        limits.append(gradient.fp8.block)
+    for name, row in (
+        ("num_heads * head_dim", model.num_heads * model.head_dim),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        for block in {block_size(row, limit) for limit in limits}:
+            if row % tp == 0 and row // tp % block:
+                legal = _divisors(row // block) if row % block == 0 else "1"
+                yield LayoutProblem(
+                    f"parallel.tp ({tp}) cuts rows of {name} = {row} inside a scale block of {block} "
+                    f"elements; legal: {legal}",
+                    ("parallel.tp",),
+                )
+
+
+def _context_parallel(config: Config) -> Iterator[LayoutProblem]:
+    parallel, model = config.parallel, config.model
+    parts = parallel.tp * parallel.cp
+    if parts > 1 and config.data.seq_length % parts:
+        length = config.data.seq_length
+        yield LayoutProblem(
+            f"data.seq_length ({length}) must be a multiple of parallel.tp * parallel.cp = {parts}: each of "
+            f"these ranks holds a part of every sequence; nearest: {length // parts * parts or parts} or "
+            f"{(length // parts + 1) * parts}",
+            ("data.seq_length", "parallel.tp", "parallel.cp"),
+        )
+    if parallel.cp == 1:
+        return
+    for key, count in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads)):
+        if count % parts:
+            yield LayoutProblem(
+                f"parallel.tp * parallel.cp = {parallel.tp} * {parallel.cp} must divide model.{key} "
+                f"({count}): attention exchanges heads for tokens; legal products: {_divisors(count)}",
+                ("parallel.cp", f"model.{key}"),
+            )
+
+
+def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = parallel.pp * parallel.pipeline.stages
+    if parallel.pp == 1:
+        if parallel.pipeline.layers is not None or parallel.pipeline.schedule != "1f1b":
+            yield LayoutProblem(
+                "parallel.pipeline is set but parallel.pp is 1; write parallel.pp, or remove it",
+                ("parallel.pipeline.schedule", "parallel.pp"),
+            )
+        return
+    if stages > layers:
+        yield LayoutProblem(
+            f"parallel.pp * stages per rank = {parallel.pp} * {parallel.pipeline.stages} = {stages} stages, "
+            f"but model.num_layers is {layers}; every stage needs a block",
+            ("parallel.pp", "model.num_layers"),
+        )
+    split = parallel.pipeline.layers
+    if split is not None and (len(split) != stages or sum(split) != layers):
+        yield LayoutProblem(
+            f"pipeline.layers must list {stages} stages that add up to model.num_layers ({layers}); it lists "
+            f"{len(split)} that add up to {sum(split)}",
+            ("parallel.pipeline.layers",),
+        )
+
+
+def _execution(config: Config) -> Iterator[LayoutProblem]:
+    parallel = config.parallel
+    if config.train.compile == "off":
+        return
+    if parallel.tp > 1 or parallel.cp > 1:
+        yield LayoutProblem(
+            "train.compile: block cannot compile the communication of parallel.tp and parallel.cp yet; write "
+            "train.compile: off",
+            ("train.compile", "parallel.tp"),
+        )
+    if parallel.pipeline.schedule in ("interleaved_zero_bubble", "zbv"):
+        yield LayoutProblem(
+            f"train.compile: block cannot split backward for the schedule {parallel.pipeline.schedule}; "
+            "write train.compile: off, or schedule: 1f1b or interleaved_1f1b",
+            ("train.compile", "parallel.pipeline.schedule"),
+        )
