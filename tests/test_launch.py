@@ -1,14 +1,20 @@
-"""Launch scripts: what they pass on, what they refuse, and that a signal ends a run with status 0."""
+"""Launch scripts: what they pass on, what they refuse, and that a signal ends a run with status 0.
+
+``slurm.sbatch`` meets stand-ins of Slurm here; tests/slurm runs it on a real one.
+"""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "tools" / "lint.sh"]
+SBATCH = ROOT / "launch" / "slurm.sbatch"
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), SBATCH, ROOT / "tools" / "lint.sh"]
 
 # Stands in for Python as torchrun: prints its arguments, starts a child that stops when told, as workers do.
 TORCHRUN = """#!/usr/bin/env bash
@@ -20,6 +26,37 @@ set -m  # or the child would ignore SIGINT
 bash -c 'trap "echo worker got INT; exit 0" INT; trap "echo worker got TERM; exit 0" TERM
     echo ready; while :; do sleep 0.05; done' &
 wait
+"""
+
+# Stands in for Slurm: srun notes its own arguments and runs the command as node 0, scontrol notes a requeue.
+SRUN = """#!/usr/bin/env bash
+own=()
+while [[ "$1" == -* ]]; do own+=("$1"); shift; done
+echo "srun ${own[*]}" >>"$STUB_LOG"
+SLURM_NODEID=0 exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1" in
+show) printf '%s\\n' first second ;;
+requeue) echo "requeue $2" >>"$STUB_LOG"; exit "${STUB_REQUEUE:-0}" ;;
+esac
+"""
+
+# Stands in for Python: tells where the run lies, then trains as STUB_RUN says.
+PYTHON = """#!/usr/bin/env bash
+state() { printf '{\\n  "state": "%s",\\n  "step": 1\\n}\\n' "$1" >"$STUB_DIR/run/status.json"; }
+if [ "$1" = -c ]; then echo "probe ${*:3}" >>"$STUB_LOG"; echo "$STUB_DIR/run"; exit 0; fi
+echo "python $*" >>"$STUB_LOG"
+echo "threads $OMP_NUM_THREADS" >>"$STUB_LOG"
+mkdir "$STUB_DIR/run"
+state running
+echo ready
+case "$STUB_RUN" in
+wait) until [ -e "$STUB_DIR/run/STOP" ]; do sleep 0.02; done; state stopped ;;
+late) until [ -e "$STUB_DIR/run/STOP" ]; do sleep 0.02; done; state completed ;;
+die) until [ -e "$STUB_DIR/run/STOP" ]; do sleep 0.02; done; exit 7 ;;
+*) state "$STUB_RUN" ;;
+esac
 """
 
 
@@ -119,3 +156,180 @@ def test_set_up_refuses_what_it_cannot_use(tmp_path: Path) -> None:
         assert result.returncode == 2
         assert said in result.stderr
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, check=False).stderr == b""
+
+
+class FakeSlurm:
+    """A job of two nodes on stand-ins of srun, scontrol and Python."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for name, text in (("bin/srun", SRUN), ("bin/scontrol", SCONTROL), ("venv/bin/python", PYTHON)):
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755)
+        self.environment = {
+            "PATH": f"{directory / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "FP8TRAIN_VENV": str(directory / "venv"),
+            "STUB_DIR": str(directory),
+            "STUB_LOG": str(directory / "log"),
+            "STUB_RUN": "completed",
+            "SLURM_JOB_ID": "40123",
+            "SLURM_JOB_NODELIST": "nodes[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_CPUS_ON_NODE": "24",
+        }
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return call("launch/slurm.sbatch", *arguments, cwd=self.directory, **self.environment | environment)
+
+    def run_and_signal(self, name: str, **environment: str) -> tuple[int, str]:
+        """Signal the batch script once the run is up; its exit status and output."""
+        process = subprocess.Popen(
+            [str(SBATCH), "c.yaml"],
+            cwd=self.directory,
+            env={**os.environ, **self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        seen = []
+        while "ready\n" not in seen:
+            seen.append(process.stdout.readline())
+            assert seen[-1], seen
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        try:
+            output, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        return process.returncode, output
+
+    @property
+    def log(self) -> list[str]:
+        return (self.directory / "log").read_text().splitlines()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    settings = {"NPROC", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
+    for name in {*settings, *os.environ}:
+        if name in settings or name.startswith(("SLURM_", "FP8TRAIN_")):
+            monkeypatch.delenv(name, raising=False)
+    return FakeSlurm(tmp_path)
+
+
+def test_slurm_starts_one_torchrun_per_node(slurm: FakeSlurm) -> None:
+    result = slurm.run("c.yaml", "optimizer.lr=1e-3", "a.b=x y")
+    assert result.returncode == 0, result.stderr
+    port = 15000 + 40123 % 17000
+    assert slurm.log == [
+        "srun --cpu-bind=none --nodes=1 --ntasks=1",
+        "probe c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
+        "srun --cpu-bind=none --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1",
+        "python -m torch.distributed.run --node-rank=0 --nnodes=2 --nproc-per-node=4 --master-addr=first "
+        f"--master-port={port} -m fp8train train c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
+        "threads 6",
+    ]
+    assert f"2 x 4 processes, rendezvous at first:{port}" in result.stdout
+
+
+def test_slurm_settings_can_be_overridden(slurm: FakeSlurm) -> None:
+    environment = {
+        "NPROC": "3",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29999",
+        "OMP_NUM_THREADS": "5",
+        "SLURM_CPUS_PER_TASK": "16",
+        "FP8TRAIN_SRUN_ARGS": "--label --mpi=none",
+    }
+    slurm.run("c.yaml", "checkpoint.resume=never", **environment)
+    assert slurm.log[2].startswith("srun --cpu-bind=none --cpus-per-task=16 --label --mpi=none --nodes=2 ")
+    assert slurm.log[3].endswith(
+        "--nproc-per-node=3 --master-addr=10.0.0.1 --master-port=29999 -m fp8train train c.yaml "
+        "checkpoint.resume=never"
+    )
+    assert slurm.log[4] == "threads 5"
+
+
+def test_slurm_in_a_container(slurm: FakeSlurm) -> None:
+    (slurm.directory / "venv/bin/python").rename(slurm.directory / "bin/python3")
+    slurm.run("c.yaml", FP8TRAIN_IMAGE="fp8train.sqsh", FP8TRAIN_MOUNTS="/data:/data:ro", FP8TRAIN_VENV="")
+    mounts = f"--container-mounts={slurm.directory}:{slurm.directory},/data:/data:ro"
+    container = f"--container-image=fp8train.sqsh --container-workdir={slurm.directory} {mounts}"
+    assert slurm.log[0] == f"srun --cpu-bind=none {container} --nodes=1 --ntasks=1"
+    assert slurm.log[2].startswith(f"srun --cpu-bind=none {container} --nodes=2 ")
+    assert len(slurm.log) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "status", "requeued", "said"),
+    [
+        ("USR1", {"STUB_RUN": "wait"}, 0, True, "back into the queue"),
+        ("USR1", {"STUB_RUN": "wait", "STUB_REQUEUE": "1"}, 1, True, "could not be requeued"),
+        ("USR1", {"STUB_RUN": "wait", "FP8TRAIN_REQUEUES": "2", "SLURM_RESTART_COUNT": "1"}, 0, True, "turn"),
+        ("USR1", {"STUB_RUN": "wait", "FP8TRAIN_REQUEUES": "0"}, 0, False, "not requeued"),
+        ("USR1", {"STUB_RUN": "late"}, 0, False, "state of the run: completed"),
+        ("USR1", {"STUB_RUN": "die"}, 7, False, "srun ended with status 7"),
+        ("TERM", {"STUB_RUN": "wait"}, 0, False, "state of the run: stopped"),
+    ],
+    ids=["requeued", "refused", "another", "no-more", "was-done", "failed", "cancelled"],
+)
+def test_slurm_asks_the_run_to_stop_and_requeues_the_job(
+    slurm: FakeSlurm, name: str, environment: dict[str, str], status: int, requeued: bool, said: str
+) -> None:
+    returned, output = slurm.run_and_signal(name, **environment)
+    assert returned == status, output
+    assert output.count(f"{name}: asking the run to save and end") == 1
+    assert said in output or said == "turn"
+    assert ("requeue 40123" in slurm.log) == requeued
+    assert not (slurm.directory / "run/STOP").exists()
+
+
+def test_slurm_does_not_requeue_unasked(slurm: FakeSlurm) -> None:
+    result = slurm.run("c.yaml", STUB_RUN="stopped")  # someone else created STOP
+    assert result.returncode == 0
+    assert "state of the run: stopped" in result.stdout
+    assert not any(line.startswith("requeue") for line in slurm.log)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SLURM_JOB_ID": ""}, "this is not a Slurm job; submit it:  sbatch launch/slurm.sbatch c.yaml"),
+        ({"NPROC": "0"}, "NPROC must be a positive number, not '0'"),
+        ({"FP8TRAIN_REQUEUES": "often"}, "FP8TRAIN_REQUEUES must be a number, not 'often'"),
+        ({"FP8TRAIN_VENV": "nowhere"}, "FP8TRAIN_VENV: there is no nowhere/bin/python"),
+    ],
+)
+def test_slurm_refuses_what_it_cannot_use(slurm: FakeSlurm, environment: dict[str, str], said: str) -> None:
+    result = slurm.run("c.yaml", **environment)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert not (slurm.directory / "log").exists()
+
+
+def test_slurm_starts_nothing_with_a_wrong_configuration(slurm: FakeSlurm) -> None:
+    config = slurm.directory / "c.yaml"
+    config.write_text("optimizer: {lerning_rate: 1}\n")
+    result = slurm.run(str(config), FP8TRAIN_VENV=sys.prefix)
+    assert result.returncode == 2
+    assert "lerning_rate" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert slurm.log == ["srun --cpu-bind=none --nodes=1 --ntasks=1"]
+
+
+def test_slurm_usage_names_every_setting() -> None:
+    text = SBATCH.read_text()
+    usage = text.split("<<'TEXT'")[1].split("\nTEXT\n")[0]
+    flags = set(re.findall(r"^#SBATCH (--[a-z-]+)", text, re.MULTILINE)) - {"--ntasks-per-node"}
+    variables = set(re.findall(r"\$\{((?:FP8TRAIN|MASTER)_[A-Z_]+|NPROC|OMP_NUM_THREADS)", text))
+    assert len(flags) >= 8
+    assert len(variables) >= 8
+    assert [word for word in sorted(flags | variables) if word not in usage] == []

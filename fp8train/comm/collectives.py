@@ -103,6 +103,47 @@ class CountedGroup:
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return scatter(output.view(-1), tensor.view(-1), group=self.group, async_op=True).wait
 
+    def send(self, tensor: Tensor, to: int, *, purpose: str) -> Callable[[], None]:
+        """Start sending to one rank of the group; the other side calls :meth:`receive`.
+
+        Args:
+            tensor: contiguous; must not be touched until the wait returns.
+            to: rank in the group.
+            purpose: name in the byte counters.
+
+        Returns:
+            A function that waits until it is sent.
+        """
+        self.count("send", purpose, tensor.nbytes)
+        work = dist.isend(tensor, group=self.group, group_dst=to)
+        assert work is not None
+        wait: Callable[[], object] = work.wait
+
+        def sent() -> None:
+            wait()
+
+        return sent
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Fill a contiguous tensor with what one rank of the group sends."""
+        dist.recv(tensor, group=self.group, group_src=source)
+
+    def swap(self, output: Tensor, tensor: Tensor, peer: int, *, purpose: str) -> None:
+        """Send ``tensor`` to one rank of the group and fill ``output`` with what it sends; both call it."""
+        self.count("send", purpose, tensor.nbytes)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer),
+                dist.P2POp(dist.irecv, output, group=self.group, group_peer=peer),
+            ]
+        )
+        for work in works:
+            work.wait()
+
+    def count(self, kind: str, purpose: str, nbytes: int) -> None:
+        """Take bytes that others sent over this group into the counters."""
+        self.sent[f"{kind}/{purpose}"] += nbytes
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.group is not None and self.size > 1:

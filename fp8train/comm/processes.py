@@ -2,7 +2,8 @@
 
 torchrun describes the job in environment variables; without them the run is a single process and no process
 group exists. The world is one :class:`~torch.distributed.device_mesh.DeviceMesh` with the axes dp, pp, cp,
-tp, tp innermost. A gloo group carries CPU objects (checkpoint plans, stop flags) beside whatever moves tensors.
+tp, tp innermost. A gloo group carries CPU objects (checkpoint plans, stop flags) beside whatever moves
+tensors.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def processes(
 def two_levels(group: CountedGroup, node_size: int) -> tuple[CountedGroup, CountedGroup]:
     """Split a group into nodes of ``node_size`` consecutive ranks.
 
-    Collective over all ranks of the job.
+    Collective over the ranks of ``group`` alone: other groups along the same axis do it for themselves.
 
     Returns:
         (the ranks of this node, the ranks of all nodes with this one's place in its node).
@@ -167,8 +168,9 @@ def two_levels(group: CountedGroup, node_size: int) -> tuple[CountedGroup, Count
     ranks = dist.get_process_group_ranks(group.group)
     nodes = [ranks[start : start + node_size] for start in range(0, len(ranks), node_size)]
     across = [list(place) for place in zip(*nodes, strict=True)]
-    local, _ = dist.new_subgroups_by_enumeration(nodes)
-    cross, _ = dist.new_subgroups_by_enumeration(across)
+    node, place = divmod(group.rank, node_size)
+    local = dist.new_group(nodes[node], use_local_synchronization=True)
+    cross = dist.new_group(across[place], use_local_synchronization=True)
     return CountedGroup(local), CountedGroup(cross)
 
 

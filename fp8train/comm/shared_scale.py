@@ -107,6 +107,7 @@ class SharedScaleReduction:
         average: bool = False,
         scatter: bool = False,
         purpose: str = "gradient",
+        on_cast: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
     ) -> None:
         """Describe the reduction; nothing is sent yet.
 
@@ -121,6 +122,8 @@ class SharedScaleReduction:
                 divided by the *global* token count: then the sum is the gradient.
             scatter: reduce-scatter: the result is this rank's chunk of the flat payload.
             purpose: name in the byte counters; the scales count as ``<purpose>_scale``.
+            on_cast: called by :meth:`send` with each tensor's index, its flat values, their codes before any
+                are added, and ``scale_inv``; must not change them.
 
         Raises:
             ValueError: no gradients, ``mus`` of another shape or dtype, an unknown algorithm, or ``native``
@@ -141,7 +144,7 @@ class SharedScaleReduction:
         self._numels = [gradient.numel() for gradient in gradients]
         self._mus, self._group, self._fmt = mus, group, fmt
         self._average, self._scatter, self._purpose = average, scatter, purpose
-        self._sum = _SUMS[algorithm][scatter]
+        self._sum, self._on_cast = _SUMS[algorithm][scatter], on_cast
         self._wait_for_amax: Callable[[], None] | None = None
         self._wait_for_sum: Callable[[], Tensor] | None = None
 
@@ -169,6 +172,8 @@ class SharedScaleReduction:
         for index, gradient in enumerate(self._gradients):
             end = begin + gradient.numel()
             codes[begin:end].copy_(cast(gradient.reshape(-1), self._fmt, scale[index]))
+            if self._on_cast is not None:
+                self._on_cast(index, gradient.reshape(-1), codes[begin:end], self._scale_inv[index])
             begin = end
         self._gradients = ()
         self._wait_for_sum = self._sum(codes, self._group, self._purpose)

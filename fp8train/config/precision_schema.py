@@ -288,7 +288,7 @@ class TrafficConfig(Section):
     grad_output: Literal["compute", "fp8"]
     """Output gradients of row-parallel linears, gathered in backward: likewise."""
     grad_input: Literal["compute", "fp8"]
-    """Input gradients of column-parallel linears, reduce-scattered in backward: ``fp8`` sends E5M2 codes with
+    """Input gradients of column-parallel linears, reduce-scattered in backward: ``fp8`` sends E4M3 codes with
     block scales and adds in FP32 (``exchange``)."""
     output: Literal["compute", "fp8"] = "compute"
     """Outputs of row-parallel linears, reduce-scattered in forward; ``fp8`` costs accuracy in every forward:
@@ -296,7 +296,8 @@ class TrafficConfig(Section):
     weights: Literal["compute", "fp8"]
     """New weights from their ZeRO owners: the FP8 operands themselves."""
     pipeline: Literal["compute", "fp8"] = "compute"
-    """Activations and their gradients between pipeline stages."""
+    """Activations and their gradients between pipeline stages; ``fp8``: E4M3 and E5M2 codes with block
+    scales, one more rounding at every boundary between ranks: check the loss."""
 
 
 class PrecisionConfig(Section):

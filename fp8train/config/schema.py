@@ -303,6 +303,8 @@ class TrainConfig(Section):
     """``selective`` recomputes norms, activations and attention; ``full`` recomputes whole blocks."""
     compile: Literal["off", "block"] = "off"
     """``block``: ``torch.compile`` each decoder block."""
+    consistency_interval: NonNegativeInt = 1000
+    """Compare, every this many steps, the bits of tensors that several ranks hold; 0 = never."""
     eval_interval: NonNegativeInt = 0
     """Evaluate every this many steps and at the end; 0 = never."""
     eval_batches: PositiveInt = 16

@@ -67,18 +67,55 @@ def accumulation_steps(config: Config, dp: int, *, origins: Mapping[str, Origin]
     )
 
 
+def check_pipeline(
+    config: Config, micro_batches: int, *, origins: Mapping[str, Origin] | None = None
+) -> None:
+    """Whether the pipeline's schedule can run this many micro-batches a step.
+
+    Raises:
+        ConfigError: ``1f1b`` with fewer than stages, an interleaved one with unequal rounds; names legal
+            global batch sizes.
+    """
+    parallel = config.parallel
+    schedule, pp = parallel.pipeline.schedule, parallel.pp
+    if pp == 1 or _schedule_runs(schedule, pp, micro_batches):
+        return
+    per_micro_batch = config.train.global_batch_size // micro_batches
+    below = [n for n in range(micro_batches - 1, 0, -1) if _schedule_runs(schedule, pp, n)][:1]
+    higher = range(micro_batches + 1, micro_batches + pp + 1)
+    above = next(n for n in higher if _schedule_runs(schedule, pp, n))
+    legal = " or ".join(str(n * per_micro_batch) for n in (*below, above))
+    why = (
+        f"at least parallel.pp = {pp} micro-batches a step"
+        if schedule == "1f1b"
+        else f"micro-batches in equal rounds of parallel.pp = {pp} or more"
+    )
+    raise ConfigError(
+        f"{_place('train.global_batch_size', origins)}parallel.pipeline.schedule: {schedule} needs {why}, "
+        f"not {micro_batches}; nearest legal train.global_batch_size: {legal}"
+    )
+
+
+def _schedule_runs(schedule: str, pp: int, micro_batches: int) -> bool:
+    if schedule == "1f1b":
+        return micro_batches >= pp
+    return schedule == "zbv" or micro_batches % max(1, micro_batches // pp) == 0
+
+
 def check_world(
     config: Config, world_size: int, *, origins: Mapping[str, Origin] | None = None
 ) -> tuple[int, int]:
-    """Both checks: ``(data-parallel ranks, micro-batches per rank and step)``.
+    """All checks: ``(data-parallel ranks, micro-batches per rank and step)``.
 
     ``origins`` (of a :class:`~fp8train.config.resolve.ResolvedConfig`) lets messages name file and line.
 
     Raises:
-        ConfigError: see :func:`data_parallel_size` and :func:`accumulation_steps`.
+        ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps` and :func:`check_pipeline`.
     """
     dp = data_parallel_size(config, world_size, origins=origins)
-    return dp, accumulation_steps(config, dp, origins=origins)
+    micro_batches = accumulation_steps(config, dp, origins=origins)
+    check_pipeline(config, micro_batches, origins=origins)
+    return dp, micro_batches
 
 
 def _place(key: str, origins: Mapping[str, Origin] | None) -> str:

@@ -11,9 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fp8train.comm.context_parallel import ContextParallel
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.matmul import scaled_dot_product_attention
 from fp8train.layers.linear import Linear
 from fp8train.layers.qkv import split_heads
+from fp8train.layers.wire import wire
 
 
 class KVCache:
@@ -59,20 +62,40 @@ class Attention(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         recompute: Callable[..., Tensor] | None = None,
+        parallel: TensorParallel | None = None,
+        context: ContextParallel | None = None,
     ) -> None:
-        """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations."""
+        """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations.
+        Numbers of heads are the model's; with ``parallel`` this rank gets its share. ``context``: ranks with
+        the other tokens of each sequence."""
         super().__init__()
+        ways = 1 if parallel is None else parallel.size
+        assert num_heads % ways == 0 and num_kv_heads % ways == 0, f"{num_heads}/{num_kv_heads} heads, {ways}"
+        num_heads, num_kv_heads = num_heads // ways, num_kv_heads // ways
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.recompute = recompute
+        self.recompute, self.context = recompute, context
         self.qkv = Linear(
-            hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, dtype=dtype, device=device
+            hidden_size,
+            (num_heads + 2 * num_kv_heads) * head_dim,
+            bias=bias,
+            dtype=dtype,
+            device=device,
+            wire=wire("column", parallel),
         )
-        self.out = Linear(num_heads * head_dim, hidden_size, bias=bias, dtype=dtype, device=device)
+        self.out = Linear(
+            num_heads * head_dim,
+            hidden_size,
+            bias=bias,
+            dtype=dtype,
+            device=device,
+            wire=wire("row", parallel),
+        )
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
-        """Shapes: x [B, S, H] -> [B, S, H]; cos/sin [S, D/2] or None for models without RoPE."""
+        """Shapes: x [B, S, H] -> [B, S, H]; cos/sin [S, D/2] or None for models without RoPE. With tensor
+        parallelism x and the result are parts of S, the tables are not."""
         qkv = self.qkv(x)
         if self.recompute is not None and cache is None:
             return self.out(self.recompute(self._attend, qkv, cos, sin))
@@ -88,6 +111,9 @@ class Attention(nn.Module):
         if cache is not None:
             fresh = cache.length == 0
             key, value = cache.append(key, value)
+        if self.context is not None:
+            assert cache is None, "generation with context parallelism"
+            query, key, value = (self.context.to_heads(x) for x in (query, key, value))
         mixed = scaled_dot_product_attention(
             query,
             key,
@@ -96,6 +122,8 @@ class Attention(nn.Module):
             is_causal=fresh and length > 1,
             enable_gqa=self.num_heads > groups,
         )
+        if self.context is not None:
+            mixed = self.context.to_tokens(mixed)
         return mixed.transpose(1, 2).reshape(batch, length, self.num_heads * dim)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fp8train.comm.sequence_parallel import TensorParallel
+
 
 class _WideGradEmbedding(torch.autograd.Function):
     """``F.embedding`` whose weight gradient is added up in FP32 and rounded once, as torch does on CUDA.
@@ -29,17 +31,57 @@ class _WideGradEmbedding(torch.autograd.Function):
         return wide.to(ctx.dtype), None
 
 
+class _SplitEmbedding(torch.autograd.Function):
+    """A table whose rows lie on several ranks: index [B, S] -> this rank's part [B, S/tp, H].
+
+    Each rank looks its own rows up; of the terms of the sum over ranks all but one are zero, so it is exact.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, index: Tensor, parallel: TensorParallel) -> Tensor:
+        rows = weight.shape[0]
+        local = index - parallel.rank * rows
+        outside = (local < 0) | (local >= rows)
+        local = local.masked_fill(outside, 0)
+        ctx.save_for_backward(local, outside)
+        ctx.rows, ctx.dtype, ctx.parallel = rows, weight.dtype, parallel
+        found = F.embedding(local, weight).masked_fill_(outside.unsqueeze(-1), 0)
+        part = parallel.scatter_sum(
+            found.flatten(0, 1), batch=len(index), fp8=False, purpose="tp_embedding"
+        )()
+        return part.view(len(index), -1, weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        local, outside = ctx.saved_tensors
+        grad = ctx.parallel.gather(grads[0].flatten(0, 1), batch=len(local), purpose="tp_embedding")()
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        grad = grad.to(wide).masked_fill(outside.flatten().unsqueeze(-1), 0)
+        result = torch.ops.aten.embedding_dense_backward(grad, local.flatten(), ctx.rows, -1, False)
+        return result.to(ctx.dtype), None, None
+
+
 class Embedding(nn.Module):
-    """A table of vectors: weight [rows, size]."""
+    """A table of vectors: weight [rows, size], or with ``parallel`` this rank's rows of it."""
 
     def __init__(
-        self, rows: int, size: int, *, dtype: torch.dtype, device: torch.device | None = None
+        self,
+        rows: int,
+        size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         super().__init__()
+        self.parallel = parallel
+        rows //= 1 if parallel is None else parallel.size
         self.weight = nn.Parameter(torch.empty(rows, size, dtype=dtype, device=device))
 
     def forward(self, index: Tensor) -> Tensor:
-        """Shapes: int64 [..] -> [.., size]."""
+        """Shapes: int64 [..] -> [.., size]; with ``parallel`` [B, S] -> [B, S/tp, size]."""
+        if self.parallel is not None:
+            return _SplitEmbedding.apply(self.weight, index, self.parallel)
         if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
             return _WideGradEmbedding.apply(self.weight, index)
         return F.embedding(index, self.weight)
@@ -54,9 +96,16 @@ class OutputHead(nn.Module):
     with it."""
 
     def __init__(
-        self, rows: int, size: int, *, dtype: torch.dtype, device: torch.device | None = None
+        self,
+        rows: int,
+        size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         super().__init__()
+        rows //= 1 if parallel is None else parallel.size
         self.weight = nn.Parameter(torch.empty(rows, size, dtype=dtype, device=device))
 
     def extra_repr(self) -> str:

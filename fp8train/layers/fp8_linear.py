@@ -7,17 +7,18 @@ per optimizer step (:mod:`fp8train.layers.fp8_weight`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp8train.kernels.gemm import fp8_gemm
-from fp8train.layers.fp8_operand import Operand, quantize_operand
+from fp8train.layers.fp8_operand import Operand, padded, quantize_matrix
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight_fp8
 from fp8train.layers.linear_plan import Fp8Plan, LinearCall
 from fp8train.numerics.cast import uncast
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleSlot
 
 
@@ -48,6 +49,9 @@ def fp8_linear(
     call: LinearCall,
 ) -> Tensor:
     """``alpha_output · x @ weight.T`` in FP8, with FP8 GEMMs in backward.
+
+    With tensor parallelism x or the output are parts of sequences, as :mod:`fp8train.layers.wire` says; T
+    counts their tokens.
 
     Args:
         x: [T, K] in the compute dtype.
@@ -82,8 +86,11 @@ class _Fp8Linear(torch.autograd.Function):
         call: LinearCall,
     ) -> Tensor:
         assert call.plan is not None
-        quant = call.plan.quant
-        x_operand = quantize_operand(x, quant.output_x, slots.output_x, rows.x)
+        quant, wire = call.plan.quant, call.wire
+        source = x if wire.input_in_fp8 else wire.gather_input(x, call.batch)()
+        local_x = quantize_matrix(source, quant.output_x, slots.output_x, rows.x, wire.agree_on_amax)
+        whole_x = _gathered(local_x, call)() if wire.input_in_fp8 else local_x
+        x_operand = padded(whole_x)
         product = _multiply(
             call.plan,
             x_operand,
@@ -92,18 +99,18 @@ class _Fp8Linear(torch.autograd.Function):
             call.alphas.output,
             x.dtype,
             fast_accumulation=quant.fast_accumulation,
-        )
-        kept_x: tuple[Tensor, Tensor | None] = x_operand
-        if quant.keep_x == "bf16":
+        )[: whole_x[0].shape[0], : weight.shape[0]]
+        kept_x: tuple[Tensor, Tensor | None] = local_x if wire.input_in_fp8 else x_operand
+        if quant.keep_x == "bf16" or (wire.gathers_input and not wire.input_in_fp8):
             kept_x = (x, None)
         elif quant.keep_x == "second_copy":
-            kept_x = quantize_operand(x, quant.grad_weight_x, slots.grad_weight_x)
+            kept_x = quantize_matrix(x, quant.grad_weight_x, slots.grad_weight_x, agree=wire.agree_on_amax)
         kept_w = (weight, None) if w_backward is None else w_backward
         ctx.save_for_backward(*kept_x, *kept_w)
         # Not saved: other micro-batches change what these hold.
         ctx.buffer, ctx.sink_slot, ctx.slots, ctx.grad_row = buffer, sink_slot, slots, rows.grad_output
-        ctx.call, ctx.shape, ctx.weight_shape = call, x.shape, weight.shape
-        return product[: x.shape[0], : weight.shape[0]]
+        ctx.call, ctx.shape, ctx.weight_shape = call, whole_x[0].shape, weight.shape
+        return wire.scatter_output(product, call.batch, fp8=True)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,31 +118,84 @@ class _Fp8Linear(torch.autograd.Function):
         call: LinearCall = ctx.call
         slots: CastSlots = ctx.slots
         assert call.plan is not None
-        quant = call.plan.quant
+        quant, wire = call.plan.quant, call.wire
         grad_output = grads[0]
-        grad_operand = quantize_operand(
-            grad_output, quant.grad_input_grad_output, slots.grad_input_grad_output, ctx.grad_row
+        if not wire.grad_output_in_fp8:
+            grad_output = wire.gather_grad_output(grad_output, call.batch)()
+        x_operand = None
+        if ctx.needs_input_grad[1]:  # posted first: it arrives while grad_input is multiplied
+            x_operand = _start_grad_weight_x((x, x_scale_inv), quant, slots, call)
+        grad_operand = _grad_operand(
+            grad_output, quant.grad_input_grad_output, slots.grad_input_grad_output, call, ctx.grad_row
         )
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            w_operand = _backward_operand(
-                quant.keep_w, w, w_scale_inv, quant.grad_input_w, slots.grad_input_w
-            )
+            w_operand = _backward_weight(quant, (w, w_scale_inv), slots, call)
             specs = (quant.grad_input_grad_output, quant.grad_input_w)
             product = _multiply(
                 call.plan, grad_operand, w_operand, specs, call.alphas.grad_input, grad_output.dtype
             )
-            grad_input = product[: ctx.shape[0], : ctx.shape[1]]
-        if ctx.needs_input_grad[1]:
+            product = product[: ctx.shape[0], : ctx.shape[1]]
+            grad_input = wire.scatter_grad_input(product, call.batch, fp8=True)
+        if x_operand is not None:
             if quant.grad_weight_grad_output != quant.grad_input_grad_output:
-                grad_operand = quantize_operand(
-                    grad_output, quant.grad_weight_grad_output, slots.grad_weight_grad_output
+                grad_operand = _grad_operand(
+                    grad_output, quant.grad_weight_grad_output, slots.grad_weight_grad_output, call
                 )
-            x_operand = _backward_operand(
-                quant.keep_x, x, x_scale_inv, quant.grad_weight_x, slots.grad_weight_x
-            )
-            grad_weight = _grad_weight(ctx, grad_operand, x_operand, grad_output.dtype)
-        return grad_input, grad_weight, None, None, None, None, None, None, None
+            grad_weight = _grad_weight(ctx, grad_operand, x_operand(), grad_output.dtype)
+        result = None if grad_input is None else grad_input()
+        return result, grad_weight, None, None, None, None, None, None, None
+
+
+def _gathered(operand: Operand, call: LinearCall) -> Callable[[], Operand]:
+    """Start to gather a column-parallel input's FP8 codes; every rank has the same scale."""
+    wait = call.wire.gather_input(operand[0], call.batch)
+    return lambda: (wait(), operand[1])
+
+
+def _grad_operand(
+    grad_output: Tensor, spec: QuantSpec, slot: ScaleSlot | None, call: LinearCall, row: Tensor | None = None
+) -> Operand:
+    """Quantise the output gradient; a row-parallel linear's part is gathered in FP8 if traffic says so."""
+    wire = call.wire
+    payload, scale_inv = quantize_matrix(grad_output, spec, slot, row, wire.agree_on_amax)
+    if wire.grad_output_in_fp8:
+        payload = wire.gather_grad_output(payload, call.batch)()
+    return padded((payload, scale_inv))
+
+
+def _start_grad_weight_x(
+    kept: tuple[Tensor, Tensor | None], quant: LinearQuant, slots: CastSlots, call: LinearCall
+) -> Callable[[], Operand]:
+    """The grad_weight GEMM's input from what forward kept, after a gather that starts now."""
+    wire, (x, scale_inv) = call.wire, kept
+    if not wire.gathers_input:
+        operand = _backward_operand(
+            quant.keep_x, x, scale_inv, quant.grad_weight_x, slots.grad_weight_x, call
+        )
+        return lambda: operand
+    if not wire.input_in_fp8:
+        return lambda: _recast_x(wire.gather_input(x, call.batch)(), quant, slots, call)
+    if scale_inv is None:
+        part = quantize_matrix(x, quant.grad_weight_x, slots.grad_weight_x, agree=wire.agree_on_amax)
+        arrived = _gathered(part, call)
+        return lambda: padded(arrived())
+    arrived = _gathered((x, scale_inv), call)
+    return lambda: _backward_operand(quant.keep_x, *arrived(), quant.grad_weight_x, slots.grad_weight_x, call)
+
+
+def _recast_x(x: Tensor, quant: LinearQuant, slots: CastSlots, call: LinearCall) -> Operand:
+    """The operand that forward made of ``x`` or keeps beside it, made again after a high-precision gather."""
+    if quant.keep_x in ("same", "requantise"):
+        operand = quantize_matrix(x, quant.output_x, slots.output_x, agree=call.wire.agree_on_amax)
+        return _backward_operand(quant.keep_x, *operand, quant.grad_weight_x, slots.grad_weight_x, call)
+    return padded(quantize_matrix(x, quant.grad_weight_x, slots.grad_weight_x, agree=call.wire.agree_on_amax))
+
+
+def _backward_weight(
+    quant: LinearQuant, kept: tuple[Tensor, Tensor | None], slots: CastSlots, call: LinearCall
+) -> Operand:
+    return _backward_operand(quant.keep_w, *kept, quant.grad_input_w, slots.grad_input_w, call)
 
 
 def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: torch.dtype) -> Tensor | None:
@@ -186,11 +246,17 @@ def _multiply(
 
 
 def _backward_operand(
-    keep: str, kept: Tensor, scale_inv: Tensor | None, backward: QuantSpec, slot: ScaleSlot | None
+    keep: str,
+    kept: Tensor,
+    scale_inv: Tensor | None,
+    backward: QuantSpec,
+    slot: ScaleSlot | None,
+    call: LinearCall,
 ) -> Operand:
     """The backward GEMM's operand from what forward kept."""
     if scale_inv is None:
-        return quantize_operand(kept, backward, slot)
+        return padded(quantize_matrix(kept, backward, slot, agree=call.wire.agree_on_amax))
     if keep == "requantise":
-        return quantize_operand(uncast(kept, scale_inv), backward, slot)
-    return kept, scale_inv
+        values = uncast(kept, scale_inv)
+        return padded(quantize_matrix(values, backward, slot, agree=call.wire.agree_on_amax))
+    return padded((kept, scale_inv))

@@ -18,7 +18,7 @@ evaluation came across the new weight first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,8 @@ class Fp8Weight:
         backward: operand of the grad_input GEMM; None where backward casts the high-precision weight.
         slots: ``{use: slot}`` of the delayed ones among ``output.w`` and ``grad_input.w``.
         recorder: where cast statistics go, and under which name; None keeps none.
+        agree_on_amax: makes the amax of this rank's part that of the logical weight.
+        ready: waits until other ranks' rows of a new weight have arrived; None if none are awaited.
     """
 
     def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
@@ -48,6 +50,8 @@ class Fp8Weight:
         self.backward: Operand | None = None
         self.slots: Mapping[str, ScaleSlot] = {}
         self.recorder: tuple[CastRecorder, str] | None = None
+        self.agree_on_amax: Callable[[Tensor], Tensor] | None = None
+        self.ready: Callable[[], None] | None = None
         self._amax = torch.zeros((), device=device)
 
     def _uses(self) -> dict[str, QuantSpec]:
@@ -76,6 +80,8 @@ class Fp8Weight:
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The values that the output GEMM multiplies: [N, K]."""
+        if self.ready is not None:
+            self.ready()
         assert self.forward is not None, "the FP8 weight was not written yet"
         payload, scale_inv = self.forward
         return uncast(payload[: self.shape[0], : self.shape[1]], scale_inv, dtype)
@@ -109,7 +115,7 @@ class CachedFp8Weight(Fp8Weight):
             scale = self._delayed_scale(use, spec)
             slot = None if scale is None else ScaleSlot(scale, self._amax)
             row = self._active_row() if use == "output.w" else None
-            copies[use] = quantize_operand(weight, spec, slot, row)
+            copies[use] = quantize_operand(weight, spec, slot, row, self.agree_on_amax)
         self.forward = copies["output.w"]
         self.backward = None if self.quant.keep_w == "bf16" else copies.get("grad_input.w", self.forward)
         self._key = key
@@ -200,6 +206,16 @@ class ResidentFp8Weight(Fp8Weight):
         if row is not None and self._rows:
             row.copy_(_merge_statistics(self._rows))
         self._rows.clear()
+
+    def specs(self) -> list[QuantSpec]:
+        """How each copy is cast."""
+        return [copy.spec for copy in self._copies.values()]
+
+    def copies(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(codes, scale, scale_inv) of each copy: views of the FP8 payload [N, K] and FP32 scalars, for rows
+        that other ranks write."""
+        rows, columns = self.shape
+        return [(copy.payload[:rows, :columns], copy.scale, copy.scale_inv) for copy in self._copies.values()]
 
     def fill(self, values: Tensor) -> None:
         """Write a whole weight [N, K] at once."""

@@ -29,6 +29,7 @@ from fp8train.layers.fp8_operand import Operand
 from fp8train.layers.fp8_weight import CachedFp8Weight, Fp8Weight, ResidentFp8Weight
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight, scaled
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
+from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale_state import ScaleSlot, ScaleState
 from fp8train.numerics.statistics import CastRecorder
@@ -46,24 +47,30 @@ class _HighPrecisionLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.buffer, ctx.slot = buffer, slot  # not saved: other micro-batches change the buffer
         ctx.call = call
-        return scaled(matmul(x, weight.t()), call.alphas.output)
+        whole = call.wire.gather_input(x, call.batch)()
+        y = scaled(matmul(whole, weight.t()), call.alphas.output)
+        return call.wire.scatter_output(y, call.batch, fp8=False)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         buffer, slot = ctx.buffer, ctx.slot
         call: LinearCall = ctx.call
-        grad_output = grads[0]
+        grad_output = call.wire.gather_grad_output(grads[0], call.batch)()
+        whole = call.wire.gather_input(x, call.batch) if ctx.needs_input_grad[1] else None
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = scaled(matmul(grad_output, weight), call.alphas.grad_input)
+            product = scaled(matmul(grad_output, weight), call.alphas.grad_input)
+            grad_input = call.wire.scatter_grad_input(product, call.batch, fp8=False)
         grad_weight = None
-        if ctx.needs_input_grad[1]:
+        if whole is not None:
+            x = whole()
             if buffer is None:
                 grad_weight = scaled(matmul(grad_output.t(), x), call.alphas.grad_weight)
             else:
                 contribute_grad_weight(grad_output, x, buffer, slot, call.sink, call.alphas.grad_weight)
-        return grad_input, grad_weight, None, None, None
+        result = None if grad_input is None else grad_input()
+        return result, grad_weight, None, None, None
 
 
 class Linear(nn.Module):
@@ -76,6 +83,8 @@ class Linear(nn.Module):
         alphas: multipliers of the three GEMMs.
         plan: None in high precision, else how the GEMMs run in FP8. Set by :meth:`use_fp8`.
         sink_slot: where weight gradients go; None returns them to autograd.
+        wire: how the weight is cut over tensor-parallel ranks, and what travels for it. ``in_features``,
+            ``out_features`` and ``weight`` are this rank's.
         recorder: where cast statistics go; None keeps none. Set it after ``name``.
     """
 
@@ -88,8 +97,10 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         alphas: Alphas = _STANDARD,
+        wire: Wire = UNSPLIT,
     ) -> None:
         super().__init__()
+        self.wire = wire
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -118,6 +129,17 @@ class Linear(nn.Module):
         """Whether the FP8 copies are all there is of the weight."""
         return isinstance(self._fp8_weight, ResidentFp8Weight)
 
+    def fp8_codes(self) -> Tensor:
+        """The FP8 weight of the output GEMM as it is stored, padding included; once it was written."""
+        self.await_weight()
+        assert self._w_forward is not None
+        return self._w_forward[0]
+
+    def fp8_scale_inv(self) -> Tensor:
+        """Its scale, FP32 scalar."""
+        assert self._w_forward is not None
+        return self._w_forward[1]
+
     @property
     def _w_forward(self) -> Operand | None:
         return None if self._fp8_weight is None else self._fp8_weight.forward
@@ -133,6 +155,7 @@ class Linear(nn.Module):
         )
         self.plan = plan
         self._fp8_weight = CachedFp8Weight(plan.quant, self.weight.shape, self.weight.device)
+        self._fp8_weight.agree_on_amax = self.wire.agree_on_amax
         self._connect()
 
     @property
@@ -211,6 +234,11 @@ class Linear(nn.Module):
         if self._fp8_weight is not None and self._scale_state is not None and self._scale_state.active:
             self._fp8_weight.record_amax()
 
+    def await_weight(self) -> None:
+        """Wait until all of a new FP8 weight has arrived from the ranks that keep its master."""
+        if self._fp8_weight is not None and self._fp8_weight.ready is not None:
+            self._fp8_weight.ready()
+
     @torch.no_grad()
     def record_weight(self) -> None:
         """Write the statistics of the weight's current FP8 copy (it is cast once a step, which need not be
@@ -234,11 +262,15 @@ class Linear(nn.Module):
         return self._fp8_weight.dequantized(dtype or self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x [.., in_features] -> [.., out_features]."""
+        """Shapes: x [.., in_features] -> [.., out_features]. With tensor parallelism x is [B, S,
+        in_features], where column-parallel linears take a part of S and row-parallel ones return a part of
+        it."""
         if not torch.compiler.is_compiling():
             self.quantize_weight()
+            self.await_weight()
         slot = self.sink_slot
-        call = LinearCall(self.alphas, self.plan, 0 if slot is None else slot.sink)
+        batch = 1 if self.wire.kind == "none" else x.shape[0]
+        call = LinearCall(self.alphas, self.plan, 0 if slot is None else slot.sink, self.wire, batch)
         flat = x.reshape(-1, self.in_features)
         if self.plan is None:
             buffer, index = (None, None) if slot is None else (slot.buffer, slot.slot)
@@ -255,7 +287,8 @@ class Linear(nn.Module):
             y = fp8_linear(flat, self.weight, (w_forward, w_backward), slot, slots, rows, call)
         if self.bias is not None:
             y = y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        shape = x.shape[:-1] if self.wire.kind == "none" else (batch, -1)
+        return y.view(*shape, self.out_features)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -284,8 +317,10 @@ class Linear(nn.Module):
             str(self.weight.dtype).removeprefix("torch.") if self.plan is None else f"fp8[{self.plan.quant}]"
         )
         resident = ", weight resident in fp8" if self.fp8_weight_is_resident else ""
+        split = "" if self.wire.kind == "none" else f", {self.wire.kind}-parallel"
         return (
-            f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}, {precision}{resident}"
+            f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}, "
+            f"{precision}{resident}{split}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fp8train.kernels.gemm import GemmBackend
+from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.quant_spec import LinearQuant
 
 
@@ -33,8 +34,12 @@ class LinearCall:
         alphas: multipliers of the GEMMs.
         plan: None in high precision.
         sink: number of the gradient sink; without meaning where the call has no buffer.
+        wire: communication with tensor-parallel ranks.
+        batch: sequences in the input.
     """
 
     alphas: Alphas
     plan: Fp8Plan | None
     sink: int
+    wire: Wire = UNSPLIT
+    batch: int = 1

@@ -9,11 +9,14 @@ forward, so a forward under ``no_grad`` is the way to evaluate.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.matmul import matmul
 from fp8train.layers.blocks import row_blocks
 
@@ -25,9 +28,20 @@ _CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        parallel: TensorParallel | None,
+        grad_enabled: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        batch = len(targets)
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        vocabulary = _Vocabulary(weight.shape[0], vocab_size, parallel)
+        if parallel is not None:
+            hidden = parallel.gather(hidden, batch=batch, purpose="tp_head")()
         rows = max(1, _CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * wide.itemsize))
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -37,13 +51,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part, target = hidden[start : start + rows], targets[start : start + rows]
             logits = matmul(part, weight.t())
             for block in row_blocks(logits.shape[0], logits.shape[1], logits.device):
-                total += _to_gradient(logits[block], target[block], vocab_size, wide, needs_grad)
+                total += _to_gradient(logits[block], target[block], vocabulary, wide, needs_grad)
             if grad_hidden is None or grad_weight is None:
                 continue
             grad_hidden[start : start + rows] = matmul(logits, weight)
             grad_weight += matmul(logits.t(), part)
+        if parallel is not None and grad_hidden is not None:
+            grad_hidden = parallel.scatter_sum(grad_hidden, batch=batch, fp8=False, purpose="tp_head")()
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.batch = weight.dtype, batch
         return total
 
     @staticmethod
@@ -52,44 +68,88 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = grads[0]
         # Times a BF16 tensor, CUDA would round the factor (1 / tokens) to BF16 first and bias every gradient.
         grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
-        return grad_hidden, grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None
+        grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
+        return grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]), grad_weight, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The columns of the logits: ``local`` of the padded vocabulary, those of this rank."""
+
+    local: int
+    size: int
+    parallel: TensorParallel | None
+
+    @property
+    def first(self) -> int:
+        """Token of column 0."""
+        return 0 if self.parallel is None else self.parallel.rank * self.local
+
+    @property
+    def real(self) -> int:
+        """Columns that are tokens, not padding."""
+        return min(self.local, max(0, self.size - self.first))
+
+    def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        """``x`` over the ranks that hold other columns, in place."""
+        if self.parallel is not None:
+            self.parallel.group.all_reduce(x, purpose="tp_head", op=op)()
+        return x
 
 
 def _to_gradient(
-    logits: Tensor, targets: Tensor, vocab_size: int, wide: torch.dtype, needs_grad: bool
+    logits: Tensor, targets: Tensor, vocabulary: _Vocabulary, wide: torch.dtype, needs_grad: bool
 ) -> Tensor:
     """The summed loss of logits [T, V], which become their own gradient if ``needs_grad``.
 
     With ``e = exp(logits - max)`` and ``s = sum(e)``, the loss is ``log(s) - (logits[target] - max)`` and its
-    gradient ``e / s - onehot(target)``: one exponential serves both.
+    gradient ``e / s - onehot(target)``: one exponential serves both. Maximum, sum and target's score are over
+    the columns of all ranks.
     """
     valid = (targets != IGNORE)[:, None]
-    target = targets[:, None].masked_fill(~valid, 0)
+    target = targets[:, None].masked_fill(~valid, 0) - vocabulary.first
+    elsewhere = (target < 0) | (target >= vocabulary.local)
+    target = target.masked_fill(elsewhere, 0)
     scores = logits.to(wide)
-    scores[:, vocab_size:] = -torch.inf
-    scores = scores.sub_(scores.amax(dim=-1, keepdim=True))
-    target_score = scores.gather(1, target)
-    total = scores.exp_().sum(dim=-1, keepdim=True)
+    scores[:, vocabulary.real :] = -torch.inf
+    largest = vocabulary.reduce(scores.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
+    scores = scores.sub_(largest)
+    target_score = scores.gather(1, target).masked_fill_(elsewhere, 0)
+    target_score = vocabulary.reduce(target_score, dist.ReduceOp.SUM)
+    total = vocabulary.reduce(scores.exp_().sum(dim=-1, keepdim=True), dist.ReduceOp.SUM)
     if needs_grad:
         weight = valid.to(wide)
-        logits.copy_(scores.mul_(weight / total).scatter_add_(1, target, -weight))
+        scores.mul_(weight / total).scatter_add_(1, target, -weight.masked_fill(elsewhere, 0))
+        logits.copy_(scores)
     return (total.log() - target_score).masked_fill(~valid, 0).sum()
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    parallel: TensorParallel | None = None,
+) -> Tensor:
     """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``.
 
     Args:
-        hidden: [T, H].
-        weight: [V, H], V >= vocab_size; rows from ``vocab_size`` on are padding and never win.
-        targets: int64 [T]; ``-100`` leaves a token out.
+        hidden: [B, S, H] or [T, H]; with ``parallel`` this rank's part [B, S/tp, H].
+        weight: [V, H], V >= vocab_size; rows from ``vocab_size`` on are padding and never win. With
+            ``parallel`` this rank's rows.
+        targets: int64 [B, S] or [T]; ``-100`` leaves a token out.
         vocab_size: real vocabulary.
+        parallel: ranks with the other rows and other parts of the sequence.
 
     Returns:
-        FP32 scalar in nats (FP64 for FP64 inputs). Its gradient may be taken once.
+        FP32 scalar in nats (FP64 for FP64 inputs), of the whole sequences on every rank. Its gradient may be
+        taken once.
     """
+    if targets.dim() == 1:
+        hidden, targets = hidden.unsqueeze(0), targets.unsqueeze(0)
     # Asked here: inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, parallel, torch.is_grad_enabled())
 
 
 def logits(hidden: Tensor, weight: Tensor, *, vocab_size: int) -> Tensor:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.layers.linear import Linear
 from fp8train.layers.swiglu import swiglu
+from fp8train.layers.wire import wire
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 _LARGEST_UNIT = 128
@@ -41,15 +43,25 @@ class MLP(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         recompute: Callable[..., Tensor] | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
-        """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations."""
+        """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations.
+        ``ffn_hidden_size`` is the model's; with ``parallel`` this rank gets its share."""
         super().__init__()
         self.activation: Activation = activation
         self.unit = shard_unit(ffn_hidden_size)
+        if parallel is not None:
+            unit = self.unit if activation == "swiglu" else 1
+            assert ffn_hidden_size // unit % parallel.size == 0, f"{ffn_hidden_size} over {parallel.size}"
+            ffn_hidden_size //= parallel.size
         self.recompute = recompute
         width = 2 * ffn_hidden_size if activation == "swiglu" else ffn_hidden_size
-        self.up = Linear(hidden_size, width, bias=bias, dtype=dtype, device=device)
-        self.down = Linear(ffn_hidden_size, hidden_size, bias=bias, dtype=dtype, device=device)
+        self.up = Linear(
+            hidden_size, width, bias=bias, dtype=dtype, device=device, wire=wire("column", parallel)
+        )
+        self.down = Linear(
+            ffn_hidden_size, hidden_size, bias=bias, dtype=dtype, device=device, wire=wire("row", parallel)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [B, S, H] -> [B, S, H]."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fp8train.comm.context_parallel import ContextParallel
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.schema import ModelConfig
 from fp8train.layers.attention import Attention, KVCache
 from fp8train.layers.mlp import MLP
@@ -40,6 +42,8 @@ class Block(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         selective_recompute: bool = False,
+        parallel: TensorParallel | None = None,
+        context: ContextParallel | None = None,
     ) -> None:
         super().__init__()
         inner = recompute if selective_recompute else None
@@ -56,6 +60,8 @@ class Block(nn.Module):
             dtype=dtype,
             device=device,
             recompute=inner,
+            parallel=parallel,
+            context=context,
         )
         self.mlp_norm = make_norm(model, dtype, device)
         self.mlp = MLP(
@@ -66,6 +72,7 @@ class Block(nn.Module):
             dtype=dtype,
             device=device,
             recompute=inner,
+            parallel=parallel,
         )
 
     def forward(

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fp8train.comm.context_parallel import ContextParallel
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.schema import Config, ModelConfig
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan
 from fp8train.models.param_spec import initial_value
+from fp8train.models.part import ModelPart
 from fp8train.numerics.scale_state import ScaleState
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -24,8 +27,8 @@ class BuiltModel:
     """A model and how its GEMMs run.
 
     Attributes:
-        model: on its device, parameters uninitialised.
-        fp8: what is in FP8; None if nothing was asked to be.
+        model: on its device, parameters uninitialised; perhaps a part of the model.
+        fp8: what is in FP8, of the whole model; None if nothing was asked to be.
         backend: the FP8 GEMM in use; None without FP8.
         weight_targets: weights that exist in FP8 only, by FQN: what writes them.
     """
@@ -41,13 +44,24 @@ def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
     return model if model.vocab_size is not None else model.model_copy(update={"vocab_size": vocab_size})
 
 
-def build_model(config: Config, *, vocab_size: int, device: torch.device) -> BuiltModel:
-    """Construct the decoder.
+def build_model(
+    config: Config,
+    *,
+    vocab_size: int,
+    device: torch.device,
+    part: ModelPart | None = None,
+    parallel: TensorParallel | None = None,
+    context: ContextParallel | None = None,
+) -> BuiltModel:
+    """Construct the decoder, or a part of it. The FP8 plan is made for the whole model either way.
 
     Args:
         config: a validated configuration.
         vocab_size: the tokenizer's, used where ``model.vocab_size`` is not set.
         device: where parameters live.
+        part: what to hold of the model; by default everything.
+        parallel: ranks among which matrices are cut.
+        context: ranks with the other tokens of each sequence.
 
     Raises:
         ConfigError: the FP8 plan is contradictory or selects nothing.
@@ -59,23 +73,38 @@ def build_model(config: Config, *, vocab_size: int, device: torch.device) -> Bui
         dtype=dtype,
         device=device,
         activation_checkpointing=config.train.activation_checkpointing,
+        part=part,
+        parallel=parallel,
+        context=context,
     )
+    in_parts = part is not None or model.parallel is not None
     report = backend = None
     targets: dict[str, ResidentFp8Weight] = {}
     if config.precision.gemm.fp8:
         backend = choose_gemm_backend(device, dtype)
         report = apply_fp8_plan(
-            model.linears(), config.precision.gemm, backend, num_layers=config.model.num_layers
+            model.linears(),
+            config.precision.gemm,
+            backend,
+            num_layers=config.model.num_layers,
+            all_linears=outline(config, vocab_size).linears() if in_parts else None,
         )
         in_plan = {f"{path}.weight" for path in report.converted}
         model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
         if config.precision.weights == "fp8":
             linears = model.linears()
-            targets = {f"{path}.weight": linears[path].hold_fp8_weight() for path in report.converted}
+            targets = {f"{path}.weight": linears[path].hold_fp8_weight() for path in report.held}
     if config.train.compile == "block":
         for block in model.layers.values():
             block.compile(fullgraph=True)
     return BuiltModel(model, report, backend, targets)
+
+
+def outline(config: Config, vocab_size: int) -> Decoder:
+    """The whole model without storage (on the meta device): names and shapes, whatever part a process
+    holds."""
+    dtype = COMPUTE_DTYPES[config.precision.compute]
+    return Decoder(with_vocab_size(config.model, vocab_size), dtype=dtype, device=torch.device("meta"))
 
 
 def make_scale_state(model: Decoder, device: torch.device) -> ScaleState | None:
@@ -103,13 +132,15 @@ def initialise(model: Decoder, seed: int, seed_master: Callable[[str, Tensor], N
             left to
             the optimizer.
         seed: ``run.seed``.
-        seed_master: receives each (fqn, FP32 value) before rounding, so that master weights start from
+        seed_master: receives each (fqn, FP32 logical value) before rounding, so that master weights start
+            from
             the true values.
     """
     resident = {f"{path}.weight" for path, linear in model.linears().items() if linear.fp8_weight_is_resident}
     for fqn, parameter in model.named_parameters():
-        value = initial_value(model.specs[fqn], seed)
+        spec = model.specs[fqn]
+        value = initial_value(spec, seed)
         if fqn not in resident:
-            parameter.copy_(value)
+            parameter.copy_(spec.local(value))
         if seed_master is not None:
             seed_master(fqn, value)

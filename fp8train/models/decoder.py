@@ -8,9 +8,14 @@ whatever part of the model a process holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from fp8train.comm.context_parallel import ContextParallel
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.schema import ModelConfig
 from fp8train.layers.attention import KVCache
 from fp8train.layers.embedding import Embedding, OutputHead
@@ -18,7 +23,8 @@ from fp8train.layers.linear import Linear
 from fp8train.layers.loss import linear_cross_entropy, logits
 from fp8train.layers.rotary import RopeScaling, rotary_frequencies, rotary_table
 from fp8train.models.block import Block, make_norm, recompute
-from fp8train.models.param_spec import Parametrization, ParamSpec, Role
+from fp8train.models.param_spec import Parametrization, ParamSpec, Role, Shard
+from fp8train.models.part import ModelPart
 
 _ROLES: dict[str, Role] = {
     "embedding.weight": "embedding",
@@ -42,6 +48,18 @@ def role_of(fqn: str) -> Role:
     return "bias"
 
 
+_SPLIT_ROWS = ("embedding", "head", "attention.qkv", "mlp.up")
+_SPLIT_COLUMNS = ("attention.out.weight", "mlp.down.weight")
+
+
+def split_dim(fqn: str) -> int | None:
+    """The dimension along which tensor-parallel ranks cut a parameter; None: each holds all of it."""
+    if fqn.endswith(_SPLIT_COLUMNS):
+        return 1
+    module = fqn.rpartition(".")[0]
+    return 0 if any(module == name or module.endswith("." + name) for name in _SPLIT_ROWS) else None
+
+
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     """The vocabulary rounded up to a multiple."""
     return -(-vocab_size // multiple) * multiple
@@ -52,7 +70,8 @@ class Decoder(nn.Module):
 
     Attributes:
         config: its settings, ``vocab_size`` filled in.
-        specs: ``{fqn: ParamSpec}`` of all parameters, in module order.
+        part: what of the model it holds.
+        specs: ``{fqn: ParamSpec}`` of all parameters it holds, in module order.
     """
 
     def __init__(
@@ -62,17 +81,26 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         activation_checkpointing: str = "none",
+        part: ModelPart | None = None,
+        parallel: TensorParallel | None = None,
+        context: ContextParallel | None = None,
     ) -> None:
-        """Parameters are left uninitialised; see :func:`fp8train.models.build.build_model`."""
+        """Parameters are left uninitialised; see :func:`fp8train.models.build.build_model`. ``part``: what
+        to hold of the model, by default everything; ``parallel``: ranks among which its matrices are cut;
+        ``context``: ranks with the other tokens of each sequence."""
         super().__init__()
+        self.context = context
+        self.parallel = split = None if parallel is None or parallel.size == 1 else parallel
         assert config.vocab_size is not None
         self.config = config
+        self.part = part = ModelPart.whole(config.num_layers) if part is None else part
         self.dtype = dtype
         self.full_recompute = activation_checkpointing == "full"
         self.parametrization = Parametrization.standard(config)
         rows = padded_vocab_size(config.vocab_size, config.vocab_multiple)
-        self.embedding = Embedding(rows, config.hidden_size, dtype=dtype, device=device)
-        if config.positions == "learned":
+        if part.begins or (part.ends and config.tie_embeddings):
+            self.embedding = Embedding(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
+        if part.begins and config.positions == "learned":
             self.positions = Embedding(config.max_seq_len, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleDict(
             {
@@ -82,21 +110,33 @@ class Decoder(nn.Module):
                     dtype=dtype,
                     device=device,
                     selective_recompute=activation_checkpointing == "selective",
+                    parallel=parallel,
+                    context=context,
                 )
-                for i in range(config.num_layers)
+                for i in part.layers
             }
         )
-        self.final_norm = make_norm(config, dtype, device)
-        if not config.tie_embeddings:
-            self.head = OutputHead(rows, config.hidden_size, dtype=dtype, device=device)
+        if part.ends:
+            self.final_norm = make_norm(config, dtype, device)
+        if part.ends and not config.tie_embeddings:
+            self.head = OutputHead(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
         self._rotary: tuple[Tensor, Tensor] | None = None
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 module.name, module.alphas = name, self.parametrization.alphas
         self.specs: dict[str, ParamSpec] = {
-            fqn: self.parametrization.spec(fqn, role_of(fqn), tuple(parameter.shape))
-            for fqn, parameter in self.named_parameters()
+            fqn: self._spec(fqn, parameter) for fqn, parameter in self.named_parameters()
         }
+
+    def _spec(self, fqn: str, parameter: Tensor) -> ParamSpec:
+        shape, dim = list(parameter.shape), split_dim(fqn)
+        if self.parallel is None:
+            return self.parametrization.spec(fqn, role_of(fqn), tuple(shape))
+        shard = None if dim is None else Shard(dim, self.parallel.rank, self.parallel.size)
+        if shard is not None:
+            shape[shard.dim] *= shard.count
+        spec = self.parametrization.spec(fqn, role_of(fqn), tuple(shape))
+        return replace(spec, shard=shard, sequence_partial=shard is None)
 
     def linears(self) -> dict[str, Linear]:
         """The hidden linears by module path, in order."""
@@ -125,33 +165,69 @@ class Decoder(nn.Module):
         """
         self.prepare()
         start = caches[0].length if caches else 0
+        x = self.embed(tokens, start)
+        span = slice(start, start + tokens.shape[1])
+        return self.final_norm(self.blocks(x, self.part.layers, span, caches))
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """States before the first block: int64 [B, S] -> [B, S, H] (S/tp with tensor parallelism, here and in
+        all states). ``start``: position of the first token."""
+        start += self._first_position(tokens.shape[1])
         end = start + tokens.shape[1]
         assert end <= self.config.max_seq_len, f"{end} positions exceed max_seq_len {self.config.max_seq_len}"
         x = self.embedding(tokens)
+        if self.config.positions != "learned":
+            return x
+        start += 0 if self.parallel is None else self.parallel.rank * x.shape[1]
+        return x + self.positions.weight[start : start + x.shape[1]]
+
+    def blocks(
+        self, x: Tensor, layers: Sequence[int], span: slice, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """Run these blocks: [B, S, H] -> [B, S, H]. ``span``: the tokens' positions in their sequences. Call
+        :meth:`prepare` before."""
         cos = sin = None
-        if self.config.positions == "learned":
-            x = x + self.positions.weight[start:end]
-        else:
-            cos, sin = (table[start:end] for table in self._rotary_table(tokens.device))
-        for i, block in enumerate(self.layers.values()):
+        first = self._first_position(span.stop - span.start)
+        span = slice(first + span.start, first + span.stop)
+        if self.config.positions == "rope":
+            cos, sin = (table[span] for table in self._rotary_table(x.device))
+        for i, layer in enumerate(layers):
+            block = self.layers[str(layer)]
             if self.full_recompute and caches is None and torch.is_grad_enabled():
                 x = recompute(block, x, cos, sin)
             else:
                 x = block(x, cos, sin, None if caches is None else caches[i])
-        return self.final_norm(x)
+        return x
+
+    def _first_position(self, length: int) -> int:
+        """Position of the first token of this rank's part of a sequence."""
+        return 0 if self.context is None else self.context.offset(length)
+
+    def state_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """Shape of the states between blocks, of ``batch`` sequences of ``length`` tokens."""
+        ways = 1 if self.parallel is None else self.parallel.size
+        return (batch, length // ways, self.config.hidden_size)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy in nats of final normalised states [B, S, H]; see :meth:`forward`."""
+        assert self.config.vocab_size is not None
+        return linear_cross_entropy(
+            hidden,
+            self.head_weight,
+            targets,
+            vocab_size=self.config.vocab_size,
+            parallel=self.parallel,
+        )
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats. Shapes: int64 [B, S] each; target -100 is left out. Returns
         an FP32 (FP64) scalar."""
-        hidden = self.hidden(tokens)
-        assert self.config.vocab_size is not None
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), self.head_weight, targets.flatten(), vocab_size=self.config.vocab_size
-        )
+        return self.loss(self.hidden(tokens), targets)
 
     def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """[B, S, vocab_size] in the compute dtype."""
         assert self.config.vocab_size is not None
+        assert self.parallel is None, "logits of a model that is cut over ranks"
         return logits(self.hidden(tokens, caches), self.head_weight, vocab_size=self.config.vocab_size)
 
     def make_caches(self, batch: int, capacity: int) -> list[KVCache]:

@@ -21,15 +21,17 @@ from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What was converted.
+    """What was converted, in the whole model.
 
     Attributes:
         converted: module paths in FP8.
         skipped: reason -> module paths in high precision.
+        held: those of ``converted`` that this process holds.
     """
 
     converted: tuple[str, ...]
     skipped: Mapping[str, tuple[str, ...]]
+    held: tuple[str, ...]
 
     @property
     def total(self) -> int:
@@ -78,7 +80,12 @@ def linear_quant(gemm: GemmConfig) -> LinearQuant:
 
 
 def apply_fp8_plan(
-    linears: Mapping[str, Linear], gemm: GemmConfig, backend: GemmBackend, *, num_layers: int
+    linears: Mapping[str, Linear],
+    gemm: GemmConfig,
+    backend: GemmBackend,
+    *,
+    num_layers: int,
+    all_linears: Mapping[str, Linear] | None = None,
 ) -> PlanReport:
     """Convert what ``gemm`` selects.
 
@@ -87,23 +94,23 @@ def apply_fp8_plan(
         gemm: ``precision.gemm`` with ``fp8: true``.
         backend: how FP8 GEMMs run here.
         num_layers: L, for ``last_layers_bf16``.
+        all_linears: those of the whole model, if ``linears`` are a part of them; only looked at.
 
     Raises:
         ConfigError: an ``exclude`` pattern matches nothing, or nothing is left to convert.
     """
     plan = Fp8Plan(linear_quant(gemm), backend)
+    whole = linears if all_linears is None else all_linears
     for pattern in gemm.exclude:
-        if not any(_matches(path, pattern) for path in linears):
+        if not any(_matches(path, pattern) for path in whole):
             raise ConfigError(
-                f"precision.gemm.exclude: {pattern!r} matches no linear; "
-                f"paths look like {next(iter(linears))}"
+                f"precision.gemm.exclude: {pattern!r} matches no linear; paths look like {next(iter(whole))}"
             )
     converted: list[str] = []
     skipped: dict[str, list[str]] = {}
-    for path, linear in linears.items():
+    for path, linear in whole.items():
         reason = _reason_to_skip(path, linear, gemm, num_layers)
         if reason is None:
-            linear.use_fp8(plan)
             converted.append(path)
         else:
             skipped.setdefault(reason, []).append(path)
@@ -112,7 +119,12 @@ def apply_fp8_plan(
         raise ConfigError(
             "precision.gemm.fp8 is true but every linear is excluded; relax exclude/min_dim/*_layers_bf16"
         )
-    return PlanReport(tuple(converted), {reason: tuple(paths) for reason, paths in skipped.items()})
+    held = tuple(path for path in converted if path in linears)
+    for path in held:
+        linears[path].use_fp8(plan)
+    return PlanReport(
+        tuple(converted), {reason: tuple(paths) for reason, paths in skipped.items()}, held=held
+    )
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -22,6 +22,15 @@ DecayRule = Literal["lr_times_lambda", "independent", "fully_decoupled"]
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The part of a parameter that a tensor-parallel rank holds: an equal cut along one dimension."""
+
+    dim: int
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
 class ParamSpec:
     """One parameter.
 
@@ -38,6 +47,9 @@ class ParamSpec:
             ``lr_times_lambda``: ``w -= lr·λ·w`` (torch's AdamW); ``independent``: ``λ`` times the schedule,
             without the peak rate; ``fully_decoupled``: ``w -= λ·w``.
         in_fp8_plan: the linear it belongs to multiplies in FP8.
+        shard: what this rank holds of it; None for all.
+        sequence_partial: it is applied to parts of sequences, so that its gradient is a partial sum over
+            tensor-parallel ranks.
     """
 
     fqn: str
@@ -50,6 +62,31 @@ class ParamSpec:
     lr_mult: float
     decay: DecayRule | None
     in_fp8_plan: bool = False
+    shard: Shard | None = None
+    sequence_partial: bool = False
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this rank's part."""
+        shape = list(self.global_shape)
+        if self.shard is not None:
+            shape[self.shard.dim] //= self.shard.count
+        return tuple(shape)
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Index of this rank's first element in the logical tensor."""
+        start = [0] * len(self.global_shape)
+        if self.shard is not None:
+            start[self.shard.dim] = self.shard.index * self.local_shape[self.shard.dim]
+        return tuple(start)
+
+    def local(self, value: Tensor) -> Tensor:
+        """This rank's part of the logical tensor."""
+        if self.shard is None:
+            return value
+        size = self.local_shape[self.shard.dim]
+        return value.narrow(self.shard.dim, self.shard.index * size, size)
 
     def with_fp8(self, in_fp8_plan: bool) -> ParamSpec:
         """The same parameter in or out of the FP8 plan."""

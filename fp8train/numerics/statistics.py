@@ -87,9 +87,16 @@ class CastRecorder:
         """Write the row of ``site``."""
         self.rows[self._index[site]].copy_(cast_statistics(x, payload, scale_inv))
 
-    def collect(self) -> dict[str, dict[str, float]]:
-        """Move the rows to the host (the only sync): ``{site: {field: value}}`` of the recorded sites."""
-        table = self.rows.tolist()
+    def recorded(self) -> Tensor:
+        """Which rows were ever written: bool [sites]."""
+        return ~torch.isnan(self.rows[:, _ZERO])
+
+    def collect(self, rows: Tensor | None = None) -> dict[str, dict[str, float]]:
+        """Move the rows to the host (the only sync): ``{site: {field: value}}`` of the recorded sites.
+
+        ``rows``: those of other processes too, which hold the other sites.
+        """
+        table = (self.rows if rows is None else rows).tolist()
         return {
             site: dict(zip(FIELDS, row, strict=True))
             for site, row in zip(self.sites, table, strict=True)

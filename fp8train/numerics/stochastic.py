@@ -61,6 +61,12 @@ def random_bits(key: int, start: int, count: int, device: torch.device) -> Tenso
     return _mix_(index.mul_(_signed(0x9E3779B1)).add_(_signed(key)))
 
 
+def random_bits_at(key: int, index: Tensor) -> Tensor:
+    """As :func:`random_bits` for these logical indices: int64 [n] -> int32 [n]."""
+    wrapped = (index & (_INT32 - 1)).to(torch.int32)
+    return _mix_(wrapped.mul_(_signed(0x9E3779B1)).add_(_signed(key)))
+
+
 def round_mantissa(x: Tensor, drop_bits: int, bits: Tensor) -> Tensor:
     """Stochastically round FP32 to a mantissa that is ``drop_bits`` shorter; normal numbers only.
 

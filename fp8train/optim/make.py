@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.adamw import AdamW, AdamWSettings
 from fp8train.optim.lion import Lion
 from fp8train.optim.optimizer import Optimizer, OptimizerSettings
+from fp8train.optim.parameter_state import Region
 from fp8train.optim.state_plan import StatePlan
 from fp8train.optim.weight_target import WeightTarget
 
@@ -27,7 +28,8 @@ def make_optimizer(
     *,
     seed: int,
     weight_targets: Mapping[str, WeightTarget] | None = None,
-    offsets: Mapping[str, int] | None = None,
+    regions: Mapping[str, Region] | None = None,
+    agree: Callable[[Tensor], None] | None = None,
     device: torch.device | None = None,
 ) -> Optimizer:
     """Construct an optimizer; see :class:`~fp8train.optim.optimizer.Optimizer` for the arguments.
@@ -51,6 +53,7 @@ def make_optimizer(
         plan,
         seed=seed,
         weight_targets=weight_targets,
-        offsets=offsets,
+        regions=regions,
+        agree=agree,
         device=device,
     )

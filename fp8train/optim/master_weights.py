@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import block_size
 from fp8train.optim.formats import make_storage
+from fp8train.optim.parameter_state import Region, in_plan, make_layout
 from fp8train.optim.state_plan import StateFormat
-from fp8train.optim.storage import Layout, Storage
+from fp8train.optim.storage import Storage
 
 
 class MasterWeights:
@@ -24,12 +24,9 @@ class MasterWeights:
         self._storages: dict[str, Storage] = {}
         for fqn, parameter in parameters.items():
             spec = specs[fqn]
-            in_plan = len(spec.global_shape) == 2 and spec.in_fp8_plan
-            fmt = master if in_plan else StateFormat()
-            blocks = fmt.is_scaled and fmt.granularity == "block"
-            block = block_size(spec.global_shape[-1], fmt.block) if blocks else 1
+            fmt = master if in_plan(spec) else StateFormat()
             wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            layout = Layout(tuple(parameter.shape), block, 0, torch.device("cpu"))
+            layout = make_layout(spec, Region.of(spec), fmt, torch.device("cpu"))
             self._storages[fqn] = make_storage(fmt, layout, wide=wide)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ a first pass computes the same new values only for their amax.
 The update uses the new moments before they are rounded, as FP8-LM's own code does: rounding then costs what
 the *next* step remembers, not what this one does.
 
-Which parameters get the plan's formats is decided by the logical shape: matrices whose linear multiplies in
-FP8. Vectors, embedding and head keep FP32 (FP64 in FP64 runs). Nothing here waits for the device.
+Which parameters get the plan's formats is said in :mod:`fp8train.optim.parameter_state`. A rank may keep a
+part of a parameter, or nothing of it; scales that span parts are agreed on. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,17 +30,14 @@ import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import block_size
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.stochastic import stream_key
-from fp8train.optim.formats import make_master_storage, make_storage
 from fp8train.optim.gradient import GradientReader
-from fp8train.optim.state_plan import StateFormat, StatePlan
-from fp8train.optim.storage import Layout, Storage
+from fp8train.optim.parameter_state import ParameterState, Region, allocate
+from fp8train.optim.state_plan import StatePlan
 from fp8train.optim.weight_target import WeightTarget
 
 CHUNK = 1 << 19
-_FP32 = StateFormat()
 
 NewValues = Iterator[tuple[str, Tensor]]
 Load = Callable[[str], Tensor]
@@ -71,49 +68,6 @@ class StepScalars:
     decay: float
 
 
-@dataclass(frozen=True)
-class ParameterState:
-    """One parameter and its states.
-
-    Attributes:
-        fqn: its name.
-        spec: its description.
-        formats: format by role.
-        storages: storage by role.
-        weight: flat memory of the parameter to write new weights to; None where it needs no writing (the
-            master weight lives in it) or where ``target`` takes them.
-        target: takes new weights instead of the parameter.
-        in_plan: whether the plan's formats apply.
-        work: type of the arithmetic.
-        chunk: elements per step of the pass.
-    """
-
-    fqn: str
-    spec: ParamSpec
-    formats: Mapping[str, StateFormat]
-    storages: Mapping[str, Storage]
-    weight: Tensor | None
-    target: WeightTarget | None
-    in_plan: bool
-    work: torch.dtype
-    chunk: int
-
-    @property
-    def master(self) -> Storage:
-        """The master weight."""
-        return self.storages["master"]
-
-    @property
-    def numel(self) -> int:
-        """Local elements."""
-        return self.master.layout.numel
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the chunks."""
-        starts = range(0, self.numel, self.chunk)
-        return ((start, min(start + self.chunk, self.numel)) for start in starts)
-
-
 class Optimizer(ABC):
     """Optimizer of a model's parameters, keyed by FQN. Subclasses are update rules.
 
@@ -136,7 +90,8 @@ class Optimizer(ABC):
         *,
         seed: int,
         weight_targets: Mapping[str, WeightTarget] | None = None,
-        offsets: Mapping[str, int] | None = None,
+        regions: Mapping[str, Region] | None = None,
+        agree: Callable[[Tensor], None] | None = None,
         device: torch.device | None = None,
         chunk: int = CHUNK,
     ) -> None:
@@ -144,28 +99,39 @@ class Optimizer(ABC):
         checkpoint fills them, except those that live in the parameter.
 
         Args:
-            parameters: local parameters, contiguous. One with a weight target only tells shape and dtype, so
-                an empty tensor on the meta device will do (with ``device``).
-            specs: their descriptions.
+            parameters: memory of the weights whose states this rank keeps, contiguous. One with a weight
+                target only tells its dtype, so a tensor on the meta device will do (with ``device``).
+            specs: their descriptions, and those of parameters whose states other ranks keep.
             settings: hyper-parameters.
             plan: formats of matrices in the FP8 plan; without ``exp_avg_sq`` for Lion.
             seed: of stochastic rounding.
-            weight_targets: takers of new weights instead of the parameter, by FQN.
-            offsets: logical index of the first local element of a parameter of which this rank holds some
-                rows; 0 if absent.
+            weight_targets: takers of new weights instead of the parameter, by FQN; also of parameters whose
+                states other ranks keep: those are told the amax, not the values.
+            regions: what of a logical parameter ``parameters`` has; default: all that the spec says.
+            agree: replaces an FP32 vector by its elementwise maximum over the ranks that hold other parts of
+                these parameters, in place; they have equal ``specs``.
             device: where states live; default: where each parameter does.
             chunk: most elements of a chunk.
 
         Raises:
-            ValueError: the plan and the rule do not match; a local row cuts a block.
+            ValueError: the plan and the rule do not match; a region cuts a block.
         """
-        self.settings, self.plan, self._seed, self._device = settings, plan, seed, device
-        self._chunk, self._offsets = chunk, offsets or {}
+        self.settings, self.plan, self._seed, self._agree = settings, plan, seed, agree
         self._check_plan()
-        targets = weight_targets or {}
-        assert targets.keys() <= parameters.keys(), "a weight target of an unknown parameter"
+        self._targets = dict(weight_targets or {})
+        assert self._targets.keys() <= specs.keys(), "a weight target of an unknown parameter"
+        self._position = {fqn: i for i, fqn in enumerate(specs)}
+        formats = plan.formats()
         self._states = {
-            fqn: self._allocate(fqn, parameter, specs[fqn], targets.get(fqn))
+            fqn: allocate(
+                parameter,
+                specs[fqn],
+                (regions or {}).get(fqn) or Region.of(specs[fqn]),
+                formats,
+                self._targets.get(fqn),
+                device=device,
+                chunk=chunk,
+            )
             for fqn, parameter in parameters.items()
         }
         self._flushed: dict[str, Tensor] = {}
@@ -187,49 +153,6 @@ class Optimizer(ABC):
         remedy = "leave it out" if has_second else "give it a format"
         raise ValueError(f"precision.state.exp_avg_sq: {self.plan.exp_avg_sq} with {self.name}: {remedy}")
 
-    def _allocate(
-        self, fqn: str, parameter: Tensor, spec: ParamSpec, target: WeightTarget | None
-    ) -> ParameterState:
-        in_plan = len(spec.global_shape) == 2 and spec.in_fp8_plan
-        assert in_plan or target is None, f"{fqn} is not in the FP8 plan and has a weight target"
-        formats = self.plan.formats() if in_plan else dict.fromkeys(self.roles, _FP32)
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        layouts = {role: self._layout(parameter, spec, fmt) for role, fmt in formats.items()}
-        memory = None if target is not None else parameter.detach()
-        storages = {
-            role: make_master_storage(fmt, layouts[role], wide=wide, weight=memory)
-            if role == "master"
-            else make_storage(fmt, layouts[role], wide=wide)
-            for role, fmt in formats.items()
-        }
-        lives_in_parameter = memory is not None and any(
-            tensor.data_ptr() == memory.data_ptr() for tensor in storages["master"].tensors().values()
-        )
-        unit = math.lcm(*(layout.unit for layout in layouts.values()))
-        return ParameterState(
-            fqn=fqn,
-            spec=spec,
-            formats=formats,
-            storages=storages,
-            weight=None if memory is None or lives_in_parameter else memory.view(-1),
-            target=target,
-            in_plan=in_plan,
-            work=torch.float64 if any(fmt.name == "fp64" for fmt in formats.values()) else wide,
-            chunk=max(unit, self._chunk // unit * unit),
-        )
-
-    def _layout(self, parameter: Tensor, spec: ParamSpec, fmt: StateFormat) -> Layout:
-        shape = tuple(parameter.shape)
-        scaled = fmt.is_scaled and fmt.granularity == "block"
-        block = block_size(spec.global_shape[-1], fmt.block) if scaled else 1
-        if scaled and shape[-1] != spec.global_shape[-1] and shape[-1] % block:
-            raise ValueError(
-                f"{spec.fqn}: a local row of {shape[-1]} elements cuts a block of {block}; "
-                f"legal: multiples of {block}"
-            )
-        device = parameter.device if self._device is None else self._device
-        return Layout(shape, block, self._offsets.get(spec.fqn, 0), device)
-
     @torch.no_grad()
     def seed_master(self, fqn: str, value: Tensor) -> None:
         """Give a master weight its true initial value (never a rounded one), rounded once to its format.
@@ -238,12 +161,18 @@ class Optimizer(ABC):
 
         Args:
             fqn: which.
-            value: of the parameter's local shape, any float dtype and device.
+            value: of the logical shape, any float dtype and device; this rank takes its part. Ignored where
+                other ranks keep the states.
         """
+        if fqn not in self._states:
+            return
         state = self._states[fqn]
-        flat = value.to(state.master.layout.device, state.work).reshape(-1)
+        part = value
+        for dim, (start, size) in enumerate(zip(state.region.offset, state.region.shape, strict=True)):
+            part = part.narrow(dim, start, size)
+        flat = part.to(state.master.layout.device, state.work).reshape(-1)
         if state.master.two_pass:
-            state.master.begin(amax_of(flat))
+            state.master.begin(amax_of(value).to(flat.device))
         for start, stop in state.spans():
             state.master.store(start, stop, flat[start:stop], None)
         if state.master.two_pass:
@@ -262,11 +191,14 @@ class Optimizer(ABC):
         """What a checkpoint needs, as stored: ``master/``, ``exp_avg/`` and ``exp_avg_sq/`` + FQN, followed
         by ``.payload``, ``.scale`` and the like for formats of several tensors. Loading fills them in place
         and calls :meth:`publish`."""
+        return {name: tensor for name, (tensor, _, _) in self.logical_tensors().items()}
+
+    def logical_tensors(self) -> dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
+        """:meth:`state_tensors` with the shape of each logical tensor and this part's place in it."""
         return {
-            f"{role}/{fqn}{suffix}": tensor
-            for fqn, state in self._states.items()
-            for role, storage in state.storages.items()
-            for suffix, tensor in storage.tensors().items()
+            name: (tensor, shape, offset)
+            for state in self._states.values()
+            for name, tensor, shape, offset in state.tensors()
         }
 
     def state_meta(self) -> dict[str, str]:
@@ -298,8 +230,9 @@ class Optimizer(ABC):
         return {role: sum(state.storages[role].nbytes for state in chosen) for role in self.roles}
 
     def stored_bytes_of(self, fqns: Collection[str]) -> dict[str, int]:
-        """As :meth:`stored_bytes` for these parameters."""
-        return {role: sum(self._states[fqn].storages[role].nbytes for fqn in fqns) for role in self.roles}
+        """As :meth:`stored_bytes` for these parameters, as far as this rank keeps their states."""
+        kept = [self._states[fqn] for fqn in fqns if fqn in self._states]
+        return {role: sum(state.storages[role].nbytes for state in kept) for role in self.roles}
 
     def num_elements(self, *, in_plan_only: bool) -> int:
         """Local elements that :meth:`stored_bytes` counts."""
@@ -316,14 +249,14 @@ class Optimizer(ABC):
     def publish(self) -> None:
         """Write the master weights into the model: rounded to the parameters' dtype, or to the weight
         targets."""
-        for state in self._states.values():
-            self._publish(state)
+        self._write_targets({state.fqn: self._publish(state) for state in self._states.values()})
 
-    def _publish(self, state: ParameterState) -> None:
+    def _publish(self, state: ParameterState) -> Tensor:
+        """Write the stored master into the parameter; returns its amax if it has a target instead."""
         amax = _zero(state)
         for start, stop in state.spans():
             amax = self._hand_over(state, start, stop, amax)
-        self._write_target(state, amax)
+        return amax
 
     @staticmethod
     def _hand_over(state: ParameterState, start: int, stop: int, amax: Tensor) -> Tensor:
@@ -334,14 +267,28 @@ class Optimizer(ABC):
             state.weight[start:stop].copy_(state.master.load(start, stop))
         return amax
 
-    @staticmethod
-    def _write_target(state: ParameterState, amax: Tensor) -> None:
-        if state.target is None:
+    def _write_targets(self, amaxes: Mapping[str, Tensor]) -> None:
+        """Cast the stored masters into the weight targets, with one scale on all ranks."""
+        if not self._targets:
             return
-        state.target.begin(amax)
-        for start, stop in state.spans():
-            state.target.write(start, stop, state.master.load(start, stop).float())
-        state.target.end()
+        agreed = self._agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
+        for fqn, target in self._targets.items():
+            target.begin(agreed[fqn])
+            if (state := self._states.get(fqn)) is not None:
+                for start, stop in state.spans():
+                    target.write(start, stop, state.master.load(start, stop).float())
+            target.end()
+
+    def _agreed(self, amaxes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The amaxes of the logical tensors, by FQN, from those of this rank's parts."""
+        if self._agree is None:
+            return amaxes
+        device = next(iter(self._states.values())).master.layout.device if self._states else None
+        vector = torch.zeros(len(self._position), device=device)
+        for fqn, amax in amaxes.items():
+            vector[self._position[fqn]] = amax
+        self._agree(vector)
+        return {fqn: vector[position] for fqn, position in self._position.items()}
 
     @torch.no_grad()
     def step(
@@ -367,17 +314,22 @@ class Optimizer(ABC):
             lossy = [role for role, fmt in self.plan.formats().items() if not fmt.is_exact]
             device = next(state.master.layout.device for state in self._states.values() if state.in_plan)
             self._flushed = {role: torch.zeros((), dtype=torch.int64, device=device) for role in lossy}
+        updates = {fqn: self._update_of(state, step, lr_factor) for fqn, state in self._states.items()}
+        self._announce_all(updates, grad, grad_multiplier)
+        amaxes = {}
         for fqn, state in self._states.items():
-            lr = self.settings.lr * lr_factor * state.spec.lr_mult
-            scalars = StepScalars(step, lr, self._decay(state.spec, lr, lr_factor))
-            self._update(state, grad(fqn), scalars, grad_multiplier.to(state.work))
+            amaxes[fqn] = self._update(state, grad(fqn), updates[fqn], grad_multiplier.to(state.work))
+        self._write_targets(amaxes)
+
+    def _update_of(self, state: ParameterState, step: int, lr_factor: float) -> StepScalars:
+        lr = self.settings.lr * lr_factor * state.spec.lr_mult
+        return StepScalars(step, lr, self._decay(state.spec, lr, lr_factor))
 
     def _update(
         self, state: ParameterState, reader: GradientReader, scalars: StepScalars, multiplier: Tensor
-    ) -> None:
+    ) -> Tensor:
+        """Returns the amax of a master that has a weight target."""
         two_pass = [storage for storage in state.storages.values() if storage.two_pass]
-        if two_pass:
-            self._announce(state, reader, scalars, multiplier)
         keys = {role: self._key(state, role, scalars.step) for role in state.storages}
         amax = _zero(state)
         for start, stop in state.spans():
@@ -395,23 +347,38 @@ class Optimizer(ABC):
                 amax = self._hand_over(state, start, stop, amax)
         for storage in two_pass:
             storage.end()
-        if state.master.two_pass:
-            self._publish(state)
-        else:
-            self._write_target(state, amax)
+        return self._publish(state) if state.master.two_pass else amax
 
-    def _announce(
-        self, state: ParameterState, reader: GradientReader, scalars: StepScalars, multiplier: Tensor
+    def _announce_all(
+        self,
+        updates: Mapping[str, StepScalars],
+        grad: Callable[[str], GradientReader],
+        multiplier: Tensor,
     ) -> None:
         """The first of two passes: tell storages with one scale per tensor what is coming."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for fqn, state in self._states.items():
+            if any(storage.two_pass for storage in state.storages.values()):
+                for role, amax in self._announced(
+                    state, grad(fqn), updates[fqn], multiplier.to(state.work)
+                ).items():
+                    found.setdefault(role, {})[fqn] = amax
+        for role in (name for name, fmt in self.plan.formats().items() if fmt.two_pass):
+            agreed = self._agreed(found.get(role, {}))
+            for fqn in found.get(role, {}):
+                self._states[fqn].storages[role].begin(agreed[fqn])
+
+    def _announced(
+        self, state: ParameterState, reader: GradientReader, scalars: StepScalars, multiplier: Tensor
+    ) -> dict[str, Tensor]:
+        """Amax of the new values of each role with one scale per tensor."""
         amax = {role: _zero(state) for role, storage in state.storages.items() if storage.two_pass}
         for start, stop in state.spans():
             gradient = reader.chunk(start, stop).to(state.work) * multiplier
             for role, values in self._new_values(scalars, gradient, _loader(state, start, stop, fresh=True)):
                 if role in amax:
                     amax[role] = torch.maximum(amax[role], amax_of(values))
-        for role, value in amax.items():
-            state.storages[role].begin(value)
+        return amax
 
     def _key(self, state: ParameterState, role: str, step: int) -> int | None:
         if state.formats[role].rounding == "nearest":

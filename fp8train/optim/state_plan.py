@@ -58,6 +58,11 @@ class StateFormat:
         return self.name in _EXACT
 
     @property
+    def two_pass(self) -> bool:
+        """Whether one scale covers the tensor, so that its amax must be known before anything is stored."""
+        return self.is_scaled and self.granularity == "tensor"
+
+    @property
     def is_scaled(self) -> bool:
         """Whether a scale belongs to it."""
         return self.name in _SCALED

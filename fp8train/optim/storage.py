@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8train.numerics.stochastic import random_bits, round_mantissa
+from fp8train.numerics.stochastic import random_bits, random_bits_at, round_mantissa
 
 ALIGNMENT = 64
 _BF16_DROPPED_BITS = 16
@@ -33,6 +33,7 @@ class Layout:
         shape: local shape; rows lie along the last dimension.
         block: elements that share a scale, along rows.
         offset: logical row-major index of the first local element; random bits are drawn by logical index.
+        logical_row: elements of a logical row; default: as local ones.
         device: where it lives.
     """
 
@@ -40,6 +41,7 @@ class Layout:
     block: int
     offset: int
     device: torch.device
+    logical_row: int | None = None
 
     @property
     def numel(self) -> int:
@@ -64,7 +66,11 @@ class Layout:
 
     def bits(self, key: int, start: int, count: int) -> Tensor:
         """Random bits of local elements ``start .. start + count``: int32 [count]."""
-        return random_bits(key, self.offset + start, count, self.device)
+        if self.logical_row in (None, self.row):
+            return random_bits(key, self.offset + start, count, self.device)
+        index = torch.arange(start, start + count, dtype=torch.int64, device=self.device)
+        row, column = index // self.row, index % self.row
+        return random_bits_at(key, row * self.logical_row + column + self.offset)
 
 
 class Storage(ABC):

@@ -8,31 +8,28 @@ in the plan, never by the part of it that a rank happens to hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.comm.auto_scale import PAPER_WINDOW, Criterion, MuController
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange, HierarchicalExchange
 from fp8train.comm.fp8_all_reduce import Algorithm
+from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.blocks import MAX_BLOCK, block_size
 from fp8train.numerics.formats import E4M3, Format
-from fp8train.parallel.buckets import (
-    BlockReduction,
-    Bucket,
-    Fp8Bucket,
-    GradientRecorder,
-    Member,
-    PlainBucket,
-    WideReducedFp8Bucket,
-)
+from fp8train.parallel.buckets import Bucket, GradientRecorder, Member, PlainBucket
 from fp8train.parallel.exact import ExactBucket, ExactFixedPointBucket, ExactFp8Bucket, GridScales
+from fp8train.parallel.fp8_buckets import BlockReduction, Fp8Bucket, WideReducedFp8Bucket
 from fp8train.parallel.shared_scale_bucket import SharedScaleBucket, SharedState
+from fp8train.parallel.zero import Partition
+from fp8train.parallel.zero_buckets import OwnedFp8Bucket, OwnedPlainBucket
 
 PURPOSE = "gradient_fp8_plan"
 """Name of FP8-plan gradients in the byte counters; the others are ``gradient``."""
@@ -75,11 +72,14 @@ class Groups:
         all: every data-parallel rank.
         local: those of this node; None for a flat exchange.
         cross: those of all nodes with this one's place in its node.
+        partial: all of them and the tensor-parallel ranks, over which gradients of parameters add up that are
+            applied to parts of sequences; None without tensor parallelism.
     """
 
     all: CountedGroup
     local: CountedGroup | None = None
     cross: CountedGroup | None = None
+    partial: CountedGroup | None = None
 
 
 class GradientPlan:
@@ -102,28 +102,41 @@ class GradientPlan:
         groups: Groups,
         device: torch.device,
         fp8: Fp8Gradients | None = None,
+        agree: CountedGroup | None = None,
         in_fp8_plan: Collection[str] = (),
         contributions: int = 0,
         recorder: GradientRecorder | None = None,
+        unchanged: Mapping[str, int | str | None] | None = None,
+        specs: Mapping[str, ParamSpec] | None = None,
+        owners: Partition | None = None,
     ) -> None:
         """Decide.
 
         Args:
-            parameters: everything that will have a gradient.
+            parameters: everything that will have a gradient; for ``exact`` of the whole model, whatever part
+                a rank holds.
             accumulate: dtype of high-precision buffers.
             reduce: their dtype on the wire.
             bucket_bytes: size of a bucket in the accumulation dtype, approximately.
             groups: data-parallel ranks.
             device: where buffers live.
             fp8: how FP8 gradients are kept; None stores all in high precision.
+            agree: ranks whose gradients determine the grids of ``exact``; by default the data-parallel ones.
             in_fp8_plan: names whose gradients are FP8.
             contributions: micro-batches of a step; with one, FP8 gradients need no accumulator.
-            recorder: takes statistics of casts to FP8 blocks.
+            recorder: takes statistics of casts to FP8.
+            unchanged: settings that a checkpoint must have been written with, by key: those that the bits of
+                ``exact`` depend on.
+            specs: of the parameters, where this rank holds parts of them.
+            owners: under ZeRO, who of ``groups.all`` needs which rows of the sum.
         """
+        self.owners = owners
+        self._specs = specs or {}
         self._accumulate, self._reduce, self._bucket_bytes = accumulate, reduce, bucket_bytes
         self._groups, self._device, self.fp8 = groups, device, fp8
         self._in_fp8_plan = frozenset(in_fp8_plan) if fp8 is not None else frozenset()
         self._contributions, self._recorder = contributions, recorder
+        self._unchanged = dict(unchanged or {})
         self._with_residual: list[Fp8Bucket] = []
         self.mu: MuController | None = None
         self.grids: GridScales | None = None
@@ -133,7 +146,13 @@ class GradientPlan:
             self._shared_scales(parameters, fp8)
         elif fp8 is not None and fp8.reduce == "exact":
             self._position = {fqn: i for i, fqn in enumerate(parameters)}
-            self.grids = GridScales([fqn in self._in_fp8_plan for fqn in parameters], groups.all, device)
+            self.grids = GridScales(
+                [fqn in self._in_fp8_plan for fqn in parameters],
+                [parameter.numel() for parameter in parameters.values()],
+                micro_batches=contributions * groups.all.size,
+                group=groups.all if agree is None else agree,
+                device=device,
+            )
 
     def _shared_scales(self, parameters: Mapping[str, Tensor], fp8: Fp8Gradients) -> None:
         names = [fqn for fqn in parameters if fqn in self._in_fp8_plan]
@@ -147,22 +166,25 @@ class GradientPlan:
             window=fp8.mu_window,
         )
         sizes = [parameters[fqn].numel() for fqn in names]
-        self._numel = torch.tensor(sizes, device=self._device)
+        self._numel = torch.tensor(sizes, dtype=torch.int64, device=self._device)
         self.saturated = torch.zeros(len(names), dtype=torch.int64, device=self._device)
 
     def kind(self, fqn: str, shape: tuple[int, ...]) -> str:
-        """``plain``, ``fp8``, or ``fp8/BLOCK`` (a bucket has one block size)."""
+        """``plain``, ``partial`` (plain, and to be added over tensor-parallel ranks too), ``fp8``, or
+        ``fp8/BLOCK`` (a bucket has one block size)."""
+        spec = self._specs.get(fqn)
         if fqn not in self._in_fp8_plan:
-            return "plain"
+            return "partial" if spec is not None and spec.sequence_partial else "plain"
         assert self.fp8 is not None
         if self.fp8.reduce in ("shared_scale", "exact"):
             return "fp8"
-        return f"fp8/{block_size(shape[-1], self.fp8.block)}"
+        row = shape[-1] if spec is None else spec.global_shape[-1]
+        return f"fp8/{block_size(row, self.fp8.block)}"
 
     def capacity(self, kind: str) -> int:
         """Elements of a bucket."""
         dtype = self._accumulate
-        if kind != "plain":
+        if kind.startswith("fp8"):
             assert self.fp8 is not None
             dtype = self.fp8.accumulate
         return max(1, int(self._bucket_bytes / dtype.itemsize))
@@ -171,12 +193,21 @@ class GradientPlan:
         """A bucket of these members."""
         if self.grids is not None:
             return self._exact(kind, members)
-        if kind == "plain":
+        if kind == "plain" and self.owners is not None:
+            return OwnedPlainBucket(
+                members,
+                accumulate=self._accumulate,
+                reduce=self._reduce,
+                plan=self.owners,
+                group=self._groups.all,
+                device=self._device,
+            )
+        if not kind.startswith("fp8"):
             return PlainBucket(
                 members,
                 accumulate=self._accumulate,
                 reduce=self._reduce,
-                group=self._groups.all,
+                group=self._groups.all if kind == "plain" else self._groups.partial or self._groups.all,
                 device=self._device,
             )
         assert self.fp8 is not None
@@ -190,6 +221,7 @@ class GradientPlan:
                 group=self._groups.all,
                 algorithm=self.fp8.algorithm,
                 purpose=PURPOSE,
+                recorder=self._recorder,
                 device=self._device,
             )
         return self._blocks(int(kind.partition("/")[2]), members, self.fp8)
@@ -203,10 +235,42 @@ class GradientPlan:
             parameters=[self._position[member.fqn] for member in members],
             group=self._groups.all,
             contributions=self._contributions,
+            recorder=self._recorder,
             device=self._device,
         )
 
+    def _owned_blocks(
+        self, block: int, members: Sequence[Member], fp8: Fp8Gradients, owners: Partition
+    ) -> Bucket:
+        """Under ZeRO. What travels wide is not cast at all: its owner reads the sum."""
+        if isinstance(fp8.reduce, torch.dtype):
+            return OwnedPlainBucket(
+                members,
+                accumulate=fp8.accumulate,
+                reduce=fp8.reduce,
+                plan=owners,
+                group=self._groups.all,
+                purpose=PURPOSE,
+                device=self._device,
+            )
+        bucket = OwnedFp8Bucket(
+            members,
+            block=block,
+            fmt=fp8.format,
+            accumulate=None if self._contributions == 1 else fp8.accumulate,
+            plan=owners,
+            group=self._groups.all,
+            purpose=PURPOSE,
+            error_feedback=fp8.error_feedback,
+            recorder=self._recorder,
+            device=self._device,
+        )
+        self._with_residual += [bucket] if fp8.error_feedback else []
+        return bucket
+
     def _blocks(self, block: int, members: Sequence[Member], fp8: Fp8Gradients) -> Bucket:
+        if self.owners is not None:
+            return self._owned_blocks(block, members, fp8, self.owners)
         if isinstance(fp8.reduce, torch.dtype):
             return WideReducedFp8Bucket(
                 members,
@@ -244,6 +308,17 @@ class GradientPlan:
             between=fp8.between_nodes,
             purpose=PURPOSE,
         )
+
+    @property
+    def norm_is_exact(self) -> bool:
+        """Whether the norm must not depend on buckets, ranks or device; see
+        :meth:`~fp8train.parallel.gradient_store.GradientStore.global_norm`."""
+        return self.grids is not None
+
+    @property
+    def replicas(self) -> CountedGroup:
+        """The ranks that reduce."""
+        return self._groups.all
 
     @property
     def needs_calibration(self) -> bool:
@@ -291,18 +366,18 @@ class GradientPlan:
             if bucket.residual is not None
         }
 
-    def state_meta(self) -> dict[str, str]:
-        """Which reduction the scale state belongs to."""
-        return {"reduction": self._reduction_name()}
+    def state_meta(self) -> dict[str, Any]:
+        """Which reduction the scale state belongs to, and the settings that must not change."""
+        return {"reduction": self._reduction_name(), "unchanged": self._unchanged}
 
     def _reduction_name(self) -> str:
         return "exact" if self.grids is not None else "shared_scale" if self.mu is not None else "stateless"
 
-    def check_meta(self, meta: Mapping[str, str]) -> None:
+    def check_meta(self, meta: Mapping[str, Any]) -> None:
         """Whether a checkpoint with this host state fits.
 
         Raises:
-            ValueError: its reduction had another state.
+            ValueError: its reduction had another state, or a setting that ``exact`` depends on another value.
         """
         ours, saved = self._reduction_name(), meta.get("reduction", "stateless")
         if ours != saved:
@@ -310,24 +385,45 @@ class GradientPlan:
                 f"precision.gradient.fp8.reduce: {ours} here, but the checkpoint was written with {saved}, "
                 "which keeps another scale state; resume with the setting that it was written with"
             )
+        saved_settings = meta.get("unchanged", {})
+        changed = [
+            f"{key}={saved_settings.get(key, 'unknown')} (now {value})"
+            for key, value in self._unchanged.items()
+            if saved_settings.get(key, "unknown") != value
+        ]
+        if changed:
+            raise ValueError(
+                f"precision.gradient.fp8.reduce: {ours} gives the same bits only if what they depend on "
+                f"stays; restore {', '.join(changed)}; the number of ranks may change"
+            )
 
-    def metrics(self) -> dict[str, float]:
-        """``fp8/...`` numbers about gradients; waits for the device."""
+    def metrics(self, stages: CountedGroup) -> dict[str, float]:
+        """``fp8/...`` numbers about gradients; waits for the device. ``stages``: ranks with the other
+        parameters of the model."""
         found: dict[str, float] = {}
         if self.mu is not None:
-            found["fp8/mu_min"] = float(self.mu.mu.min())
-            found["fp8/mu_max"] = float(self.mu.mu.max())
-            found["fp8/gradient_saturated"] = float(self.saturated.sum() / self._numel.sum())
+            nothing = self.mu.mu.new_full((1,), -torch.inf)
+            extremes = torch.stack([torch.cat((nothing, sign * self.mu.mu)).max() for sign in (-1, 1)])
+            shares = torch.stack((self.saturated.sum(), self._numel.sum()))
+            stages.all_reduce(extremes, purpose="statistics", op=dist.ReduceOp.MAX)()
+            stages.all_reduce(shares, purpose="statistics")()
+            found["fp8/mu_min"], found["fp8/mu_max"] = -float(extremes[0]), float(extremes[1])
+            found["fp8/gradient_saturated"] = float(shares[0] / shares[1])
         if self.grids is not None:
             found["fp8/gradient_saturated_elements"] = float(self.grids.saturated)
         return found
 
-    def sent_bytes(self) -> Counter[str]:
-        """Bytes this rank has sent since the start, by collective and purpose."""
+    def sent_bytes(self, others: Iterable[CountedGroup] = ()) -> Counter[str]:
+        """Bytes this rank has sent since the start, by collective and purpose.
+
+        Args:
+            others: groups to count too; one that gradients use is not counted twice.
+        """
+        ours = (self._groups.all, self._groups.local, self._groups.cross, self._groups.partial)
+        groups = {id(group): group for group in (*ours, *others) if group is not None}
         total: Counter[str] = Counter()
-        for group in (self._groups.all, self._groups.local, self._groups.cross):
-            if group is not None:
-                total.update(group.sent)
+        for group in groups.values():
+            total.update(group.sent)
         return total
 
     def restored(self) -> None:

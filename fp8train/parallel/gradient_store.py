@@ -21,16 +21,20 @@ count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.grad_sink import register_sink
 from fp8train.parallel.buckets import Bucket, GradientReader, Member
+from fp8train.parallel.zero import Partition
+from fp8train.parallel.zero_buckets import OwnedFp8Bucket, OwnedPlainBucket
 
 
 class BucketMaker(Protocol):
@@ -48,12 +52,45 @@ class BucketMaker(Protocol):
         """A bucket of these members."""
         ...
 
+    @property
+    def norm_is_exact(self) -> bool:
+        """Whether the global norm must not depend on buckets, ranks or device."""
+        ...
+
+    @property
+    def owners(self) -> Partition | None:
+        """Under ZeRO, who needs which rows of the sum."""
+        ...
+
+    @property
+    def replicas(self) -> CountedGroup:
+        """The ranks that reduce."""
+        ...
+
+
+def is_scattered(bucket: Bucket) -> TypeGuard[OwnedFp8Bucket | OwnedPlainBucket]:
+    """Whether each owner gets its rows of the sum, and nothing else."""
+    return isinstance(bucket, OwnedFp8Bucket | OwnedPlainBucket)
+
+
+@dataclass(frozen=True)
+class _FromRow:
+    """A reader of the rest of a tensor."""
+
+    whole: GradientReader
+    offset: int
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        return self.whole.chunk(self.offset + start, self.offset + stop)
+
 
 @dataclass
 class _Slot:
     fqn: str
     bucket: int
     member: int
+    uses: int = 1
+    """Contributions of a micro-batch."""
     count: int = 0
 
 
@@ -71,18 +108,39 @@ class GradientStore:
         num_buckets: how many pieces the reduction travels in.
     """
 
-    def __init__(self, model: nn.Module, maker: BucketMaker) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        maker: BucketMaker,
+        *,
+        group_of: Callable[[str], int] = lambda _: 0,
+        uses: Mapping[str, int] | None = None,
+        defer: bool = False,
+        parts: CountedGroup | None = None,
+        whole: Collection[str] = (),
+    ) -> None:
         """Attach to ``model``: linears get a sink slot, other parameters a hook.
 
         Args:
             model: every parameter that requires a gradient is served.
             maker: kinds and buckets.
+            group_of: parameters of different groups share no bucket, and the buckets of a lower number are
+                launched first: parts of the model whose backward ends at different times.
+            uses: contributions that a micro-batch makes to a parameter, by FQN, where it is not one.
+            defer: keep what linears contribute until :meth:`take_deferred`.
+            parts: tensor-parallel ranks, which hold other parts of the parameters.
+            whole: parameters that each of them holds whole.
         """
+        self._parts, self._whole = parts, frozenset(whole)
+        self._owners, self._group = maker.owners, maker.replicas
         self._expected = 0
+        self._group_of, self._uses = group_of, dict(uses or {})
+        self._deferred: list[tuple[int, Callable[[], Tensor]]] | None = [] if defer else None
         self._slots: list[_Slot] = []
         self._buckets: list[_Bucket] = []
         self._index: dict[str, int] = {}
         self._next_launch = 0
+        self._norm_is_exact = maker.norm_is_exact
         self._sink = register_sink(self)
         parameters = {fqn: p for fqn, p in reversed(list(model.named_parameters())) if p.requires_grad}
         self._allocate(parameters, maker)
@@ -90,26 +148,32 @@ class GradientStore:
 
     def _allocate(self, parameters: Mapping[str, nn.Parameter], maker: BucketMaker) -> None:
         groups: list[tuple[str, list[int]]] = []
-        filled: dict[str, tuple[int, int]] = {}  # kind -> (its open group, elements in it)
+        filled: dict[tuple[int, str], tuple[int, int]] = {}  # kind -> (its open group, elements in it)
         members = [Member(fqn, tuple(parameter.shape)) for fqn, parameter in parameters.items()]
         for position, member in enumerate(members):
             kind = maker.kind(member.fqn, member.shape)
-            number, size = filled.get(kind, (-1, 0))
+            place = self._group_of(member.fqn), kind
+            number, size = filled.get(place, (-1, 0))
             if number < 0 or size + member.numel > maker.capacity(kind):
                 number, size = len(groups), 0
                 groups.append((kind, []))
             groups[number][1].append(position)
-            filled[kind] = (number, size + member.numel)
+            filled[place] = (number, size + member.numel)
+
         # By their last member: a bucket of norms that is complete only at the end must not hold up the
         # others.
-        for bucket, (kind, positions) in enumerate(sorted(groups, key=lambda group: group[1][-1])):
+        def launch_order(group: tuple[str, list[int]]) -> tuple[int, int]:
+            last = group[1][-1]
+            return self._group_of(members[last].fqn), last
+
+        for bucket, (kind, positions) in enumerate(sorted(groups, key=launch_order)):
             storage = maker.make(kind, [members[position] for position in positions])
             slots = range(len(self._slots), len(self._slots) + len(positions))
             self._buckets.append(_Bucket(storage, list(slots)))
             for slot, position in zip(slots, positions, strict=True):
                 fqn = members[position].fqn
                 self._index[fqn] = slot
-                self._slots.append(_Slot(fqn, bucket, slot - slots[0]))
+                self._slots.append(_Slot(fqn, bucket, slot - slots[0], uses=self._uses.get(fqn, 1)))
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         through_sink = set()
@@ -132,7 +196,7 @@ class GradientStore:
             gradient = parameter.grad
             assert gradient is not None
             parameter.grad = None
-            self.contribute(slot, lambda: gradient)
+            self._add(slot, gradient)
 
         return drain
 
@@ -149,28 +213,53 @@ class GradientStore:
     def begin_step(self, contributions: int) -> None:
         """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step."""
         self._expected, self._next_launch = contributions, 0
+        if self._deferred is not None:
+            self._deferred.clear()
         for slot in self._slots:
             slot.count = 0
         for bucket in self._buckets:
             bucket.pending = len(bucket.slots)
 
-    @torch.no_grad()
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
-        """Add one micro-batch's gradient of the parameter in ``slot``; see
-        :class:`~fp8train.numerics.grad_sink.GradSink`.
+        """Add one micro-batch's gradient of the parameter in ``slot``, or keep it for
+        :meth:`take_deferred`; see :class:`~fp8train.numerics.grad_sink.GradSink`.
 
         Raises:
             RuntimeError: more contributions than the step expects.
         """
+        if self._deferred is not None:
+            self._deferred.append((slot, compute))
+            return
+        with torch.no_grad():
+            self._add(slot, compute())
+
+    def take_deferred(self) -> Callable[[], None]:
+        """What computes and adds the contributions of linears since the last call; call it once. The operands
+        of their GEMMs stay in memory until then."""
+        assert self._deferred is not None
+        taken = self._deferred.copy()
+        self._deferred.clear()
+
+        @torch.no_grad()
+        def run() -> None:
+            taken.reverse()
+            while taken:  # each frees its operands
+                slot, compute = taken.pop()
+                self._add(slot, compute())
+
+        return run
+
+    @torch.no_grad()
+    def _add(self, slot: int, gradient: Tensor) -> None:
         entry = self._slots[slot]
-        if entry.count >= self._expected:
+        expected = self._expected * entry.uses
+        if entry.count >= expected:
             raise RuntimeError(
-                f"gradient of {entry.fqn}: contribution {entry.count + 1} "
-                f"in a step that expects {self._expected}"
+                f"gradient of {entry.fqn}: contribution {entry.count + 1} in a step that expects {expected}"
             )
-        self._bucket(slot).add(entry.member, compute(), first=entry.count == 0)
+        self._bucket(slot).add(entry.member, gradient, first=entry.count == 0)
         entry.count += 1
-        if entry.count == self._expected:
+        if entry.count == expected:
             self._buckets[entry.bucket].pending -= 1
             self._launch_ready()
 
@@ -188,18 +277,32 @@ class GradientStore:
         Raises:
             RuntimeError: a parameter got fewer contributions than expected.
         """
-        missing = [slot for slot in self._slots if slot.count != self._expected]
+        missing = [slot for slot in self._slots if slot.count != self._expected * slot.uses]
         if missing:
-            listed = ", ".join(f"{slot.fqn} ({slot.count} of {self._expected})" for slot in missing[:4])
+            listed = ", ".join(
+                f"{slot.fqn} ({slot.count} of {self._expected * slot.uses})" for slot in missing[:4]
+            )
             raise RuntimeError(f"{len(missing)} parameters lack gradient contributions: {listed}")
         self._buckets[-1].storage.advance()
         for bucket in self._buckets:
             bucket.storage.finish()
 
     def reader(self, fqn: str) -> GradientReader:
-        """The parameter's reduced gradient in pieces, for the optimizer."""
+        """The parameter's reduced gradient in pieces, for the optimizer; under ZeRO of this rank's rows."""
         slot = self._index[fqn]
-        return self._bucket(slot).reader(self._slots[slot].member)
+        bucket, member = self._bucket(slot), self._slots[slot].member
+        reader = bucket.reader(member)
+        if self._owners is None or is_scattered(bucket):
+            return reader
+        rows = self._owners.owners[fqn][self._group.rank]
+        shape = bucket.members[member].shape
+        return _FromRow(reader, rows.start * (math.prod(shape) // shape[0]))
+
+    def release(self) -> None:
+        """The optimizer has read the gradients: free what is not kept between steps."""
+        for bucket in self._buckets:
+            if is_scattered(bucket.storage):
+                bucket.storage.release()
 
     def grad(self, fqn: str) -> Tensor:
         """The parameter's gradient: local sum before :meth:`finish`, global after. Shape of the parameter."""
@@ -208,9 +311,54 @@ class GradientStore:
 
     def global_norm(self) -> Tensor:
         """Euclidean norm over all parameters: FP64 scalar on the device, no host sync. Sums run in slot
-        order, in FP64 on CPUs and for FP64 gradients, else in FP32."""
+        order, in FP64 on CPUs and for FP64 gradients, else in FP32. Where the norm is to be exact, they run
+        in the order of names and in FP64 everywhere: slots follow buckets, whose order a rank's part may
+        change."""
+        if self._norm_is_exact:
+            return torch.linalg.vector_norm(self.norms(sorted(self._index)))
+        return torch.linalg.vector_norm(self.norms([slot.fqn for slot in self._slots]))
+
+    def norms(self, fqns: Sequence[str]) -> Tensor:
+        """Euclidean norm of each of these parameters, zero where this rank holds none of it.
+
+        Returns:
+            FP64 [parameters] on the device.
+        """
         buffer = self._bucket(0).buffer(0)
         on_cpu = buffer.device.type == "cpu"
-        wide = torch.float64 if on_cpu or buffer.dtype == torch.float64 else torch.float32
-        norms = [self._bucket(i).norm(slot.member, wide) for i, slot in enumerate(self._slots)]
-        return torch.linalg.vector_norm(torch.stack(norms).double())
+        exact = on_cpu or self._norm_is_exact or buffer.dtype == torch.float64
+        wide = torch.float64 if exact else torch.float32
+        zero = torch.zeros((), dtype=wide, device=buffer.device)
+        norms = [
+            self._bucket(self._index[fqn]).norm(self._slots[self._index[fqn]].member, wide)
+            if fqn in self._index
+            else zero
+            for fqn in fqns
+        ]
+        return self._over_parts(self._over_owners(torch.stack(norms).double(), fqns), fqns)
+
+    def _over_owners(self, norms: Tensor, fqns: Sequence[str]) -> Tensor:
+        """Norms of whole gradients from those of the rows that each rank owns."""
+        if self._owners is None or self._group.size == 1:
+            return norms
+        scattered = [fqn in self._index and is_scattered(self._bucket(self._index[fqn])) for fqn in fqns]
+        counted = [one or self._group.rank == 0 for one in scattered]
+        squares = norms.square() * torch.tensor(counted, device=norms.device)
+        self._group.all_reduce(squares, purpose="norm")()
+        return torch.where(torch.tensor(scattered, device=norms.device), squares.sqrt(), norms)
+
+    def _over_parts(self, norms: Tensor, fqns: Sequence[str]) -> Tensor:
+        """Norms of logical tensors from those of this rank's parts."""
+        if self._parts is None or self._parts.size == 1:
+            return norms
+        counted_once = [fqn not in self._whole or self._parts.rank == 0 for fqn in fqns]
+        squares = norms.square() * torch.tensor(counted_once, device=norms.device)
+        self._parts.all_reduce(squares, purpose="norm")()
+        return squares.sqrt()
+
+    def buffer(self, fqn: str) -> Tensor:
+        """Where the parameter's contributions add up, of its shape, as its bucket stores them: to add other
+        ranks' to it after :meth:`finish`. Only for parameters outside the FP8 plan."""
+        slot = self._index[fqn]
+        bucket, member = self._bucket(slot), self._slots[slot].member
+        return bucket.own(member) if isinstance(bucket, OwnedPlainBucket) else bucket.buffer(member)

@@ -20,7 +20,7 @@ from fp8train.comm.shared_scale import ReducedBucket, SharedScaleReduction
 from fp8train.numerics.cast import quantize, uncast
 from fp8train.numerics.formats import Format
 from fp8train.numerics.quant_spec import QuantSpec
-from fp8train.parallel.buckets import GradientReader, Member
+from fp8train.parallel.buckets import GradientReader, GradientRecorder, Member
 
 
 @dataclass
@@ -71,6 +71,7 @@ class SharedScaleBucket:
         group: CountedGroup,
         algorithm: Algorithm,
         purpose: str,
+        recorder: GradientRecorder | None = None,
         device: torch.device,
     ) -> None:
         """Allocate.
@@ -83,11 +84,14 @@ class SharedScaleBucket:
             group: data-parallel ranks.
             algorithm: who adds.
             purpose: name in the byte counters.
+            recorder: receives statistics of the cast of each member that goes onto the wire, on sampled
+                steps.
             device: where it lives.
         """
         self.members = members
         self._format, self._spec, self._group = fmt, QuantSpec(fmt), group
         self._state, self._algorithm, self._purpose = state, algorithm, purpose
+        self._recorder = recorder
         in_fp8 = accumulate == fmt.dtype
         self._accumulators = [
             _Accumulator(
@@ -130,8 +134,13 @@ class SharedScaleBucket:
             fmt=self._format,
             algorithm=self._algorithm,
             purpose=self._purpose,
+            on_cast=self._record if self._recorder is not None and self._recorder.active else None,
         )
         self._reduction.start()
+
+    def _record(self, member: int, source: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
+        assert self._recorder is not None
+        self._recorder.record(self.members[member].fqn, source, payload, scale_inv)
 
     def advance(self) -> None:
         """See :class:`~fp8train.parallel.buckets.Bucket`: cast and send."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fp8train.config.precision_schema import StateFormatConfig
 from fp8train.config.schema import Config
-from fp8train.training.console import format_bytes
+from fp8train.training.console import format_bytes, format_count
 from fp8train.training.trainer import Trainer
 
 
@@ -78,6 +80,21 @@ def stored_bytes(trainer: Trainer) -> StoredBytes:
     return StoredBytes(elements, {"gradient": gradient, **roles}, sum(copies.values()), accumulator, whole)
 
 
+def describe_layout(trainer: Trainer) -> str:
+    """The process layout and the parameters of each rank; every rank calls it."""
+    processes, parallel = trainer.processes, trainer.config.parallel
+    own = torch.tensor([sum(p.numel() for p in trainer.model.parameters())], device=processes.device)
+    counts = own.new_empty(processes.everyone.size, 1)
+    processes.everyone.all_gather(counts, own, purpose="setup")()
+    low, high = format_count(int(counts.min())), format_count(int(counts.max()))
+    each = low if low == high else f"{low} to {high}"
+    line = f"{processes.describe()}; {each} parameters per rank"
+    if trainer.sharding is None:
+        return line
+    states = sum(parameter.numel() for parameter in trainer.sharding.parameters.values())
+    return f"{line}, optimizer states of {format_count(states)} (ZeRO-1 by {parallel.zero_partition})"
+
+
 def describe_precision(trainer: Trainer) -> list[str]:
     """Lines for the header: exactly what is FP8 and what is not."""
     config, built = trainer.config, trainer.built
@@ -89,7 +106,11 @@ def describe_precision(trainer: Trainer) -> list[str]:
         assert built.backend is not None
         lines.append(f"{built.fp8} [{built.backend.reason}]")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(config)}; {_states(config)}")
-    lines.append(f"memory: {stored_bytes(trainer)}")
+    if trainer.pipeline is None:
+        lines.append(f"memory: {stored_bytes(trainer)}")
+    else:
+        lines.append(f"pipeline: {trainer.pipeline.layout.describe()}")
+        lines.append(f"memory of this rank's stages: {stored_bytes(trainer)}")
     return lines
 
 

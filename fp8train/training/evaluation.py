@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.data.batches import GlobalBatches
 from fp8train.layers.loss import IGNORE
-from fp8train.models.decoder import Decoder
 from fp8train.training.trainer import inputs_and_targets
 
 
@@ -39,7 +41,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder,
+    summed_loss: Callable[[Tensor, Tensor], Tensor],
     batches: GlobalBatches,
     *,
     num_batches: int,
@@ -51,7 +53,8 @@ def evaluate(
     time.
 
     Args:
-        model: evaluated as it is, with the training numerics.
+        summed_loss: forward of all micro-batches, int64 [A, B, S] inputs and targets, with the training
+            numerics: FP64 scalar in nats, zero on ranks without the last pipeline stage.
         batches: this rank's share of a split.
         num_batches: global batches.
         processes: ranks to sum over.
@@ -61,16 +64,17 @@ def evaluate(
     lengths = None if token_lengths is None else torch.from_numpy(token_lengths)
     totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for i in range(min(num_batches, batches.batches_per_epoch)):
-        for micro_batch in batches.batch(i):
-            inputs, targets = inputs_and_targets(micro_batch, ignore_after)
-            loss = model(inputs.to(processes.device), targets.to(processes.device))
-            counted = targets[targets != IGNORE]
-            totals[0] += float(loss)
-            totals[1] += counted.numel()
-            if lengths is not None:
-                totals[2] += int(lengths[counted].sum())
+        inputs, targets = inputs_and_targets(batches.batch(i), ignore_after)
+        if processes.cp.size > 1:
+            inputs, targets = (ContextParallel(processes.cp).part(t) for t in (inputs, targets))
+        totals[0] += float(summed_loss(inputs.to(processes.device), targets.to(processes.device)))
+        counted = targets[targets != IGNORE]
+        totals[1] += counted.numel()
+        if lengths is not None:
+            totals[2] += int(lengths[counted].sum())
     on_device = totals.to(processes.device)
-    processes.dp.all_reduce(on_device, purpose="loss")()
+    processes.pp.all_reduce(on_device[:1], purpose="loss")()
+    processes.replicas.all_reduce(on_device, purpose="loss")()
     nats, tokens, num_bytes = on_device.tolist()
     bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else None
     return Evaluation(nats / max(1, tokens), int(tokens), bits_per_byte)

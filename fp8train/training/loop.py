@@ -19,6 +19,7 @@ from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError, UserError
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
+from fp8train.training.consistency import check_replicas
 from fp8train.training.evaluation import Evaluation, evaluate
 from fp8train.training.reporter import Reporter
 from fp8train.training.run_dir import RunDir
@@ -73,7 +74,7 @@ class TrainingLoop:
         except ValueError as error:
             raise ConfigError(f"checkpoint {path}: {error}") from None
         loaded = load_checkpoint(
-            path, self.trainer.state_tensors(), group=self.processes.control, verify="size"
+            path, self.trainer.checkpoint_tensors(), group=self.processes.control, verify="size"
         )
         self.start = self.data.train.load_state_dict(loaded.meta["data"])
         self.trainer.restored(loaded.meta["trainer"])
@@ -99,6 +100,7 @@ class TrainingLoop:
         for step in range(self.start, total):
             self._one_step(step)
             done = step + 1
+            self._check_replicas(done)
             if self._evaluation_due(done):
                 self.reporter.evaluation(done, self._evaluate())
             reason = self.stop_reason()
@@ -121,9 +123,15 @@ class TrainingLoop:
         if recorder is not None:
             recorder.active = False
             if sampled:
-                self.reporter.casts(step + 1, recorder.collect())
+                optimizer = self.trainer.optimizer_metrics() if result.applied else {}
+                self.reporter.casts(step + 1, self.trainer.cast_rows(), optimizer)
         self._watch_skips(step + 1, result)
         self.reporter.step(step + 1, result, data_seconds=fetched - began)
+
+    def _check_replicas(self, done: int) -> None:
+        interval = self.config.train.consistency_interval
+        if interval and done % interval == 0:
+            check_replicas(self.trainer)
 
     def _watch_skips(self, done: int, result: StepResult) -> None:
         if result.applied:
@@ -155,7 +163,7 @@ class TrainingLoop:
             )
         with self.reporter.outside_throughput():
             return evaluate(
-                self.trainer.model,
+                self.trainer.summed_loss,
                 self.data.valid,
                 num_batches=self.config.train.eval_batches,
                 processes=self.processes,
@@ -185,7 +193,7 @@ class TrainingLoop:
             path = save_checkpoint(
                 self.run_dir.checkpoints,
                 done,
-                self.trainer.state_tensors(),
+                self.trainer.checkpoint_tensors(),
                 meta=meta,
                 rank_state=capture_rng(self.processes.device) | self.trainer.rank_tensors(),
                 group=self.processes.control,

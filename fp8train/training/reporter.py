@@ -21,7 +21,7 @@ from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.console import Console, format_count, format_duration
-from fp8train.training.describe import describe_precision, stored_bytes
+from fp8train.training.describe import describe_layout, describe_precision, stored_bytes
 from fp8train.training.evaluation import Evaluation
 from fp8train.training.metrics import metrics_record, strict
 from fp8train.training.run_dir import RunDir
@@ -93,7 +93,7 @@ class Reporter:
         config, model = self.config, self.trainer.model
         device = self.processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in self.trainer.outline.parameters())
         where = f"{self.processes.world_size} x {name}, {torch.get_num_threads()} threads each"
         self.say(
             f"fp8train {__version__}, torch {torch.__version__}, {where}; run directory {self.run_dir.path}"
@@ -102,6 +102,8 @@ class Reporter:
             f"model: {config.model.family}, {format_count(parameters)} parameters, {config.model.num_layers} "
             f"layers of {config.model.hidden_size}, vocabulary {model.config.vocab_size}"
         )
+        if self.processes.world_size > 1:
+            self.say(f"layout: {describe_layout(self.trainer)}")
         for line in describe_precision(self.trainer):
             self.say(line)
         for line in data.summary():
@@ -113,9 +115,11 @@ class Reporter:
         self.event(
             "model",
             step=step,
-            parameters=sum(p.numel() for p in self.trainer.model.parameters()),
-            hidden_linears=len(self.trainer.model.linears()),
-            hidden_parameters=sum(linear.weight.numel() for linear in self.trainer.model.linears().values()),
+            parameters=sum(p.numel() for p in self.trainer.outline.parameters()),
+            hidden_linears=len(self.trainer.outline.linears()),
+            hidden_parameters=sum(
+                linear.weight.numel() for linear in self.trainer.outline.linears().values()
+            ),
             fp8_linears=0 if fp8 is None else len(fp8.converted),
             fp8_skipped={} if fp8 is None else {reason: list(paths) for reason, paths in fp8.skipped.items()},
             bytes_per_parameter=stored_bytes(self.trainer).per_parameter(),
@@ -151,8 +155,11 @@ class Reporter:
             done, metrics, mfu_peak=None if peak is None else peak.name, eta_s=self.throughput.eta_s(left)
         )
 
-    def casts(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """Statistics of a sampled step's casts: all of them to casts.jsonl, a summary to the metrics."""
+    def casts(
+        self, step: int, rows: Mapping[str, Mapping[str, float]], optimizer: Mapping[str, float]
+    ) -> None:
+        """Statistics of a sampled step's casts: all of them to casts.jsonl, a summary to the metrics, where
+        ``optimizer`` (metrics about the states it stored) joins it until the next sampled step."""
         for site, values in rows.items():
             self.run_dir.log_casts(step, site, {name: strict(value) for name, value in values.items()})
         snr = [values["snr_db"] for values in rows.values() if math.isfinite(values["snr_db"])]
@@ -161,6 +168,7 @@ class Reporter:
             "fp8/saturated": statistics.fmean(values["saturated"] for values in rows.values()),
             "fp8/snr_db_min": min(snr, default=math.nan),
             "fp8/snr_db_median": statistics.median(snr) if snr else math.nan,
+            **optimizer,
         }
 
     def evaluation(self, done: int, result: Evaluation) -> None:

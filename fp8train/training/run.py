@@ -1,7 +1,8 @@
 """``fp8train train``: from a resolved configuration to a finished run.
 
 Exit statuses, also in ``status.json``: 0 all steps done, or stopped on request with the state saved; 2
-something the user can mend; 3 gradients stayed non-finite; 1 a bug (with a traceback); 130 a second Ctrl-C.
+something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 1 a bug (with a traceback); 130
+a second Ctrl-C.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A step, for this rank's micro-batches: forward gives the summed loss, divided by
 tokens; backward fills the gradient store, which reduces while backward goes on; the norm of all gradients
 gives one clip factor; the optimizer reads gradient and state and writes new weights. A step whose gradient is
 not finite changes nothing, on all ranks together (the norm is of the reduced gradients, so all ranks see the
-same one).
+same one). With pipeline stages, micro-batches run under the pipeline's schedule
+(:mod:`fp8train.parallel.pipeline`) instead of one after the other; the rest is the same.
 """
 
 from __future__ import annotations
@@ -16,16 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.checkpoint.logical import LogicalTensor
+from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
-from fp8train.config.world import accumulation_steps
+from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.layers.loss import IGNORE
-from fp8train.models.build import BuiltModel, build_model, initialise, make_scale_state
+from fp8train.models.build import BuiltModel, build_model, initialise, make_scale_state, outline
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradient_store import GradientStore
-from fp8train.training.precision import all_reduce_max, make_gradient_plan, make_run_optimizer
+from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, PipelineLayout
+from fp8train.parallel.stages import part_of, plan_stages
+from fp8train.training.precision import (
+    all_reduce_max,
+    make_gradient_plan,
+    make_run_optimizer,
+    tensor_parallel,
+)
+from fp8train.training.sharding import Sharding, make_partition
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,26 @@ def inputs_and_targets(tokens: Tensor, ignore_after: int | None) -> tuple[Tensor
     return inputs.contiguous(), targets.contiguous()
 
 
+def pipeline_layout(config: Config, processes: Processes, vocab_size: int) -> PipelineLayout | None:
+    """Which pipeline rank holds which stage; None with one stage."""
+    pp = processes.pp
+    assert pp.size == config.parallel.pp, f"{pp.size} pipeline ranks, parallel.pp is {config.parallel.pp}"
+    if pp.size == 1:
+        return None
+    stages = plan_stages(config, vocab_size)
+    return PipelineLayout(stages, config.parallel.pipeline.schedule, pp=pp.size, rank=pp.rank)
+
+
 class Trainer:
     """Model, gradient store and optimizer of one process.
 
     Attributes:
-        built: the model and its FP8 plan.
+        built: the model, or what this rank's pipeline stages hold of it, and its FP8 plan.
+        outline: the whole model, without storage where this rank holds a part.
+        pipeline: None with one stage.
         gradients: how gradients are stored and reduced, and the scale state of that.
         store: gradients.
+        sharding: this rank's share of the optimizer; None without ZeRO.
         optimizer: master weights and moments.
         scales: state of delayed scales; None if there are none.
         updates: optimizer steps applied (skipped ones do not count).
@@ -80,31 +104,87 @@ class Trainer:
     ) -> None:
         """Build everything and fill in the values of step 0."""
         self.config, self.processes, self.ignore_after = config, processes, ignore_after
-        self.built: BuiltModel = build_model(config, vocab_size=vocab_size, device=processes.device)
+        layout = pipeline_layout(config, processes, vocab_size)
+        self.built: BuiltModel = build_model(
+            config,
+            vocab_size=vocab_size,
+            device=processes.device,
+            part=None if layout is None else part_of(layout.held),
+            parallel=tensor_parallel(config, processes),
+            context=None if processes.cp.size == 1 else ContextParallel(processes.cp),
+        )
         self.model = self.built.model
+        in_parts = layout is not None or processes.tp.size > 1
+        self.outline = outline(config, vocab_size) if in_parts else self.model
         self.updates = 0
         contributions = accumulation_steps(config, processes.dp.size)
         self.recorder = self._attach_recorder()
+        owners = make_partition(config, processes, self.built)
         self.gradients = make_gradient_plan(
-            config, processes, self.built, contributions=contributions, recorder=self.recorder
+            config,
+            processes,
+            self.built,
+            outline=self.outline,
+            owners=owners,
+            contributions=contributions,
+            recorder=self.recorder,
         )
-        self.store = GradientStore(self.model, self.gradients)
-        self.optimizer = make_run_optimizer(config, self.built)
+        self.pipeline: Pipeline | None = None
+        if layout is None:
+            self.store = GradientStore(self.model, self.gradients, parts=processes.tp, whole=self._whole())
+        else:
+            check_pipeline(config, contributions)
+            self.store, self.pipeline = self._make_pipeline(layout)
+        self.sharding = None if owners is None else Sharding(config, processes, self.built, owners)
+        self.optimizer = make_run_optimizer(config, self.built, processes, self.sharding)
         self.scales = make_scale_state(self.model, processes.device)
         initialise(self.model, config.run.seed, self.optimizer.seed_master)
+        self._publish()
+
+    def _make_pipeline(self, layout: PipelineLayout) -> tuple[GradientStore, Pipeline]:
+        store = GradientStore(
+            self.model,
+            self.gradients,
+            group_of=layout.launch_group,
+            uses=layout.uses(tied=self.config.model.tie_embeddings),
+            defer=layout.schedule in ZERO_BUBBLE,
+            parts=self.processes.tp,
+            whole=self._whole(),
+        )
+        pipeline = Pipeline(
+            self.model,
+            layout,
+            self.processes.pp,
+            store,
+            parameters=list(self.outline.specs),
+            fp8_traffic=self.config.precision.traffic.pipeline == "fp8",
+            device=self.processes.device,
+        )
+        return store, pipeline
+
+    def _publish(self) -> None:
+        """Make the model's weights those of the masters."""
         self.optimizer.publish()
+        self._distribute()
+
+    def _distribute(self) -> None:
+        if self.sharding is not None:
+            self.sharding.distribute(wait=self.config.train.compile != "off")
+
+    def _whole(self) -> list[str]:
+        """Parameters that every tensor-parallel rank holds whole."""
+        return [fqn for fqn, spec in self.model.specs.items() if spec.shard is None]
 
     def _attach_recorder(self) -> CastRecorder | None:
         if self.built.fp8 is None or self.config.logging.cast_statistics_interval == 0:
             return None
         paths = self.built.fp8.converted
         operands = ["x", "w", "grad_output"]
-        gradient = self.config.precision.gradient
-        if gradient.format != "high_precision" and gradient.fp8.reduce not in ("shared_scale", "exact"):
+        if self.config.precision.gradient.format != "high_precision":
             operands.append("grad_weight")
         sites = [f"{path}/{operand}" for path in paths for operand in operands]
         recorder = CastRecorder(sites, self.processes.device)
-        for path, linear in self.model.linears().items():
+        for path, linear in self.model.linears().items():  # sites of the whole model, rows of what is here
             if path in paths:
                 linear.recorder = recorder
         return recorder
@@ -117,15 +197,16 @@ class Trainer:
             micro_batches: this rank's int64 [A, B, S+1], on the CPU.
         """
         inputs, targets = inputs_and_targets(micro_batches, self.ignore_after)
-        inputs, targets = (t.to(self.processes.device, non_blocking=True) for t in (inputs, targets))
+        inputs, targets = (self._part(t) for t in (inputs, targets))
         num_tokens = self._global_token_count(targets)
         if self.gradients.needs_calibration:
             with self.gradients.calibration():
                 self._accumulate(inputs, targets, num_tokens)
         with nullcontext() if self.scales is None else self.scales.recording():
             total = self._accumulate(inputs, targets, num_tokens)
-        self.processes.dp.all_reduce(total, purpose="loss")()
-        norm = self.store.global_norm()
+        self.processes.replicas.all_reduce(total, purpose="loss")()
+        self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
+        norm = self.store.global_norm() if self.pipeline is None else self.pipeline.global_norm()
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         applied = bool(torch.isfinite(norm))  # the one host sync of a step
         self._move_scales(applied)  # first: new weights are cast with the next step's scales
@@ -136,21 +217,44 @@ class Trainer:
                 step=self.updates,
                 lr_factor=factor,
                 grad_multiplier=clip_multiplier(norm, self.config.optimizer.clip_grad_norm),
+                count_flushed=self.recorder is not None and self.recorder.active,
             )
+            self._distribute()
+        self.store.release()
         return StepResult(total / num_tokens, float(norm), self.config.optimizer.lr * factor, applied)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | int) -> Tensor:
         """Forward and backward of all micro-batches into the store, reduced. Returns this rank's summed loss,
         an FP64 scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         self.store.begin_step(len(inputs))
         self.gradients.begin_step()
+        if self.pipeline is None:
+            total = self._one_after_the_other(inputs, targets, num_tokens)
+            self.store.finish()
+        else:
+            total = self.pipeline.run(inputs, targets, num_tokens)
+            self.store.finish()
+            self.pipeline.add_tied_gradients()
+        self.gradients.end_step()
+        return total
+
+    def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for x, y in zip(inputs, targets, strict=True):
             loss_sum = self.model(x, y)
             (loss_sum / num_tokens).backward()
             total += loss_sum.detach()
-        self.store.finish()
-        self.gradients.end_step()
+        return total
+
+    @torch.no_grad()
+    def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Forward only, with the training numerics: int64 [A, B, S] each, on the device. Returns nats as an
+        FP64 scalar; zero on ranks without the last pipeline stage."""
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(inputs, targets)
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        for x, y in zip(inputs, targets, strict=True):
+            total += self.model(x, y)
         return total
 
     def _move_scales(self, applied: bool) -> None:
@@ -160,12 +264,19 @@ class Trainer:
         if self.scales is not None:
             self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
 
+    def _part(self, tokens: Tensor) -> Tensor:
+        """This rank's tokens of each sequence, on its device."""
+        context = self.model.context
+        return (tokens if context is None else context.part(tokens)).to(
+            self.processes.device, non_blocking=True
+        )
+
     def _global_token_count(self, targets: Tensor) -> Tensor | int:
         """Target tokens of the whole global batch; known without communication unless some are left out."""
         if self.ignore_after is None:
-            return targets.numel() * self.processes.dp.size
+            return targets.numel() * self.processes.replicas.size
         count = (targets != IGNORE).sum().double()
-        self.processes.dp.all_reduce(count, purpose="loss")()
+        self.processes.replicas.all_reduce(count, purpose="loss")()
         return count.clamp(min=1)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -173,6 +284,15 @@ class Trainer:
         the masters' rounding."""
         scales = {} if self.scales is None else self.scales.state_tensors()
         return self.optimizer.state_tensors() | self.gradients.state_tensors() | scales
+
+    def checkpoint_tensors(self) -> dict[str, Tensor | LogicalTensor]:
+        """:meth:`state_tensors`, with the place of those that are parts of a logical tensor."""
+        parts = {
+            name: LogicalTensor(tensor, shape, offset)
+            for name, (tensor, shape, offset) in self.optimizer.logical_tensors().items()
+            if tuple(tensor.shape) != shape
+        }
+        return {**self.state_tensors(), **parts}
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint that belong to this rank alone; usually none."""
@@ -186,7 +306,8 @@ class Trainer:
         """Whether a checkpoint with this host state fits.
 
         Raises:
-            ValueError: other state formats, or another reduction with a state of its own.
+            ValueError: other state formats, another reduction with a state of its own, or other settings that
+                ``exact`` depends on.
         """
         self.optimizer.load_state_meta(meta)
         self.gradients.check_meta(meta)
@@ -195,12 +316,40 @@ class Trainer:
         """Finish loading after :meth:`state_tensors` were filled in place."""
         self.updates = meta["updates"]
         self.gradients.restored()
-        self.optimizer.publish()
+        self._publish()
 
     def precision_metrics(self) -> dict[str, float]:
-        """State of the reduction for the log; waits for the device."""
-        return self.gradients.metrics()
+        """State of the reduction for the log; waits for the device. Collective over the pipeline's ranks."""
+        return self.gradients.metrics(self.processes.pp)
+
+    def cast_rows(self) -> dict[str, dict[str, float]]:
+        """Cast statistics of the last sampled step, of the whole model: ``{site: {field: value}}``; waits for
+        the device. Collective over the pipeline's ranks."""
+        assert self.recorder is not None
+        if self.pipeline is None:
+            return self.recorder.collect()
+        return self.recorder.collect(self.pipeline.combine_rows(self.recorder.rows, self.recorder.recorded()))
+
+    def optimizer_metrics(self) -> dict[str, float]:
+        """Shares of optimizer states that the last applied step flushed to zero, if it was sampled; waits for
+        the device. Collective over the pipeline's ranks."""
+        shares, elements = self.optimizer.statistics(), self.optimizer.num_elements(in_plan_only=True)
+        if self.processes.pp.size > 1:
+            shares = self._shares_of_all_stages(shares, elements)
+        return {f"optim/{name.replace('/', '_')}": float(value) for name, value in shares.items()}
+
+    def _shares_of_all_stages(self, shares: dict[str, Tensor], elements: int) -> dict[str, Tensor]:
+        formats = self.optimizer.plan.formats()
+        names = [f"flushed/{role}" for role, fmt in formats.items() if not fmt.is_exact]
+        counts = torch.tensor(
+            [*(float(shares.get(name, 0.0)) * elements for name in names), elements],
+            dtype=torch.float64,
+            device=self.processes.device,
+        )
+        self.processes.pp.all_reduce(counts, purpose="statistics")()
+        return {name: count / counts[-1] for name, count in zip(names, counts[:-1], strict=True)}
 
     def sent_bytes(self) -> dict[str, int]:
-        """Bytes this rank has sent since the start, by collective and purpose."""
-        return dict(self.gradients.sent_bytes())
+        """Bytes this rank has sent since the start, by collective and purpose, over all axes."""
+        total = self.gradients.sent_bytes(self.processes.groups.values())
+        return dict(total)

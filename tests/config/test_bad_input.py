@@ -147,8 +147,7 @@ VALUE_CASES = {
     ),
     "nothing_near": (
         MINIMAL + "parallel: {zzz: 1}\n",
-        "run.yaml:15: parallel.zzz: unknown key; parallel has dp, tp, cp, pp, "
-        "pipeline, zero, zero_partition",
+        "run.yaml:15: parallel.zzz: unknown key; parallel has dp, tp, cp, pp, pipeline, zero, zero_partition",
     ),
     "dotted_key": (
         MINIMAL + "run.seed: 3\n",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8train.kernels.gemm import choose_gemm_backend
-from fp8train.layers import fp8_linear, fp8_weight
-from fp8train.layers.fp8_operand import Operand, quantize_operand
+from fp8train.layers import fp8_linear, fp8_operand
+from fp8train.layers.fp8_operand import Operand, quantize_matrix
 from fp8train.layers.linear import Alphas, Fp8Plan, Linear, SinkSlot
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.formats import E4M3, E5M2
@@ -357,12 +357,12 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Sources of every quantisation the layer makes."""
     sources: list[Tensor] = []
 
-    def counted(x: Tensor, *args: Any) -> Operand:
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Operand:
         sources.append(x)
-        return quantize_operand(x, *args)
+        return quantize_matrix(x, *args, **kwargs)
 
-    for module in (fp8_linear, fp8_weight):
-        monkeypatch.setattr(module, "quantize_operand", counted)
+    for module in (fp8_linear, fp8_operand):
+        monkeypatch.setattr(module, "quantize_matrix", counted)
     return sources
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fp8train.models.param_spec import Shard
 from fp8train.optim.adamw import AdamW, AdamWSettings
 from fp8train.optim.lion import Lion
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer, OptimizerSettings
+from fp8train.optim.parameter_state import Region
 from fp8train.optim.state_plan import StateFormat as F
 from fp8train.optim.state_plan import StatePlan
 from tests.optim.state_cases import (
@@ -87,7 +89,7 @@ def test_formats_are_chosen_by_global_shape() -> None:
         "bf16": matrix_spec("bf16", (64, 128), in_fp8_plan=False),
     }
     parameters = {k: nn.Parameter(torch.zeros(s, dtype=torch.bfloat16)) for k, s in shapes.items()}
-    optimizer = AdamW(parameters, specs, SETTINGS, O2, seed=0, offsets={"shard": 16 * 128})
+    optimizer = AdamW(parameters, specs, SETTINGS, O2, seed=0, regions={"shard": Region((16, 128), (16, 0))})
     tensors = optimizer.state_tensors()
     for fqn in ("w", "shard"):
         assert tensors[f"master/{fqn}.payload"].dtype == torch.float16
@@ -180,32 +182,32 @@ def test_bits_do_not_depend_on_the_chunk(name: str) -> None:
             assert same_bytes(tensor, results[0][1][key]), key
 
 
+@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", ["O2", "O2 expanded v", "remainder"])
-def test_ranks_that_hold_rows_have_the_bits_of_the_whole(name: str) -> None:
-    shape, half = (32, 192), 16
+def test_ranks_that_hold_parts_have_the_bits_of_the_whole(name: str, dim: int) -> None:
+    shape = (32, 192)
     gradients = gradients_for(shape, 4)
     whole, whole_weight = single(AdamW, PLANS[name], initial(shape))
     shards = []
-    for start in (0, half):
-        parameter = nn.Parameter(initial(shape)[start : start + half].to(torch.bfloat16))
-        spec = matrix_spec("w", shape)
-        shard = AdamW(
-            {"w": parameter}, {"w": spec}, SETTINGS, PLANS[name], seed=1, offsets={"w": start * 192}
-        )
-        shard.seed_master("w", initial(shape)[start : start + half])
+    for index in (0, 1):
+        spec = replace(matrix_spec("w", shape), shard=Shard(dim, index, 2))
+        parameter = nn.Parameter(spec.local(initial(shape)).to(torch.bfloat16).contiguous())
+        shard = AdamW({"w": parameter}, {"w": spec}, SETTINGS, PLANS[name], seed=1)
+        shard.seed_master("w", initial(shape))
         shard.publish()
-        shards.append((shard, parameter))
+        shards.append((shard, parameter, spec))
     for step, gradient in enumerate(gradients, 1):
         run_step(whole, {"w": gradient}, step)
-        for (shard, _), start in zip(shards, (0, half), strict=True):
-            run_step(shard, {"w": gradient[start : start + half]}, step)
-    assert torch.equal(whole_weight, torch.cat([parameter for _, parameter in shards]))
+        for shard, _, spec in shards:
+            run_step(shard, {"w": spec.local(gradient).contiguous()}, step)
+    assert torch.equal(whole_weight, torch.cat([parameter for _, parameter, _ in shards], dim=dim))
 
 
 def test_a_row_that_cuts_a_block_is_refused() -> None:
     parameter = nn.Parameter(torch.zeros(8, 96, dtype=torch.bfloat16))
+    spec = replace(matrix_spec("w", (8, 384)), shard=Shard(1, 0, 4))
     with pytest.raises(ValueError, match=r"w: a local row of 96 .* block of 128; legal: multiples of 128"):
-        AdamW({"w": parameter}, {"w": matrix_spec("w", (8, 384))}, SETTINGS, O2, seed=0)
+        AdamW({"w": parameter}, {"w": spec}, SETTINGS, O2, seed=0)
 
 
 def test_random_bits_are_those_of_seed_and_step() -> None:

@@ -12,7 +12,8 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear
 from fp8train.numerics.blocks import as_blocks, block_size, dequantize_blocks, from_blocks, quantize_blocks
 from fp8train.numerics.formats import E4M3
-from fp8train.parallel.buckets import Fp8Bucket, Member
+from fp8train.parallel.buckets import Member
+from fp8train.parallel.fp8_buckets import Fp8Bucket
 from fp8train.parallel.gradient_plan import Fp8Gradients, GradientPlan, Groups
 from fp8train.parallel.gradient_store import GradientStore
 from tests.numerics.fp8_table import E4M3_TABLE

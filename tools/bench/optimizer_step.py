@@ -28,7 +28,8 @@ from fp8train.optim.adamw import AdamWSettings
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer
 from fp8train.optim.state_plan import StateFormat, StatePlan
-from fp8train.parallel.buckets import Fp8Bucket, GradientReader, Member
+from fp8train.parallel.buckets import GradientReader, Member
+from fp8train.parallel.fp8_buckets import Fp8Bucket
 
 _SR = StateFormat("fp16_scaled", rounding="stochastic")
 _TENSOR = StateFormat("fp16_scaled", granularity="tensor")

@@ -60,7 +60,13 @@ def reduce_scatter(gradient: Tensor, group: CountedGroup) -> None:
 
 def exact(gradient: Tensor, group: CountedGroup, contributions: int) -> None:
     """Integer sums."""
-    scales = GridScales([True], group, gradient.device)
+    scales = GridScales(
+        [True],
+        [gradient.numel()],
+        micro_batches=contributions * group.size,
+        group=group,
+        device=gradient.device,
+    )
     bucket = ExactFp8Bucket(
         [Member("w", tuple(gradient.shape))],
         scales=scales,

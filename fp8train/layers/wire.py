@@ -1,0 +1,109 @@
+"""What a linear sends to the other tensor-parallel ranks, and when.
+
+Column-parallel: each rank has some of the outputs, ``w [N/tp, K]``. It needs whole sequences as input, and
+its input gradients are partial sums. Row-parallel: each rank has some of the inputs, ``w [N, K/tp]``; its
+outputs are partial sums, and it needs whole sequences of output gradients. The sequence is cut everywhere
+else (:mod:`fp8train.comm.sequence_parallel`)::
+
+                 forward                            backward
+    column       gather x                           gather x again, scatter-sum grad_input
+    row          scatter-sum output                 gather grad_output
+
+What is gathered in FP8 is the operand that the GEMM reads: the scale comes from the amax over all ranks, so
+nothing is lost by sending codes. Backward gathers the input again instead of keeping the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fp8train.comm.sequence_parallel import TensorParallel
+
+Kind = Literal["none", "column", "row"]
+
+
+def _no_wait(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: x
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One linear's communication; ``kind: none`` does nothing.
+
+    Attributes:
+        kind: how the weight is cut.
+        parallel: among whom; None if alone.
+    """
+
+    kind: Kind = "none"
+    parallel: TensorParallel | None = None
+
+    @property
+    def gathers_input(self) -> bool:
+        """Whether the input arrives in parts."""
+        return self.kind == "column"
+
+    @property
+    def gathers_grad_output(self) -> bool:
+        """Whether output gradients arrive in parts."""
+        return self.kind == "row"
+
+    @property
+    def input_in_fp8(self) -> bool:
+        """Whether FP8 operands of the input are gathered, rather than the input."""
+        return self.parallel is not None and self.gathers_input and self.parallel.traffic.activations
+
+    @property
+    def grad_output_in_fp8(self) -> bool:
+        """Whether FP8 operands of the output gradient are gathered, rather than the gradient."""
+        return self.parallel is not None and self.gathers_grad_output and self.parallel.traffic.grad_output
+
+    def agree_on_amax(self, amax: Tensor) -> Tensor:
+        """The amax of the logical tensor that this rank holds a part of."""
+        return amax if self.parallel is None else self.parallel.agree_on_amax(amax)
+
+    def gather_input(self, x: Tensor, batch: int) -> Callable[[], Tensor]:
+        """Start: [batch · S/tp, K] -> [batch · S, K]; nothing to do unless column-parallel."""
+        if not self.gathers_input:
+            return _no_wait(x)
+        assert self.parallel is not None
+        return self.parallel.gather(x, batch=batch, purpose="tp_input")
+
+    def gather_grad_output(self, grad_output: Tensor, batch: int) -> Callable[[], Tensor]:
+        """Start: [batch · S/tp, N] -> [batch · S, N]; nothing to do unless row-parallel."""
+        if not self.gathers_grad_output:
+            return _no_wait(grad_output)
+        assert self.parallel is not None
+        return self.parallel.gather(grad_output, batch=batch, purpose="tp_grad_output")
+
+    def scatter_output(self, output: Tensor, batch: int, *, fp8: bool) -> Callable[[], Tensor]:
+        """Start: partial sums [batch · S, N] -> [batch · S/tp, N]; nothing to do unless row-parallel.
+        ``fp8``: the linear may send FP8 (if traffic says so)."""
+        if self.kind != "row":
+            return _no_wait(output)
+        assert self.parallel is not None
+        fp8 = fp8 and self.parallel.traffic.output
+        return self.parallel.scatter_sum(output, batch=batch, fp8=fp8, purpose="tp_output")
+
+    def scatter_grad_input(self, grad_input: Tensor, batch: int, *, fp8: bool) -> Callable[[], Tensor]:
+        """Start: partial sums [batch · S, K] -> [batch · S/tp, K]; nothing to do unless column-parallel."""
+        if self.kind != "column":
+            return _no_wait(grad_input)
+        assert self.parallel is not None
+        fp8 = fp8 and self.parallel.traffic.grad_input
+        return self.parallel.scatter_sum(grad_input, batch=batch, fp8=fp8, purpose="tp_grad_input")
+
+
+UNSPLIT = Wire()
+
+
+def wire(kind: Kind, parallel: TensorParallel | None) -> Wire:
+    """The wire of a linear that is cut this way where there is tensor parallelism. Without it there may still
+    be context-parallel ranks to agree with on amaxes."""
+    if parallel is None:
+        return UNSPLIT
+    return Wire(kind if parallel.size > 1 else "none", parallel)

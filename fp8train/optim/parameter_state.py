@@ -1,0 +1,180 @@
+"""The states of one parameter: which formats, of which part of the logical tensor.
+
+Which parameters get the plan's formats is decided by the logical shape: matrices whose linear multiplies in
+FP8. Vectors, embedding and head keep FP32 (FP64 in FP64 runs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.blocks import block_size
+from fp8train.optim.formats import make_master_storage, make_storage
+from fp8train.optim.state_plan import StateFormat
+from fp8train.optim.storage import Layout, Storage
+from fp8train.optim.weight_target import WeightTarget
+
+_FP32 = StateFormat()
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of a logical tensor: shape, and index of its first element."""
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spec: ParamSpec) -> Region:
+        """What a tensor-parallel rank holds."""
+        return cls(spec.local_shape, spec.offset)
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """One parameter and its states.
+
+    Attributes:
+        fqn: its name.
+        region: what of the logical tensor the states cover.
+        spec: its description.
+        formats: format by role.
+        storages: storage by role.
+        weight: flat memory of the parameter to write new weights to; None where it needs no writing (the
+            master weight lives in it) or where ``target`` takes them.
+        target: takes new weights instead of the parameter.
+        in_plan: whether the plan's formats apply.
+        work: type of the arithmetic.
+        chunk: elements per step of the pass.
+    """
+
+    fqn: str
+    spec: ParamSpec
+    region: Region
+    formats: Mapping[str, StateFormat]
+    storages: Mapping[str, Storage]
+    weight: Tensor | None
+    target: WeightTarget | None
+    in_plan: bool
+    work: torch.dtype
+    chunk: int
+
+    @property
+    def master(self) -> Storage:
+        """The master weight."""
+        return self.storages["master"]
+
+    @property
+    def numel(self) -> int:
+        """Local elements."""
+        return self.master.layout.numel
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the chunks."""
+        starts = range(0, self.numel, self.chunk)
+        return ((start, min(start + self.chunk, self.numel)) for start in starts)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[int, ...]]]:
+        """What a checkpoint holds: (``ROLE/FQN`` with a suffix, tensor, logical shape, offset in it)."""
+        for role, storage in self.storages.items():
+            yield from logical_tensors(role, self.spec, self.region, storage)
+
+
+def in_plan(spec: ParamSpec) -> bool:
+    """Whether a parameter's states have the plan's formats."""
+    return len(spec.global_shape) == 2 and spec.in_fp8_plan
+
+
+def make_layout(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.device) -> Layout:
+    """Where a state of this format lies.
+
+    Raises:
+        ValueError: the region cuts a block.
+    """
+    scaled = fmt.is_scaled and fmt.granularity == "block"
+    row = region.shape[-1]
+    block = block_size(spec.global_shape[-1], fmt.block) if scaled else 1
+    if scaled and row != spec.global_shape[-1] and (row % block or region.offset[-1] % block):
+        raise ValueError(
+            f"{spec.fqn}: a local row of {row} elements cuts a block of {block}; legal: multiples of {block}"
+        )
+    strides = [math.prod(spec.global_shape[dim + 1 :]) for dim in range(len(spec.global_shape))]
+    first = sum(start * stride for start, stride in zip(region.offset, strides, strict=True))
+    return Layout(region.shape, block, first, device, spec.global_shape[-1])
+
+
+def logical_tensors(
+    role: str, spec: ParamSpec, region: Region, storage: Storage
+) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[int, ...]]]:
+    """As :meth:`ParameterState.tensors` for one storage."""
+    block = storage.layout.block
+    blocks = -(-spec.global_shape[-1] // block)
+    for suffix, tensor in storage.tensors().items():
+        shape, offset = spec.global_shape, region.offset
+        if tuple(tensor.shape) != region.shape:  # a scale for each block, or one for the tensor
+            per_block = tensor.dim() > 0
+            shape = (*shape[:-1], blocks) if per_block else ()
+            offset = (*offset[:-1], offset[-1] // block) if per_block else ()
+        yield f"{role}/{spec.fqn}{suffix}", tensor, shape, offset
+
+
+def allocate(
+    parameter: Tensor,
+    spec: ParamSpec,
+    region: Region,
+    formats: Mapping[str, StateFormat],
+    target: WeightTarget | None,
+    *,
+    device: torch.device | None,
+    chunk: int,
+) -> ParameterState:
+    """States of one parameter, zero but for a master that lives in the parameter.
+
+    Args:
+        parameter: the region's memory, contiguous; with ``target`` it only tells dtype and device.
+        spec: its description.
+        region: what of it the states cover.
+        formats: by role, of matrices in the FP8 plan; all others have FP32.
+        target: takes new weights instead of ``parameter``.
+        device: of the states; default: the parameter's.
+        chunk: most elements of a chunk.
+
+    Raises:
+        ValueError: the region cuts a block.
+    """
+    planned = in_plan(spec)
+    assert planned or target is None, f"{spec.fqn} is not in the FP8 plan and has a weight target"
+    assert target is not None or tuple(parameter.shape) == region.shape, f"{spec.fqn}: {region}"
+    formats = formats if planned else dict.fromkeys(formats, _FP32)
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    where = parameter.device if device is None else device
+    layouts = {role: make_layout(spec, region, fmt, where) for role, fmt in formats.items()}
+    memory = None if target is not None else parameter.detach()
+    storages = {
+        role: make_master_storage(fmt, layouts[role], wide=wide, weight=memory)
+        if role == "master"
+        else make_storage(fmt, layouts[role], wide=wide)
+        for role, fmt in formats.items()
+    }
+    lives_in_parameter = memory is not None and any(
+        tensor.data_ptr() == memory.data_ptr() for tensor in storages["master"].tensors().values()
+    )
+    unit = math.lcm(*(layout.unit for layout in layouts.values()))
+    return ParameterState(
+        fqn=spec.fqn,
+        spec=spec,
+        region=region,
+        formats=formats,
+        storages=storages,
+        weight=None if memory is None or lives_in_parameter else memory.view(-1),
+        target=target,
+        in_plan=planned,
+        work=torch.float64 if any(fmt.name == "fp64" for fmt in formats.values()) else wide,
+        chunk=max(unit, chunk // unit * unit),
+    )
