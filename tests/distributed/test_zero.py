@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from fp8train.checkpoint import load_checkpoint, save_checkpoint
 from fp8train.comm.processes import joined_processes
-from tests.training.tiny import alone, losses, tiny_config
+from fp8train.training.describe import stored_bytes
+from fp8train.training.trainer import Trainer
+from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 
 STEPS = 5
 FP64 = "precision.compute=fp64"
@@ -55,3 +60,65 @@ def test_owners_train_as_one_process(gloo_pool, world_size: int) -> None:
         assert worst <= tolerance, f"{name}: {worst:.1e}"
     for one, other in EQUAL:
         assert per_rank[0][one] == per_rank[0][other], f"{one} and {other}"
+
+
+def persistent(group: dist.ProcessGroup, rank: int, world_size: int) -> dict[str, float]:
+    """Runs in the pool: bytes per parameter of the FP8 plan on this rank, weights included."""
+    sizes = {
+        "model": {
+            "family": "llama",
+            "num_layers": 1,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "ffn_hidden_size": 256,
+            "vocab_size": VOCAB,
+        }
+    }
+    # One micro-batch a rank: gradients are cast as they are produced.
+    config = tiny_config(["precision.level=O3", "train.global_batch_size=4"], **sizes)
+    processes = joined_processes(torch.device("cpu"))
+    trainer = Trainer(config, processes, vocab_size=VOCAB)
+    trainer.step(0, batches(config, processes).batch(0))
+    return stored_bytes(trainer).per_parameter()
+
+
+def test_persistent_bytes_at_o3(gloo_pool) -> None:
+    """Weight 1, gradient 1, and 5 of states over the ranks: FP16 master and v, FP8 m."""
+    for shares in gloo_pool.run(persistent, 4, timeout=300.0):
+        assert shares["accumulator"] == 0.0
+        assert shares["total"] + shares["compute_copy"] == pytest.approx(1 + 1 + 5 / 4, rel=0.03)
+
+
+def resharded(
+    group: dist.ProcessGroup, rank: int, world_size: int, root: Path
+) -> tuple[list[float], list[float]]:
+    """Runs in the pool: a checkpoint of one partition read into the other; the next losses of both."""
+    processes = joined_processes(torch.device("cpu"))
+    found = []
+    for number, overrides in enumerate(([], [WHOLE])):
+        config = tiny_config(["precision.level=O3", *overrides])
+        data = batches(config, processes)
+        trainer = Trainer(config, processes, vocab_size=VOCAB)
+        if number:
+            load_checkpoint(root / "step_00000003", trainer.checkpoint_tensors(), group=processes.control)
+            trainer.restored(trainer.state_meta() | {"updates": 3})
+        else:
+            for step in range(3):
+                trainer.step(step, data.batch(step))
+            save_checkpoint(
+                root,
+                3,
+                trainer.checkpoint_tensors(),
+                meta={},
+                rank_state={},
+                group=processes.control,
+                keep_last=1,
+            )
+        found.append([float(trainer.step(step, data.batch(step)).loss) for step in (3, 4)])
+    return found[0], found[1]
+
+
+def test_a_checkpoint_fits_the_other_partition(gloo_pool, tmp_path: Path) -> None:
+    for rows, whole in gloo_pool.run(resharded, 2, tmp_path, timeout=300.0):
+        assert rows == whole
