@@ -75,8 +75,22 @@ def check(per_rank: list[dict[str, list[float]]], names: list[str]) -> None:
         assert worst <= tolerance, f"{name}: {worst:.1e}"
 
 
-def test_two_ranks_train_as_one(gloo_pool) -> None:
-    check(gloo_pool.run(layout_losses, 2, list(CASES), Layout(tp=2)), list(CASES))
+# In every run; the others when asked for slow tests.
+QUICK = ["fp64-gpt-tied", "fp64-fp8-wire", "fp64-batch-2", "bf16", "O2-lossy-wire"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param([name for name in CASES if name not in QUICK], marks=pytest.mark.slow)],
+    ids=["quick", "rest"],
+)
+def test_two_ranks_train_as_one(gloo_pool, names: list[str]) -> None:
+    check(gloo_pool.run(layout_losses, 2, names, Layout(tp=2), timeout=300.0), names)
+
+
+def test_parts_of_sequences_train_as_one(gloo_pool) -> None:
+    names = ["fp64-gpt-tied", "fp64-fp8"]
+    check(gloo_pool.run(layout_losses, 2, names, Layout(cp=2), timeout=300.0), names)
 
 
 @pytest.mark.slow

@@ -48,17 +48,40 @@ def zero_losses(
     return {name: losses(tiny_config([*CASES[name][0], ZERO, *more]), processes, STEPS)[0] for name in names}
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_owners_train_as_one_process(gloo_pool, world_size: int) -> None:
+# In every run; the others when asked for slow tests.
+QUICK = [
+    "fp64-rows",
+    "fp64-gpt-tied",
+    "O3-rows",
+    "O3-whole",
+    "O2-compute-traffic",
+    "O2-paper",
+    "O2-exact-whole",
+]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [
+        (2, QUICK),
+        pytest.param(2, [name for name in CASES if name not in QUICK], marks=pytest.mark.slow),
+        pytest.param(3, list(CASES), marks=pytest.mark.slow),
+    ],
+    ids=["2", "2-rest", "3"],
+)
+def test_owners_train_as_one_process(gloo_pool, world_size: int, names: list[str]) -> None:
     batch = [] if world_size == 2 else ["train.global_batch_size=9"]
-    per_rank = gloo_pool.run(zero_losses, world_size, list(CASES), batch, timeout=600.0)
-    for name, (overrides, tolerance) in CASES.items():
+    per_rank = gloo_pool.run(zero_losses, world_size, names, batch, timeout=600.0)
+    for name in names:
+        overrides, tolerance = CASES[name]
         expected = torch.tensor(losses(tiny_config([*overrides, *batch]), alone(), STEPS)[0]).double()
         got = torch.tensor(per_rank[0][name]).double()
         assert all(result[name] == per_rank[0][name] for result in per_rank), f"{name}: ranks disagree"
         worst = float(((got - expected).abs() / expected.abs()).max())
         assert worst <= tolerance, f"{name}: {worst:.1e}"
     for one, other in EQUAL:
+        if not {one, other} <= set(names):
+            continue
         assert per_rank[0][one] == per_rank[0][other], f"{one} and {other}"
 
 
