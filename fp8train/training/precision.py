@@ -78,7 +78,7 @@ def make_gradient_plan(
         groups=_groups(gradient.fp8.node_size if fp8 is not None else None, processes),
         device=processes.device,
         fp8=fp8,
-        agree=processes.dp if processes.pp.size == 1 else processes.everyone,
+        agree=processes.replicas if processes.pp.size == 1 else processes.everyone,
         in_fp8_plan=() if built.fp8 is None else [f"{path}.weight" for path in built.fp8.converted],
         contributions=contributions,
         recorder=None if recorder is None else _GradientSites(recorder),
