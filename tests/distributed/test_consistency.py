@@ -35,7 +35,8 @@ def test_swapped_elements_change_the_fingerprint() -> None:
 def damaged(group: dist.ProcessGroup, rank: int, world_size: int, level: str) -> list[str]:
     """Runs in the pool: messages of three checks, of which the last two find damage on rank 1."""
     processes = joined_processes(torch.device("cpu"))
-    config = tiny_config([f"precision.level={level}", "precision.profile=paper"] if level != "O0" else [])
+    settings = [] if level == "O0" else [f"precision.level={level}", "precision.profile=paper"]
+    config = tiny_config(["train.global_batch_size=9", *settings])
     trainer = Trainer(config, processes, vocab_size=VOCAB)
     found = []
     linear = trainer.model.linears()["layers.1.mlp.down"]
