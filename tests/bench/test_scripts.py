@@ -127,3 +127,34 @@ def test_wire_bytes(tmp_path: Path) -> None:
     assert rows["exchange, all-reduce"]["over_bf16_all_reduce"] / 2 <= 0.26
     for row in rows.values():  # a few MiB only: headers, acknowledgements and other traffic weigh more
         assert row["loopback_over_counted"] == pytest.approx(1.0, abs=0.2), row
+
+
+def test_comm_volume(tmp_path: Path) -> None:
+    result, table = result_of("comm_volume.py", tmp_path / "result.json", "--tiny")
+    assert [(one["layout"], one["level"]) for one in result["results"]] == [
+        ("tp 2", level) for level in ("O0", "O2", "O3")
+    ]
+    for one in result["results"]:
+        rows = {row["traffic"]: row for row in one["rows"]}
+        for row in rows.values():
+            assert row["counted"] == pytest.approx(row["computed"], rel=0.01)
+            assert row["largest_difference"] <= 0.01
+        # 2 layers x 2 matrices, gathered twice: 4 micro-batches of 32 x 64 elements, half of which moves.
+        codes = one["level"] == "O3"
+        assert rows["all_gather/tp_input"]["counted"] == 4 * 2 * 4 * 32 * 64 * (1 if codes else 2) // 2
+        assert 0 < one["small"] < 0.01 * one["total"]
+    assert "small (amaxes, norms, loss)" in table
+
+
+def test_comm_volume_of_a_configuration(tmp_path: Path) -> None:
+    options = [str(ROOT / "configs" / "llama" / "llama3_8b.yaml"), "parallel.zero=1", "--dp", "2"]
+    result, table = result_of("comm_volume.py", tmp_path / "result.json", *options)
+    rows = {row["traffic"]: row["bytes"] for row in result["rows"]}
+    # 8,030,261,248 parameters; half of their 2 bytes moves.
+    assert rows["all_gather/weights"]["O0"] == 8_030_261_248
+    assert rows["all_gather/weights_fp8_plan"]["O3"] == 6_979_321_856 / 2
+    assert "dp 2 x pp 1 x cp 1 x tp 1, zero 1, 256 micro-batches" in table
+    done = run("comm_volume.py", *options, "precision.gradient.format=e4m3")
+    assert done.returncode == 2
+    assert "precision.gradient.format" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,1 @@
+"""What a configuration needs, by arithmetic: no process group, no storage."""
