@@ -111,9 +111,31 @@ def train(args: argparse.Namespace, name: str, seed: int) -> None:
     print(f"{name}, seed {seed}: {loss} ({time.monotonic() - start:.0f} s)", flush=True)
 
 
-def table(out: Path, names: list[str], seeds: list[int]) -> str:
+Outcomes = dict[tuple[str, int], Outcome]
+
+
+def read_outcomes(out: Path, file: Path | None) -> Outcomes:
+    """Finished runs under ``out``, and those that ``file`` remembers from elsewhere."""
+    found: Outcomes = {}
+    if file is not None and file.exists():
+        for run in json.loads(file.read_text())["runs"]:
+            found[run["name"], run["seed"]] = Outcome(run["loss"], run["skipped"])
+    for name in RUNS:
+        for folder in out.glob(f"{directory(out, name, 0).name.removesuffix('0')}*/"):
+            here = outcome(folder)
+            if here is not None:
+                found[name, int(folder.name.rpartition("seed")[2])] = here
+    return found
+
+
+def write_outcomes(found: Outcomes, file: Path) -> None:
+    """Remember them."""
+    runs = [{"name": name, "seed": seed, **vars(one)} for (name, seed), one in sorted(found.items())]
+    file.write_text(json.dumps({"script": "tools/experiments.py", "runs": runs}, indent=1) + "\n")
+
+
+def table(out: Path, found: Outcomes, names: list[str], seeds: list[int]) -> str:
     """Markdown: loss, paired gap to O0 with its interval, seeds."""
-    found = {(n, s): outcome(directory(out, n, s)) for n in names for s in seeds}
     base = [o.loss for s in seeds if (o := found.get(("O0", s))) is not None]
     spread = statistics.stdev(base) if len(base) > 1 else math.nan
     lines = [
@@ -123,7 +145,7 @@ def table(out: Path, names: list[str], seeds: list[int]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in names:
-        done = {s: o for s in seeds if (o := found[name, s]) is not None}
+        done = {s: o for s in seeds if (o := found.get((name, s))) is not None}
         gone = sum(diverged(directory(out, name, s)) for s in seeds)
         if not done:
             lines.append(f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | 0 | |")
@@ -152,15 +174,20 @@ def main() -> None:
     parser.add_argument("--rest", type=int, default=1, help=f"seeds of runs other than {', '.join(PAIRED)}")
     parser.add_argument("--ranks", type=int, default=2, help="processes of a run")
     parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--json", type=Path, help="remember outcomes here; what it has is not run again")
     parser.add_argument("--overrides", nargs="*", default=[], help="section.key=value, for all runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
         for number, seed in enumerate(args.seeds):
             for name in args.runs:
-                if name in PAIRED or number < args.rest:
+                known = (name, seed) in read_outcomes(args.out, args.json)
+                if not known and (name in PAIRED or number < args.rest):
                     train(args, name, seed)
-    print(table(args.out, args.runs, args.seeds))
+    found = read_outcomes(args.out, args.json)
+    if args.json is not None:
+        write_outcomes(found, args.json)
+    print(table(args.out, found, args.runs, args.seeds))
 
 
 if __name__ == "__main__":
