@@ -40,14 +40,24 @@ PRECISIONS = {
     "O2-exact": ["precision.level=O2", "precision.gradient.fp8.reduce=exact"],
     "O2-feedback": ["precision.level=O2", "precision.gradient.fp8.error_feedback=true"],
 }
+# Rows of 256 have blocks of 128, which a cut in two leaves whole.
+THREE_D = [
+    *("parallel.tp=2", "parallel.pp=2", "parallel.zero=1"),
+    *("model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=64", "model.ffn_hidden_size=256"),
+]
+PRECISIONS |= {f"{level}-3d": [f"precision.level={level}", *THREE_D] for level in ("O0", "O1", "O2", "O3")}
 SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("world_size", "precision"),
     [
-        *((1, "bf16"), (2, "bf16"), (1, "fp8"), (2, "fp8"), (2, "O2")),
-        *(pytest.param(*case, marks=SLOW) for case in ((1, "O1"), (2, "O1"), (1, "O2"))),
+        *((2, "bf16"), (1, "fp8"), (2, "O2")),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in ((1, "bf16"), (2, "fp8"), (1, "O1"), (2, "O1"), (1, "O2"))
+        ),
+        *(pytest.param(8, f"{level}-3d", marks=SLOW) for level in ("O0", "O1", "O2", "O3")),
         *(pytest.param(n, p, marks=SLOW) for n in (1, 2) for p in ("O2-paper", "O2-exact", "O2-feedback")),
     ],
 )
