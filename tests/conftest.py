@@ -27,3 +27,12 @@ def gloo_pool() -> Iterator[GlooPool]:
     pool = GlooPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The test's own process as the pool's are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -68,6 +68,9 @@ HEADS = {
     "gpt": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64},
     "llama": {"num_heads": 16, "num_kv_heads": 8, "head_dim": 32},
 }
+# Share of a linear's codes that may differ from a process that rounds alike: none with two tensor-parallel
+# ranks; with more, all-reduce adds the softmax's FP32 sums in an order of its own.
+SUM_ORDER_CODES = 1e-3
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,22 @@ class Bounds:
     def of(cls, c: Configuration) -> Bounds:
         """Of a configuration. FP64 and FP32 differ by the order of sums; every rounding to BF16 in another
         place than in one process may move the loss by 2^-9 in each step; and with FP8 gradients each rank
-        casts the gradients of its own samples, where one process casts their sum once."""
+        casts the gradients of its own samples, where one process casts their sum once. In FP32 too an
+        FP8 code may fall on the other side of its rounding boundary."""
         order = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-5}[c["compute"]]
         in_steps = STEPS * 2**-9
         ranks_cast = c["compute"] != "fp64" and c["level"] != "O0" and c["dp"] * c["cp"] > 1
         gradients = order
+        if c["compute"] == "fp32" and c["level"] != "O0" and c["tp"] > 1:
+            gradients = 1e-3
         if c["compute"] == "bf16":
             # Norms see parts of the sequence; ends of a pipeline each have a gradient of a tied embedding.
             tied = c["pp"] > 1 and c["model"].endswith("-tied")
             gradients = in_steps / 4 if c["tp"] * c["cp"] * c["dp"] > 1 or tied else order
         alike = in_steps if ranks_cast else gradients
-        return cls(in_steps if c["compute"] == "bf16" and c["tp"] > 1 else alike, alike)
+        # Of partial sums, to BF16 or to FP8.
+        rounds = c["tp"] > 1 and (c["compute"] == "bf16" or (c["compute"] == "fp32" and c["level"] == "O3"))
+        return cls(in_steps if rounds else alike, alike)
 
 
 def legal(c: Configuration) -> bool:
@@ -144,7 +152,7 @@ def _pairs(c: Configuration) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]
         yield (a, c[a]), (b, c[b])
 
 
-def to_config(c: Configuration, *, parallel: bool) -> Config:
+def to_config(c: Configuration, steps: int, *, parallel: bool) -> Config:
     """The run of a configuration, on its layout or on one process."""
     family, _, tied = c["model"].partition("-")
     overrides = [
@@ -183,7 +191,7 @@ def to_config(c: Configuration, *, parallel: bool) -> Config:
         },
         "data": {"prefix": "unused", "seq_length": 32},
         "optimizer": {"lr": 0.005},
-        "train": {"steps": STEPS, "global_batch_size": c["micro_batches"], "micro_batch_size": 1},
+        "train": {"steps": steps, "global_batch_size": c["micro_batches"], "micro_batch_size": 1},
         "logging": {"cast_statistics_interval": 0},
     }
     return resolve_mapping(mapping, overrides).config
@@ -200,14 +208,16 @@ def batch(config: Config, step: int, processes: Processes) -> torch.Tensor:
 
 
 def train(config: Config, processes: Processes, parts: int = 1) -> tuple[list[float], Codes | None, Trainer]:
-    """Losses of ``STEPS`` steps and the operand codes of the first; None without FP8. ``parts``: a process
+    """Losses of all steps and the operand codes of the first; None without FP8. ``parts``: a process
     that is alone rounds its sums as so many tensor-parallel ranks do."""
     trainer = Trainer(config, processes, vocab_size=VOCAB)
     fp8 = config.precision.traffic.grad_input == "fp8"
     with sums_in_parts(trainer, parts, fp8_grad_input=fp8) if parts > 1 else nullcontext():
         with capture(trainer) if trainer.built.fp8 is not None else nullcontext() as codes:
             losses = [float(trainer.step(0, batch(config, 0, processes)).loss)]
-        losses += [float(trainer.step(i, batch(config, i, processes)).loss) for i in range(1, STEPS)]
+        losses += [
+            float(trainer.step(i, batch(config, i, processes)).loss) for i in range(1, config.train.steps)
+        ]
     return losses, codes, trainer
 
 
@@ -215,11 +225,11 @@ Shares = dict[str, dict[str, Changed]]
 
 
 def one_rank(
-    group: dist.ProcessGroup, rank: int, world_size: int, c: Configuration, expected: list[Path]
+    group: dist.ProcessGroup, rank: int, world_size: int, c: Configuration, steps: int, expected: list[Path]
 ) -> tuple[list[float], list[Shares]]:
     """Runs in the pool: losses, and how many codes differ from those in each file."""
     processes = joined_processes(torch.device("cpu"), Layout(c["pp"], c["cp"], c["tp"]))
-    losses, codes, trainer = train(to_config(c, parallel=True), processes)
+    losses, codes, trainer = train(to_config(c, steps, parallel=True), processes)
     if codes is None:
         return losses, []
     return losses, [changed(codes, Codes(*torch.load(file)), trainer, processes) for file in expected]
@@ -239,11 +249,11 @@ def worst_shares(per_rank: list[Shares]) -> dict[str, float | None]:
     return {operand: worst_share(per_rank, operand) for operand in ("w", "x", "grad_output")}
 
 
-def compare(c: Configuration, pool: GlooPool) -> dict[str, Any]:
+def compare(c: Configuration, pool: GlooPool, steps: int = STEPS) -> dict[str, Any]:
     """Train on the layout, on one process, and on one that rounds its sums as the layout's ranks do."""
     began = time.monotonic()
     single = Processes(torch.device("cpu"), 1, 0, alone(), None)
-    config = to_config(c, parallel=False)
+    config = to_config(c, steps, parallel=False)
     references = [train(config, single, parts)[:2] for parts in sorted({1, c["tp"]})]
     with tempfile.TemporaryDirectory() as folder:
         files = []
@@ -251,7 +261,8 @@ def compare(c: Configuration, pool: GlooPool) -> dict[str, Any]:
             if codes is not None:
                 files.append(Path(folder) / f"{number}.pt")
                 torch.save(tuple(codes), files[-1])
-        results = pool.run(one_rank, c["tp"] * c["pp"] * c["dp"] * c["cp"], c, files, timeout=900.0)
+        ranks = c["tp"] * c["pp"] * c["dp"] * c["cp"]
+        results = pool.run(one_rank, ranks, c, steps, files, timeout=900.0)
     got = results[0][0]
     differs = [worst_difference(got, losses) for losses, _ in references]
     shares = [worst_shares([found[number] for _, found in results]) for number in range(len(files))]
@@ -259,7 +270,8 @@ def compare(c: Configuration, pool: GlooPool) -> dict[str, Any]:
     bounds = Bounds.of(c)
     ok = differs[0] <= bounds.loss and differs[-1] <= bounds.loss_rounded_alike and agree
     if shares:
-        ok = ok and all(share == 0.0 for share in shares[-1].values() if share is not None)
+        allowed = SUM_ORDER_CODES if c["tp"] > 2 else 0.0
+        ok = ok and all(share <= allowed for share in shares[-1].values() if share is not None)
     return {
         **c,
         "differs": differs[0],

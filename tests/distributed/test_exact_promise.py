@@ -53,15 +53,6 @@ def test_ranks_that_differ_are_named_on_every_rank(gloo_pool, differing: str, na
     assert bool(messages[0]) == bool(named)
 
 
-@pytest.fixture
-def one_thread():
-    """The test's own process as the pool's are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     ("overrides", "threads", "named"),
     [
