@@ -7,8 +7,9 @@
 Every run trains ``configs/experiments/novels.yaml`` (or ``--config``) on ``--ranks`` processes with the
 overrides of its name below: O0, O1 and O2 with every seed, the rest with the first ``--rest`` of them. Runs
 of one seed share initial weights and batches, so their losses are compared in pairs: the mean of the
-differences to O0 with a 95 % interval (Student's t), beside the standard deviation of O0 over seeds. A run
-that is complete is not run again; one that was interrupted continues from its checkpoint.
+differences to O0 (or to the same layout without one FP8 collective) with a 95 % interval (Student's t),
+beside the standard deviation of O0 over seeds. A run that is complete is not run again; one that was
+interrupted continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -45,10 +46,20 @@ RUNS: dict[str, list[str]] = {
     "FP8 accumulation": [
         *("precision.level=O2", "precision.profile=paper", "precision.gradient.fp8.accumulate=fp8"),
     ],
+    "O2 tp 2": ["precision.level=O2", "parallel.tp=2"],
+    "O2 tp 2, grad_input": ["precision.level=O2", "parallel.tp=2", "precision.traffic.grad_input=fp8"],
+    "O2 tp 2, output": ["precision.level=O2", "parallel.tp=2", "precision.traffic.output=fp8"],
+    "O2 pp 2": ["precision.level=O2", "parallel.pp=2"],
+    "O2 pp 2, pipeline": ["precision.level=O2", "parallel.pp=2", "precision.traffic.pipeline=fp8"],
 }
 """Name -> overrides. ``#0`` to ``#4`` are the rows of FP8-LM's Table 6; its #1 is O0."""
 PAIRED = ("O0", "O1", "O2")
 """Run with every seed; the others with the first few."""
+BASES = {
+    **dict.fromkeys(("O2 tp 2, grad_input", "O2 tp 2, output"), "O2 tp 2"),
+    "O2 pp 2, pipeline": "O2 pp 2",
+}
+"""What a run is compared with, if not with O0: the same layout without that collective in FP8."""
 DIVERGED = 3
 """Exit status of a run whose gradients stayed non-finite, which is a result and no failure."""
 
@@ -135,27 +146,28 @@ def write_outcomes(found: Outcomes, file: Path) -> None:
 
 
 def table(out: Path, found: Outcomes, names: list[str], seeds: list[int]) -> str:
-    """Markdown: loss, paired gap to O0 with its interval, seeds."""
+    """Markdown: loss, paired gap with its interval, seeds."""
     base = [o.loss for s in seeds if (o := found.get(("O0", s))) is not None]
     spread = statistics.stdev(base) if len(base) > 1 else math.nan
     lines = [
         f"O0's standard deviation over {len(base)} seeds: {spread:.4f} nats.",
         "",
-        "| run | mean loss | gap to O0, paired | 95 % interval | seeds | skipped steps |",
-        "|---|---|---|---|---|---|",
+        "| run | mean loss | compared with | gap, paired | 95 % interval | seeds | skipped steps |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in names:
         done = {s: o for s in seeds if (o := found.get((name, s))) is not None}
         gone = sum(diverged(directory(out, name, s)) for s in seeds)
         if not done:
-            lines.append(f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | 0 | |")
+            lines.append(f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | | 0 | |")
             continue
-        gaps = [o.loss - b.loss for s, o in done.items() if (b := found.get(("O0", s))) is not None]
+        other = BASES.get(name, "O0")
+        gaps = [o.loss - b.loss for s, o in done.items() if (b := found.get((other, s))) is not None]
         interval = ""
         if len(gaps) > 1 and name != "O0":
             half = _T95[min(len(gaps) - 1, 9)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
             interval = f"{statistics.fmean(gaps) - half:+.4f} to {statistics.fmean(gaps) + half:+.4f}"
-        gap = f"{statistics.fmean(gaps):+.4f}" if gaps and name != "O0" else ""
+        gap = f"{other} | {statistics.fmean(gaps):+.4f}" if gaps and name != "O0" else " | "
         mean = statistics.fmean(o.loss for o in done.values())
         skipped = sum(o.skipped for o in done.values())
         lines.append(f"| {name} | {mean:.4f} | {gap} | {interval} | {len(done)} | {skipped} |")
