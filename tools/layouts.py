@@ -11,7 +11,7 @@ fixed seed. Each is trained for a few steps and its losses are compared with tho
 the FP8 codes that the GEMMs of the first step read. Tensor-parallel ranks round partial sums where one
 process rounds the total, so they are also compared with one process that rounds as they do: no code may
 differ from its. The result of each is a line of ``results.jsonl``, so an interrupted run continues.
-``--markdown FILE`` writes the table.
+``--markdown FILE`` writes the table below the text that is there.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/layouts"))
     parser.add_argument("--list", action="store_true", help="print the configurations and stop")
     parser.add_argument("--limit", type=int, help="run at most this many")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--markdown", type=Path, help="write the table here, below what is there")
     args = parser.parse_args()
     array = covering_array()
     if args.list:
@@ -344,7 +344,9 @@ def main() -> None:
         pool.close()
     print(table(rows))
     if args.markdown is not None:
-        args.markdown.write_text(table(rows) + "\n")
+        text = args.markdown.read_text() if args.markdown.exists() else ""
+        prose = text[: text.find("| tp |")] if "| tp |" in text else text
+        args.markdown.write_text(prose + table(rows) + "\n")
     if not all(row["ok"] for row in rows):
         raise SystemExit("some layouts differ")
 

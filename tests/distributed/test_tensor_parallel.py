@@ -131,12 +131,32 @@ def test_wire_bytes_of_a_column_parallel_edge(gloo_pool) -> None:
         return sum(count for key, count in sent[name].items() if key.endswith(("tp_input", "tp_grad_input")))
 
     def all_traffic(name: str) -> int:
-        return sum(count for key, count in sent[name].items() if "tp_" in key and "head" not in key)
+        ends = ("tp_embedding", "tp_head")  # never in FP8, and as much as a layer of a model of two
+        return sum(count for key, count in sent[name].items() if "tp_" in key and not key.endswith(ends))
 
     assert edge("gathers") / edge("compute") == pytest.approx(4 / 6, rel=0.01)
     # Codes and a byte per block of 32: rows are as narrow as the tiny model.
     assert edge("both") / edge("compute") == pytest.approx((3 + 1 / 32) / 6, rel=0.01)
-    assert all_traffic("both") < all_traffic("gathers") < all_traffic("compute")
+    # Two column-parallel edges of 6 bytes, two row-parallel ones of 4 (an output scattered, its gradient
+    # gathered).
+    assert all_traffic("gathers") / all_traffic("compute") == pytest.approx(14 / 20, rel=0.01)
+    assert all_traffic("both") / all_traffic("compute") == pytest.approx((12 + 2 / 32) / 20, rel=0.01)
+
+
+def losses_by_wire(group: dist.ProcessGroup, rank: int, world_size: int) -> list[list[float]]:
+    """Runs in the pool: losses with gathers in BF16 and in FP8."""
+    processes = joined_processes(torch.device("cpu"), Layout(tp=2))
+    level = ["precision.level=O2", "parallel.tp=2"]
+    return [
+        losses(tiny_config([*level, *wire], **WIDE), processes, STEPS)[0]
+        for wire in (PLAIN_WIRE, [*PLAIN_WIRE, *FP8_WIRE])
+    ]
+
+
+def test_gathers_in_fp8_change_no_bit(gloo_pool) -> None:
+    """They carry the operands of the GEMMs, which ranks that gather BF16 cast to afterwards."""
+    for plain, fp8 in gloo_pool.run(losses_by_wire, 2, timeout=300.0):
+        assert plain == fp8
 
 
 def save_in_parts(group: dist.ProcessGroup, rank: int, world_size: int, root: Path) -> float:
