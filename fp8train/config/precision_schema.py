@@ -308,8 +308,11 @@ class PrecisionConfig(Section):
     """O0: high precision everywhere (FP8 GEMMs by ``gemm.fp8``). O1: FP8 GEMMs, FP8 gradients and their
     reduction, FP16 master weights. O2: O1 and FP8/FP16 moments. O3: O2, ZeRO, and FP8 between
     ranks."""
-    recipe: Literal["current"] = "current"
-    """How FP8 scales are chosen; fills ``gemm``."""
+    recipe: Literal["current", "fp8_amax", "te_current", "te_delayed", "te_delayed_recent"] = "current"
+    """How FP8 scales are chosen; fills ``gemm``. ``current``: this tensor's amax, a power of two
+    (``fp8_amax``: the same, by its paper's name). ``te_current``: likewise, in FP32. ``te_delayed``: the
+    largest amax of the last 1024 steps; ``te_delayed_recent``: that of the last step; both for weights
+    too, in FP32."""
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
     scale per tensor everywhere, shared-scale reduction with auto-scaling, masters rounded to nearest."""
@@ -346,6 +349,17 @@ class PrecisionConfig(Section):
                     key,
                     "gemm.fp8",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _paper_has_its_own_recipe(self) -> PrecisionConfig:
+        if self.profile == "paper" and self.recipe != "current":
+            raise contradiction(
+                f"profile: paper has delayed scales of its own, but recipe is {self.recipe}; "
+                "remove one of the two",
+                "profile",
+                "recipe",
+            )
         return self
 
     @model_validator(mode="after")

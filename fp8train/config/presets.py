@@ -139,18 +139,26 @@ def _same_for_all_operands(settings: Values) -> Values:
     return filled
 
 
-_RECIPES: dict[str, Values] = {
-    "current": _same_for_all_operands(
-        {
-            "granularity": "tensor",
-            "scale_source": "current",
-            "power_of_two": True,
-            "margin": 0,
-            "rounding": "nearest",
-        }
-    ),
+_CURRENT: Values = {
+    "granularity": "tensor",
+    "scale_source": "current",
+    "power_of_two": True,
+    "margin": 0,
+    "rounding": "nearest",
 }
-
+_FP32_SCALES: Values = {**_CURRENT, "power_of_two": False}
+_DELAYED: Values = {**_FP32_SCALES, "scale_source": "delayed"}
+_RECIPES: dict[str, Values] = {
+    "current": _same_for_all_operands(_CURRENT),
+    # Perez et al. 2023 (FP8-AMAX): each tensor's own amax, scales rounded down to powers of two. They leave
+    # three bits free for output gradients, because their GEMMs add in FP16; ours add in FP32.
+    "fp8_amax": _same_for_all_operands(_CURRENT),
+    # Transformer Engine's recipes of these names: FP32 scales, all operands alike.
+    "te_current": _same_for_all_operands(_FP32_SCALES),
+    "te_delayed": _same_for_all_operands({**_DELAYED, "history": 1024, "reduce": "max"}),
+    # As Megatron-LM sets it by default: the last step's amax.
+    "te_delayed_recent": _same_for_all_operands({**_DELAYED, "history": 1, "reduce": "most_recent"}),
+}
 _DELAYED_OPERANDS = ("output.x", "grad_input.grad_output", "grad_weight.grad_output", "grad_weight.x")
 _PROFILES: dict[str, Values] = {
     "default": {},
@@ -204,8 +212,24 @@ def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
             continue
         origin = Origin("preset", f"{table.key}={choice}")
         for key, value in table.choices[choice].items():
+            if _is_moot(key, explicit):
+                continue
             filled = merge(filled, nest(key.split("."), Node(value, origin)))
     return derive(merge(filled, explicit, null_takes_back=False))
+
+
+def _is_moot(key: str, explicit: Node) -> bool:
+    """Whether a recipe's ``key`` says something of scales from a source that this operand explicitly has
+    not."""
+    operand, _, name = key.rpartition(".")
+    if not operand.startswith("precision.gemm."):
+        return False
+    source = explicit.find([*operand.split("."), "scale_source"])
+    if source is None:
+        return False
+    return (name in ("history", "reduce") and source.value != "delayed") or (
+        name == "power_of_two" and source.value == "constant"
+    )
 
 
 def derive(tree: Node) -> tuple[Node, list[Problem]]:

@@ -338,6 +338,11 @@ CONTRADICTIONS = {
         "false; write precision.gemm.fp8: true, or remove the setting (null takes back what a base file set) "
         "(precision.gemm.fp8: run.yaml:18)",
     ),
+    "paper_and_recipe": (
+        MINIMAL + "precision:\n  level: O2\n  recipe: te_delayed\n  profile: paper\n",
+        "run.yaml:18: precision.profile, precision.recipe: profile: paper has delayed scales of its own, but "
+        "recipe is te_delayed; remove one of the two (precision.recipe: run.yaml:17)",
+    ),
     "fp8_off_operand": (
         MINIMAL + "precision:\n  gemm:\n    fp8: false\n    output:\n      x: {margin: 1}\n",
         "run.yaml:19: precision.gemm.output.x.margin, precision.gemm.fp8: is set but FP8 GEMMs are off: "

@@ -94,6 +94,51 @@ def test_recipe_current_uses_e5m2_for_grad_output_only() -> None:
         assert (spec.margin, spec.rounding) == (0, "nearest")
 
 
+RECIPES = {
+    # name: (source, power of two, history, reduce), the same for all operands
+    "current": ("current", True, 16, "max"),
+    "fp8_amax": ("current", True, 16, "max"),
+    "te_current": ("current", False, 16, "max"),
+    "te_delayed": ("delayed", False, 1024, "max"),
+    "te_delayed_recent": ("delayed", False, 1, "most_recent"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fills_all_six_operands(name: str) -> None:
+    gemm = resolve_mapping(merged(precision={"recipe": name, "level": "O2"})).config.precision.gemm
+    for spec in (
+        *(gemm.output.x, gemm.output.w, gemm.grad_input.grad_output),
+        *(gemm.grad_input.w, gemm.grad_weight.grad_output, gemm.grad_weight.x),
+    ):
+        assert (spec.scale_source, spec.power_of_two, spec.history, spec.reduce) == RECIPES[name]
+        assert (spec.granularity, spec.margin) == ("tensor", 0)
+
+
+def test_all_recipes_are_in_the_table_above() -> None:
+    [table] = [table for table in PRESETS if table.key == "precision.recipe"]
+    assert set(table.choices) == set(RECIPES)
+
+
+def test_an_operand_with_another_source_takes_nothing_of_delayed_scales() -> None:
+    """One key moves an operand away from the recipe: what the recipe said of its history goes with it."""
+    current = {"scale_source": "current"}
+    constant = {"scale_source": "constant", "constant_exponent": 3}
+    written = {
+        "level": "O2",
+        "recipe": "te_delayed",
+        "gemm": {
+            "output": {"w": current, "x": constant},
+            "grad_input": {"w": current},
+            "grad_weight": {"x": constant},
+        },
+    }
+    gemm = resolve_mapping(merged(precision=written)).config.precision.gemm
+    assert (gemm.output.w.history, gemm.output.w.power_of_two) == (16, False)
+    assert (gemm.output.x.history, gemm.output.x.power_of_two) == (16, True)
+    assert gemm.grad_input.grad_output.history == 1024
+
+
 PRECEDENCE = [
     # what is written, whether FP8 GEMMs run, margin of output.x, gradient.reduce, origin of gemm.fp8
     ({}, False, 0, "fp32", "preset precision.level=O0"),

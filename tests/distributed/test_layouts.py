@@ -28,9 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
     "all": {"tp": 2, "pp": 2, "dp": 2, "zero": "rows", "level": "O3", "schedule": "interleaved_1f1b"},
 }
 
+SLOW = ("tp4", "tp-fp64")
+
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def test_a_layout_trains_as_one_process_does(gloo_pool, name: str) -> None:
     case = ONE | CASES[name]
     assert legal(case)
