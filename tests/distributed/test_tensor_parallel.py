@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fp8train.checkpoint import load_checkpoint, save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.training.trainer import Trainer
+from tests.distributed.pool import GlooPool
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 
 STEPS = 5
@@ -53,22 +54,31 @@ CASES: dict[str, tuple[list[str], float]] = {
 }
 
 
+# Blocks of 128 survive a cut in four.
+WIDER = ["model.head_dim=64", "model.ffn_hidden_size=512"]
+
+
 def layout_losses(
-    group: dist.ProcessGroup, rank: int, world_size: int, names: list[str], layout: Layout
+    group: dist.ProcessGroup, rank: int, world_size: int, names: list[str], layout: Layout, more: list[str]
 ) -> dict[str, list[float]]:
     """Runs in the pool: the losses of each case."""
     processes = joined_processes(torch.device("cpu"), layout)
     overrides = [f"parallel.tp={layout.tp}", f"parallel.pp={layout.pp}", f"parallel.cp={layout.cp}"]
     return {
-        name: losses(tiny_config([*CASES[name][0], *overrides], **WIDE), processes, STEPS)[0]
+        name: losses(tiny_config([*CASES[name][0], *overrides, *more], **WIDE), processes, STEPS)[0]
         for name in names
     }
 
 
-def check(per_rank: list[dict[str, list[float]]], names: list[str]) -> None:
+def check(
+    pool: GlooPool, ranks: int, names: list[str], layout: Layout, more: list[str] | None = None
+) -> None:
+    """Every case on ``ranks`` ranks and on one process."""
+    more = more or []
+    per_rank = pool.run(layout_losses, ranks, names, layout, more, timeout=600.0)
     for name in names:
         overrides, tolerance = CASES[name]
-        expected = torch.tensor(losses(tiny_config(overrides, **WIDE), alone(), STEPS)[0]).double()
+        expected = torch.tensor(losses(tiny_config([*overrides, *more], **WIDE), alone(), STEPS)[0]).double()
         got = torch.tensor(per_rank[0][name]).double()
         assert all(result[name] == per_rank[0][name] for result in per_rank), f"{name}: ranks disagree"
         worst = float(((got - expected).abs() / expected.abs()).max())
@@ -85,24 +95,21 @@ QUICK = ["fp64-gpt-tied", "fp64-fp8-wire", "fp64-batch-2", "bf16", "O2-lossy-wir
     ids=["quick", "rest"],
 )
 def test_two_ranks_train_as_one(gloo_pool, names: list[str]) -> None:
-    check(gloo_pool.run(layout_losses, 2, names, Layout(tp=2), timeout=300.0), names)
+    check(gloo_pool, 2, names, Layout(tp=2))
 
 
 def test_parts_of_sequences_train_as_one(gloo_pool) -> None:
     names = ["fp64-gpt-tied", "fp64-fp8"]
-    check(gloo_pool.run(layout_losses, 2, names, Layout(cp=2), timeout=300.0), names)
+    check(gloo_pool, 2, names, Layout(cp=2))
 
 
 @pytest.mark.slow
 def test_four_ranks_and_mixed_layouts(gloo_pool) -> None:
     names = ["fp64", "fp64-gpt-tied", "fp64-fp8-wire", "fp64-recompute", "fp64-batch-2"]
-    for world_size, layout in (
-        (4, Layout(tp=4)),
-        (4, Layout(tp=2)),
-        (8, Layout(tp=2, cp=2)),
-        (2, Layout(cp=2)),
-    ):
-        check(gloo_pool.run(layout_losses, world_size, names, layout, timeout=600.0), names)
+    check(gloo_pool, 4, names, Layout(tp=4), WIDER)
+    check(gloo_pool, 4, names, Layout(tp=2))
+    check(gloo_pool, 8, names, Layout(tp=2, cp=2))
+    check(gloo_pool, 2, names, Layout(cp=2))
 
 
 def operand_bytes(group: dist.ProcessGroup, rank: int, world_size: int) -> dict[str, dict[str, int]]:
