@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from fp8train.config.precision_schema import STATIC_RECIPES
 from fp8train.config.scalars import needs_quotes
 from fp8train.config.schema import Config, to_plain
 
@@ -39,7 +40,9 @@ def effective(config: Config) -> dict[str, Any]:
     plain = to_plain(config)
     precision = plain["precision"]
     if not config.precision.gemm.fp8:
-        del precision["recipe"], precision["profile"], precision["state"], precision["weights"]
+        if config.precision.recipe not in STATIC_RECIPES:
+            del precision["recipe"]
+        del precision["profile"], precision["state"], precision["weights"]
         precision["gemm"] = {"fp8": False}
     if config.precision.gradient.format == "high_precision":
         del precision["gradient"]["fp8"]

@@ -18,6 +18,10 @@ from fp8train.config.section import (
 )
 
 
+STATIC_RECIPES = ("mus", "unit_scaling", "umup")
+"""Recipes that cast without scales: each is a parametrisation too, of the same name."""
+
+
 class QuantConfig(Section):
     """How one operand of one GEMM is quantised."""
 
@@ -308,11 +312,21 @@ class PrecisionConfig(Section):
     """O0: high precision everywhere (FP8 GEMMs by ``gemm.fp8``). O1: FP8 GEMMs, FP8 gradients and their
     reduction, FP16 master weights. O2: O1 and FP8/FP16 moments. O3: O2, ZeRO, and FP8 between
     ranks."""
-    recipe: Literal["current", "fp8_amax", "te_current", "te_delayed", "te_delayed_recent"] = "current"
+    recipe: Literal[
+        "current",
+        "fp8_amax",
+        "te_current",
+        "te_delayed",
+        "te_delayed_recent",
+        "mus",
+        "unit_scaling",
+        "umup",
+    ] = "current"
     """How FP8 scales are chosen; fills ``gemm``. ``current``: this tensor's amax, a power of two
     (``fp8_amax``: the same, by its paper's name). ``te_current``: likewise, in FP32. ``te_delayed``: the
     largest amax of the last 1024 steps; ``te_delayed_recent``: that of the last step; both for weights
-    too, in FP32."""
+    too, in FP32. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill ``parametrization`` too, which keeps
+    tensors near unit variance."""
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
     scale per tensor everywhere, shared-scale reduction with auto-scaling, masters rounded to nearest."""

@@ -1,4 +1,5 @@
-"""Values that one key chooses for others: ``model.family``, ``precision.level``, ``.recipe``, ``.profile``.
+"""Values that one key chooses for others: ``model.family``, ``precision.level``, ``.recipe``,
+``.profile``, ``parametrization.kind``.
 
 A preset is data, not code: a table from a choice to the dotted keys it fills. :data:`PRESETS` lists the
 tables in the order in which they are laid over each other (the later wins), and whatever a person writes wins
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from fp8train.config.nodes import Node, Origin, Scalar, merge, nest
 
-Values = Mapping[str, Scalar]
+Values = Mapping[str, Scalar | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ GEMM_OPERANDS: dict[str, str] = {
 
 def _same_for_all_operands(settings: Values) -> Values:
     """``settings`` for every operand use, each with its usual format."""
-    filled: dict[str, Scalar] = {}
+    filled: dict[str, Scalar | tuple[str, ...]] = {}
     for operand, number_format in GEMM_OPERANDS.items():
         filled[f"precision.gemm.{operand}.format"] = number_format
         filled |= {f"precision.gemm.{operand}.{key}": value for key, value in settings.items()}
@@ -146,6 +147,7 @@ _CURRENT: Values = {
     "margin": 0,
     "rounding": "nearest",
 }
+_UNSCALED: Values = {**_CURRENT, "scale_source": "constant", "constant_exponent": 0}
 _FP32_SCALES: Values = {**_CURRENT, "power_of_two": False}
 _DELAYED: Values = {**_FP32_SCALES, "scale_source": "delayed"}
 _RECIPES: dict[str, Values] = {
@@ -158,6 +160,41 @@ _RECIPES: dict[str, Values] = {
     "te_delayed": _same_for_all_operands({**_DELAYED, "history": 1024, "reduce": "max"}),
     # As Megatron-LM sets it by default: the last step's amax.
     "te_delayed_recent": _same_for_all_operands({**_DELAYED, "history": 1, "reduce": "most_recent"}),
+    # Narayan et al. 2025 (μnit Scaling): every tensor is cast as it is.
+    "mus": {**_same_for_all_operands(_UNSCALED), "parametrization.kind": "mus"},
+    # Blake et al. 2023.
+    "unit_scaling": {**_same_for_all_operands(_UNSCALED), "parametrization.kind": "unit_scaling"},
+    # Blake et al. 2024: projections into the residual stream, whose inputs have heavy tails, stay in BF16.
+    "umup": {
+        **_same_for_all_operands(_UNSCALED),
+        "precision.gemm.exclude": ("layers.*.attention.out", "layers.*.mlp.down"),
+        "parametrization.kind": "umup",
+    },
+}
+_UNTIED: Values = {"model.tie_embeddings": False}
+_PARAMETRIZATIONS: dict[str, Values] = {
+    "standard": {},
+    "mus": {
+        **_UNTIED,
+        "model.norm_placement": "branch_end",
+        "parametrization.residual": "fixed",
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.decay_rule": "fully_decoupled",
+    },
+    "unit_scaling": {
+        **_UNTIED,
+        "parametrization.residual": "running_mean",
+        "parametrization.constraint": "geometric_mean",
+    },
+    # The u-μP authors' own runs: no gain in norms, independent decay, no clipping (gradients have unit scale).
+    "umup": {
+        **_UNTIED,
+        "model.norm_gain": False,
+        "parametrization.residual": "umup",
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.decay_rule": "independent",
+        "optimizer.clip_grad_norm": 0.0,
+    },
 }
 _DELAYED_OPERANDS = ("output.x", "grad_input.grad_output", "grad_weight.grad_output", "grad_weight.x")
 _PROFILES: dict[str, Values] = {
@@ -177,6 +214,7 @@ PRESETS: tuple[PresetTable, ...] = (
     PresetTable("precision.level", _LEVELS, default="O0"),
     PresetTable("precision.recipe", _RECIPES, default="current"),
     PresetTable("precision.profile", _PROFILES, default="default"),
+    PresetTable("parametrization.kind", _PARAMETRIZATIONS, default="standard"),
 )
 """All tables, in the order in which they win: a later one overrides an earlier one, explicit values override
 all."""
@@ -191,10 +229,10 @@ def filled_keys() -> frozenset[str]:
     return frozenset(from_tables | set(DERIVED))
 
 
-def chosen(table: PresetTable, explicit: Node) -> str | None:
-    """The choice that holds for ``table``: the explicit one, else its default; None if there is no legal
+def chosen(table: PresetTable, tree: Node) -> str | None:
+    """The choice that holds for ``table``: the one in ``tree``, else its default; None if there is no legal
     one."""
-    node = explicit.find(table.key.split("."))
+    node = tree.find(table.key.split("."))
     value = table.default if node is None else node.value
     return value if isinstance(value, str) and value in table.choices else None
 
@@ -207,15 +245,21 @@ def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
     """
     filled = Node({}, explicit.origin)
     for table in PRESETS:
-        choice = chosen(table, explicit)
+        choice = chosen(table, merge(filled, explicit, null_takes_back=False))  # a preset may choose another
         if choice is None:
             continue
         origin = Origin("preset", f"{table.key}={choice}")
         for key, value in table.choices[choice].items():
             if _is_moot(key, explicit):
                 continue
-            filled = merge(filled, nest(key.split("."), Node(value, origin)))
+            filled = merge(filled, nest(key.split("."), _leaf(value, origin)))
     return derive(merge(filled, explicit, null_takes_back=False))
+
+
+def _leaf(value: Scalar | tuple[str, ...], origin: Origin) -> Node:
+    if isinstance(value, tuple):
+        return Node([Node(entry, origin) for entry in value], origin, 1 + len(value))
+    return Node(value, origin)
 
 
 def _is_moot(key: str, explicit: Node) -> bool:

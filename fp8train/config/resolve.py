@@ -19,6 +19,7 @@ from fp8train.config.loader import load_file
 from fp8train.config.messages import problems_of, raise_problems
 from fp8train.config.nodes import DEFAULT, Node, Origin, merge
 from fp8train.config.overrides import parse_override
+from fp8train.config.precision_schema import STATIC_RECIPES
 from fp8train.config.presets import Problem, apply_presets
 from fp8train.config.scalars import ScalarError, check_text
 from fp8train.config.schema import Config
@@ -96,7 +97,10 @@ def _fp8_off_but_set(tree: Node) -> list[Problem]:
     gemm = tree.find(("precision", "gemm"))
     assert gemm is not None
     assert isinstance(gemm.value, dict)
-    inert = [("precision", "recipe"), *(("precision", "gemm", key) for key in gemm.value if key != "fp8")]
+    inert = [("precision", "gemm", key) for key in gemm.value if key != "fp8"]
+    recipe = tree.find(("precision", "recipe"))
+    if recipe is not None and recipe.value not in STATIC_RECIPES:  # those shape the model in BF16 too
+        inert.insert(0, ("precision", "recipe"))
     profile = tree.find(("precision", "profile"))
     if profile is not None and profile.value != "default":
         inert.append(("precision", "profile"))

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from fp8train.config.layout import layout_problems
-from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.parametrization_schema import ParametrizationConfig
+from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
 from fp8train.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -107,6 +108,17 @@ class ModelConfig(Section):
     """Normalisation."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance."""
+    norm_gain: bool = True
+    """Norms have a learned gain (and LayerNorm a bias, with ``bias``); ``umup`` writes false."""
+    norm_placement: Literal["pre", "branch_end"] = "pre"
+    """``pre``: normalise what enters a branch; ``branch_end``: what leaves it, before it joins the stream."""
+    qk_norm: Literal["none", "gain", "frozen"] = "none"
+    """RMSNorm of every query and key head before RoPE: ``gain`` with one learned vector each per layer,
+    ``frozen`` without. ``frozen`` with ``norm_placement: branch_end`` keeps FP8 attention free of outliers
+    (FOG)."""
+    attention_in_fp32: bool = False
+    """Compute attention in FP32, output included until backward is done with it: removes the bias of a BF16
+    output that can end in a diverging W_Q (arXiv 2510.04212); costs time and memory."""
     activation: Literal["gelu", "gelu_tanh", "swiglu"]
     """MLP non-linearity; ``swiglu`` adds the gate projection."""
     bias: bool
@@ -243,6 +255,11 @@ class ParallelConfig(Section):
     whole, the largest first to the least loaded (FP8-LM, algorithm 1)."""
 
 
+DecayRule = Literal["lr_times_lambda", "independent", "fully_decoupled"]
+MAX_DECAY_PER_STEP = 0.01
+"""Share of every weight that a step may remove; more is a λ meant for another decay rule."""
+
+
 class OptimizerConfig(Section):
     """AdamW or Lion, both with decoupled weight decay."""
 
@@ -257,7 +274,11 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment (AdamW)."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decay of matrices; 1-D parameters (norms, biases) are not decayed."""
+    """Decay λ of matrices; 1-D parameters (norms, biases) are not decayed, but for the norm gains of ``mus``.
+    0.1, or 1e-4 where ``decay_rule`` does not multiply it by the learning rate."""
+    decay_rule: DecayRule = "lr_times_lambda"
+    """``lr_times_lambda``: ``w -= lr·λ·w`` (torch's AdamW); ``independent``: ``λ`` times the schedule, without
+    the peak rate (``umup``); ``fully_decoupled``: ``w -= λ·w`` at every step (``mus``)."""
     clip_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 = never."""
 
@@ -373,6 +394,8 @@ class Config(Section):
     """The decoder."""
     data: DataConfig
     """Tokenised text."""
+    parametrization: ParametrizationConfig = ParametrizationConfig()
+    """What depends on width and depth: multipliers, residual weights, learning rates."""
     precision: PrecisionConfig
     """Number formats."""
     parallel: ParallelConfig = ParallelConfig()
@@ -387,6 +410,35 @@ class Config(Section):
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Reporting."""
+
+    @model_validator(mode="after")
+    def _parametrization(self) -> Config:
+        kind, recipe = self.parametrization.kind, self.precision.recipe
+        if kind != "standard" and self.model.tie_embeddings:
+            raise contradiction(
+                f"parametrization.kind: {kind} gives embedding and output head different multipliers and "
+                "learning rates, so they cannot be one tensor; write model.tie_embeddings: false",
+                "model.tie_embeddings",
+                "parametrization.kind",
+            )
+        if recipe in STATIC_RECIPES and kind != recipe:
+            raise contradiction(
+                f"precision.recipe: {recipe} casts without scales, which fits the unit-variance tensors of "
+                f"parametrization.kind: {recipe}, but kind is {kind}; remove one of the two, or choose a "
+                "recipe that measures its scales, such as current",
+                "parametrization.kind",
+                "precision.recipe",
+            )
+        decay = self.optimizer.weight_decay
+        if self.optimizer.decay_rule != "lr_times_lambda" and decay > MAX_DECAY_PER_STEP:
+            raise contradiction(
+                f"optimizer.weight_decay: {decay:g} with decay_rule: {self.optimizer.decay_rule} removes "
+                f"{decay:.0%} of every weight at every step; it is no longer multiplied by the learning rate: "
+                f"write at most {MAX_DECAY_PER_STEP:g} (typical: 1e-4)",
+                "optimizer.weight_decay",
+                "optimizer.decay_rule",
+            )
+        return self
 
     @model_validator(mode="after")
     def _context(self) -> Config:

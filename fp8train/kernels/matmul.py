@@ -30,21 +30,35 @@ def _widen(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bf16()
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, accumulated in at least FP32 and rounded once. Shapes: [.., M, K], [K, N] of one dtype."""
+def matmul(a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """``alpha · a @ b``, accumulated in at least FP32 and rounded once. Shapes: [.., M, K], [K, N] of one
+    dtype; two-dimensional with an ``alpha`` other than 1."""
     if _widen(a):
-        return (a.float() @ b.float()).to(a.dtype)
-    return a @ b
+        product = a.float() @ b.float()
+        return (product if alpha == 1.0 else product.mul_(alpha)).to(a.dtype)
+    if alpha == 1.0:
+        return a @ b
+    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)  # beta 0: what is added is not read
 
 
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    scale: float,
+    in_fp32: bool = False,
 ) -> Tensor:
-    """torch's function of this name; shapes [B, heads, S, D], result in the inputs' dtype."""
-    wide = _widen(query)
+    """torch's function of this name; shapes [B, heads, S, D], result in the inputs' dtype. ``in_fp32``: of
+    BF16 inputs too, and what backward keeps of the result is not rounded either."""
+    dtype = query.dtype
+    wide = _widen(query) or (in_fp32 and dtype == torch.bfloat16)
     if wide:
         query, key, value = query.float(), key.float(), value.float()
     mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, scale=scale
     )
-    return mixed.bfloat16() if wide else mixed
+    return mixed.to(dtype) if wide else mixed

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.matmul import scaled_dot_product_attention
+from fp8train.layers.factors import Factors, scale_backward, scale_forward
 from fp8train.layers.linear import Linear
 from fp8train.layers.qkv import split_heads
 from fp8train.layers.wire import wire
+
+
+_NONE = Factors()
 
 
 class KVCache:
@@ -46,6 +50,9 @@ class KVCache:
 class Attention(nn.Module):
     """``out(softmax(q·k / sqrt(D)) · v)``, causal.
 
+    ``logits_scale`` replaces ``1 / sqrt(D)``; ``factors`` multiply the mixed values, and the gradients of
+    queries, keys and values. ``qk_norm`` (of width D each) normalise query and key heads before RoPE.
+
     Attributes:
         qkv: fused projection, rows by group.
         out: projection back into the residual stream.
@@ -64,6 +71,10 @@ class Attention(nn.Module):
         recompute: Callable[..., Tensor] | None = None,
         parallel: TensorParallel | None = None,
         context: ContextParallel | None = None,
+        logits_scale: float | None = None,
+        factors: Factors = _NONE,
+        qk_norm: tuple[nn.Module, nn.Module] | None = None,
+        in_fp32: bool = False,
     ) -> None:
         """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations.
         Numbers of heads are the model's; with ``parallel`` this rank gets its share. ``context``: ranks with
@@ -74,6 +85,9 @@ class Attention(nn.Module):
         num_heads, num_kv_heads = num_heads // ways, num_kv_heads // ways
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.recompute, self.context = recompute, context
+        self.logits_scale = head_dim**-0.5 if logits_scale is None else logits_scale
+        self.factors, self.in_fp32 = factors, in_fp32
+        self.query_norm, self.key_norm = (None, None) if qk_norm is None else qk_norm
         self.qkv = Linear(
             hidden_size,
             (num_heads + 2 * num_kv_heads) * head_dim,
@@ -106,7 +120,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch, length, _ = qkv.shape
         groups, dim = self.num_kv_heads, self.head_dim
-        query, key, value = split_heads(qkv, cos, sin, num_kv_heads=groups, head_dim=dim)
+        norms = None
+        if self.query_norm is not None and self.key_norm is not None:
+            norms = self.query_norm, self.key_norm
+        qkv = scale_backward(qkv, self.factors.grad)
+        query, key, value = split_heads(qkv, cos, sin, num_kv_heads=groups, head_dim=dim, norms=norms)
         fresh = True
         if cache is not None:
             fresh = cache.length == 0
@@ -121,7 +139,10 @@ class Attention(nn.Module):
             attn_mask=None if fresh or length == 1 else _continued_mask(length, key.shape[2], query.device),
             is_causal=fresh and length > 1,
             enable_gqa=self.num_heads > groups,
+            scale=self.logits_scale,
+            in_fp32=self.in_fp32,
         )
+        mixed = scale_forward(mixed, self.factors.output)
         if self.context is not None:
             mixed = self.context.to_tokens(mixed)
         return mixed.transpose(1, 2).reshape(batch, length, self.num_heads * dim)

@@ -30,17 +30,12 @@ class SinkSlot:
     buffer: Tensor
 
 
-def scaled(product: Tensor, alpha: float) -> Tensor:
-    """``alpha · product``."""
-    return product if alpha == 1.0 else product * alpha
-
-
 @torch.library.custom_op("fp8train::contribute_grad_weight", mutates_args=("buffer",))
 def contribute_grad_weight(
     grad_output: Tensor, x: Tensor, buffer: Tensor, slot: Tensor, sink: int, alpha: float
 ) -> None:
     """Hand ``alpha · grad_output.T @ x`` of a high-precision linear to its sink: [T, N], [T, K] -> [N, K]."""
-    find_sink(sink).contribute(int(slot), lambda: scaled(matmul(grad_output.t(), x), alpha))
+    find_sink(sink).contribute(int(slot), lambda: matmul(grad_output.t(), x, alpha=alpha))
 
 
 @torch.library.custom_op("fp8train::contribute_grad_weight_fp8", mutates_args=("buffer",))

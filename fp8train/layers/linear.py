@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.kernels.matmul import matmul
+from fp8train.layers.factors import scale_backward
 from fp8train.layers.fp8_linear import CastSlots, StatisticsRows, fp8_linear
 from fp8train.layers.fp8_operand import Operand
 from fp8train.layers.fp8_weight import CachedFp8Weight, Fp8Weight, ResidentFp8Weight
-from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight, scaled
+from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.quant_spec import QuantSpec
@@ -48,7 +49,7 @@ class _HighPrecisionLinear(torch.autograd.Function):
         ctx.buffer, ctx.slot = buffer, slot  # not saved: other micro-batches change the buffer
         ctx.call = call
         whole = call.wire.gather_input(x, call.batch)()
-        y = scaled(matmul(whole, weight.t()), call.alphas.output)
+        y = matmul(whole, weight.t(), alpha=call.alphas.output)
         return call.wire.scatter_output(y, call.batch, fp8=False)()
 
     @staticmethod
@@ -60,13 +61,13 @@ class _HighPrecisionLinear(torch.autograd.Function):
         whole = call.wire.gather_input(x, call.batch) if ctx.needs_input_grad[1] else None
         grad_input = None
         if ctx.needs_input_grad[0]:
-            product = scaled(matmul(grad_output, weight), call.alphas.grad_input)
+            product = matmul(grad_output, weight, alpha=call.alphas.grad_input)
             grad_input = call.wire.scatter_grad_input(product, call.batch, fp8=False)
         grad_weight = None
         if whole is not None:
             x = whole()
             if buffer is None:
-                grad_weight = scaled(matmul(grad_output.t(), x), call.alphas.grad_weight)
+                grad_weight = matmul(grad_output.t(), x, alpha=call.alphas.grad_weight)
             else:
                 contribute_grad_weight(grad_output, x, buffer, slot, call.sink, call.alphas.grad_weight)
         result = None if grad_input is None else grad_input()
@@ -286,7 +287,7 @@ class Linear(nn.Module):
             rows = self._rows if recorder is not None and recorder.active else StatisticsRows()
             y = fp8_linear(flat, self.weight, (w_forward, w_backward), slot, slots, rows, call)
         if self.bias is not None:
-            y = y + self.bias
+            y = y + scale_backward(self.bias, self.alphas.grad_bias)
         shape = x.shape[:-1] if self.wire.kind == "none" else (batch, -1)
         return y.view(*shape, self.out_features)
 

@@ -11,11 +11,15 @@ from fp8train.numerics.quant_spec import LinearQuant
 
 @dataclass(frozen=True)
 class Alphas:
-    """Multipliers of the three GEMMs; a parametrisation sets them, standard training leaves them at 1."""
+    """Multipliers of the three GEMMs; a parametrisation sets them, standard training leaves them at 1.
+
+    ``grad_bias`` multiplies the gradient of the bias, which is added after the multiplication.
+    """
 
     output: float = 1.0
     grad_input: float = 1.0
     grad_weight: float = 1.0
+    grad_bias: float = 1.0
 
 
 @dataclass(frozen=True)

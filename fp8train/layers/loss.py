@@ -19,8 +19,10 @@ from torch import Tensor
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.matmul import matmul
 from fp8train.layers.blocks import row_blocks
+from fp8train.layers.linear_plan import Alphas
 
 IGNORE = -100
+_STANDARD = Alphas()
 # CPU: glibc maps blocks of 32 MiB and more anew each time, and every page of them faults.
 _CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
@@ -34,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         vocab_size: int,
         parallel: TensorParallel | None,
+        alphas: Alphas,
         grad_enabled: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -49,13 +52,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs_grad else None
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = matmul(part, weight.t())
+            logits = matmul(part, weight.t(), alpha=alphas.output)
             for block in row_blocks(logits.shape[0], logits.shape[1], logits.device):
                 total += _to_gradient(logits[block], target[block], vocabulary, wide, needs_grad)
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad_hidden[start : start + rows] = matmul(logits, weight)
-            grad_weight += matmul(logits.t(), part)
+            grad_hidden[start : start + rows] = matmul(logits, weight, alpha=alphas.grad_input)
+            grad_weight += matmul(logits.t(), part, alpha=alphas.grad_weight)
         if parallel is not None and grad_hidden is not None:
             grad_hidden = parallel.scatter_sum(grad_hidden, batch=batch, fp8=False, purpose="tp_head")()
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -69,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Times a BF16 tensor, CUDA would round the factor (1 / tokens) to BF16 first and bias every gradient.
         grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
         grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
-        return grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]), grad_weight, None, None, None, None
+        return grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]), grad_weight, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,9 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     parallel: TensorParallel | None = None,
+    alphas: Alphas = _STANDARD,
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``.
+    """Sum over tokens of ``-log softmax(alpha · hidden @ weight.T)[target]``.
 
     Args:
         hidden: [B, S, H] or [T, H]; with ``parallel`` this rank's part [B, S/tp, H].
@@ -141,6 +145,7 @@ def linear_cross_entropy(
         targets: int64 [B, S] or [T]; ``-100`` leaves a token out.
         vocab_size: real vocabulary.
         parallel: ranks with the other rows and other parts of the sequence.
+        alphas: multipliers of logits, of the gradient of hidden and of that of weight.
 
     Returns:
         FP32 scalar in nats (FP64 for FP64 inputs), of the whole sequences on every rank. Its gradient may be
@@ -149,10 +154,13 @@ def linear_cross_entropy(
     if targets.dim() == 1:
         hidden, targets = hidden.unsqueeze(0), targets.unsqueeze(0)
     # Asked here: inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, parallel, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, vocab_size, parallel, alphas, torch.is_grad_enabled()
+    )
 
 
-def logits(hidden: Tensor, weight: Tensor, *, vocab_size: int) -> Tensor:
-    """``hidden @ weight.T`` without the padded columns. Shapes: [.., H] -> [.., vocab_size], in the
+def logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, alpha: float = 1.0) -> Tensor:
+    """``alpha · hidden @ weight.T`` without the padded columns. Shapes: [.., H] -> [.., vocab_size], in the
     compute dtype."""
-    return matmul(hidden, weight[:vocab_size].t())
+    flat = matmul(hidden.flatten(0, -2), weight[:vocab_size].t(), alpha=alpha)
+    return flat.view(*hidden.shape[:-1], vocab_size)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.layers.factors import Factors, scale
 from fp8train.layers.linear import Linear
 from fp8train.layers.swiglu import swiglu
 from fp8train.layers.wire import wire
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 _LARGEST_UNIT = 128
+_NONE = Factors()
 
 
 def shard_unit(ffn_hidden_size: int) -> int:
@@ -44,11 +46,15 @@ class MLP(nn.Module):
         device: torch.device | None = None,
         recompute: Callable[..., Tensor] | None = None,
         parallel: TensorParallel | None = None,
+        activation_mult: float = 1.0,
+        factors: Factors = _NONE,
     ) -> None:
         """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations.
-        ``ffn_hidden_size`` is the model's; with ``parallel`` this rank gets its share."""
+        ``ffn_hidden_size`` is the model's; with ``parallel`` this rank gets its share. The non-linearity is
+        ``f(m·x)/m`` with m = ``activation_mult``, its result and gradient times ``factors``."""
         super().__init__()
         self.activation: Activation = activation
+        self.activation_mult, self.factors = activation_mult, factors
         self.unit = shard_unit(ffn_hidden_size)
         if parallel is not None:
             unit = self.unit if activation == "swiglu" else 1
@@ -70,6 +76,9 @@ class MLP(nn.Module):
         return self.down(activated)
 
     def _activate(self, up: Tensor) -> Tensor:
-        if self.activation != "swiglu":
-            return F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return swiglu(up, unit=self.unit)
+        mult = self.activation_mult
+        if self.activation == "swiglu":
+            return swiglu(up, unit=self.unit, mult=mult, factors=self.factors)
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        activated = F.gelu(up if mult == 1.0 else up * mult, approximate=approximate)
+        return scale(activated if mult == 1.0 else activated * (1 / mult), self.factors)

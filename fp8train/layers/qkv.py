@@ -8,6 +8,7 @@ orthogonal, so its backward is the rotation by the opposite angle; only the tabl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fp8train.layers.blocks import row_blocks
 from fp8train.layers.rotary import apply_rotary
 
 Heads = tuple[Tensor, Tensor, Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -67,21 +69,32 @@ def _rotate(source: Tensor, cos: Tensor, sin: Tensor, target: Tensor) -> None:
 
 
 def split_heads(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_kv_heads: int, head_dim: int
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    norms: tuple[Norm, Norm] | None = None,
 ) -> Heads:
-    """Cut the fused projection into heads and rotate queries and keys.
+    """Cut the fused projection into heads, normalise queries and keys, and rotate them.
 
     Args:
         qkv: [B, S, G·(P+2)·D], G = num_kv_heads groups of P query heads, a key and a value of D = head_dim.
         cos: [S, D/2], FP32 or wider; None leaves positions out.
         sin: the same.
+        num_kv_heads: G.
+        head_dim: D.
+        norms: of query and of key heads, each over D; None leaves them as they are.
 
     Returns:
         Queries [B, G·P, S, D], keys and values [B, G, S, D] in qkv's dtype; any strides.
     """
     grouped = qkv.view(*qkv.shape[:2], num_kv_heads, -1, head_dim)
-    if torch.compiler.is_compiling():  # the compiler fuses, forward and backward
+    if torch.compiler.is_compiling() or norms is not None:  # the compiler fuses, forward and backward
         query, key, value = _parts(grouped)
+        if norms is not None:
+            query, key = norms[0](query), norms[1](key)
         if cos is not None and sin is not None:
             query, key = query.flatten(2, 3).transpose(1, 2), key.transpose(1, 2)
             return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value.transpose(1, 2)

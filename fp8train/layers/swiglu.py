@@ -15,17 +15,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.layers.blocks import row_blocks
+from fp8train.layers.factors import Factors, scale
+
+_NONE = Factors()
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fused: Tensor, unit: int) -> Tensor:
+    def forward(ctx: Any, fused: Tensor, unit: int, mult: float, factors: Factors) -> Tensor:
         activated = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
         for rows in row_blocks(fused.shape[0], fused.shape[1], fused.device):
             gate, up = _halves(fused[rows], unit)
-            torch.mul(F.silu(gate), up, out=activated[rows].unflatten(-1, (-1, unit)))
+            target = activated[rows].unflatten(-1, (-1, unit))
+            torch.mul(_silu(gate, mult), up, out=target)
+            if factors.output != 1.0:
+                target.mul_(factors.output)
         ctx.save_for_backward(fused)
-        ctx.unit = unit
+        ctx.unit, ctx.mult, ctx.grad_factor = unit, mult, factors.grad
         return activated
 
     @staticmethod
@@ -36,9 +42,17 @@ class _SwiGLU(torch.autograd.Function):
             gate, up = _halves(fused[rows], ctx.unit)
             grad_gate, grad_up = _halves(grad_fused[rows], ctx.unit)
             grad = grads[0][rows].unflatten(-1, (-1, ctx.unit))
-            torch.mul(grad, F.silu(gate), out=grad_up)
-            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_fused, None
+            if ctx.grad_factor != 1.0:
+                grad = grad * ctx.grad_factor
+            torch.mul(grad, _silu(gate, ctx.mult), out=grad_up)
+            inner = gate if ctx.mult == 1.0 else gate * ctx.mult  # d silu(m·x)/m = silu'(m·x)
+            torch.ops.aten.silu_backward.grad_input(grad * up, inner, grad_input=grad_gate)
+        return grad_fused, None, None, None
+
+
+def _silu(gate: Tensor, mult: float) -> Tensor:
+    """``silu(mult · gate) / mult``."""
+    return F.silu(gate) if mult == 1.0 else F.silu(gate * mult).mul_(1 / mult)
 
 
 def _halves(fused: Tensor, unit: int) -> tuple[Tensor, Tensor]:
@@ -47,18 +61,21 @@ def _halves(fused: Tensor, unit: int) -> tuple[Tensor, Tensor]:
     return units[..., 0, :], units[..., 1, :]
 
 
-def swiglu(fused: Tensor, *, unit: int) -> Tensor:
-    """``silu(gate) · up``.
+def swiglu(fused: Tensor, *, unit: int, mult: float = 1.0, factors: Factors = _NONE) -> Tensor:
+    """``silu(mult·gate)/mult · up``, times ``factors.output``.
 
     Args:
         fused: [.., 2·F]: units of ``unit`` gate columns followed by as many up columns.
         unit: divides F.
+        mult: factor inside the non-linearity.
+        factors: on the result, and on the gradient.
 
     Returns:
         [.., F] in fused's dtype.
     """
     if torch.compiler.is_compiling():  # the compiler fuses, and decides itself what to keep
         gate, up = _halves(fused, unit)
-        return (F.silu(gate) * up).flatten(-2)
+        silu = F.silu(gate) if mult == 1.0 else F.silu(gate * mult) * (1 / mult)
+        return scale((silu * up).flatten(-2), factors)
     flat = fused.reshape(-1, fused.shape[-1])
-    return _SwiGLU.apply(flat, unit).view(*fused.shape[:-1], fused.shape[-1] // 2)
+    return _SwiGLU.apply(flat, unit, mult, factors).view(*fused.shape[:-1], fused.shape[-1] // 2)

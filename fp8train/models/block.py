@@ -11,32 +11,58 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
-from fp8train.config.schema import ModelConfig
 from fp8train.layers.attention import Attention, KVCache
 from fp8train.layers.mlp import MLP
 from fp8train.layers.norm import LayerNorm, RMSNorm
-from fp8train.models.param_spec import Parametrization
+from fp8train.layers.residual import ResidualRule
+from fp8train.models.parametrization import Parametrization
 
 # Functional: wraps a call, not a module, so no parameter changes its name. Nothing here draws random numbers.
 recompute: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def make_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device | None) -> RMSNorm | LayerNorm:
+def make_norm(
+    parametrization: Parametrization, dtype: torch.dtype, device: torch.device | None
+) -> RMSNorm | LayerNorm:
     """The model's kind of norm over ``hidden_size``."""
+    model, grad = parametrization.model, parametrization.vector_grad()
+    size, eps, gain = model.hidden_size, model.norm_eps, model.norm_gain
     if model.norm == "rmsnorm":
-        return RMSNorm(model.hidden_size, eps=model.norm_eps, dtype=dtype, device=device)
-    return LayerNorm(model.hidden_size, eps=model.norm_eps, bias=model.bias, dtype=dtype, device=device)
+        return RMSNorm(size, eps=eps, dtype=dtype, device=device, gain=gain, gain_grad=grad)
+    return LayerNorm(size, eps=eps, bias=model.bias, dtype=dtype, device=device, gain=gain, gain_grad=grad)
+
+
+def _qk_norms(
+    parametrization: Parametrization, dtype: torch.dtype, device: torch.device | None
+) -> tuple[RMSNorm, RMSNorm] | None:
+    """Norms of query and key heads, if the model has them."""
+    model = parametrization.model
+    if model.qk_norm == "none":
+        return None
+
+    def norm() -> RMSNorm:
+        return RMSNorm(
+            model.head_dim,
+            eps=model.norm_eps,
+            dtype=dtype,
+            device=device,
+            gain=model.qk_norm == "gain",
+            gain_grad=parametrization.vector_grad(),
+        )
+
+    return norm(), norm()
 
 
 class Block(nn.Module):
     """``x <- a·x + b·attention(norm(x))``, then the same with the MLP.
 
-    With norm placement ``branch_end`` the norm closes the branch instead: ``a·x + b·norm(attention(x))``.
+    With norm placement ``branch_end`` the norm closes the branch instead: ``a·x + b·norm(attention(x))``. What
+    a, b and the multipliers inside are is the parametrisation's choice.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
+        index: int,
         parametrization: Parametrization,
         *,
         dtype: torch.dtype,
@@ -45,12 +71,16 @@ class Block(nn.Module):
         parallel: TensorParallel | None = None,
         context: ContextParallel | None = None,
     ) -> None:
+        """``index``: of the block in the whole model; ``selective_recompute``: of norms, non-linearities and
+        attention. ``parallel`` and ``context`` as for the decoder."""
         super().__init__()
         inner = recompute if selective_recompute else None
-        self.residual = parametrization.residual
-        self.pre_norm = parametrization.norm_placement == "pre"
+        model, attention = parametrization.model, parametrization.attention()
+        self.attention_residual = parametrization.residual(2 * index)
+        self.mlp_residual = parametrization.residual(2 * index + 1)
+        self.pre_norm = model.norm_placement == "pre"
         self.recompute = inner
-        self.attention_norm = make_norm(model, dtype, device)
+        self.attention_norm = make_norm(parametrization, dtype, device)
         self.attention = Attention(
             hidden_size=model.hidden_size,
             num_heads=model.num_heads,
@@ -62,8 +92,12 @@ class Block(nn.Module):
             recompute=inner,
             parallel=parallel,
             context=context,
+            logits_scale=attention.logits_scale,
+            factors=attention.factors,
+            qk_norm=_qk_norms(parametrization, dtype, device),
+            in_fp32=model.attention_in_fp32,
         )
-        self.mlp_norm = make_norm(model, dtype, device)
+        self.mlp_norm = make_norm(parametrization, dtype, device)
         self.mlp = MLP(
             hidden_size=model.hidden_size,
             ffn_hidden_size=model.ffn_hidden_size,
@@ -73,19 +107,25 @@ class Block(nn.Module):
             device=device,
             recompute=inner,
             parallel=parallel,
+            activation_mult=parametrization.settings.activation_mult,
+            factors=parametrization.activation(),
         )
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
         """Shapes: x [B, S, H] -> [B, S, H]; cos/sin [S, D/2] or None."""
+        attend = partial(self.attention, cos=cos, sin=sin, cache=cache)
+        x = self._branch(self.attention_residual, self.attention_norm, attend, x)
+        return self._branch(self.mlp_residual, self.mlp_norm, self.mlp, x)
+
+    def _branch(
+        self, residual: ResidualRule, norm: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        start = residual.enter(x)
         if self.pre_norm:
-            x = self.residual.join(
-                x, self.attention(self._normalise(self.attention_norm, x), cos, sin, cache)
-            )
-            return self.residual.join(x, self.mlp(self._normalise(self.mlp_norm, x)))
-        x = self.residual.join(x, self._normalise(self.attention_norm, self.attention(x, cos, sin, cache)))
-        return self.residual.join(x, self._normalise(self.mlp_norm, self.mlp(x)))
+            return residual.join(x, function(self._normalise(norm, start)))
+        return residual.join(x, self._normalise(norm, function(start)))
 
     def _normalise(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x) if self.recompute is None else self.recompute(norm, x)

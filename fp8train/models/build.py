@@ -15,8 +15,11 @@ from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan
+from fp8train.models.mus import MuS
 from fp8train.models.param_spec import initial_value
+from fp8train.models.parametrization import Batch, Parametrization
 from fp8train.models.part import ModelPart
+from fp8train.models.unit_scaling import UnitMaximalUpdate, UnitScaling
 from fp8train.numerics.scale_state import ScaleState
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -44,6 +47,21 @@ def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
     return model if model.vocab_size is not None else model.model_copy(update={"vocab_size": vocab_size})
 
 
+_PARAMETRIZATIONS = {
+    "standard": Parametrization,
+    "mus": MuS,
+    "unit_scaling": UnitScaling,
+    "umup": UnitMaximalUpdate,
+}
+
+
+def parametrization(config: Config, vocab_size: int) -> Parametrization:
+    """The parametrisation of a run; ``vocab_size`` as for :func:`build_model`."""
+    batch = Batch(config.train.global_batch_size * config.data.seq_length, config.data.seq_length)
+    model = with_vocab_size(config.model, vocab_size)
+    return _PARAMETRIZATIONS[config.parametrization.kind](model, config.parametrization, batch)
+
+
 def build_model(
     config: Config,
     *,
@@ -69,7 +87,8 @@ def build_model(
     """
     dtype = COMPUTE_DTYPES[config.precision.compute]
     model = Decoder(
-        with_vocab_size(config.model, vocab_size),
+        parametrization(config, vocab_size),
+        decay_rule=config.optimizer.decay_rule,
         dtype=dtype,
         device=device,
         activation_checkpointing=config.train.activation_checkpointing,
@@ -104,7 +123,12 @@ def outline(config: Config, vocab_size: int) -> Decoder:
     """The whole model without storage (on the meta device): names and shapes, whatever part a process
     holds."""
     dtype = COMPUTE_DTYPES[config.precision.compute]
-    return Decoder(with_vocab_size(config.model, vocab_size), dtype=dtype, device=torch.device("meta"))
+    return Decoder(
+        parametrization(config, vocab_size),
+        decay_rule=config.optimizer.decay_rule,
+        dtype=dtype,
+        device=torch.device("meta"),
+    )
 
 
 def make_scale_state(model: Decoder, device: torch.device) -> ScaleState | None:

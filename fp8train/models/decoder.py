@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
-from fp8train.config.schema import ModelConfig
+from fp8train.config.schema import DecayRule, ModelConfig
 from fp8train.layers.attention import KVCache
 from fp8train.layers.embedding import Embedding, OutputHead
+from fp8train.layers.factors import scale, scale_backward
 from fp8train.layers.linear import Linear
 from fp8train.layers.loss import linear_cross_entropy, logits
 from fp8train.layers.rotary import RopeScaling, rotary_frequencies, rotary_table
 from fp8train.models.block import Block, make_norm, recompute
-from fp8train.models.param_spec import Parametrization, ParamSpec, Role, Shard
+from fp8train.models.param_spec import ParamSpec, Role, Shard
+from fp8train.models.parametrization import Parametrization
 from fp8train.models.part import ModelPart
 
 _ROLES: dict[str, Role] = {
@@ -76,8 +78,9 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        parametrization: Parametrization,
         *,
+        decay_rule: DecayRule = "lr_times_lambda",
         dtype: torch.dtype,
         device: torch.device | None = None,
         activation_checkpointing: str = "none",
@@ -85,18 +88,20 @@ class Decoder(nn.Module):
         parallel: TensorParallel | None = None,
         context: ContextParallel | None = None,
     ) -> None:
-        """Parameters are left uninitialised; see :func:`fp8train.models.build.build_model`. ``part``: what
-        to hold of the model, by default everything; ``parallel``: ranks among which its matrices are cut;
-        ``context``: ranks with the other tokens of each sequence."""
+        """Parameters are left uninitialised; see :func:`fp8train.models.build.build_model`.
+        ``parametrization``: the model's settings and multipliers; ``part``: what to hold of the model, by
+        default everything; ``parallel``: ranks among which its matrices are cut; ``context``: ranks with the
+        other tokens of each sequence."""
         super().__init__()
+        config = parametrization.model
         self.context = context
         self.parallel = split = None if parallel is None or parallel.size == 1 else parallel
-        assert config.vocab_size is not None
         self.config = config
         self.part = part = ModelPart.whole(config.num_layers) if part is None else part
         self.dtype = dtype
         self.full_recompute = activation_checkpointing == "full"
-        self.parametrization = Parametrization.standard(config)
+        self.parametrization, self._decay_rule = parametrization, decay_rule
+        assert config.vocab_size is not None
         rows = padded_vocab_size(config.vocab_size, config.vocab_multiple)
         if part.begins or (part.ends and config.tie_embeddings):
             self.embedding = Embedding(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
@@ -105,8 +110,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 str(i): Block(
-                    config,
-                    self.parametrization,
+                    i,
+                    parametrization,
                     dtype=dtype,
                     device=device,
                     selective_recompute=activation_checkpointing == "selective",
@@ -117,26 +122,29 @@ class Decoder(nn.Module):
             }
         )
         if part.ends:
-            self.final_norm = make_norm(config, dtype, device)
+            self.final_norm = make_norm(parametrization, dtype, device)
         if part.ends and not config.tie_embeddings:
             self.head = OutputHead(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
         self._rotary: tuple[Tensor, Tensor] | None = None
-        for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                module.name, module.alphas = name, self.parametrization.alphas
         self.specs: dict[str, ParamSpec] = {
             fqn: self._spec(fqn, parameter) for fqn, parameter in self.named_parameters()
         }
+        for name, linear in self.linears().items():
+            spec = self.specs[f"{name}.weight"]
+            linear.name = name
+            linear.alphas = parametrization.linear(spec.role, spec.fan_in, spec.fan_out)
 
     def _spec(self, fqn: str, parameter: Tensor) -> ParamSpec:
         shape, dim = list(parameter.shape), split_dim(fqn)
         if self.parallel is None:
-            return self.parametrization.spec(fqn, role_of(fqn), tuple(shape))
+            return self._logical_spec(fqn, shape)
         shard = None if dim is None else Shard(dim, self.parallel.rank, self.parallel.size)
         if shard is not None:
             shape[shard.dim] *= shard.count
-        spec = self.parametrization.spec(fqn, role_of(fqn), tuple(shape))
-        return replace(spec, shard=shard, sequence_partial=shard is None)
+        return replace(self._logical_spec(fqn, shape), shard=shard, sequence_partial=shard is None)
+
+    def _logical_spec(self, fqn: str, shape: Sequence[int]) -> ParamSpec:
+        return self.parametrization.spec(fqn, role_of(fqn), tuple(shape), decay_rule=self._decay_rule)
 
     def linears(self) -> dict[str, Linear]:
         """The hidden linears by module path, in order."""
@@ -175,11 +183,15 @@ class Decoder(nn.Module):
         start += self._first_position(tokens.shape[1])
         end = start + tokens.shape[1]
         assert end <= self.config.max_seq_len, f"{end} positions exceed max_seq_len {self.config.max_seq_len}"
-        x = self.embedding(tokens)
+        assert self.config.vocab_size is not None
+        factors = self.parametrization
+        x = scale_backward(self.embedding(tokens), factors.lookup_grad(self.config.vocab_size))
         if self.config.positions != "learned":
             return x
         start += 0 if self.parallel is None else self.parallel.rank * x.shape[1]
-        return x + self.positions.weight[start : start + x.shape[1]]
+        positions = self.positions.weight[start : start + x.shape[1]]
+        positions = scale_backward(positions, factors.lookup_grad(self.config.max_seq_len))
+        return scale(x + positions, factors.embedding_sum())
 
     def blocks(
         self, x: Tensor, layers: Sequence[int], span: slice, caches: list[KVCache] | None = None
@@ -217,6 +229,7 @@ class Decoder(nn.Module):
             targets,
             vocab_size=self.config.vocab_size,
             parallel=self.parallel,
+            alphas=self.parametrization.head(),
         )
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -228,7 +241,9 @@ class Decoder(nn.Module):
         """[B, S, vocab_size] in the compute dtype."""
         assert self.config.vocab_size is not None
         assert self.parallel is None, "logits of a model that is cut over ranks"
-        return logits(self.hidden(tokens, caches), self.head_weight, vocab_size=self.config.vocab_size)
+        alpha = self.parametrization.head().output
+        hidden = self.hidden(tokens, caches)
+        return logits(hidden, self.head_weight, vocab_size=self.config.vocab_size, alpha=alpha)
 
     def make_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Empty key/value caches for generation."""

@@ -1,24 +1,22 @@
 """What is known about a parameter besides its values.
 
 One :class:`ParamSpec` per fully qualified name drives initialisation, learning-rate and decay groups, the FP8
-plan and checkpoints. A *parametrisation* is the rule that fills it from a parameter's role and shape.
+plan and checkpoints. A *parametrisation* (:mod:`fp8train.models.parametrization`) fills it from a parameter's
+role and shape.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fp8train.config.schema import ModelConfig
-from fp8train.layers.linear import Alphas
-from fp8train.layers.residual import NormPlacement, ResidualRule
+from fp8train.config.schema import DecayRule
 
 Role = Literal["embedding", "position", "hidden", "residual_out", "head", "norm", "bias"]
-DecayRule = Literal["lr_times_lambda", "independent", "fully_decoupled"]
 
 
 @dataclass(frozen=True)
@@ -91,47 +89,6 @@ class ParamSpec:
     def with_fp8(self, in_fp8_plan: bool) -> ParamSpec:
         """The same parameter in or out of the FP8 plan."""
         return replace(self, in_fp8_plan=in_fp8_plan)
-
-
-@dataclass(frozen=True)
-class Parametrization:
-    """The standard parametrisation: N(0, init_std²) weights, ``init_std / sqrt(2L)`` into the residual stream
-    (Radford et al. 2019).
-
-    Attributes:
-        init_std: standard deviation of matrices.
-        num_layers: L.
-        residual: how branches join.
-        norm_placement: where a block normalises.
-        alphas: GEMM multipliers of hidden linears.
-    """
-
-    init_std: float
-    num_layers: int
-    residual: ResidualRule = field(default_factory=ResidualRule)
-    norm_placement: NormPlacement = "pre"
-    alphas: Alphas = field(default_factory=Alphas)
-
-    @classmethod
-    def standard(cls, model: ModelConfig) -> Parametrization:
-        """From the model section of a configuration."""
-        return cls(init_std=model.init_std, num_layers=model.num_layers)
-
-    def spec(self, fqn: str, role: Role, shape: tuple[int, ...]) -> ParamSpec:
-        """The spec of a parameter with this name, role and logical shape."""
-        matrix = len(shape) == 2
-        std = self.init_std / (2 * self.num_layers) ** 0.5 if role == "residual_out" else self.init_std
-        return ParamSpec(
-            fqn=fqn,
-            role=role,
-            global_shape=shape,
-            fan_in=shape[1] if matrix else 0,
-            fan_out=shape[0] if matrix else 0,
-            init="normal" if matrix else ("ones" if role == "norm" else "zeros"),
-            init_std=std if matrix else 0.0,
-            lr_mult=1.0,
-            decay="lr_times_lambda" if matrix else None,
-        )
 
 
 def initial_value(spec: ParamSpec, seed: int) -> Tensor:

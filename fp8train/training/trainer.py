@@ -116,6 +116,8 @@ class Trainer:
         self.model = self.built.model
         in_parts = layout is not None or processes.tp.size > 1
         self.outline = outline(config, vocab_size) if in_parts else self.model
+        rule = self.model.parametrization
+        self._unscale = 1 / rule.gradient_scale if rule.true_gradients else 1.0
         self.updates = 0
         contributions = accumulation_steps(config, processes.dp.size)
         self.recorder = self._attach_recorder()
@@ -207,6 +209,7 @@ class Trainer:
         self.processes.replicas.all_reduce(total, purpose="loss")()
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
         norm = self.store.global_norm() if self.pipeline is None else self.pipeline.global_norm()
+        norm = norm * self._unscale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         applied = bool(torch.isfinite(norm))  # the one host sync of a step
         self._move_scales(applied)  # first: new weights are cast with the next step's scales
@@ -216,7 +219,7 @@ class Trainer:
                 self.store.reader,
                 step=self.updates,
                 lr_factor=factor,
-                grad_multiplier=clip_multiplier(norm, self.config.optimizer.clip_grad_norm),
+                grad_multiplier=clip_multiplier(norm, self.config.optimizer.clip_grad_norm) * self._unscale,
                 count_flushed=self.recorder is not None and self.recorder.active,
             )
             self._distribute()
@@ -226,6 +229,9 @@ class Trainer:
     def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | int) -> Tensor:
         """Forward and backward of all micro-batches into the store, reduced. Returns this rank's summed loss,
         an FP64 scalar."""
+        scale = self.model.parametrization.gradient_scale
+        if scale != 1.0:
+            num_tokens = num_tokens / scale
         self.store.begin_step(len(inputs))
         self.gradients.begin_step()
         if self.pipeline is None:

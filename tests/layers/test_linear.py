@@ -273,7 +273,7 @@ def test_high_precision_alphas() -> None:
     for got, reference, alpha in zip(run(scaled), run(plain), (0.5, 3.0, -0.25), strict=True):
         assert got is not None
         assert reference is not None
-        torch.testing.assert_close(got, reference * alpha, rtol=1e-14, atol=0)
+        torch.testing.assert_close(got, reference * alpha, rtol=1e-12, atol=1e-18)
 
 
 @pytest.mark.parametrize("quant", [None, LinearQuant()], ids=["high", "fp8"])

@@ -1,0 +1,85 @@
+"""μnit Scaling (Narayan et al. 2025, arXiv 2502.05967): FP8 without scales, true gradients, transfer over width.
+
+==================  ==========  =====================  =========================  =============
+parameter           init        forward multiplier     learning rate              decay
+==================  ==========  =====================  =========================  =============
+embeddings          N(0, 1)     1                      η                          λ
+hidden matrices     N(0, 1)     1/√fan_in              η·√(base_width / H)        λ
+norm gain           1           --                     η                          λ
+output head         N(0, 1)     1/fan_in               η                          λ
+==================  ==========  =====================  =========================  =============
+
+Decay is fully decoupled, ``w <- (1-λ)·w``. The multipliers are the GEMMs' own α and the same backward, so
+gradients are true. Norms stand at the end of branches and residual joins keep the stream's variance at 1 (√(1-τ)
+and √τ): with that, every operand of a hidden linear is near unit variance and is cast as it is, to E4M3.
+
+**Gradients need one scale.** Those of a mean loss are about 1/(tokens·H) in size: nearly all of an output
+gradient would round to zero in E5M2 (its smallest number is 2^-16). As gradients are true, one constant S on the
+loss serves the whole model: S = 2^3 · 2^round(log2(tokens of a step · H)), from the configuration alone. Output
+gradients then are around 1 and have some 9 binades of room above and below. The division by S comes before
+clipping and the optimizer.
+
+**Llama.** The paper has GELU, LayerNorm and full attention. SwiGLU of unit inputs has RMS 0.6; it is multiplied
+by 1.68 (:func:`fp8train.models.unit_scaling.gated_factor`), forward and backward. RMSNorm stands where LayerNorm
+would; RoPE and grouped heads change no variance. Position embeddings are added with 1/√2.
+"""
+
+from __future__ import annotations
+
+from math import log2
+
+from fp8train.layers.factors import Factors
+from fp8train.layers.linear_plan import Alphas
+from fp8train.models.param_spec import Role
+from fp8train.models.parametrization import Parametrization
+from fp8train.models.unit_scaling import gated_factor
+
+
+class MuS(Parametrization):
+    """See the module."""
+
+    def init_std(self, role: Role) -> float:
+        """1, everywhere."""
+        del role
+        return 1.0
+
+    def lr_mult(self, fqn: str, role: Role, shape: tuple[int, ...]) -> float:
+        """By the ratio of widths: all hidden matrices, whatever their own fan-in, move alike."""
+        del fqn, shape
+        if role not in ("hidden", "residual_out"):
+            return 1.0
+        return (self.settings.base_width / self.model.hidden_size) ** 0.5
+
+    def decays(self, role: Role) -> bool:
+        """Norm gains too: the paper exempts nothing."""
+        return role != "bias"
+
+    def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
+        """1/√fan_in, forward and backward."""
+        del role, fan_out
+        alpha = fan_in**-0.5
+        return Alphas(alpha, alpha, alpha)
+
+    def head(self) -> Alphas:
+        """1/fan_in."""
+        alpha = self.settings.loss_mult / self.model.hidden_size
+        return Alphas(alpha, alpha, alpha)
+
+    def embedding_sum(self) -> Factors:
+        """Two unit variances."""
+        return Factors(2**-0.5, 2**-0.5)
+
+    def activation(self) -> Factors:
+        """GELU as it is; SwiGLU back to unit variance."""
+        if self.model.activation != "swiglu":
+            return Factors()
+        factor = gated_factor(self.settings.activation_mult)
+        return Factors(factor, factor)
+
+    @property
+    def gradient_scale(self) -> float:
+        """S, a power of two."""
+        exponent = self.settings.gradient_scale_exponent
+        if exponent is None:
+            exponent = 3 + round(log2(self.batch.tokens * self.model.hidden_size))
+        return 2.0**exponent

@@ -1,0 +1,170 @@
+"""Unit scaling and u-μP (arXiv 2303.11257 and 2407.17465): unit variance of weights, activations *and* gradients.
+
+Every operation has a factor α on its output and β on its gradients (:mod:`fp8train.layers.factors`), chosen
+for unit-variance inputs. Where the edge into an operation is not a cut edge of the graph, α and β must be
+equal (``constraint``: the output's factor, or their geometric mean). Weights, the output head and the loss are
+cut edges: each weight's gradient is a constant times the true one, which AdamW and Lion do not notice.
+
+With fan_in = K, fan_out = N, B tokens in an optimizer step (of all ranks and micro-batches: a factor that
+depended on the local batch would make training depend on the layout), vocabulary V, sequence length S, head
+width D and L(a, lo, hi) = hi^a · lo^(1-a)::
+
+    operation            α                                    β
+    linear               K^-½                                 input N^-½ (constrained), weight and bias B^-½
+    head (u-μP)          K^-1                                 input N^-½, weight B^-½
+    head (unit scaling)  K^-½                                 the same
+    embedding            1                                    (V / B)^½
+    norm gain, bias      1                                    B^-½
+    GELU                 L(1/(1+¼/m²), 2, (2/(1-1/π))^½)       L(1/(1+¼/m²), 2, √2)  (constrained)
+    SwiGLU               L(1/(1+1/m²), 2, √2)                 the same
+    attention (u-μP)     1 / L(1/(1+4D/m²), (ln S / S)^½, 1)  the same; logits m/D
+    attention (unit)     see attention_variance               the same; logits m/√D
+    cross-entropy        1                                    V / (V-1)^½, of the sum over tokens
+
+(constants of GELU, SwiGLU and u-μP's attention: empirical fits published with u-μP's library, here verified
+against simulation in the tests.) α of attention comes from the configured sequence length, not from the tensor
+at hand: generation token by token computes what training did.
+
+u-μP adds learning rates (AdamW and Lion; H the width, L the number of blocks)::
+
+    embeddings  1/√H        hidden  (K · 2L)^-½        norms and biases in blocks  (2L)^-½        others  1
+
+and residual weights that give embedding, attention and MLP equal shares. Unit scaling alone keeps one learning
+rate for all and weighs branches by the running mean, which is the standard decoder with its stream rescaled.
+"""
+
+from __future__ import annotations
+
+from math import log, pi
+
+from fp8train.config.parametrization_schema import ParametrizationConfig
+from fp8train.config.schema import ModelConfig
+from fp8train.layers.factors import Factors
+from fp8train.layers.linear_plan import Alphas
+from fp8train.layers.residual import ResidualRule
+from fp8train.models.param_spec import Role
+from fp8train.models.parametrization import AttentionFactors, Batch, Parametrization
+
+
+def interpolate(share: float, low: float, high: float) -> float:
+    """``high^share · low^(1 - share)``."""
+    return float(high**share * low ** (1 - share))
+
+
+def gated_factor(mult: float) -> float:
+    """1 over the RMS of ``up · silu(mult·gate)/mult`` for unit normal inputs: 1.682 at 1."""
+    return interpolate(1 / (1 + 1 / mult**2), 2.0, 2**0.5)
+
+
+def gelu_factors(mult: float) -> Factors:
+    """1 over the standard deviation of ``gelu(mult·x)/mult`` and 1 over the RMS of its derivative."""
+    share = 1 / (1 + 0.25 / mult**2)
+    return Factors(interpolate(share, 2.0, (2 / (1 - 1 / pi)) ** 0.5), interpolate(share, 2.0, 2**0.5))
+
+
+def attention_variance(seq_length: int) -> float:
+    """Mean output variance of causal attention with unit normal logits and unit normal, independent values.
+
+    A softmax over k such logits has ``sum(p²) = e/k - (e-1)/k²`` to first order in 1/k (the e is
+    E[exp(2z)]/E[exp(z)]²), which is 1 at k = 1.
+    """
+    e = 2.718281828459045
+    return sum(e / k - (e - 1) / k**2 for k in range(1, seq_length + 1)) / seq_length
+
+
+class UnitScaling(Parametrization):
+    """Unit scaling, and the base of u-μP."""
+
+    def init_std(self, role: Role) -> float:
+        """1, everywhere."""
+        del role
+        return 1.0
+
+    def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
+        """Input gradients share the output's factor: the stream goes around every hidden linear."""
+        del role
+        shared = self._shared(fan_in**-0.5, fan_out**-0.5)
+        return Alphas(shared.output, shared.grad, self.vector_grad())
+
+    def head(self) -> Alphas:
+        """A cut edge, so every factor is free; the loss's own factor is in it."""
+        return self._head(self.model.hidden_size**-0.5)
+
+    def lookup_grad(self, rows: int) -> float:
+        """(V / B)^½."""
+        return float((rows / self.batch.tokens) ** 0.5)
+
+    def embedding_sum(self) -> Factors:
+        """Two unit variances; gradients go to both as they are but for the shared factor."""
+        return Factors(2**-0.5, 2**-0.5)
+
+    def vector_grad(self) -> float:
+        """B^-½."""
+        return float(self.batch.tokens**-0.5)
+
+    def attention(self) -> AttentionFactors:
+        """Logits over √D, as always."""
+        alpha = attention_variance(self.batch.seq_length) ** -0.5
+        return AttentionFactors(self.settings.attention_mult / self.model.head_dim**0.5, Factors(alpha, alpha))
+
+    def activation(self) -> Factors:
+        """GELU or SwiGLU."""
+        mult = self.settings.activation_mult
+        if self.model.activation == "swiglu":
+            return Factors(gated_factor(mult), gated_factor(mult))
+        factors = gelu_factors(mult)
+        return self._shared(factors.output, factors.grad)
+
+    def residual(self, branch: int) -> ResidualRule:
+        """b's backward is delayed to the branch's start."""
+        return self._residual(branch, delayed=True)
+
+    @property
+    def gradient_scale(self) -> float:
+        """B: the sum over tokens instead of their mean."""
+        return float(self.batch.tokens)
+
+    @property
+    def true_gradients(self) -> bool:
+        """No: constants of their own, see the module."""
+        return False
+
+    def _head(self, output: float) -> Alphas:
+        vocab_size = self.model.vocab_size
+        assert vocab_size is not None
+        # softmax - onehot has RMS (V-1)^½ / V at the start; loss_mult is forward only, as in u-μP's library.
+        to_unit = vocab_size / (vocab_size - 1) ** 0.5
+        return Alphas(
+            output * self.settings.loss_mult, vocab_size**-0.5 * to_unit, self.vector_grad() * to_unit
+        )
+
+    def _shared(self, output: float, grad: float) -> Factors:
+        factor = output if self.settings.constraint == "output" else (output * grad) ** 0.5
+        return Factors(factor, factor)
+
+
+class UnitMaximalUpdate(UnitScaling):
+    """u-μP."""
+
+    def __init__(self, model: ModelConfig, settings: ParametrizationConfig, batch: Batch) -> None:
+        super().__init__(model, settings, batch)
+        self._depth = 2 * model.num_layers
+
+    def lr_mult(self, fqn: str, role: Role, shape: tuple[int, ...]) -> float:
+        """See the module."""
+        if role in ("embedding", "position"):
+            return float(shape[1] ** -0.5)
+        depth = self._depth**-0.5 if fqn.startswith("layers.") else 1.0
+        return depth * (shape[1] ** -0.5 if role in ("hidden", "residual_out") else 1.0)
+
+    def head(self) -> Alphas:
+        """1/fan_in forward."""
+        return self._head(1 / self.model.hidden_size)
+
+    def attention(self) -> AttentionFactors:
+        """Logits over D: queries and keys of a trained model are correlated."""
+        mult, head_dim, length = self.settings.attention_mult, self.model.head_dim, self.batch.seq_length
+        share = 1 / (1 + 4 * head_dim / mult**2)
+        low = (log(length) / length) ** 0.5 if length > 1 else 1.0
+        alpha = 1 / interpolate(share, low, 1.0)
+        return AttentionFactors(mult / head_dim, Factors(alpha, alpha))
