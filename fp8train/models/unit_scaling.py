@@ -22,7 +22,8 @@ width D and L(a, lo, hi) = hi^a · lo^(1-a)::
     cross-entropy        1                                    V / (V-1)^½, of the sum over tokens
 
 (constants of GELU, SwiGLU and u-μP's attention: empirical fits published with u-μP's library, here verified
-against simulation in the tests.) α of attention comes from the configured sequence length, not from the tensor
+against simulation in the tests. Biases are added after the multiplication and not multiplied by α, as that
+library does; their gradients are the same.) α of attention comes from the configured sequence length, not from the tensor
 at hand: generation token by token computes what training did.
 
 u-μP adds learning rates (AdamW and Lion; H the width, L the number of blocks)::
@@ -36,6 +37,8 @@ rate for all and weighs branches by the running mean, which is the standard deco
 from __future__ import annotations
 
 from math import log, pi
+
+import torch
 
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.schema import ModelConfig
@@ -65,11 +68,22 @@ def gelu_factors(mult: float) -> Factors:
 def attention_variance(seq_length: int) -> float:
     """Mean output variance of causal attention with unit normal logits and unit normal, independent values.
 
-    A softmax over k such logits has ``sum(p²) = e/k - (e-1)/k²`` to first order in 1/k (the e is
-    E[exp(2z)]/E[exp(z)]²), which is 1 at k = 1.
+    The i-th token's is the expectation of ``sum(p²)`` of a softmax over i logits. With ``w = exp(z)`` and
+    ``1/s² = ∫ t·exp(-t·s) dt`` it is ``i · ∫ t · E[w²·exp(-t·w)] · E[exp(-t·w)]^(i-1) dt``: an integral over one
+    number, taken on a logarithmic grid, with expectations over z on a plain one. It tends to e/i only slowly: 2.64/i
+    at i = 256.
     """
-    e = 2.718281828459045
-    return sum(e / k - (e - 1) / k**2 for k in range(1, seq_length + 1)) / seq_length
+    z = torch.linspace(-12, 12, 1201, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2)
+    density /= density.sum()
+    log_t = torch.linspace(-16, 10, 801, dtype=torch.float64)
+    t, step = log_t.exp(), float(log_t[1] - log_t[0])
+    decay = torch.exp(-t[:, None] * z.exp())
+    survival = decay @ density
+    weight = t.square() * (decay @ (density * (2 * z).exp())) * step  # t², because dt = t · d(log t)
+    lengths = torch.arange(1, seq_length + 1, dtype=torch.float64)
+    per_token = [float(i) * float((weight * survival ** (float(i) - 1)).sum()) for i in lengths]
+    return sum(per_token) / seq_length
 
 
 class UnitScaling(Parametrization):
@@ -84,7 +98,7 @@ class UnitScaling(Parametrization):
         """Input gradients share the output's factor: the stream goes around every hidden linear."""
         del role
         shared = self._shared(fan_in**-0.5, fan_out**-0.5)
-        return Alphas(shared.output, shared.grad, self.vector_grad())
+        return Alphas(shared.output, shared.grad, self.vector_grad(), self.vector_grad())
 
     def head(self) -> Alphas:
         """A cut edge, so every factor is free; the loss's own factor is in it."""
