@@ -184,7 +184,6 @@ _PARAMETRIZATIONS: dict[str, Values] = {
     "unit_scaling": {
         **_UNTIED,
         "parametrization.residual": "running_mean",
-        "parametrization.constraint": "geometric_mean",
     },
     # The u-μP authors' own runs: no gain in norms, independent decay, no clipping (gradients have unit scale).
     "umup": {

@@ -22,7 +22,6 @@ from fp8train.layers.loss import linear_cross_entropy
 from fp8train.layers.mlp import MLP
 from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.layers.residual import ResidualRule
-from fp8train.models.build import parametrization
 from fp8train.models.parametrization import Batch, Parametrization, equal_shares_ratio
 from fp8train.models.unit_scaling import UnitMaximalUpdate, attention_variance, gated_factor, gelu_factors
 from tests.models.settings import tiny_config
@@ -256,8 +255,5 @@ def test_attention_variance_against_simulation(length: int) -> None:
 
 def test_geometric_mean_of_a_linear_is_the_paper_s() -> None:
     """2303.11257: (mn)^(-1/4) for both, where the edge is constrained."""
-    rule = parametrization(
-        tiny_config({"family": "llama", "vocab_size": VOCAB}, precision={"recipe": "unit_scaling"}), VOCAB
-    )
-    alphas = rule.linear("hidden", 64, 256)
+    alphas = umup(constraint="geometric_mean").linear("hidden", 64, 256)
     assert alphas.output == alphas.grad_input == pytest.approx((64 * 256) ** -0.25)
