@@ -41,6 +41,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make and look at datasets.")
 app.add_typer(data_app, name="data")
+report_app = typer.Typer(help="Tables and plots from a run's records.")
+app.add_typer(report_app, name="report")
 
 
 class TokenizerKind(StrEnum):
@@ -234,6 +236,19 @@ def generate(
         num_samples=num_samples,
         device=device.value,
     )
+
+
+@report_app.command()
+def scales(
+    run: Annotated[Path, typer.Argument(help="Run directory, of a finished or a running job")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the plots and numbers; default: RUN/report.")
+    ] = None,
+) -> int:
+    """Show the scales of a run's FP8 casts by layer, linear and step, and what they flushed or saturated."""
+    from fp8train.reporting.scales import report_scales
+
+    return report_scales(run, out)
 
 
 @app.command()

@@ -29,12 +29,13 @@ _OWN_FILES = (
     "metrics.jsonl",
     "events.jsonl",
     "casts.jsonl",
+    "inference_casts.jsonl",
     "report.html",
     "STOP",
     "tokenizer.model",
     "tokenizer.json",
 )
-_OWN_DIRS = ("logs", "tb", "wandb")
+_OWN_DIRS = ("logs", "tb", "wandb", "report")
 _logger = logging.getLogger(__name__)
 
 

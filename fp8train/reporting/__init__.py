@@ -1,0 +1,1 @@
+"""What a finished or running job looks like: tables and plots from its records."""
