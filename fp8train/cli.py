@@ -99,10 +99,14 @@ def show_config(
     yaml: Annotated[bool, typer.Option("--yaml", help="Print the resolved config as YAML.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema for editors.")] = False,
     reference: Annotated[bool, typer.Option("--reference", help="Print all keys as Markdown.")] = False,
+    recipe: Annotated[
+        bool,
+        typer.Option("--recipe", help="Print formats, scales, multipliers and rates of every layer."),
+    ] = False,
 ) -> None:
     """Print every value of a run and where it came from."""
-    if sum((yaml, schema, reference)) > 1:
-        raise UserError("--yaml, --schema and --reference exclude each other")
+    if sum((yaml, schema, reference, recipe)) > 1:
+        raise UserError("--yaml, --schema, --reference and --recipe exclude each other")
     if schema or reference:
         if config is not None:
             raise UserError("--schema and --reference describe every config; leave out CONFIG")
@@ -118,6 +122,11 @@ def show_config(
     from fp8train.config.resolve import load_config
 
     resolved = load_config(config, overrides or ())
+    if recipe:
+        from fp8train.planning.recipe_table import describe_recipe
+
+        _write(describe_recipe(resolved.config))
+        return
     _write(dump_yaml(resolved.config) if yaml else explain(resolved))
 
 

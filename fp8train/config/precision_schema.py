@@ -17,7 +17,6 @@ from fp8train.config.section import (
     contradiction,
 )
 
-
 STATIC_RECIPES = ("mus", "unit_scaling", "umup")
 """Recipes that cast without scales: each is a parametrisation too, of the same name."""
 

@@ -244,8 +244,9 @@ def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
     """
     filled = Node({}, explicit.origin)
     for table in PRESETS:
-        choice = chosen(table, merge(filled, explicit, null_takes_back=False))  # a preset may choose another
-        if choice is None:
+        tree = merge(filled, explicit, null_takes_back=False)
+        choice = chosen(table, tree)  # perhaps a choice that an earlier preset made
+        if choice is None or _is_refused(table, choice, tree):
             continue
         origin = Origin("preset", f"{table.key}={choice}")
         for key, value in table.choices[choice].items():
@@ -253,6 +254,14 @@ def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
                 continue
             filled = merge(filled, nest(key.split("."), _leaf(value, origin)))
     return derive(merge(filled, explicit, null_takes_back=False))
+
+
+def _is_refused(table: PresetTable, choice: str, tree: Node) -> bool:
+    """Whether the schema will refuse the choice for another one; laid over that, it would only make noise."""
+    recipe = tree.find(("precision", "recipe"))
+    return (table.key, choice) == ("precision.profile", "paper") and (
+        recipe is not None and recipe.value != "current"
+    )
 
 
 def _leaf(value: Scalar | tuple[str, ...], origin: Origin) -> Node:

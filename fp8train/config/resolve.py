@@ -97,7 +97,7 @@ def _fp8_off_but_set(tree: Node) -> list[Problem]:
     gemm = tree.find(("precision", "gemm"))
     assert gemm is not None
     assert isinstance(gemm.value, dict)
-    inert = [("precision", "gemm", key) for key in gemm.value if key != "fp8"]
+    inert: list[tuple[str, ...]] = [("precision", "gemm", key) for key in gemm.value if key != "fp8"]
     recipe = tree.find(("precision", "recipe"))
     if recipe is not None and recipe.value not in STATIC_RECIPES:  # those shape the model in BF16 too
         inert.insert(0, ("precision", "recipe"))

@@ -19,7 +19,6 @@ from fp8train.layers.linear import Linear
 from fp8train.layers.qkv import split_heads
 from fp8train.layers.wire import wire
 
-
 _NONE = Factors()
 
 
@@ -87,6 +86,8 @@ class Attention(nn.Module):
         self.recompute, self.context = recompute, context
         self.logits_scale = head_dim**-0.5 if logits_scale is None else logits_scale
         self.factors, self.in_fp32 = factors, in_fp32
+        self.query_norm: nn.Module | None
+        self.key_norm: nn.Module | None
         self.query_norm, self.key_norm = (None, None) if qk_norm is None else qk_norm
         self.qkv = Linear(
             hidden_size,

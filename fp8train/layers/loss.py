@@ -72,7 +72,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Times a BF16 tensor, CUDA would round the factor (1 / tokens) to BF16 first and bias every gradient.
         grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
         grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
-        return grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]), grad_weight, None, None, None, None, None
+        return (
+            grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]),
+            grad_weight,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,9 @@ class UnitScaling(Parametrization):
     def attention(self) -> AttentionFactors:
         """Logits over √D, as always."""
         alpha = attention_variance(self.batch.seq_length) ** -0.5
-        return AttentionFactors(self.settings.attention_mult / self.model.head_dim**0.5, Factors(alpha, alpha))
+        return AttentionFactors(
+            self.settings.attention_mult / self.model.head_dim**0.5, Factors(alpha, alpha)
+        )
 
     def activation(self) -> Factors:
         """GELU or SwiGLU."""

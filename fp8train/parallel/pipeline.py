@@ -145,17 +145,17 @@ class Pipeline:
         self._names, self._fp8_traffic = sorted(parameters), fp8_traffic
         self._schedule: Any = None
         self._shape: torch.Size | None = None
-        self._num_tokens: Tensor | int = 1
+        self._num_tokens: Tensor | float = 1
         self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._tied = decoder.config.tie_embeddings and layout.first_rank != layout.last_rank
 
-    def run(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | int) -> Tensor:
+    def run(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         """Forward and backward of all micro-batches into the gradient store.
 
         Args:
             inputs: int64 [A, B, S], the same on all ranks of the pipeline.
             targets: int64 [A, B, S].
-            num_tokens: of the global batch; divides the loss.
+            num_tokens: of the global batch, over the gradient scale; divides the loss.
 
         Returns:
             Summed loss, FP64 scalar; zero where the last stage is not.

@@ -201,11 +201,13 @@ class Trainer:
         inputs, targets = inputs_and_targets(micro_batches, self.ignore_after)
         inputs, targets = (self._part(t) for t in (inputs, targets))
         num_tokens = self._global_token_count(targets)
+        scale = self.model.parametrization.gradient_scale
+        divisor = num_tokens if scale == 1.0 else num_tokens / scale
         if self.gradients.needs_calibration:
             with self.gradients.calibration():
-                self._accumulate(inputs, targets, num_tokens)
+                self._accumulate(inputs, targets, divisor)
         with nullcontext() if self.scales is None else self.scales.recording():
-            total = self._accumulate(inputs, targets, num_tokens)
+            total = self._accumulate(inputs, targets, divisor)
         self.processes.replicas.all_reduce(total, purpose="loss")()
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
         norm = self.store.global_norm() if self.pipeline is None else self.pipeline.global_norm()
@@ -226,12 +228,9 @@ class Trainer:
         self.store.release()
         return StepResult(total / num_tokens, float(norm), self.config.optimizer.lr * factor, applied)
 
-    def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | int) -> Tensor:
+    def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         """Forward and backward of all micro-batches into the store, reduced. Returns this rank's summed loss,
-        an FP64 scalar."""
-        scale = self.model.parametrization.gradient_scale
-        if scale != 1.0:
-            num_tokens = num_tokens / scale
+        an FP64 scalar. Gradients are those of the loss over ``num_tokens``."""
         self.store.begin_step(len(inputs))
         self.gradients.begin_step()
         if self.pipeline is None:
@@ -244,7 +243,7 @@ class Trainer:
         self.gradients.end_step()
         return total
 
-    def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | int) -> Tensor:
+    def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for x, y in zip(inputs, targets, strict=True):
             loss_sum = self.model(x, y)

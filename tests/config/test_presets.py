@@ -101,6 +101,9 @@ RECIPES = {
     "te_current": ("current", False, 16, "max"),
     "te_delayed": ("delayed", False, 1024, "max"),
     "te_delayed_recent": ("delayed", False, 1, "most_recent"),
+    "mus": ("constant", True, 16, "max"),
+    "unit_scaling": ("constant", True, 16, "max"),
+    "umup": ("constant", True, 16, "max"),
 }
 
 
@@ -178,8 +181,15 @@ def test_explicit_wins_over_recipe_over_level(case: int) -> None:
 
 
 def test_later_tables_win() -> None:
-    """Level, recipe: the order documented for settings; a key filled by both would come from the recipe."""
-    keys = ["model.family", "precision.level", "precision.recipe", "precision.profile"]
+    """Level, recipe: the order documented for settings; a key filled by both would come from the recipe. A recipe
+    may choose the parametrisation."""
+    keys = [
+        "model.family",
+        "precision.level",
+        "precision.recipe",
+        "precision.profile",
+        "parametrization.kind",
+    ]
     assert [table.key for table in PRESETS] == keys
 
 

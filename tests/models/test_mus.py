@@ -45,7 +45,9 @@ def reference_loss(model: Decoder, weights: dict[str, Tensor], tokens: Tensor, t
         return x / torch.sqrt(x.square().mean(-1, keepdim=True) + c.norm_eps) * weights[name]
 
     def rotate(x: Tensor) -> Tensor:  # [B, heads, S, D]
-        angles = torch.arange(length)[:, None] * c.rope_theta ** (-torch.arange(0, dim, 2) / dim)[None, :].double()
+        angles = (
+            torch.arange(length)[:, None] * c.rope_theta ** (-torch.arange(0, dim, 2) / dim)[None, :].double()
+        )
         first, second = x.chunk(2, -1)
         return torch.cat(
             (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), -1
@@ -59,7 +61,9 @@ def reference_loss(model: Decoder, weights: dict[str, Tensor], tokens: Tensor, t
         scores = q @ k.transpose(-1, -2) / math.sqrt(dim)
         scores = scores.masked_fill(~torch.ones(length, length).tril().bool(), -math.inf)
         mixed = torch.softmax(scores, -1) @ v
-        return linear(mixed.transpose(1, 2).reshape(batch, length, heads * dim), f"{layer}.attention.out.weight")
+        return linear(
+            mixed.transpose(1, 2).reshape(batch, length, heads * dim), f"{layer}.attention.out.weight"
+        )
 
     def mlp(x: Tensor, layer: str) -> Tensor:
         up = linear(x, f"{layer}.mlp.up.weight")
@@ -114,7 +118,15 @@ def test_values_of_step_0_rates_and_decay() -> None:
 
 
 def test_tau_of_the_depths_in_the_table_and_between() -> None:
-    assert [default_tau(depth) for depth in (1, 4, 24, 32, 40, 100, 300)] == [0.4, 0.4, 0.3, 0.3, 0.2, 0.1, 0.1]
+    assert [default_tau(depth) for depth in (1, 4, 24, 32, 40, 100, 300)] == [
+        0.4,
+        0.4,
+        0.3,
+        0.3,
+        0.2,
+        0.1,
+        0.1,
+    ]
     assert default_tau(8) == pytest.approx(0.4 - 0.1 * math.log(8 / 4) / math.log(24 / 4))
     assert default_tau(36) > 0.2
 
@@ -178,7 +190,12 @@ def test_constants_of_unit_scaling_multiply_each_parameter_s_true_gradient() -> 
 
 
 def _slope(
-    decoder: Decoder, parameter: Tensor, direction: Tensor, tokens: Tensor, targets: Tensor, step: float = 1e-5
+    decoder: Decoder,
+    parameter: Tensor,
+    direction: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    step: float = 1e-5,
 ) -> float:
     values = []
     with torch.no_grad():

@@ -180,9 +180,7 @@ def test_branches_have_the_shares_of_the_final_stream_that_they_were_promised(
     branches = 12
     shares = [1.0]  # of the stream's variance: embedding first
     for branch in range(branches):
-        weight = equal_shares_ratio(
-            branch, num_branches=branches, residual_mult=mult, attention_ratio=ratio
-        )
+        weight = equal_shares_ratio(branch, num_branches=branches, residual_mult=mult, attention_ratio=ratio)
         shares = [share / (1 + weight**2) for share in shares] + [weight**2 / (1 + weight**2)]
     embedding, attention, mlp = shares[0], sum(shares[1::2]), sum(shares[2::2])
     assert embedding + attention + mlp == pytest.approx(1.0, abs=1e-12)

@@ -74,4 +74,5 @@ def test_without_the_gradient_scale_most_gradients_would_be_flushed() -> None:
     """What S is for: a mean loss's gradients are below E5M2's range, and more so the wider the model."""
     rows = cast_rows("mus", "gpt", 2, 256, "parametrization.gradient_scale_exponent=0")
     flushed = [row["flushed"] for site, row in rows.items() if site.endswith("/grad_output")]
-    assert min(flushed) > 0.3, flushed
+    assert min(flushed) > 0.1, flushed
+    assert max(flushed) > 0.8, flushed

@@ -1,0 +1,178 @@
+"""``fp8train config --recipe``: the recipe of a run as three tables, before anything is trained.
+
+A recipe is a parametrisation and a plan of casts. The tables say, for every linear, how each operand of its
+three GEMMs is quantised and by what the GEMM multiplies; for every parameter, its initial deviation and its
+factors on learning rate and decay; and for every other operation its multipliers. Rows that are the same for
+several blocks are shown once, ``layers.0-3.mlp.up``. Read off the model itself (built on the meta device, without
+storage), not off the configuration: what is shown is what runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from fp8train.config.schema import Config
+from fp8train.data.errors import DataError
+from fp8train.data.indexed_dataset import IndexedDataset
+from fp8train.data.sidecar import read_sidecar
+from fp8train.kernels.gemm import GemmBackend
+from fp8train.layers.linear import Linear
+from fp8train.models.build import outline
+from fp8train.models.decoder import Decoder
+from fp8train.models.fp8_plan import apply_fp8_plan
+from fp8train.numerics.quant_spec import LinearQuant
+
+Row = tuple[str, ...]
+_LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
+
+
+ASSUMED_VOCABULARY = 32000
+"""Where neither the configuration nor a dataset tells."""
+
+
+def describe_recipe(config: Config) -> str:
+    """The tables, with the vocabulary of the configuration or of its dataset.
+
+    Raises:
+        ConfigError: the FP8 plan selects nothing or names what is not there.
+    """
+    size = config.model.vocab_size or _dataset_vocabulary(config)
+    if size is not None:
+        return recipe_tables(config, size)
+    note = f"# no model.vocab_size and no dataset yet: factors of embedding and head are for {ASSUMED_VOCABULARY}"
+    return f"{recipe_tables(config, ASSUMED_VOCABULARY)}\n{note}\n"
+
+
+def _dataset_vocabulary(config: Config) -> int | None:
+    data = config.data
+    prefix = data.prefix if data.prefix is not None else data.blend[0].prefix if data.blend else None
+    try:
+        sidecar = None if prefix is None else read_sidecar(IndexedDataset(prefix))
+    except DataError:
+        return None
+    return None if sidecar is None else sidecar.vocab_size
+
+
+def recipe_tables(config: Config, vocab_size: int) -> str:
+    """The tables as text.
+
+    Args:
+        config: a validated configuration.
+        vocab_size: the tokenizer's, used where ``model.vocab_size`` is not set.
+
+    Raises:
+        ConfigError: the FP8 plan selects nothing or names what is not there.
+    """
+    model = outline(config, vocab_size)
+    header = f"recipe {config.precision.recipe}, parametrization {config.parametrization.kind}"
+    if config.precision.gemm.fp8:
+        backend = GemmBackend("decode", "not chosen")
+        plan = apply_fp8_plan(
+            model.linears(), config.precision.gemm, backend, num_layers=config.model.num_layers
+        )
+        header += f"; {plan}"
+    else:
+        header += "; FP8 GEMMs off"
+    linears = [("linear", "gemm", "operands", "multiplier"), *_compressed(_linear_rows(model))]
+    parameters = [("parameter", "init", "lr", "decay"), *_compressed(_parameter_rows(model))]
+    operations = [("operation", "multiplier", "of the gradient"), *_compressed(_operation_rows(model))]
+    return "\n\n".join([header, *(_table(rows) for rows in (linears, parameters, operations))]) + "\n"
+
+
+def _linear_rows(model: Decoder) -> Iterator[Row]:
+    for name, linear in model.linears().items():
+        alphas = linear.alphas
+        for gemm, alpha in (
+            ("output", alphas.output),
+            ("grad_input", alphas.grad_input),
+            ("grad_weight", alphas.grad_weight),
+        ):
+            yield name, gemm, _operands(linear, gemm), _number(alpha)
+
+
+def _operands(linear: Linear, gemm: str) -> str:
+    if linear.plan is None:
+        return "high precision"
+    first, second = _USES[gemm]
+    quant: LinearQuant = linear.plan.quant
+    specs = {
+        "output.x": quant.output_x,
+        "output.w": quant.output_w,
+        "grad_input.grad_output": quant.grad_input_grad_output,
+        "grad_input.w": quant.grad_input_w,
+        "grad_weight.grad_output": quant.grad_weight_grad_output,
+        "grad_weight.x": quant.grad_weight_x,
+    }
+    return ", ".join(f"{use} {specs[f'{gemm}.{use}']}" for use in (first, second))
+
+
+_USES = {"output": ("x", "w"), "grad_input": ("grad_output", "w"), "grad_weight": ("grad_output", "x")}
+
+
+def _parameter_rows(model: Decoder) -> Iterator[Row]:
+    for fqn, spec in model.specs.items():
+        init = f"N(0, {_number(spec.init_std)}²)" if spec.init == "normal" else spec.init
+        yield fqn, init, f"× {_number(spec.lr_mult)}", spec.decay or "none"
+
+
+def _operation_rows(model: Decoder) -> Iterator[Row]:
+    rule, config = model.parametrization, model.config
+    assert config.vocab_size is not None
+    yield "embedding", "1", _number(rule.lookup_grad(config.vocab_size))
+    if config.positions == "learned":
+        both = rule.embedding_sum()
+        yield "positions", "1", _number(rule.lookup_grad(config.max_seq_len))
+        yield "embedding + positions", _number(both.output), _number(both.grad)
+    yield "norm gains and biases", "1", _number(rule.vector_grad())
+    attention, activation = rule.attention(), rule.activation()
+    yield "attention logits", _number(attention.logits_scale), _number(attention.logits_scale)
+    yield "attention output", _number(attention.factors.output), _number(attention.factors.grad)
+    yield config.activation, _number(activation.output), _number(activation.grad)
+    for i in range(config.num_layers):
+        for branch, name in ((2 * i, "attention"), (2 * i + 1, "mlp")):
+            join = rule.residual(branch)
+            where = "at the branch's start" if join.delayed else "at its end"
+            yield (
+                f"layers.{i}.{name} joins",
+                f"{_number(join.a)} stream + {_number(join.b)} branch",
+                f"{_number(join.a)} and {_number(join.b)}, {where}",
+            )
+    head = rule.head()
+    yield (
+        "head",
+        _number(head.output),
+        f"{_number(head.grad_input)} input, {_number(head.grad_weight)} weight",
+    )
+    whose = "divided out before clipping" if rule.true_gradients else "kept: each parameter has its constant"
+    yield "mean loss", "1", f"{_number(rule.gradient_scale)} ({whose})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _compressed(rows: Iterator[Row]) -> list[Row]:
+    """Rows that differ in their block's number alone, as one with the range of numbers."""
+    seen: dict[Row, list[int]] = {}
+    for name, *cells in rows:
+        layer = _LAYER.match(name)
+        key = (f"layers.*.{layer[2]}" if layer else name, *cells)
+        seen.setdefault(key, []).append(int(layer[1]) if layer else -1)
+    return [(name.replace("*", _ranges(layers), 1), *cells) for (name, *cells), layers in seen.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3,6`` for 0, 1, 2, 3, 6."""
+    parts = []
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        parts.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
+    return ",".join(parts)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
