@@ -60,6 +60,29 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Numerics(StrEnum):
+    """What ``--numerics`` of ``generate`` takes."""
+
+    matched = "matched"
+    bf16 = "bf16"
+
+
+class EvalNumerics(StrEnum):
+    """What ``--numerics`` of ``eval`` takes."""
+
+    matched = "matched"
+    bf16 = "bf16"
+    both = "both"
+
+
+class Split(StrEnum):
+    """What ``--split`` takes."""
+
+    train = "train"
+    valid = "valid"
+    test = "test"
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from fp8train import __version__
@@ -227,6 +250,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = 1234,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Continuations to print.")] = 1,
+    numerics: Annotated[
+        Numerics, typer.Option("--numerics", help="matched: as trained, in FP8 if it was; bf16: no FP8.")
+    ] = Numerics.matched,
     device: Annotated[
         Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
     ] = Device.auto,
@@ -244,6 +270,53 @@ def generate(
         seed=seed,
         num_samples=num_samples,
         device=device.value,
+        numerics=numerics.value,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or run directory for its newest one")
+    ],
+    numerics: Annotated[
+        EvalNumerics, typer.Option("--numerics", help="matched: as trained; bf16: no FP8; both: compare.")
+    ] = EvalNumerics.both,
+    split: Annotated[Split, typer.Option("--split", help="Part of the run's data.")] = Split.valid,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            "--batches",
+            min=1,
+            help="Batches of train.global_batch_size samples; default: train.eval_batches.",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="Read this dataset, without .bin/.idx, not the run's.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Samples per forward; default: train.micro_batch_size."),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
+    ] = Device.auto,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the unrounded results here too.")
+    ] = None,
+) -> int:
+    """Measure loss and perplexity of a trained model, as trained and in BF16."""
+    from fp8train.training.perplexity import eval_command
+
+    return eval_command(
+        checkpoint,
+        numerics=numerics.value,
+        split=split.value,
+        batches=batches,
+        prefix=prefix,
+        batch_size=batch_size,
+        device=device.value,
+        json_file=json_file,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from fp8train.data.indexed_dataset import IndexedDataset
 from fp8train.data.samples import SPLITS, SampleDataset, Samples, split_documents
 from fp8train.data.sidecar import Sidecar, check_same_tokenizer, read_sidecar, sidecar_path, sidecar_tokenizer
 from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+
+SplitName = Literal["train", "valid", "test"]
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,7 @@ def open_data(
     sidecars = [read_sidecar(dataset) for dataset in everything]
     tokenizer = _tokenizer(config, everything, sidecars)
     vocab_size = _vocab_size(vocab_size, everything, sidecars, tokenizer)
-    if config.mask_end_of_document and tokenizer is None:
-        raise DataError(
-            "data.mask_end_of_document needs a tokenizer to know the end-of-document id; set data.tokenizer"
-        )
+    _check_mask(config, tokenizer)
     seed = seed if config.shuffle_seed is None else config.shuffle_seed
 
     splits: list[GlobalBatches | None] = []
@@ -131,6 +131,79 @@ def open_data(
         token_lengths=_token_lengths(tokenizer, sidecars),
         epochs=total_steps * global_batch_size / train.samples.samples_per_epoch,
     )
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a run's data, to read without training.
+
+    Attributes:
+        batches: As training sees them on one rank.
+        eod_id: See :class:`Data`.
+        token_lengths: See :class:`Data`.
+    """
+
+    batches: GlobalBatches
+    eod_id: int | None
+    token_lengths: np.ndarray | None
+
+
+def prefixes_of(config: DataConfig, split: SplitName) -> list[str]:
+    """The datasets that a split is read from."""
+    if split == "valid" and config.valid_prefix is not None:
+        return [config.valid_prefix]
+    entries = [config.prefix, *(entry.prefix for entry in config.blend or ())]
+    return [prefix for prefix in entries if prefix is not None]
+
+
+def open_split(
+    config: DataConfig,
+    split: SplitName,
+    *,
+    vocab_size: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+) -> Split:
+    """Open one split alone, with the samples and the order that :func:`open_data` gives it.
+
+    Args:
+        config: The ``data`` section.
+        split: Which.
+        vocab_size: The model's.
+        global_batch_size: Samples of a batch.
+        micro_batch_size: Samples per forward pass.
+        seed: As for :func:`open_data`.
+
+    Raises:
+        ConfigError: The batch sizes do not divide.
+        DataError: There is no such split, or its data is missing, damaged, too small or does not fit the
+            model.
+    """
+    number = SPLITS.index(split)
+    opened = [IndexedDataset(prefix) for prefix in prefixes_of(config, split)]
+    held_out = opened[0] if split == "valid" and config.valid_prefix is not None else None
+    sidecars = [read_sidecar(dataset) for dataset in opened]
+    tokenizer = _tokenizer(config, opened, sidecars)
+    vocab_size = _vocab_size(vocab_size, opened, sidecars, tokenizer)
+    _check_mask(config, tokenizer)
+    seed = seed if config.shuffle_seed is None else config.shuffle_seed
+    parts = _parts(opened, held_out, config, number, seed)
+    if not parts:
+        legal = [name for name, share in zip(SPLITS, config.split, strict=True) if share > 0]
+        raise DataError(f"data.split is {list(config.split)}: no {split} split; choose {' or '.join(legal)}")
+    weights = [entry.weight for entry in config.blend or ()]
+    samples: Samples = parts[0] if len(parts) == 1 else Blend(parts, weights)
+    batches = GlobalBatches(
+        samples,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=vocab_size,
+    )
+    eod_id = None if tokenizer is None else tokenizer.eod_id
+    return Split(batches, eod_id, _token_lengths(tokenizer, sidecars))
 
 
 def _parts(
@@ -183,6 +256,13 @@ def _tokenizer(
     for prefix, sidecar in known:
         check_same_tokenizer(prefix, sidecar, tokenizer)
     return tokenizer
+
+
+def _check_mask(config: DataConfig, tokenizer: Tokenizer | None) -> None:
+    if config.mask_end_of_document and tokenizer is None:
+        raise DataError(
+            "data.mask_end_of_document needs a tokenizer to know the end-of-document id; set data.tokenizer"
+        )
 
 
 def _vocab_size(

@@ -3,8 +3,16 @@
 The prompt runs through the model once and fills a key/value cache; every further token costs one forward of
 one position. All samples go as one batch. A sample that has ended is carried along until the last one ends.
 
-With FP8 GEMMs an activation's scale is that of the whole batch and of the positions at hand, so cached and
-uncached logits, or batches of other sizes, agree within the quantisation only.
+**What a token's logits depend on.** In BF16: on the tokens before it in its own sequence. With FP8 GEMMs
+that holds where scales are fixed before the text is seen: delayed ones (inference reads the checkpoint's
+scales and moves none) and constant ones. A *current* scale is the amax of whatever matrix is multiplied: of
+all positions of the prompt in the first forward, of one token of every sample in each later one. So logits
+then differ between cached and uncached forward, between other cuts of the prompt, and with what else is in
+the batch, samples that have ended included: as training depends on its micro-batch. By how much is the
+scale's affair: one that is free moves every rounding (some 1e-2 of the logits' spread), a power of two moves
+by whole binades and so only the roundings of elements that are subnormal, 2^-14 of the amax (some 1e-5;
+tests/inference/test_numerics.py). One token of one sample is a matrix too: its scale is its own amax, and
+GEMMs pad it with zeros to the 16 rows of an FP8 tensor core.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from fp8train.comm.processes import choose_device
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import load_trained
 from fp8train.inference.sampling import Sampling, sample
+from fp8train.inference.weights import Numerics
 from fp8train.layers.loss import logits
 from fp8train.models.decoder import Decoder
 
@@ -114,6 +123,7 @@ def generate_command(
     seed: int,
     num_samples: int,
     device: str,
+    numerics: Numerics,
 ) -> int:
     """Print continuations of ``prompt`` to stdout, what was loaded to stderr.
 
@@ -127,6 +137,7 @@ def generate_command(
         seed: of the sampling.
         num_samples: continuations to print.
         device: ``auto``, ``cpu`` or ``cuda``.
+        numerics: see :mod:`fp8train.inference.weights`.
 
     Returns:
         Exit status 0.
@@ -134,10 +145,9 @@ def generate_command(
     Raises:
         UserError: anything that :func:`~fp8train.inference.load.load_trained` or :func:`generate` refuses.
     """
-    trained = load_trained(checkpoint, device=choose_device(device, 0))
-    model, tokenizer = trained.built.model, trained.tokenizer
-    recipe = str(trained.config.precision.compute) if trained.built.fp8 is None else str(trained.built.fp8)
-    print(f"{trained.path}: step {trained.step}, {recipe}", file=sys.stderr, flush=True)
+    trained = load_trained(checkpoint, device=choose_device(device, 0), numerics=numerics)
+    model, tokenizer, run = trained.built.model, trained.tokenizer, trained.run
+    print(f"{run.path}: step {run.step}, {trained.numerics}", file=sys.stderr, flush=True)
     prompt_tokens = tokenizer.encode(prompt) or [tokenizer.eod_id]
     samples = generate(
         model,

@@ -1,8 +1,8 @@
-"""A trained model and its tokenizer from a checkpoint, in the numerics it was trained with.
+"""A trained model and its tokenizer from a checkpoint, of whatever layout, in one process.
 
-Weights are the checkpoint's master weights rounded to the compute dtype, or cast to FP8 where training keeps
-only that: what training computes with. A model trained with FP8 GEMMs generates with FP8 GEMMs, and with the
-delayed scales it was trained with.
+:func:`open_run` finds and verifies the checkpoint and reads its description; the model itself is loaded
+separately (:meth:`TrainedRun.load`), in the numerics it was trained with or in BF16
+(:mod:`fp8train.inference.weights`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,98 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fp8train.checkpoint import find_checkpoint, load_checkpoint, read_meta, verify_checkpoint
+from fp8train.checkpoint import find_checkpoint, read_meta, verify_checkpoint
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, step_of
-from fp8train.checkpoint.manifest import MANIFEST_FILE
+from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.schema import Config
 from fp8train.data.tokenizer import Tokenizer, load_tokenizer
 from fp8train.inference.errors import InferenceError
-from fp8train.models.build import BuiltModel, build_model, make_scale_state
-from fp8train.optim.from_config import state_format
-from fp8train.optim.master_weights import MasterWeights
+from fp8train.inference.weights import Numerics, build_trained
+from fp8train.models.build import BuiltModel
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 """Names under which training leaves the tokenizer in the run directory."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A verified checkpoint and its description.
+
+    Attributes:
+        path: the checkpoint directory.
+        step: optimizer steps of training.
+        config: the run's configuration.
+        vocab_size: tokens that the model knows.
+        recorded_tokenizer: where the tokenizer was when the run started; None without one.
+    """
+
+    path: Path
+    step: int
+    config: Config
+    vocab_size: int
+    recorded_tokenizer: Path | None
+
+    def load(self, numerics: Numerics, *, device: torch.device) -> BuiltModel:
+        """The model with its weights.
+
+        Args:
+            numerics: ``matched`` or ``bf16``, see :mod:`fp8train.inference.weights`.
+            device: where the model goes.
+
+        Raises:
+            InferenceError: the device cannot run it.
+            CheckpointError: the checkpoint's files are not those of this model.
+        """
+        try:
+            return build_trained(
+                self.config, self.path, vocab_size=self.vocab_size, numerics=numerics, device=device
+            )
+        except ValueError as error:  # the device cannot multiply in FP8
+            raise InferenceError(f"{self.path}: {error}; or use --numerics bf16") from None
+
+    def describe(self, numerics: Numerics, built: BuiltModel) -> str:
+        """How ``built``, loaded with ``numerics``, multiplies: for the terminal."""
+        if built.fp8 is not None:
+            precision = self.config.precision
+            preset = f"profile {precision.profile}" if precision.profile != "default" else precision.recipe
+            return f"{built.fp8}; scales as trained ({preset})"
+        if self.config.precision.gemm.fp8:
+            return "bf16 operands; trained in FP8"
+        compute = self.config.precision.compute
+        used = compute if numerics == "matched" else "bf16"
+        return f"{used} operands; trained without FP8 in {compute}"
+
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer in the run directory, else where it was; None if it is at neither place."""
+        return next((place for place in self._tokenizer_places() if place.is_file()), None)
+
+    def tokenizer(self) -> Tokenizer:
+        """Turns text into the model's tokens and back.
+
+        Raises:
+            InferenceError: it is missing or has more tokens than the model.
+            DataError: its file is damaged.
+        """
+        file = self.tokenizer_file()
+        if file is None:
+            places = self._tokenizer_places()
+            raise InferenceError(
+                f"{self.path}: its tokenizer is not at {' nor at '.join(map(str, places))}; "
+                f"copy it to {places[0]}"
+            )
+        tokenizer = load_tokenizer(file)
+        if tokenizer.vocab_size > self.vocab_size:
+            raise InferenceError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {self.path} knows "
+                f"{self.vocab_size}; it was trained with another tokenizer"
+            )
+        return tokenizer
+
+    def _tokenizer_places(self) -> list[Path]:
+        run_dir = self.path.resolve().parent.parent
+        recorded = [] if self.recorded_tokenizer is None else [self.recorded_tokenizer]
+        return [run_dir / name for name in TOKENIZER_FILES] + recorded
 
 
 @dataclass(frozen=True)
@@ -36,16 +115,14 @@ class TrainedModel:
     Attributes:
         built: the decoder with its weights, and how its GEMMs run.
         tokenizer: turns text into its tokens and back.
-        config: the run's configuration.
-        path: the checkpoint directory.
-        step: optimizer steps of training.
+        run: where it comes from.
+        numerics: how it multiplies, in words.
     """
 
     built: BuiltModel
     tokenizer: Tokenizer
-    config: Config
-    path: Path
-    step: int
+    run: TrainedRun
+    numerics: str
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -75,37 +152,39 @@ def resolve_checkpoint(path: Path) -> Path:
     return found
 
 
-def load_trained(path: Path, *, device: torch.device) -> TrainedModel:
+def open_run(path: Path) -> TrainedRun:
+    """Find, verify and describe a checkpoint.
+
+    Args:
+        path: see :func:`resolve_checkpoint`.
+
+    Raises:
+        InferenceError: no checkpoint, or one without a description that fits.
+        CheckpointError: its files are damaged.
+    """
+    checkpoint = resolve_checkpoint(path)
+    meta = read_meta(checkpoint)
+    config, vocab_size = _description(checkpoint, meta)
+    recorded = meta.get("tokenizer")
+    step = read_manifest(checkpoint).step
+    return TrainedRun(checkpoint, step, config, vocab_size, Path(recorded) if recorded else None)
+
+
+def load_trained(path: Path, *, device: torch.device, numerics: Numerics = "matched") -> TrainedModel:
     """Load a model and its tokenizer.
 
     Args:
         path: see :func:`resolve_checkpoint`.
         device: where the model goes.
+        numerics: see :mod:`fp8train.inference.weights`.
 
     Raises:
-        InferenceError: no checkpoint, or one whose description or tokenizer is missing or does not fit.
-        CheckpointError: its files are damaged or are not those of this model.
-        DataError: the tokenizer file is damaged.
-        UserError: the device cannot run it.
+        UserError: what :func:`open_run`, :meth:`TrainedRun.tokenizer` and :meth:`TrainedRun.load` refuse.
     """
-    checkpoint = resolve_checkpoint(path)
-    meta = read_meta(checkpoint)
-    config, vocab_size = _description(checkpoint, meta)
-    tokenizer = load_tokenizer(_tokenizer_file(checkpoint, meta))
-    if tokenizer.vocab_size > vocab_size:
-        raise InferenceError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {checkpoint} knows "
-            f"{vocab_size}; it was trained with another tokenizer"
-        )
-    # Every generated token has another length, and nothing is kept for backward: neither setting would help.
-    train = config.train.model_copy(update={"compile": "off", "activation_checkpointing": "none"})
-    try:
-        built = build_model(config.model_copy(update={"train": train}), vocab_size=vocab_size, device=device)
-    except ValueError as error:  # the device cannot multiply in FP8
-        raise InferenceError(f"{checkpoint}: {error}") from None
-    step = _fill(built, config, checkpoint)
-    built.model.requires_grad_(False)
-    return TrainedModel(built, tokenizer, config, checkpoint, step)
+    run = open_run(path)
+    tokenizer = run.tokenizer()
+    built = run.load(numerics, device=device)
+    return TrainedModel(built, tokenizer, run, run.describe(numerics, built))
 
 
 def _description(checkpoint: Path, meta: dict[str, Any]) -> tuple[Config, int]:
@@ -122,35 +201,3 @@ def _description(checkpoint: Path, meta: dict[str, Any]) -> tuple[Config, int]:
         raise InferenceError(
             f"{checkpoint}: its configuration does not fit this version of fp8train: {key}: {first['msg']}"
         ) from None
-
-
-def _tokenizer_file(checkpoint: Path, meta: dict[str, Any]) -> Path:
-    run_dir = checkpoint.resolve().parent.parent
-    recorded = meta.get("tokenizer")
-    places = [run_dir / name for name in TOKENIZER_FILES] + ([Path(recorded)] if recorded else [])
-    for place in places:
-        if place.is_file():
-            return place
-    raise InferenceError(
-        f"{checkpoint}: its tokenizer is not at {' nor at '.join(map(str, places))}; "
-        f"copy it to {run_dir / TOKENIZER_FILES[0]}"
-    )
-
-
-@torch.no_grad()
-def _fill(built: BuiltModel, config: Config, checkpoint: Path) -> int:
-    """Write the master weights into the model, rounded to its compute dtype or cast to FP8; returns the
-    step."""
-    parameters = dict(built.model.named_parameters())
-    masters = MasterWeights(parameters, built.model.specs, state_format(config.precision.state.master))
-    device = next(iter(parameters.values())).device
-    scales = make_scale_state(built.model, device)  # before any weight is written
-    tensors = masters.state_tensors() | ({} if scales is None else scales.state_tensors())
-    loaded = load_checkpoint(checkpoint, tensors, group=None, verify="size", allow_unexpected=True)
-    for fqn, parameter in parameters.items():
-        target = built.weight_targets.get(fqn)
-        if target is None:
-            parameter.copy_(masters.values(fqn))
-        else:
-            target.fill(masters.values(fqn).to(device))
-    return loaded.step

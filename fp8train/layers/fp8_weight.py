@@ -140,13 +140,17 @@ class _Copy:
 class ResidentFp8Weight(Fp8Weight):
     """The only copies of a weight. The optimizer writes them: ``begin``, ``write`` each piece, ``end``."""
 
-    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
-        """Allocates the payloads.
+    def __init__(
+        self, quant: LinearQuant, shape: torch.Size, device: torch.device, *, forward_only: bool = False
+    ) -> None:
+        """Allocates the payloads; ``forward_only``: that of the output GEMM alone, for a model without
+        backward.
 
         Raises:
             ValueError: ``quant`` keeps the weight in BF16 for backward.
         """
-        if quant.keep_w == "bf16":
+        self.forward_only = forward_only
+        if quant.keep_w == "bf16" and not forward_only:
             raise ValueError(
                 "precision.gemm.keep_w: bf16 keeps a high-precision weight for backward, "
                 "but this weight is resident in FP8; use same, requantise or second_copy"
@@ -154,6 +158,9 @@ class ResidentFp8Weight(Fp8Weight):
         super().__init__(quant, shape, device)
         self._copies = {use: self._allocate(spec, device) for use, spec in self._uses().items()}
         self._rows: list[tuple[Tensor, int]] = []
+
+    def _uses(self) -> dict[str, QuantSpec]:
+        return {"output.w": self.quant.output_w} if self.forward_only else super()._uses()
 
     def _allocate(self, spec: QuantSpec, device: torch.device) -> _Copy:
         padded = (aligned(self.shape[0]), aligned(self.shape[1]))
@@ -201,7 +208,7 @@ class ResidentFp8Weight(Fp8Weight):
         """Put the copies into use. On a sampled step the weight's row describes what this step wrote."""
         operands = {use: (copy.payload, copy.scale_inv) for use, copy in self._copies.items()}
         self.forward = operands["output.w"]
-        self.backward = operands.get("grad_input.w", self.forward)
+        self.backward = None if self.forward_only else operands.get("grad_input.w", self.forward)
         row = self._active_row()
         if row is not None and self._rows:
             row.copy_(_merge_statistics(self._rows))

@@ -178,12 +178,15 @@ class Linear(nn.Module):
             self._fp8_weight.forget()
         self._connect()
 
-    def hold_fp8_weight(self) -> ResidentFp8Weight:
+    def hold_fp8_weight(self, *, forward_only: bool = False) -> ResidentFp8Weight:
         """Keep the weight in FP8 alone from now on: drop its values, allocate the FP8 copies.
 
         ``weight`` keeps its name, shape, dtype and ``requires_grad``, so gradients and optimizer find it, but
         all its elements are one stored NaN: reading it by mistake poisons the result, copying into it raises.
         :meth:`dequantized_weight` gives the values. Nothing can run before the first weight is written.
+
+        Args:
+            forward_only: no operand for backward, which must not run: a model for inference.
 
         Returns:
             what the optimizer writes new weights to.
@@ -192,7 +195,9 @@ class Linear(nn.Module):
             ValueError: the plan keeps the weight in BF16 for backward.
         """
         assert self.plan is not None, f"{self.name}: call use_fp8() first"
-        resident = ResidentFp8Weight(self.plan.quant, self.weight.shape, self.weight.device)
+        resident = ResidentFp8Weight(
+            self.plan.quant, self.weight.shape, self.weight.device, forward_only=forward_only
+        )
         self._fp8_weight = resident
         self._drop_values()
         self._connect()

@@ -1,0 +1,116 @@
+"""The weights of a checkpoint in a model that only runs forward, in one of two numerics.
+
+``matched``
+    What training computes with. Every operand of an output GEMM is cast as the run's plan says: a weight
+    once, when it is loaded, an input on the fly by the same rule (its own amax, the checkpoint's delayed
+    scale, or the constant). The weights of the FP8 plan exist in FP8 alone, one byte per parameter: training
+    may hold more (a BF16 weight beside its FP8 copy, a second copy for backward), forward reads no more. What
+    is cast is what training casts: the master weight where training keeps only FP8 (``precision.weights:
+    fp8``), else the master rounded to the compute type first. So the codes are training's codes.
+``bf16``
+    The master weights rounded to BF16 and multiplied in BF16. No operand is FP8, whatever the run did.
+
+A run without FP8 GEMMs has nothing to match but its compute type. Not part of either: FP8 that travels
+between ranks outside GEMM operands (``precision.traffic.output`` and ``.pipeline``), for one process has no
+such traffic.
+
+A checkpoint holds logical tensors, so the layout that wrote it does not matter here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fp8train.checkpoint import load_checkpoint
+from fp8train.config.schema import Config
+from fp8train.kernels.gemm import GemmBackend
+from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, make_scale_state, outline
+from fp8train.models.decoder import Decoder
+from fp8train.models.fp8_plan import apply_fp8_plan
+from fp8train.optim.from_config import state_format
+from fp8train.optim.master_weights import MasterWeights
+
+Numerics = Literal["matched", "bf16"]
+
+
+def inference_config(config: Config, numerics: Numerics) -> Config:
+    """The run's configuration with what a forward-only model of these numerics changes.
+
+    Args:
+        config: the run's.
+        numerics: see the module's description.
+    """
+    # Every generated token has another length, and nothing is kept for backward: neither setting would help.
+    train = config.train.model_copy(update={"compile": "off", "activation_checkpointing": "none"})
+    precision = config.precision.model_copy(update={"weights": "compute"})  # FP8 copies: see fill()
+    if numerics == "bf16":
+        gemm = precision.gemm.model_copy(update={"fp8": False})
+        precision = precision.model_copy(update={"compute": "bf16", "gemm": gemm})
+    return config.model_copy(update={"train": train, "precision": precision})
+
+
+def build_trained(
+    config: Config, checkpoint: Path, *, vocab_size: int, numerics: Numerics, device: torch.device
+) -> BuiltModel:
+    """The model of a (verified) checkpoint, ready to run forward.
+
+    Args:
+        config: the run's.
+        checkpoint: the checkpoint directory.
+        vocab_size: tokens that the model knows.
+        numerics: see the module's description.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: the files are not those of this model.
+        ValueError: the device cannot multiply in FP8.
+    """
+    built = build_model(inference_config(config, numerics), vocab_size=vocab_size, device=device)
+    _fill(built.model, config, checkpoint, vocab_size)
+    built.model.requires_grad_(False)
+    return built
+
+
+def as_trained(config: Config, vocab_size: int) -> Decoder:
+    """The whole model with the run's own types and FP8 plan, without storage: it says in which formats a
+    checkpoint stores what."""
+    model = outline(config, vocab_size)
+    if config.precision.gemm.fp8:
+        report = apply_fp8_plan(
+            model.linears(),
+            config.precision.gemm,
+            GemmBackend("decode", "never multiplies"),
+            num_layers=config.model.num_layers,
+        )
+        in_plan = {f"{path}.weight" for path in report.converted}
+        model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
+    return model
+
+
+@torch.no_grad()
+def _fill(model: Decoder, config: Config, checkpoint: Path, vocab_size: int) -> None:
+    """Read master weights and scale state, and write the weights: rounded, and cast to FP8 where ``model``
+    multiplies in FP8."""
+    stored = as_trained(config, vocab_size)
+    masters = MasterWeights(
+        dict(stored.named_parameters()), stored.specs, state_format(config.precision.state.master)
+    )
+    parameters = dict(model.named_parameters())
+    device = next(iter(parameters.values())).device
+    scales = make_scale_state(model, device)  # before any weight is cast
+    tensors: dict[str, Tensor] = masters.state_tensors() | ({} if scales is None else scales.state_tensors())
+    load_checkpoint(checkpoint, tensors, group=None, verify="size", allow_unexpected=True)
+    planned = {f"{path}.weight": linear for path, linear in model.linears().items() if linear.plan}
+    compute = COMPUTE_DTYPES[config.precision.compute]
+    for fqn, parameter in parameters.items():
+        values = masters.values(fqn)
+        if fqn not in planned:
+            parameter.copy_(values)
+            continue
+        if config.precision.weights == "compute":
+            values = values.to(compute).to(values.dtype)
+        planned[fqn].hold_fp8_weight(forward_only=True).fill(values.to(device))

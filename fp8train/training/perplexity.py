@@ -1,0 +1,335 @@
+"""The perplexity of a checkpoint, as it was trained and in BF16: ``fp8train eval``.
+
+It reads the samples that training validates on (:mod:`fp8train.training.evaluation`), in training's batches.
+So the loss in the run's own numerics is the one that the run logged: the same bits where training ran in one
+process, uncompiled, on the same device and threads; where it was cut over ranks or compiled, the same up to
+the order of sums in high precision and FP8 traffic (:mod:`fp8train.inference.weights`). Another batch size
+changes a loss slightly where scales are current, because then an activation's scale is that of its whole
+micro-batch.
+
+``perplexity = exp(loss)``, so the relative difference of two perplexities is ``expm1`` of the difference of
+losses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fp8train.comm.collectives import alone
+from fp8train.comm.processes import Processes, choose_device
+from fp8train.config.schema import DataConfig
+from fp8train.data.batches import GlobalBatches
+from fp8train.data.indexed_dataset import IndexedDataset, idx_path
+from fp8train.data.loading import SplitName, open_split, prefixes_of
+from fp8train.data.sidecar import read_sidecar
+from fp8train.data.tokenizer import Tokenizer
+from fp8train.inference.errors import InferenceError
+from fp8train.inference.load import TrainedRun, open_run
+from fp8train.inference.weights import Numerics
+from fp8train.training.console import format_count
+from fp8train.training.evaluation import Evaluation, evaluate
+from fp8train.training.metrics import strict
+from fp8train.training.run import prepare_machine
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a model is evaluated on.
+
+    Attributes:
+        batches: samples in order, grouped for the model.
+        num_batches: batches to read.
+        ignore_after: as in training.
+        token_lengths: bytes per token id; None where they are not exact.
+    """
+
+    batches: GlobalBatches
+    num_batches: int
+    ignore_after: int | None
+    token_lengths: np.ndarray | None
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences in all."""
+        return self.num_batches * self.batches.global_batch_size
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on one text.
+
+    Attributes:
+        numerics: how it was loaded.
+        operands: the same in words.
+        evaluation: loss and tokens.
+        seconds: of the evaluation, loading left out.
+    """
+
+    numerics: Numerics
+    operands: str
+    evaluation: Evaluation
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return self.evaluation.metrics()["eval/perplexity"]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        bits = self.evaluation.bits_per_byte
+        return {
+            "numerics": self.numerics,
+            "operands": self.operands,
+            "loss": strict(self.evaluation.loss),
+            "perplexity": strict(self.perplexity),
+            "bits_per_byte": None if bits is None else strict(bits),
+            "tokens": self.evaluation.tokens,
+            "seconds": self.seconds,
+        }
+
+
+def open_text(
+    run: TrainedRun,
+    split: SplitName = "valid",
+    *,
+    num_batches: int | None = None,
+    prefix: str | None = None,
+    batch_size: int | None = None,
+) -> Text:
+    """The samples to evaluate on: by default those of the run's own validation.
+
+    Args:
+        run: whose data.
+        split: which part of it.
+        num_batches: batches of ``train.global_batch_size`` samples, fewer if there are fewer; default:
+            ``train.eval_batches``.
+        prefix: a dataset to read instead.
+        batch_size: samples per forward; default: ``train.micro_batch_size``.
+
+    Raises:
+        InferenceError: the data is not there or is not in the model's tokens, or ``batch_size`` does not
+            divide the samples.
+        DataError: it is damaged or too small, or there is no such split.
+    """
+    config, train = _data_config(run, split, prefix), run.config.train
+    opened = open_split(
+        config,
+        split,
+        vocab_size=run.vocab_size,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=run.config.run.seed,
+    )
+    batches = opened.batches
+    count = min(num_batches or train.eval_batches, batches.batches_per_epoch)
+    if batch_size is not None:
+        total = count * train.global_batch_size
+        if total % batch_size:
+            legal = [size for size in range(1, total + 1) if total % size == 0]
+            nearest = sorted(legal, key=lambda size: abs(size - batch_size))[:2]
+            raise InferenceError(
+                f"--batch-size {batch_size} does not divide the {total} samples to evaluate; "
+                f"nearest that do: {', '.join(map(str, sorted(nearest)))}"
+            )
+        batches = GlobalBatches(
+            batches.samples,
+            global_batch_size=batch_size,
+            micro_batch_size=batch_size,
+            dp_rank=0,
+            dp_size=1,
+            vocab_size=run.vocab_size,
+        )
+        count = total // batch_size
+    ignore_after = opened.eod_id if config.mask_end_of_document else None
+    return Text(batches, count, ignore_after, opened.token_lengths)
+
+
+def _data_config(run: TrainedRun, split: SplitName, prefix: str | None) -> DataConfig:
+    """The run's ``data`` section with the datasets and the tokenizer that are here now."""
+    config = run.config.data
+    if prefix is not None:
+        key = "valid_prefix" if split == "valid" and config.valid_prefix is not None else "prefix"
+        config = config.model_copy(update={"blend": None, key: prefix})
+    for name in prefixes_of(config, split):
+        if not idx_path(name).is_file():
+            raise InferenceError(
+                f"{idx_path(name)}: no such file; "
+                + ("check --prefix" if prefix else "the run's dataset is not here: name one with --prefix")
+            )
+    tokenizer = None if run.tokenizer_file() is None else run.tokenizer()
+    for name in prefixes_of(config, split):
+        _check_tokens(name, run, tokenizer)
+    return config.model_copy(update={"tokenizer": None if tokenizer is None else str(tokenizer.path)})
+
+
+def _check_tokens(prefix: str, run: TrainedRun, tokenizer: Tokenizer | None) -> None:
+    """Refuse a dataset whose ids mean something else to the model."""
+    sidecar = read_sidecar(IndexedDataset(prefix))
+    if sidecar is None:
+        return
+    if tokenizer is not None and sidecar.tokenizer_sha256 != tokenizer.sha256:
+        raise InferenceError(
+            f"dataset {prefix} was made with another tokenizer (sha256 {sidecar.tokenizer_sha256[:12]}) than "
+            f"the model's (sha256 {tokenizer.sha256[:12]}); make it again with "
+            f"fp8train data prepare --tokenizer {tokenizer.path}"
+        )
+    if sidecar.vocab_size > run.vocab_size:
+        raise InferenceError(
+            f"dataset {prefix} has a vocabulary of {sidecar.vocab_size} tokens, but the model in {run.path} "
+            f"knows {run.vocab_size}; make the dataset again with the model's tokenizer"
+        )
+
+
+def measure(run: TrainedRun, text: Text, numerics: Numerics, *, device: torch.device) -> Measurement:
+    """Load the model in these numerics and evaluate it. A long evaluation reports on stderr.
+
+    Args:
+        run: the checkpoint.
+        text: what to read.
+        numerics: ``matched`` or ``bf16``.
+        device: where to run.
+
+    Raises:
+        UserError: what :meth:`~fp8train.inference.load.TrainedRun.load` refuses; a token outside the
+            vocabulary.
+    """
+    built = run.load(numerics, device=device)
+    model, progress = built.model, _Progress(numerics, text.num_batches)
+
+    def summed_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for x, y in zip(inputs, targets, strict=True):  # as Trainer.summed_loss
+            total += model(x, y)
+        progress.advance(inputs.numel())
+        return total
+
+    began = time.perf_counter()
+    evaluation = evaluate(
+        summed_loss,
+        text.batches,
+        num_batches=text.num_batches,
+        processes=Processes(device, 1, 0, alone(), None),
+        token_lengths=text.token_lengths,
+        ignore_after=text.ignore_after,
+    )
+    return Measurement(numerics, run.describe(numerics, built), evaluation, time.perf_counter() - began)
+
+
+class _Progress:
+    """A line on stderr every few seconds."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done, self._tokens = label, total, 0, 0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, tokens: int) -> None:
+        """One more batch is under way."""
+        self._done, self._tokens, now = self._done + 1, self._tokens + tokens, time.monotonic()
+        if now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            speed = format_count(self._tokens / (now - self._began))
+            print(
+                f"{self._label}: {self._done} of {self._total} batches, {speed} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _kinds(run: TrainedRun, numerics: Numerics | Literal["both"]) -> list[Numerics]:
+    """What to measure: a run whose own numerics are BF16 is measured once."""
+    if numerics != "both":
+        return [numerics]
+    is_bf16 = not run.config.precision.gemm.fp8 and run.config.precision.compute == "bf16"
+    return ["matched"] if is_bf16 else ["matched", "bf16"]
+
+
+def relative_difference(measured: Measurement, reference: Measurement) -> float:
+    """By how much of the reference's perplexity ``measured`` is worse."""
+    return math.expm1(measured.evaluation.loss - reference.evaluation.loss)
+
+
+def eval_command(
+    checkpoint: Path,
+    *,
+    numerics: Numerics | Literal["both"],
+    split: SplitName,
+    batches: int | None,
+    prefix: str | None,
+    batch_size: int | None,
+    device: str,
+    json_file: Path | None,
+) -> int:
+    """Print loss and perplexity of a checkpoint.
+
+    Args:
+        checkpoint: step directory, or run directory for its newest good checkpoint.
+        numerics: which to measure; both are measured once where the run's own are BF16.
+        split: see :func:`open_text`.
+        batches: see :func:`open_text`.
+        prefix: see :func:`open_text`.
+        batch_size: see :func:`open_text`.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        json_file: where to write the unrounded numbers; None writes none.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        UserError: what :func:`~fp8train.inference.load.open_run`, :func:`open_text` and :func:`measure`
+            refuse.
+    """
+    run = open_run(checkpoint)
+    prepare_machine(run.config, 1)  # the same number of threads, for the same bits
+    text = open_text(run, split, num_batches=batches, prefix=prefix, batch_size=batch_size)
+    described = text.batches.samples.description
+    print(
+        f"{run.path}: step {run.step}; {described}: {text.num_samples} samples", file=sys.stderr, flush=True
+    )
+    where = choose_device(device, 0)
+    results = [measure(run, text, kind, device=where) for kind in _kinds(run, numerics)]
+    for result in results:
+        print(_line(result), flush=True)
+    difference = relative_difference(*results) if len(results) > 1 else None
+    if difference is not None:
+        print(f"perplexity, {results[0].numerics} against {results[1].numerics}: {100 * difference:+.4f} %")
+    if json_file is not None:
+        report = {
+            "checkpoint": str(run.path),
+            "step": run.step,
+            "text": described,
+            "samples": text.num_samples,
+            "results": [result.plain() for result in results],
+            "relative_difference": None if difference is None else strict(difference),
+        }
+        _write_json(json_file, report)
+    return 0
+
+
+def _write_json(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise InferenceError(f"--json {path}: {error.strerror or error}") from None
+
+
+def _line(result: Measurement) -> str:
+    evaluation = result.evaluation
+    parts = [f"loss {evaluation.loss:.6f} nats/token", f"perplexity {result.perplexity:.6g}"]
+    if evaluation.bits_per_byte is not None:
+        parts.append(f"{evaluation.bits_per_byte:.4f} bits/byte")
+    speed = format_count(evaluation.tokens / result.seconds)
+    parts += [f"{evaluation.tokens:,} tokens", f"{speed} tokens/s", result.operands]
+    return f"{result.numerics:<7} | " + " | ".join(parts)

@@ -1,0 +1,232 @@
+"""A checkpoint runs as it was trained, to the bit, with every weight quantised once; or in BF16 throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8train.checkpoint import save_checkpoint
+from fp8train.config.schema import Config, to_plain
+from fp8train.inference.generate import generate
+from fp8train.inference.load import TrainedRun, open_run
+from fp8train.layers import fp8_weight
+from fp8train.models.build import BuiltModel, build_model
+from fp8train.models.decoder import Decoder
+from fp8train.training.trainer import Trainer, inputs_and_targets
+from tests.inference.recipes import RECIPES
+from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
+
+CPU = torch.device("cpu")
+FP8 = "precision.gemm.fp8=true"
+DIFFERENT_BACKWARD = ("precision.gemm.grad_weight.x.margin=1", "precision.gemm.grad_input.w.margin=1")
+PLANS: dict[str, tuple[str, ...]] = {
+    "FP8 GEMMs": (FP8,),
+    "O1": ("precision.level=O1",),
+    "O3": ("precision.level=O3",),
+    "fp32": (FP8, "precision.compute=fp32"),
+    "second copy": (
+        *(FP8, "precision.gemm.keep_w=second_copy", "precision.gemm.keep_x=second_copy"),
+        *DIFFERENT_BACKWARD,
+    ),
+    "keeps bf16": (FP8, "precision.gemm.keep_w=bf16", "precision.gemm.keep_x=bf16", *DIFFERENT_BACKWARD),
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def save(trainer: Trainer, run: Path, step: int = 4) -> TrainedRun:
+    """The checkpoint that the training loop writes, opened."""
+    save_checkpoint(
+        run / "checkpoints",
+        step,
+        trainer.checkpoint_tensors(),
+        meta={"config": to_plain(trainer.config), "vocab_size": VOCAB, "tokenizer": None},
+        rank_state={"rng": torch.arange(4)},
+        group=None,
+        keep_last=1,
+    )
+    return open_run(run)
+
+
+def trained(folder: Path, *overrides: str, steps: int = 4) -> tuple[Trainer, TrainedRun]:
+    config = tiny_config(["optimizer.lr=0.03", *overrides])
+    trainer = losses(config, alone(), steps)[1]
+    return trainer, save(trainer, folder, steps)
+
+
+def loss(model: Decoder, config: Config) -> float:
+    """Nats of some sequences that training has not seen."""
+    tokens = batches(config, alone()).batch(77)
+    inputs, targets = inputs_and_targets(tokens, None)
+    with torch.no_grad():
+        return float(sum(model(x, y).double() for x, y in zip(inputs, targets, strict=True)))
+
+
+def trainers_loss(trainer: Trainer) -> float:
+    return float(trainer.summed_loss(*inputs_and_targets(batches(trainer.config, alone()).batch(77), None)))
+
+
+def check_codes(trainer: Trainer, built: BuiltModel) -> None:
+    loaded = built.model.linears()
+    for path, linear in trainer.model.linears().items():
+        linear.quantize_weight()
+        assert torch.equal(
+            loaded[path].fp8_codes().view(torch.uint8), linear.fp8_codes().view(torch.uint8)
+        ), path
+        assert torch.equal(loaded[path].fp8_scale_inv(), linear.fp8_scale_inv()), path
+
+
+USUAL = [*((recipe, "O1") for recipe in RECIPES), *(("te_delayed", plan) for plan in PLANS if plan != "O1")]
+ALL = [(recipe, plan) for plan in PLANS for recipe in RECIPES]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "plan"), [*USUAL, *(pytest.param(*c, marks=pytest.mark.slow) for c in ALL if c not in USUAL)]
+)
+def test_matched_has_the_codes_and_the_loss_of_training(tmp_path: Path, recipe: str, plan: str) -> None:
+    trainer, run = trained(tmp_path, *PLANS[plan], *RECIPES[recipe])
+    built = run.load("matched", device=CPU)
+    check_codes(trainer, built)
+    assert loss(built.model, run.config) == trainers_loss(trainer)
+    assert built.fp8 is not None and len(built.fp8.converted) == 8
+    if trainer.scales is not None:  # the scales of other steps would give other codes
+        trainer.scales.scales.mul_(2.0**-6)
+        assert loss(built.model, run.config) != trainers_loss(trainer)
+
+
+def test_a_partial_plan_is_kept(tmp_path: Path) -> None:
+    overrides = (FP8, "precision.gemm.exclude=[layers.0.*, '*.down']")
+    trainer, run = trained(tmp_path, *overrides)
+    built = run.load("matched", device=CPU)
+    assert built.fp8 is not None and len(built.fp8.converted) == 3
+    assert loss(built.model, run.config) == trainers_loss(trainer)
+    kept = built.model.linears()["layers.1.mlp.down"]
+    assert torch.equal(kept.weight, trainer.model.linears()["layers.1.mlp.down"].weight)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_weights_take_a_byte_and_are_quantised_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    cast, sizes = fp8_weight.cast, []
+
+    def counting(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        sizes.append(x.numel())
+        return cast(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    _, run = trained(tmp_path, *PLANS[plan])
+    monkeypatch.setattr(fp8_weight, "cast", counting)
+    quantise: Callable[..., object] = fp8_weight.quantize_operand
+    monkeypatch.setattr(
+        fp8_weight, "quantize_operand", lambda x, *args: (sizes.append(x.numel()), quantise(x, *args))[1]
+    )
+    model = run.load("matched", device=CPU).model
+    for _ in range(2):
+        loss(model, run.config)
+        generate(
+            model,
+            [1, 2, 3],
+            max_tokens=4,
+            temperature=0.0,
+            top_k=None,
+            top_p=None,
+            generator=torch.Generator(),
+            eod_id=None,
+        )
+    linears = model.linears().values()
+    assert sizes == [linear.in_features * linear.out_features for linear in linears]
+    assert sum(linear.weight_bytes for linear in linears) == sum(sizes) + 4 * len(linears)  # and the scales
+    for linear in linears:
+        assert linear.weight.untyped_storage().nbytes() == linear.weight.element_size()  # one NaN
+
+
+SOURCES = {**PLANS, "bf16": (), "fp64": ("precision.compute=fp64",)}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_bf16_is_the_masters_rounded_and_no_fp8(tmp_path: Path, source: str) -> None:
+    trainer, run = trained(tmp_path, *SOURCES[source])
+    built = run.load("bf16", device=CPU)
+    assert built.fp8 is None and all(linear.plan is None for linear in built.model.linears().values())
+    plain = build_model(tiny_config(), vocab_size=VOCAB, device=CPU).model
+    with torch.no_grad():
+        for fqn, parameter in plain.named_parameters():
+            parameter.copy_(trainer.optimizer.master(fqn))
+            assert torch.equal(dict(built.model.named_parameters())[fqn], parameter)
+    assert loss(built.model, run.config) == loss(plain, run.config)
+
+
+def test_a_run_without_fp8_matches_its_compute_type(tmp_path: Path) -> None:
+    trainer, run = trained(tmp_path, "precision.compute=fp32")
+    built = run.load("matched", device=CPU)
+    assert loss(built.model, run.config) == trainers_loss(trainer)
+    assert run.describe("matched", built) == "fp32 operands; trained without FP8 in fp32"
+    assert run.describe("bf16", built) == "bf16 operands; trained without FP8 in fp32"
+
+
+FIXED_SCALES = ("te_delayed", "te_delayed_recent", "paper")
+
+
+def logits_in_pieces(model: Decoder, tokens: Tensor, lengths: list[int]) -> Tensor:
+    """[B, S, V] of a sequence that comes in pieces."""
+    caches = model.make_caches(len(tokens), tokens.shape[1])
+    with torch.no_grad():
+        return torch.cat([model.logits(part, caches) for part in tokens.split(lengths, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pieces_and_neighbours_matter_to_current_scales_only(tmp_path: Path, recipe: str) -> None:
+    """In FP64, so that only the scales can tell; one-token pieces included."""
+    overrides = (FP8, "precision.compute=fp64", *RECIPES[recipe])
+    _, run = trained(tmp_path, *overrides)
+    model = run.load("matched", device=CPU).model
+    tokens = batches(run.config, alone()).batch(5)[:, 0, :12]
+    with torch.no_grad():
+        whole, first = model.logits(tokens), model.logits(tokens[:1])
+    spread = float(whole.std())
+    errors = [float((first - whole[:1]).abs().max()) / spread]
+    for pieces in ([1] * 12, [5, 1, 6]):
+        errors.append(float((logits_in_pieces(model, tokens, pieces) - whole).abs().max()) / spread)
+    if recipe in FIXED_SCALES:
+        assert max(errors) < 1e-12
+    elif run.config.precision.gemm.output.x.power_of_two:  # codes move where they are subnormal
+        assert 1e-7 < max(errors) < 1e-3, errors
+    else:
+        assert 1e-3 < min(errors) and max(errors) < 0.3, errors
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_token_prompts_generate(tmp_path: Path, recipe: str) -> None:
+    _, run = trained(tmp_path, FP8, *RECIPES[recipe], steps=20)
+    model = run.load("matched", device=CPU).model
+    for samples in (1, 3):
+        tokens = generate(
+            model,
+            [7],
+            max_tokens=12,
+            temperature=0.0,
+            top_k=None,
+            top_p=None,
+            generator=torch.Generator(),
+            eod_id=None,
+            num_samples=samples,
+        )
+        assert all(row == tokens[0] and len(row) == 12 for row in tokens)
+        pairs = zip([7, *tokens[0]], tokens[0], strict=False)
+        assert sum((b - 5 * a - 3) % VOCAB in (0, 1) for a, b in pairs) >= 10, tokens  # what it has learnt
+
+
+def test_one_token_has_its_own_amax(tmp_path: Path) -> None:
+    """A linear's output for one token equals the float64 product of what torch's own casts give."""
+    _, run = trained(tmp_path, FP8, "precision.compute=fp64")
+    linear = run.load("matched", device=CPU).model.linears()["layers.0.mlp.up"]
+    x = torch.randn(1, linear.in_features, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    scale = 2.0 ** torch.floor(torch.log2(448 / x.abs().max()))
+    rounded = (x * scale).float().to(torch.float8_e4m3fn).double() / scale
+    weight = linear.dequantized_weight(torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), rounded @ weight.t(), rtol=1e-13, atol=1e-13)
