@@ -190,7 +190,9 @@ def open_split(
     seed = seed if config.shuffle_seed is None else config.shuffle_seed
     parts = _parts(opened, held_out, config, number, seed)
     if not parts:
-        legal = [name for name, share in zip(SPLITS, config.split, strict=True) if share > 0]
+        shares = zip(SPLITS, config.split, strict=True)
+        apart = ["valid"] if config.valid_prefix is not None else []
+        legal = [name for name, share in shares if share > 0] + apart
         raise DataError(f"data.split is {list(config.split)}: no {split} split; choose {' or '.join(legal)}")
     weights = [entry.weight for entry in config.blend or ()]
     samples: Samples = parts[0] if len(parts) == 1 else Blend(parts, weights)

@@ -13,7 +13,7 @@ from fp8train.config.schema import BlendEntry, DataConfig
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from fp8train.data.inspection import inspect_dataset
-from fp8train.data.loading import Data, open_data
+from fp8train.data.loading import Data, open_data, open_split
 from fp8train.data.prepare import prepare
 from fp8train.data.tokenizer import load_tokenizer
 
@@ -129,6 +129,33 @@ def test_separate_validation_dataset(folder):
     b = IndexedDataset(folder / "b")
     assert data.valid.batch(0)[0, 0].tolist() == b.tokens(0, 17).tolist()
     assert data.valid.samples.num_tokens == b.num_tokens
+
+
+@pytest.mark.parametrize("kind", ["one", "blend", "held out"])
+def test_a_split_alone_has_the_batches_of_the_run(folder, kind):
+    shares = {"split": (0.6, 0.0 if kind == "held out" else 0.2, 0.2)}
+    data = config(folder / "a", **shares)
+    if kind == "blend":
+        data = blend(folder, 0.7, 0.3).model_copy(update=shares)
+    if kind == "held out":
+        data = config(folder / "a", valid_prefix=str(folder / "b"), **shares)
+    whole = open_with(data, seed=3)
+    for split in ("train", "valid", "test"):
+        sizes = {"global_batch_size": 4, "micro_batch_size": 2}
+        alone = open_split(data, split, vocab_size=300, seed=3, **sizes)
+        expected = getattr(whole, split)
+        assert alone.batches.batches_per_epoch == expected.batches_per_epoch
+        for step in range(expected.batches_per_epoch):
+            assert torch.equal(alone.batches.batch(step), expected.batch(step))
+        assert alone.eod_id == whole.eod_id and (alone.token_lengths == whole.token_lengths).all()
+
+
+def test_a_split_needs_only_its_own_files(folder):
+    data = config(folder / "gone", valid_prefix=str(folder / "b"), split=(1, 0, 0))
+    sizes = {"vocab_size": 300, "global_batch_size": 4, "micro_batch_size": 2, "seed": 3}
+    assert open_split(data, "valid", **sizes).batches.batches_per_epoch > 0
+    with pytest.raises(DataError, match=r"split is \[1.0, 0.0, 0.0\]: no test split; choose train or valid"):
+        open_split(config(folder / "a", valid_prefix=str(folder / "b"), split=(1, 0, 0)), "test", **sizes)
 
 
 def test_foreign_dataset(folder):

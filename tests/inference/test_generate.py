@@ -187,7 +187,7 @@ def llama(**precision: Any) -> Config:
 def test_weights_are_the_rounded_masters(
     tmp_path: Path, tokenizer_bytes: bytes, compute: str, fp8: bool
 ) -> None:
-    """Those in FP8 to half a unit in the last place of E4M3; tests/inference/test_numerics.py has the codes."""
+    """Those in FP8 to half a unit in the last place; tests/inference/test_numerics.py compares codes."""
     masters = write_run(tmp_path / "run", llama(compute=compute, gemm={"fp8": fp8}), tokenizer_bytes)
     trained = load_trained(tmp_path / "run", device=CPU)
     assert trained.run.step == 30
