@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from fp8train.training.perplexity import measure, open_text, relative_difference
 from tests.inference.recipes import RECIPES
 from tests.training.launching import write_config
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 O2 = ("precision.level=O2",)
 FP8 = ("precision.gemm.fp8=true",)
@@ -234,6 +238,31 @@ def test_user_errors_have_no_traceback(prepared: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.endswith("error: --json /nowhere/x.json: No such file or directory\n")
     assert run_command(["eval", str(prepared / "run"), "--numerics", "fp4"]) == 2
     assert "--numerics" in capsys.readouterr().err
+
+
+def test_the_table_of_runs(config: Path, prepared: Path) -> None:
+    """tools/inference_perplexity.py prints what the command measures."""
+    plain = train(config, "plain", "train.steps=2")
+    runs = [str(prepared / "run"), str(plain)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools/inference_perplexity.py"),
+        "--device",
+        "cpu",
+        "--runs",
+        *runs,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    _, _, fp8, none = done.stdout.splitlines()
+    report = evaluated(prepared / "run")
+    matched, bf16 = (result["perplexity"] for result in report["results"])
+    tokens = f"{report['results'][0]['tokens']:,}"
+    difference = f"{100 * report['relative_difference']:+.3f} %"
+    assert fp8 == f"| current | O2 | 6 | {tokens} | {bf16:.4f} | {matched:.4f} | {difference} |"
+    perplexity = evaluated(plain)["results"][0]["perplexity"]
+    assert none == f"| no FP8 | O0 | 2 | 512 | {perplexity:.4f} |  |  |"
 
 
 def test_progress_of_a_long_evaluation(

@@ -1,0 +1,107 @@
+"""Perplexity of trained models with their own FP8 numerics and in BF16, as a Markdown table.
+
+    python tools/inference_perplexity.py --runs runs/quickstart/quickstart_llama_fp8 ...
+    python tools/inference_perplexity.py --train runs/inference       # the quick start, every recipe
+
+``--train OUT`` trains CONFIG once under each of ``--recipes`` (a recipe of ``precision.recipe``, or ``paper``
+for the profile) into OUT/RECIPE, and continues or skips what is there already. The quick start's dataset must
+exist (launch/quickstart.sh makes it); ``--overrides`` go to the training. Every model is evaluated on the
+samples of its own validation, all of them with ``--batches`` large enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from fp8train.comm.processes import choose_device
+from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.schema import Config
+from fp8train.inference.load import open_run
+from fp8train.training.perplexity import Measurement, measure, open_text, relative_difference
+from fp8train.training.run import prepare_machine
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK_START = ROOT / "configs/quickstart/llama_fp8.yaml"
+RECIPES = [*get_args(PrecisionConfig.model_fields["recipe"].annotation), "paper"]
+HEADINGS = ("recipe", "level", "step", "tokens", "BF16 perplexity", "FP8 perplexity", "difference")
+
+
+def train(config: Path, out: Path, recipe: str, overrides: list[str]) -> Path:
+    """Train (or finish, or find finished) the run of a recipe; its directory."""
+    choice = "precision.profile=paper" if recipe == "paper" else f"precision.recipe={recipe}"
+    options = [choice, *overrides, f"run.dir={out}", f"run.name={recipe}"]
+    command = [sys.executable, "-m", "fp8train", "train", str(config), *options]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return out / recipe
+
+
+def label(config: Config) -> str:
+    """What chose the scales."""
+    precision = config.precision
+    return precision.recipe if precision.profile == "default" else f"profile {precision.profile}"
+
+
+def level(config: Config) -> str:
+    """``precision.level``; FP8 GEMMs alone are O0 with an addition."""
+    precision = config.precision
+    return "FP8 GEMMs" if precision.level == "O0" and precision.gemm.fp8 else precision.level
+
+
+def row(path: Path, *, batches: int | None, device: torch.device) -> str:
+    """A line of the table; a run without FP8 has no FP8 perplexity."""
+    run = open_run(path)
+    prepare_machine(run.config, 1)
+    text = open_text(run, num_batches=batches)
+    bf16 = measure(run, text, "bf16", device=device)
+    fp8: Measurement | None = None
+    if run.config.precision.gemm.fp8:
+        fp8 = measure(run, text, "matched", device=device)
+    cells = [
+        label(run.config) if fp8 else "no FP8",
+        level(run.config),
+        str(run.step),
+        f"{bf16.evaluation.tokens:,}",
+        f"{bf16.perplexity:.4f}",
+        f"{fp8.perplexity:.4f}" if fp8 else "",
+        f"{100 * relative_difference(fp8, bf16):+.3f} %" if fp8 else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="run directories or checkpoints")
+    source.add_argument("--train", type=Path, metavar="OUT", help="train every recipe into OUT first")
+    parser.add_argument("--config", type=Path, default=QUICK_START, help="what --train trains")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="for --train")
+    parser.add_argument("--batches", type=int, help="global batches to evaluate; default: the run's")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="for --train")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    given = arguments()
+    runs = given.runs
+    if runs is None:
+        runs = [train(given.config, given.train, recipe, given.overrides) for recipe in given.recipes]
+    print("| " + " | ".join(HEADINGS) + " |")
+    print("|---" * len(HEADINGS) + "|")
+    device = choose_device(given.device, 0)
+    for path in runs:
+        print(row(path, batches=given.batches, device=device), flush=True)
+
+
+if __name__ == "__main__":
+    main()
