@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fp8train.checkpoint import save_checkpoint
 from fp8train.config.schema import Config, to_plain
+from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate
 from fp8train.inference.load import TrainedRun, open_run
 from fp8train.layers import fp8_weight
@@ -28,6 +29,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "O1": ("precision.level=O1",),
     "O3": ("precision.level=O3",),
     "fp32": (FP8, "precision.compute=fp32"),
+    "gpt": (FP8, "model.family=gpt"),
     "second copy": (
         *(FP8, "precision.gemm.keep_w=second_copy", "precision.gemm.keep_x=second_copy"),
         *DIFFERENT_BACKWARD,
@@ -152,7 +154,8 @@ def test_bf16_is_the_masters_rounded_and_no_fp8(tmp_path: Path, source: str) -> 
     trainer, run = trained(tmp_path, *SOURCES[source])
     built = run.load("bf16", device=CPU)
     assert built.fp8 is None and all(linear.plan is None for linear in built.model.linears().values())
-    plain = build_model(tiny_config(), vocab_size=VOCAB, device=CPU).model
+    family = [override for override in SOURCES[source] if override.startswith("model.")]
+    plain = build_model(tiny_config(family), vocab_size=VOCAB, device=CPU).model
     with torch.no_grad():
         for fqn, parameter in plain.named_parameters():
             parameter.copy_(trainer.optimizer.master(fqn))
@@ -230,3 +233,14 @@ def test_one_token_has_its_own_amax(tmp_path: Path) -> None:
     weight = linear.dequantized_weight(torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(linear(x), rounded @ weight.t(), rtol=1e-13, atol=1e-13)
+
+
+def test_bf16_needs_no_fp8_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("precision.gemm.fp8 needs compute capability 8.9 or newer")
+
+    _, run = trained(tmp_path, "precision.level=O1")
+    monkeypatch.setattr("fp8train.models.build.choose_gemm_backend", refuse)
+    with pytest.raises(InferenceError, match=r"step_00000004: .* needs .* 8\.9 .*; or use --numerics bf16"):
+        run.load("matched", device=CPU)
+    assert loss(run.load("bf16", device=CPU).model, run.config) > 0
