@@ -2,11 +2,11 @@
 
 A parametrisation *transfers* the learning rate if the best one does not move as the model gets wider (Yang
 et al. 2022, arXiv 2203.03466; u-μP, arXiv 2407.17465, figure 1). The loss near its optimum is close to a
-parabola in log2(lr), so the optimum is read off the parabola through the three best points of the grid, which
-resolves it far below the grid's spacing. It counts only if it is convex and its vertex lies no further from
-the best point than that point's neighbours, of which one that diverged does not count; otherwise the best grid
-point stands. The slope of log2(best lr) over log2(width) sums an arm up: 0 for perfect transfer, about -1 for
-Adam under the standard parametrisation.
+parabola in log2(lr), so the optimum is read off the parabola through the three best points of the grid,
+which resolves it far below the grid's spacing. It counts only if it is convex and its vertex lies no further
+from the best point than that point's neighbours, of which one that diverged does not count; otherwise the
+best grid point stands. The slope of log2(best lr) over log2(width) sums an arm up: 0 for perfect transfer,
+about -1 for Adam under the standard parametrisation.
 
 A *sweep* is ``{arm: {width: {lr: loss}}}``, where an infinite loss is a run that diverged.
 """
