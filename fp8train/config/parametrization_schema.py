@@ -24,11 +24,11 @@ class ParametrizationConfig(Section):
     rate. ``umup``: the same with u-μP's learning rates and residual weights."""
     residual: Literal["plain", "fixed", "running_mean", "umup"] = "plain"
     """Weights of stream and branch where a branch joins: ``plain`` 1 and 1; ``fixed`` √(1-τ) and √τ;
-    ``running_mean`` √(l/(l+1)) and √(1/(l+1)) at the l-th branch; ``umup`` equal shares of embedding, attention
-    and MLP branches at the end."""
+    ``running_mean`` √(l/(l+1)) and √(1/(l+1)) at the l-th branch; ``umup`` equal shares of embedding,
+    attention and MLP branches at the end."""
     tau: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """``residual: fixed`` only: τ; default from the depth: 0.4 up to 4 blocks, 0.3 at 24 to 32, 0.2 at 40, 0.1
-    from 100 on."""
+    """``residual: fixed`` only: τ; default from the depth: 0.4 up to 4 blocks, 0.3 at 24 to 32, 0.2 at 40,
+    0.1 from 100 on."""
     residual_mult: PositiveFloat = 1.0
     """``residual: umup`` only: share of all branches over that of the embedding (α_res)."""
     residual_attention_ratio: PositiveFloat = 1.0

@@ -324,8 +324,8 @@ class PrecisionConfig(Section):
     """How FP8 scales are chosen; fills ``gemm``. ``current``: this tensor's amax, a power of two
     (``fp8_amax``: the same, by its paper's name). ``te_current``: likewise, in FP32. ``te_delayed``: the
     largest amax of the last 1024 steps; ``te_delayed_recent``: that of the last step; both for weights
-    too, in FP32. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill ``parametrization`` too, which keeps
-    tensors near unit variance."""
+    too, in FP32. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill ``parametrization`` too, which
+    keeps tensors near unit variance."""
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
     scale per tensor everywhere, shared-scale reduction with auto-scaling, masters rounded to nearest."""

@@ -185,7 +185,8 @@ _PARAMETRIZATIONS: dict[str, Values] = {
         **_UNTIED,
         "parametrization.residual": "running_mean",
     },
-    # The u-μP authors' own runs: no gain in norms, independent decay, no clipping (gradients have unit scale).
+    # The u-μP authors' own runs: no gain in norms, independent decay, no clipping (gradients have unit
+    # scale).
     "umup": {
         **_UNTIED,
         "model.norm_gain": False,

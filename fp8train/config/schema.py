@@ -277,8 +277,8 @@ class OptimizerConfig(Section):
     """Decay λ of matrices; 1-D parameters (norms, biases) are not decayed, but for the norm gains of ``mus``.
     0.1, or 1e-4 where ``decay_rule`` does not multiply it by the learning rate."""
     decay_rule: DecayRule = "lr_times_lambda"
-    """``lr_times_lambda``: ``w -= lr·λ·w`` (torch's AdamW); ``independent``: ``λ`` times the schedule, without
-    the peak rate (``umup``); ``fully_decoupled``: ``w -= λ·w`` at every step (``mus``)."""
+    """``lr_times_lambda``: ``w -= lr·λ·w`` (torch's AdamW); ``independent``: ``λ`` times the schedule,
+    without the peak rate (``umup``); ``fully_decoupled``: ``w -= λ·w`` at every step (``mus``)."""
     clip_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 = never."""
 
@@ -433,8 +433,8 @@ class Config(Section):
         if self.optimizer.decay_rule != "lr_times_lambda" and decay > MAX_DECAY_PER_STEP:
             raise contradiction(
                 f"optimizer.weight_decay: {decay:g} with decay_rule: {self.optimizer.decay_rule} removes "
-                f"{decay:.0%} of every weight at every step; it is no longer multiplied by the learning rate: "
-                f"write at most {MAX_DECAY_PER_STEP:g} (typical: 1e-4)",
+                f"{decay:.0%} of every weight at every step; it is no longer multiplied by the learning "
+                f"rate: write at most {MAX_DECAY_PER_STEP:g} (typical: 1e-4)",
                 "optimizer.weight_decay",
                 "optimizer.decay_rule",
             )

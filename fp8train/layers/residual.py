@@ -6,8 +6,8 @@ normalise the end of the branch instead of its beginning.
 With ``delayed``, b's share of the backward pass moves from the end of the branch to its start: the gradient
 enters the branch as it is and is multiplied by b where it leaves it. What reaches the stream is the same (a
 branch is linear in its gradient), but inside the branch gradients stay at the stream's scale instead of being
-b times smaller (Blake et al. 2023, section 5; their weights inside get gradients 1/b times larger, which AdamW
-and Lion do not notice).
+b times smaller (Blake et al. 2023, section 5; their weights inside get gradients 1/b times larger, which
+AdamW and Lion do not notice).
 """
 
 from __future__ import annotations

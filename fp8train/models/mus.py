@@ -1,4 +1,5 @@
-"""μnit Scaling (Narayan et al. 2025, arXiv 2502.05967): FP8 without scales, true gradients, transfer over width.
+"""μnit Scaling (Narayan et al. 2025, arXiv 2502.05967): FP8 without scales, true gradients, transfer over
+width.
 
 ==================  ==========  =====================  =========================  =============
 parameter           init        forward multiplier     learning rate              decay
@@ -10,18 +11,19 @@ output head         N(0, 1)     1/fan_in               η                       
 ==================  ==========  =====================  =========================  =============
 
 Decay is fully decoupled, ``w <- (1-λ)·w``. The multipliers are the GEMMs' own α and the same backward, so
-gradients are true. Norms stand at the end of branches and residual joins keep the stream's variance at 1 (√(1-τ)
-and √τ): with that, every operand of a hidden linear is near unit variance and is cast as it is, to E4M3.
+gradients are true. Norms stand at the end of branches and residual joins keep the stream's variance at 1
+(√(1-τ) and √τ): with that, every operand of a hidden linear is near unit variance and is cast as it is, to
+E4M3.
 
 **Gradients need one scale.** Those of a mean loss are about 1/(tokens·H) in size: nearly all of an output
-gradient would round to zero in E5M2 (its smallest number is 2^-16). As gradients are true, one constant S on the
-loss serves the whole model: S = 2^3 · 2^round(log2(tokens of a step · H)), from the configuration alone. Output
-gradients then are around 1 and have some 9 binades of room above and below. The division by S comes before
-clipping and the optimizer.
+gradient would round to zero in E5M2 (its smallest number is 2^-16). As gradients are true, one constant S on
+the loss serves the whole model: S = 2^3 · 2^round(log2(tokens of a step · H)), from the configuration alone.
+Output gradients then are around 1 and have some 9 binades of room above and below. The division by S comes
+before clipping and the optimizer.
 
-**Llama.** The paper has GELU, LayerNorm and full attention. SwiGLU of unit inputs has RMS 0.6; it is multiplied
-by 1.68 (:func:`fp8train.models.unit_scaling.gated_factor`), forward and backward. RMSNorm stands where LayerNorm
-would; RoPE and grouped heads change no variance. Position embeddings are added with 1/√2.
+**Llama.** The paper has GELU, LayerNorm and full attention. SwiGLU of unit inputs has RMS 0.6; it is
+multiplied by 1.68 (:func:`fp8train.models.unit_scaling.gated_factor`), forward and backward. RMSNorm stands
+where LayerNorm would; RoPE and grouped heads change no variance. Position embeddings are added with 1/√2.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ standard parametrisation (Radford et al. 2019), whose every multiplier is 1; :mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import log2
 
 from fp8train.config.parametrization_schema import ParametrizationConfig
@@ -36,11 +37,12 @@ class AttentionFactors:
     """Attention ``output · softmax(logits_scale · q·k) · v``, gradients of q, k and v times ``grad``."""
 
     logits_scale: float
-    factors: Factors = Factors()
+    factors: Factors = field(default_factory=Factors)
 
 
 class Parametrization:
-    """The standard parametrisation: N(0, init_std²) weights, ``init_std / sqrt(2L)`` into the residual stream.
+    """The standard parametrisation: N(0, init_std²) weights, ``init_std / sqrt(2L)`` into the residual
+    stream.
 
     Attributes:
         model: sizes, ``vocab_size`` filled in.
@@ -155,10 +157,10 @@ _TAU = ((4, 0.4), (24, 0.3), (32, 0.3), (40, 0.2), (100, 0.1))
 
 def default_tau(num_layers: int) -> float:
     """τ of the fixed residual rule, from a coarse table over depth, interpolated in log(depth) and constant
-    outside it. The best τ falls with depth and does not depend on width; a coarse choice is enough (Narayan et
-    al. 2025, figure on τ)."""
+    outside it. The best τ falls with depth and does not depend on width; a coarse choice is enough (Narayan
+    et al. 2025, figure on τ)."""
     depth = float(min(max(num_layers, _TAU[0][0]), _TAU[-1][0]))
-    for (low, tau_low), (high, tau_high) in zip(_TAU, _TAU[1:], strict=False):
+    for (low, tau_low), (high, tau_high) in pairwise(_TAU):
         if depth <= high:
             share = (log2(depth) - log2(low)) / (log2(high) - log2(low))
             return tau_low + share * (tau_high - tau_low)

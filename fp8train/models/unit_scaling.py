@@ -1,9 +1,10 @@
-"""Unit scaling and u-μP (arXiv 2303.11257 and 2407.17465): unit variance of weights, activations *and* gradients.
+"""Unit scaling and u-μP (arXiv 2303.11257 and 2407.17465): unit variance of weights, activations *and*
+gradients.
 
 Every operation has a factor α on its output and β on its gradients (:mod:`fp8train.layers.factors`), chosen
 for unit-variance inputs. Where the edge into an operation is not a cut edge of the graph, α and β must be
-equal (``constraint``: the output's factor, or their geometric mean). Weights, the output head and the loss are
-cut edges: each weight's gradient is a constant times the true one, which AdamW and Lion do not notice.
+equal (``constraint``: the output's factor, or their geometric mean). Weights, the output head and the loss
+are cut edges: each weight's gradient is a constant times the true one, which AdamW and Lion do not notice.
 
 With fan_in = K, fan_out = N, B tokens in an optimizer step (of all ranks and micro-batches: a factor that
 depended on the local batch would make training depend on the layout), vocabulary V, sequence length S, head
@@ -23,15 +24,16 @@ width D and L(a, lo, hi) = hi^a · lo^(1-a)::
 
 (constants of GELU, SwiGLU and u-μP's attention: empirical fits published with u-μP's library, here verified
 against simulation in the tests. Biases are added after the multiplication and not multiplied by α, as that
-library does; their gradients are the same.) α of attention comes from the configured sequence length, not from the tensor
-at hand: generation token by token computes what training did.
+library does; their gradients are the same.) α of attention comes from the configured sequence length, not
+from the tensor at hand: generation token by token computes what training did.
 
 u-μP adds learning rates (AdamW and Lion; H the width, L the number of blocks)::
 
     embeddings  1/√H        hidden  (K · 2L)^-½        norms and biases in blocks  (2L)^-½        others  1
 
-and residual weights that give embedding, attention and MLP equal shares. Unit scaling alone keeps one learning
-rate for all and weighs branches by the running mean, which is the standard decoder with its stream rescaled.
+and residual weights that give embedding, attention and MLP equal shares. Unit scaling alone keeps one
+learning rate for all and weighs branches by the running mean, which is the standard decoder with its stream
+rescaled.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ def attention_variance(seq_length: int) -> float:
     """Mean output variance of causal attention with unit normal logits and unit normal, independent values.
 
     The i-th token's is the expectation of ``sum(p²)`` of a softmax over i logits. With ``w = exp(z)`` and
-    ``1/s² = ∫ t·exp(-t·s) dt`` it is ``i · ∫ t · E[w²·exp(-t·w)] · E[exp(-t·w)]^(i-1) dt``: an integral over one
-    number, taken on a logarithmic grid, with expectations over z on a plain one. It tends to e/i only slowly: 2.64/i
-    at i = 256.
+    ``1/s² = ∫ t·exp(-t·s) dt`` it is ``i · ∫ t · E[w²·exp(-t·w)] · E[exp(-t·w)]^(i-1) dt``: an integral over
+    one number, taken on a logarithmic grid, with expectations over z on a plain one. It tends to e/i only
+    slowly: 2.64/i at i = 256.
     """
     z = torch.linspace(-12, 12, 1201, dtype=torch.float64)
     density = torch.exp(-z.square() / 2)

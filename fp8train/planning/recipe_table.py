@@ -3,8 +3,8 @@
 A recipe is a parametrisation and a plan of casts. The tables say, for every linear, how each operand of its
 three GEMMs is quantised and by what the GEMM multiplies; for every parameter, its initial deviation and its
 factors on learning rate and decay; and for every other operation its multipliers. Rows that are the same for
-several blocks are shown once, ``layers.0-3.mlp.up``. Read off the model itself (built on the meta device, without
-storage), not off the configuration: what is shown is what runs.
+several blocks are shown once, ``layers.0-3.mlp.up``. Read off the model itself (built on the meta device,
+without storage), not off the configuration: what is shown is what runs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def describe_recipe(config: Config) -> str:
     size = config.model.vocab_size or _dataset_vocabulary(config)
     if size is not None:
         return recipe_tables(config, size)
-    note = f"# no model.vocab_size and no dataset yet: factors of embedding and head are for {ASSUMED_VOCABULARY}"
-    return f"{recipe_tables(config, ASSUMED_VOCABULARY)}\n{note}\n"
+    note = (
+        f"no model.vocab_size and no dataset yet: factors of embedding and head assume {ASSUMED_VOCABULARY}"
+    )
+    return f"{recipe_tables(config, ASSUMED_VOCABULARY)}\n# {note}\n"
 
 
 def _dataset_vocabulary(config: Config) -> int | None:

@@ -181,8 +181,8 @@ def test_explicit_wins_over_recipe_over_level(case: int) -> None:
 
 
 def test_later_tables_win() -> None:
-    """Level, recipe: the order documented for settings; a key filled by both would come from the recipe. A recipe
-    may choose the parametrisation."""
+    """Level, recipe: the order documented for settings; a key filled by both would come from the recipe. A
+    recipe may choose the parametrisation."""
     keys = [
         "model.family",
         "precision.level",

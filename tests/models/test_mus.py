@@ -1,5 +1,5 @@
-"""μnit Scaling against a model written here, in plain FP64 operations, from the paper's scaling table; and its
-gradient scale."""
+"""μnit Scaling against a model written here, in plain FP64 operations, from the paper's scaling table; and
+its gradient scale."""
 
 from __future__ import annotations
 
