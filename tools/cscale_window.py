@@ -193,7 +193,7 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     print(f"FP8, scales by amax {amax:.4f} ({amax / reference - 1:+.2%})", flush=True)
     _keep_casts(evaluator, casts)
     for operand in ("x", "w"):
-        scales = [row["log2_scale"] for site, row in casts.items() if site.endswith(f"/{operand}")]
+        scales = [row["log2_scale"] + 0.0 for site, row in casts.items() if site.endswith(f"/{operand}")]
         print(f"  k that amax chooses for {operand}: {min(scales):g} .. {max(scales):g}")
     result: dict[str, Any] = {"checkpoint": str(evaluator.checkpoint), "step": evaluator.step}
     result |= {"name": _run_of(evaluator.checkpoint).name, "tokens": evaluator.tokens}

@@ -94,7 +94,8 @@ def read_samples(path: Path, notes: list[str]) -> tuple[CastSample, ...]:
         try:
             record = json.loads(line)
             step, site = int(record["step"]), str(record["site"])
-            values = {name: float(v) for name, v in record.items() if name not in ("step", "site")}
+            # + 0.0: the log2 of a scale of one is -0.0 in the log
+            values = {name: float(v) + 0.0 for name, v in record.items() if name not in ("step", "site")}
         except (ValueError, LookupError, TypeError):
             torn += 1
             continue

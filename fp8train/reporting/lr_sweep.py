@@ -101,9 +101,16 @@ def sweep_table(sweep: Sweep) -> str:
             cells = [_cell(losses.get(lr), bold=best is not None and lr == best.grid_lr) for lr in rates]
             rows.append([str(width), *cells, *_optimum_cells(best)])
         slope = transfer_slope(optima)
-        text = "" if slope is None else f"\n\nslope of log2(best lr) over log2(width): {slope:+.2f}"
+        text = "" if slope is None else f"\n\nslope of log2(best lr) over log2(width): {_signed(slope)}"
+        edges = sum(best is not None and best.kind == "edge" for best in optima.values())
+        if text and edges:
+            text += f" (not to be trusted: {edges} of {len(optima)} optima at the edge of the grid)"
         parts.append(f"### {arm}\n\n{markdown_table(heading, rows)}{text}")
     return "\n\n".join(parts)
+
+
+def _signed(slope: float) -> str:
+    return f"{round(slope, 2) + 0.0:+.2f}"  # no -0.00
 
 
 def _cell(loss: float | None, *, bold: bool) -> str:
@@ -145,7 +152,7 @@ def plot_sweep(sweep: Sweep, path: Path, *, title: str, loss: str) -> None:
         for width, losses in sorted(curves.items()):
             _draw_curve(panel, width, losses, matplotlib.colormaps["viridis"](0.9 * float(place(width))))
         slope = transfer_slope({width: find_optimum(losses) for width, losses in curves.items()})
-        panel.set_title(arm if slope is None else f"{arm} (slope of the optimum {slope:+.2f})")
+        panel.set_title(arm if slope is None else f"{arm} (slope of the optimum {_signed(slope)})")
         panel.set_xlabel("log2 of the learning rate")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.25)

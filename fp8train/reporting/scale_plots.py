@@ -6,7 +6,7 @@ by eye. Figures are drawn without pyplot: no window, no global state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -48,6 +48,7 @@ def plot_inference(series: Sequence[Series], folder: Path, *, title: str) -> lis
         panel.set_xlabel("layer")
         _whole_numbers(panel, x=True, y=True)
     axes[0][0].set_ylabel("log2 scale")
+    _widen(axes[0])
     _legend(figure, axes[0][0])
     return _save({"scales_inference.png": figure}, folder)
 
@@ -119,6 +120,7 @@ def _distribution(series: Sequence[Series], title: str) -> Figure:
         panel.set_title(OPERANDS.get(operand, operand))
         _whole_numbers(panel, x=False, y=True)
     axes[0][0].set_ylabel("log2 scale")
+    _widen(axes[0])
     _legend(figure, axes[0][0])
     return figure
 
@@ -165,6 +167,7 @@ def _panels(
                 draw(axes[i][j], one)
             axes[i][j].set_visible(bool(found))
         axes[i][0].set_ylabel(f"{OPERANDS.get(operand, operand)}\nlog2 scale")
+    _widen(axes[:, 0])
     for panel, linear in zip(axes[0], linears, strict=True):
         panel.set_title(linear)
     for panel in axes[-1]:
@@ -189,6 +192,14 @@ def _whole_numbers(panel: Axes, *, x: bool, y: bool) -> None:
     for axis, wanted in ((panel.xaxis, x), (panel.yaxis, y)):
         if wanted:
             axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _widen(panels: Iterable[Axes]) -> None:
+    """Give scales that hardly differ an axis of two powers of two; call it when all is drawn."""
+    for panel in panels:
+        low, high = panel.get_ylim()
+        if high - low < 2:
+            panel.set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
 
 
 def _legend(figure: Figure, panel: Axes) -> None:

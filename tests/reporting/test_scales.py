@@ -200,6 +200,14 @@ def test_casts_that_were_not_finite_are_counted_and_left_out(run: Path) -> None:
     assert not math.isnan(found["log2_scale"]["all"]["median"])
 
 
+def test_a_scale_of_one_has_no_sign(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row | ({"log2_scale": -0.0} if row["site"].endswith("/w") else {}) for row in log_of(run)]
+    (run / "casts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(run)
+    [line] = [s for s in capsys.readouterr().out.splitlines() if s.split()[:2] == ["w", "up"]]
+    assert line.split()[2:5] == ["0/0/0"] * 3
+
+
 def test_an_inference_log_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(folder / "bf16", tmp_path / "bf16"))
     rows = [r for r in log_of(folder / "o2") if r["step"] == 6 and r["site"][-2:] in ("/x", "/w")]

@@ -255,5 +255,8 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert cells[3] == ["128", "4.1250", "**3.1250**", "3.1250", "diverged", "2^-8", "2^-7.00 (3.0000)"]
     assert cells[-1] == ["64", "**2.5000**", "2^-8", "edge of the grid"]
     assert "slope of log2(best lr) over log2(width): +1.00" in sweep_table(swept)
+    assert "not to be trusted" not in sweep_table(swept)
+    edge = {"one": {64: {1.0: 2.0, 2.0: 3.0}, 128: {1.0: 2.0, 2.0: 3.0}}}
+    assert "width): +0.00 (not to be trusted: 2 of 2 optima at the edge of the grid)" in sweep_table(edge)
     plot_sweep(swept, tmp_path / "plot.png", title="t", loss="loss")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
