@@ -156,6 +156,9 @@ class GemmConfig(Section):
     """Opt-in speed filter: linears with a dimension below this stay in high precision."""
     fast_accumulation: bool = False
     """Hopper's reduced-precision accumulator for the forward GEMM."""
+    smooth_swiglu: bool = False
+    """Scale SwiGLU's output token by token around the down projection, so that an outlier costs its own token
+    alone (Smooth-SwiGLU). For recipes with one scale per tensor, or none."""
 
     @model_validator(mode="after")
     def _kept_operands(self) -> GemmConfig:

@@ -441,6 +441,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _smooth_swiglu(self) -> Config:
+        gemm = self.precision.gemm
+        if gemm.fp8 and gemm.smooth_swiglu and self.model.activation != "swiglu":
+            raise contradiction(
+                f"precision.gemm.smooth_swiglu is about SwiGLU, but model.activation is "
+                f"{self.model.activation}; remove it",
+                "precision.gemm.smooth_swiglu",
+                "model.activation",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context(self) -> Config:
         if self.data.seq_length > self.model.max_seq_len:
             raise contradiction(

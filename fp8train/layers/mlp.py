@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.layers.factors import Factors, scale
 from fp8train.layers.linear import Linear
+from fp8train.layers.smooth import token_scale
 from fp8train.layers.swiglu import swiglu
 from fp8train.layers.wire import wire
+from fp8train.numerics.scale import inverse_power_of_two
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 _LARGEST_UNIT = 128
@@ -33,7 +35,12 @@ def shard_unit(ffn_hidden_size: int) -> int:
 
 
 class MLP(nn.Module):
-    """``down(activation(up(x)))``; with SwiGLU ``down(silu(gate(x)) · up(x))``."""
+    """``down(activation(up(x)))``; with SwiGLU ``down(silu(gate(x)) · up(x))``.
+
+    Attributes:
+        smooth: scale SwiGLU's output token by token around the down projection
+            (:mod:`fp8train.layers.smooth`).
+    """
 
     def __init__(
         self,
@@ -60,7 +67,8 @@ class MLP(nn.Module):
             unit = self.unit if activation == "swiglu" else 1
             assert ffn_hidden_size // unit % parallel.size == 0, f"{ffn_hidden_size} over {parallel.size}"
             ffn_hidden_size //= parallel.size
-        self.recompute = recompute
+        self.recompute, self.parallel = recompute, parallel
+        self.smooth = False
         width = 2 * ffn_hidden_size if activation == "swiglu" else ffn_hidden_size
         self.up = Linear(
             hidden_size, width, bias=bias, dtype=dtype, device=device, wire=wire("column", parallel)
@@ -70,10 +78,20 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: [B, S, H] -> [B, S, H]."""
+        """Shapes: [B, S, H] -> [B, S, H]; with tensor parallelism S is this rank's part."""
         up = self.up(x)
         activated = self._activate(up) if self.recompute is None else self.recompute(self._activate, up)
-        return self.down(activated)
+        if not self.smooth:
+            return self.down(activated)
+        scale = token_scale(up.unflatten(-1, (-1, 2, self.unit))[..., 1, :].flatten(-2), self.parallel)
+        inverse = inverse_power_of_two(scale).to(up.dtype)
+        return self.down(activated * inverse) * self._part(scale).to(up.dtype)
+
+    def _part(self, scale: Tensor) -> Tensor:
+        """Of whole sequences [B, S, 1], the tokens that the down projection returns on this rank."""
+        if self.parallel is None or self.parallel.size == 1:
+            return scale
+        return scale.chunk(self.parallel.size, dim=1)[self.parallel.rank]
 
     def _activate(self, up: Tensor) -> Tensor:
         mult = self.activation_mult

@@ -108,6 +108,9 @@ def build_model(
             num_layers=config.model.num_layers,
             all_linears=outline(config, vocab_size).linears() if in_parts else None,
         )
+        if config.precision.gemm.smooth_swiglu:
+            for block in model.layers.values():
+                block.mlp.smooth = block.mlp.down.plan is not None
         in_plan = {f"{path}.weight" for path in report.converted}
         model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
         if config.precision.weights == "fp8":

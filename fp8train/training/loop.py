@@ -17,7 +17,8 @@ from fp8train import __version__
 from fp8train.checkpoint import capture_rng, load_checkpoint, read_meta, restore_rng, save_checkpoint
 from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError, UserError
-from fp8train.config.schema import Config, to_plain
+from fp8train.config.parametrization_schema import ParametrizationConfig
+from fp8train.config.schema import Config, ModelConfig, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.consistency import check_replicas
 from fp8train.training.evaluation import Evaluation, evaluate
@@ -204,12 +205,15 @@ class TrainingLoop:
 
 
 def _check_same_model(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a model of another shape or compute type."""
-    differing = [
-        f"model.{key}: {saved['model'].get(key)} -> {value}"
-        for key, value in now["model"].items()
-        if saved["model"].get(key) != value and key not in ("init_std",)
-    ]
+    """Refuse to continue a model of another shape, parametrisation or compute type. Settings that a checkpoint
+    does not know yet had their defaults."""
+    differing = []
+    for name, section in (("model", ModelConfig), ("parametrization", ParametrizationConfig)):
+        before, defaults = saved.get(name, {}), section.model_fields
+        for key, value in now[name].items():
+            old = before.get(key, defaults[key].default)
+            if old != value and key not in ("init_std",):
+                differing.append(f"{name}.{key}: {old} -> {value}")
     if saved["precision"]["compute"] != now["precision"]["compute"]:
         differing.append(
             f"precision.compute: {saved['precision']['compute']} -> {now['precision']['compute']}"
