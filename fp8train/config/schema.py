@@ -382,7 +382,8 @@ class LoggingConfig(Section):
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
     cast_statistics_interval: NonNegativeInt = 50
-    """Steps between samples of FP8 cast statistics (amax, scale, flushed, saturated, SNR); 0 = never."""
+    """Steps between samples of FP8 cast statistics (amax, scale, flushed, saturated, SNR, kurtosis) and of
+    the norms of query projections; 0 = never."""
 
 
 class Config(Section):

@@ -106,6 +106,17 @@ class Attention(nn.Module):
             wire=wire("row", parallel),
         )
 
+    @torch.no_grad()
+    def query_norms(self) -> Tensor:
+        """Spectral norm of each query head's projection, multiplier included: FP32 [heads of this rank]. Its
+        growth in a few heads precedes the divergence that a biased attention output causes (arXiv
+        2510.04212).
+        """
+        weight = self.qkv.dequantized_weight(torch.float32)
+        heads = weight.view(self.num_kv_heads, -1, self.head_dim, weight.shape[1])[:, :-2].flatten(0, 1)
+        squared = torch.linalg.eigvalsh(heads @ heads.transpose(1, 2))[:, -1]
+        return squared.clamp(min=0).sqrt() * self.qkv.alphas.output
+
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:

@@ -265,6 +265,7 @@ def _merge_statistics(rows: Sequence[tuple[Tensor, int]]) -> Tensor:
     nonzero = (1 - field["zero"]) * count
     signal = field["rms"].square() * count
     noise = (signal * 10 ** (-field["snr_db"] / 10)).sum()
+    fourth = (field["kurtosis"] * signal.square() / count).sum() / signal.sum().square()
     merged = {
         "amax": field["amax"].max(),
         "rms": (signal.sum() / count.sum()).sqrt(),
@@ -273,5 +274,6 @@ def _merge_statistics(rows: Sequence[tuple[Tensor, int]]) -> Tensor:
         "flushed": (field["flushed"] * nonzero).sum() / nonzero.sum().clamp(min=1),
         "saturated": (field["saturated"] * nonzero).sum() / nonzero.sum().clamp(min=1),
         "snr_db": torch.where(noise == 0, torch.inf, 10 * torch.log10(signal.sum() / noise)),
+        "kurtosis": torch.where(signal.sum() == 0, torch.zeros_like(noise), fourth * count.sum()),
     }
     return torch.stack([merged[name] for name in FIELDS]).float()

@@ -1,16 +1,16 @@
 """Smooth-SwiGLU: keep rare huge values of SwiGLU out of the scale that everyone shares.
 
-Over long FP8 training the gate and up rows of some channels align, so that their product grows with the square of
-the input: a few values are hundreds of times the rest, and one scale per tensor leaves little precision for the
-rest (Fishman et al. 2024, arXiv 2409.12517). Per token, the activation is divided by ``s`` before the down
-projection casts it, and the projection's output is multiplied by ``s``: the function is unchanged, the operand's
-range is that of one token. ``s`` is the largest magnitude of the token's up half, rounded down to a power of two, so
-both multiplications are exact (overflow of the exponent apart); it is a constant to the backward pass, as scales
-are.
+Over long FP8 training the gate and up rows of some channels align, so that their product grows with the
+square of the input: a few values are hundreds of times the rest, and one scale per tensor leaves little
+precision for the rest (Fishman et al. 2024, arXiv 2409.12517). Per token, the activation is divided by ``s``
+before the down projection casts it, and the projection's output is multiplied by ``s``: the function is
+unchanged, the operand's range is that of one token. ``s`` is the largest magnitude of the token's up half,
+rounded down to a power of two, so both multiplications are exact (overflow of the exponent apart); it is a
+constant to the backward pass, as scales are.
 
-This is the variant of the authors' published code; with scales per row or block of the operand itself it is not
-needed. (The variant of their paper, a factor per channel that the next weight absorbs, would have to be undone
-inside the weight's own cast.)
+This is the variant of the authors' published code; with scales per row or block of the operand itself it is
+not needed. (The variant of their paper, a factor per channel that the next weight absorbs, would have to be
+undone inside the weight's own cast.)
 """
 
 from __future__ import annotations

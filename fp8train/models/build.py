@@ -109,7 +109,7 @@ def build_model(
             all_linears=outline(config, vocab_size).linears() if in_parts else None,
         )
         if config.precision.gemm.smooth_swiglu:
-            for block in model.layers.values():
+            for block in model.held_blocks():
                 block.mlp.smooth = block.mlp.down.plan is not None
         in_plan = {f"{path}.weight" for path in report.converted}
         model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
@@ -117,7 +117,7 @@ def build_model(
             linears = model.linears()
             targets = {f"{path}.weight": linears[path].hold_fp8_weight() for path in report.held}
     if config.train.compile == "block":
-        for block in model.layers.values():
+        for block in model.held_blocks():
             block.compile(fullgraph=True)
     return BuiltModel(model, report, backend, targets)
 

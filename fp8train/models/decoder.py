@@ -150,6 +150,10 @@ class Decoder(nn.Module):
         """The hidden linears by module path, in order."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
 
+    def held_blocks(self) -> list[Block]:
+        """The blocks of this part, in order."""
+        return [block for block in self.layers.values() if isinstance(block, Block)]
+
     @property
     def head_weight(self) -> Tensor:
         """[padded vocabulary, H]."""

@@ -10,7 +10,10 @@ Columns (fractions are of the elements that are not zero in the source, except `
 * ``zero``: share of exact zeros in the source;
 * ``flushed``: non-zero values that became zero (underflow);
 * ``saturated``: values whose scaled magnitude exceeded the format's maximum (overflow);
-* ``snr_db``: signal-to-noise ratio ``10·log10(sum x² / sum (x - q)²)``; infinite where the cast was exact.
+* ``snr_db``: signal-to-noise ratio ``10·log10(sum x² / sum (x - q)²)``; infinite where the cast was exact;
+* ``kurtosis``: ``mean(x⁴) / mean(x²)²`` of the source, 3 for a normal distribution, 0 for zeros: outliers
+show
+  here long before they hurt (an early sign of divergence in FP8: arXiv 2505.20524).
 
 A source that holds NaN or infinity has a NaN ``scale_inv``: ``log2_scale`` and ``snr_db`` are NaN, and the
 row is reported.
@@ -27,7 +30,7 @@ from torch import Tensor
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.formats import format_of
 
-FIELDS = ("amax", "rms", "log2_scale", "zero", "flushed", "saturated", "snr_db")
+FIELDS = ("amax", "rms", "log2_scale", "zero", "flushed", "saturated", "snr_db", "kurtosis")
 _ZERO = FIELDS.index("zero")
 _ULP_SLACK = 1 + 2.0**-20  # a free scale and its inverse are rounded: amax may land an FP32 ulp above max
 
@@ -51,6 +54,8 @@ def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
     count = nonzero.sum().clamp(min=1).float()
     signal = source.double().square().sum()
     noise = (source - decoded).double().square().sum()
+    kurtosis = source.double().square().square().sum() * source.numel() / signal.square()
+    kurtosis = torch.where(signal == 0, torch.zeros_like(kurtosis), kurtosis)
     return torch.stack(
         [
             amax_of(source),
@@ -60,6 +65,7 @@ def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
             (nonzero & (decoded == 0)).sum().float() / count,
             (magnitude / scale_inv > fmt.max * _ULP_SLACK).sum().float() / count,
             torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise)).float(),
+            kurtosis.float(),
         ]
     )
 

@@ -34,7 +34,7 @@ OPERANDS = {
 }
 """Operand of the log -> what people call it, in the order of the plots."""
 LINEARS = ("qkv", "out", "up", "down")
-FIELDS = ("log2_scale", "flushed", "saturated", "amax", "rms", "snr_db")
+FIELDS = ("log2_scale", "flushed", "saturated", "amax", "rms", "snr_db", "kurtosis")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class TrainingLoop:
         batch = self.data.train.batch(step)
         fetched = time.perf_counter()
         recorder, interval = self.trainer.recorder, self.config.logging.cast_statistics_interval
-        sampled = recorder is not None and (step == 0 or (step + 1) % interval == 0)
+        sampled = interval > 0 and (step == 0 or (step + 1) % interval == 0)
         if recorder is not None:
             recorder.active = sampled
         result = self.trainer.step(step, batch)
@@ -126,6 +126,9 @@ class TrainingLoop:
             if sampled:
                 optimizer = self.trainer.optimizer_metrics() if result.applied else {}
                 self.reporter.casts(step + 1, self.trainer.cast_rows(), optimizer)
+        if sampled:
+            with self.reporter.outside_throughput():
+                self.reporter.record(step + 1, self.trainer.attention_metrics())
         self._watch_skips(step + 1, result)
         self.reporter.step(step + 1, result, data_seconds=fetched - began)
 
@@ -205,8 +208,8 @@ class TrainingLoop:
 
 
 def _check_same_model(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a model of another shape, parametrisation or compute type. Settings that a checkpoint
-    does not know yet had their defaults."""
+    """Refuse to continue a model of another shape, parametrisation or compute type. Settings that a
+    checkpoint does not know yet had their defaults."""
     differing = []
     for name, section in (("model", ModelConfig), ("parametrization", ParametrizationConfig)):
         before, defaults = saved.get(name, {}), section.model_fields

@@ -168,6 +168,9 @@ class Reporter:
             "fp8/saturated": statistics.fmean(values["saturated"] for values in rows.values()),
             "fp8/snr_db_min": min(snr, default=math.nan),
             "fp8/snr_db_median": statistics.median(snr) if snr else math.nan,
+            "fp8/kurtosis_x_max": max(
+                (values["kurtosis"] for site, values in rows.items() if site.endswith("/x")), default=math.nan
+            ),
             **optimizer,
         }
 

@@ -354,6 +354,14 @@ class Trainer:
         self.processes.pp.all_reduce(counts, purpose="statistics")()
         return {name: count / counts[-1] for name, count in zip(names, counts[:-1], strict=True)}
 
+    def attention_metrics(self) -> dict[str, float]:
+        """``train/query_norm_max``: the largest spectral norm of a query head's projection in the model;
+        waits for the device. Collective over all ranks."""
+        norms = [block.attention.query_norms().max() for block in self.model.held_blocks()]
+        largest = torch.stack(norms).max()
+        self.processes.everyone.all_reduce(largest, purpose="statistics", op=torch.distributed.ReduceOp.MAX)()
+        return {"train/query_norm_max": float(largest)}
+
     def sent_bytes(self) -> dict[str, int]:
         """Bytes this rank has sent since the start, by collective and purpose, over all axes."""
         total = self.gradients.sent_bytes(self.processes.groups.values())

@@ -24,7 +24,9 @@ from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 CPU = torch.device("cpu")
 FP8 = "precision.gemm.fp8=true"
 DIFFERENT_BACKWARD = ("precision.gemm.grad_weight.x.margin=1", "precision.gemm.grad_input.w.margin=1")
-DIFFERENT_CONSTANTS = tuple(override.replace("margin", "constant_exponent") for override in DIFFERENT_BACKWARD)
+DIFFERENT_CONSTANTS = tuple(
+    override.replace("margin", "constant_exponent") for override in DIFFERENT_BACKWARD
+)
 PLANS: dict[str, tuple[str, ...]] = {
     "FP8 GEMMs": (FP8,),
     "O1": ("precision.level=O1",),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fp8train.layers.attention import Attention, KVCache
+from fp8train.layers.linear import Alphas
 from fp8train.layers.rotary import rotary_frequencies, rotary_table
 
 HIDDEN, BATCH, LENGTH = 24, 2, 11
@@ -98,3 +99,15 @@ def test_cache_continues_the_sequence(kv_heads: int, pieces: list[int]) -> None:
         torch.testing.assert_close(torch.cat(outputs, dim=1), attention(x, cos, sin), rtol=0, atol=1e-12)
         with pytest.raises(AssertionError, match="cache is full"):
             attention(x[:, :1], cos[:1], sin[:1], cache)
+
+
+def test_query_norms_are_the_largest_singular_values() -> None:
+    attention = Attention(
+        hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=4, bias=False, dtype=torch.float32
+    )
+    with torch.no_grad():
+        attention.qkv.weight.copy_(torch.randn(40, 24, generator=torch.Generator().manual_seed(1)))
+    attention.qkv.alphas = Alphas(output=0.5)
+    rows = attention.qkv.weight.detach().double().view(2, 5, 4, 24)[:, :3].reshape(6, 4, 24)
+    expected = 0.5 * torch.linalg.svdvals(rows)[:, 0]
+    torch.testing.assert_close(attention.query_norms().double(), expected, rtol=1e-5, atol=0)

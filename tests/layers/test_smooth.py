@@ -39,7 +39,9 @@ def tokens(dtype: torch.dtype) -> Tensor:
 
 
 def test_scales_are_the_token_s_largest_power_of_two() -> None:
-    up = torch.tensor([[[0.0, -7.9, 3.0]], [[0.0, 0.0, 0.0]], [[2.0**-130, 0.0, 0.0]], [[1.0, torch.inf, 0.0]]])
+    up = torch.tensor(
+        [[[0.0, -7.9, 3.0]], [[0.0, 0.0, 0.0]], [[2.0**-130, 0.0, 0.0]], [[1.0, torch.inf, 0.0]]]
+    )
     assert token_scale(up, None).flatten().tolist() == [4.0, 1.0, 1.0, 1.0]
 
 

@@ -31,6 +31,7 @@ def brute_force(x: np.ndarray, codes: np.ndarray, scale_inv: float, fmt: Format)
         "flushed": sum(d == 0 for _, d in nonzero) / max(1, len(nonzero)),
         "saturated": sum(abs(s) / scale_inv > fmt.max for s, _ in nonzero) / max(1, len(nonzero)),
         "snr_db": 10 * math.log10(signal / noise) if noise else math.inf,
+        "kurtosis": sum(s**4 for s in source) * len(source) / signal**2,
     }
 
 
@@ -96,6 +97,7 @@ def test_zeros_and_exact_casts() -> None:
         "flushed": 0,
         "saturated": 0,
         "snr_db": math.inf,
+        "kurtosis": 0,
     }
     assert got == expected
     exact = torch.tensor([1.0, -2.0, 0.5, 1.75])
