@@ -43,17 +43,42 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Makes what ranks know of their parts of a tensor (or of its rows) what one process knows of the whole.
+
+    Attributes:
+        group: the ranks with other parts.
+    """
+
+    group: CountedGroup
+
+    def largest(self, amax: Tensor) -> Tensor:
+        """The elementwise largest amax (FP32, any shape). NaN counts as infinity, which a maximum keeps."""
+        amax = amax.nan_to_num(nan=torch.inf, posinf=torch.inf).contiguous()
+        self.group.all_reduce(amax, purpose="amax", op=dist.ReduceOp.MAX)()
+        return amax
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The elementwise sum of integers."""
+        counts = counts.clone()
+        self.group.all_reduce(counts, purpose="mse_counts")()
+        return counts
+
+
+@dataclass(frozen=True)
 class TensorParallel:
     """The ranks among which matrices and sequences are cut.
 
     Attributes:
         group: ranks with other parts of the same matrices.
         shards: ranks that hold other parts of the same activation: ``group``, and context-parallel ranks.
+        context: context-parallel ranks: those with other tokens of the same sequences.
         traffic: what travels in FP8.
     """
 
     group: CountedGroup
     shards: CountedGroup
+    context: CountedGroup
     traffic: Traffic = Traffic()
 
     @property
@@ -66,14 +91,20 @@ class TensorParallel:
         """This one's number among them."""
         return self.group.rank
 
-    def agree_on_amax(self, amax: Tensor) -> Tensor:
-        """The largest amax (FP32 scalar) over all shards of a tensor. NaN counts as infinity, which a maximum
-        keeps."""
-        if self.shards.size == 1:
-            return amax
-        amax = amax.nan_to_num(nan=torch.inf, posinf=torch.inf)
-        self.shards.all_reduce(amax, purpose="amax", op=dist.ReduceOp.MAX)()
-        return amax
+    def agreement(self, *, tp: bool, cp: bool) -> Agreement | None:
+        """Among ranks that hold parts of one tensor; None if this one has the whole.
+
+        Args:
+            tp: tensor-parallel ranks have other parts.
+            cp: context-parallel ranks have.
+        """
+        if tp and cp:
+            group = self.shards
+        elif tp or cp:
+            group = self.group if tp else self.context
+        else:
+            return None
+        return Agreement(group) if group.size > 1 else None
 
     def gather(self, x: Tensor, *, batch: int, purpose: str) -> Callable[[], Tensor]:
         """Start to gather whole sequences.

@@ -1,7 +1,20 @@
 """The size of scale blocks: arithmetic that layout checks need before there are tensors.
 
-See :mod:`fp8train.numerics.blocks` for what a block is.
+See :mod:`fp8train.numerics.blocks` for what a block of a gradient or state is, and
+:mod:`fp8train.numerics.granularity` for those of GEMM operands.
 """
+
+from collections.abc import Mapping
+from typing import Literal
+
+Granularity = Literal["tensor", "row", "block_1x128", "block_128x128", "mx_1x32"]
+"""What shares a scale in a GEMM operand."""
+
+DIRECTED: frozenset[Granularity] = frozenset(("row", "block_1x128", "mx_1x32"))
+"""Those that lie along the contracted dimension, so that an operand of two GEMMs is quantised twice."""
+
+OPERAND_BLOCK: Mapping[Granularity, int] = {"block_1x128": 128, "block_128x128": 128, "mx_1x32": 32}
+"""Elements of a block along the contracted dimension."""
 
 MAX_BLOCK = 128
 _MIN_BLOCK = 32

@@ -34,8 +34,9 @@ _Representer.add_representer(list, _represent_list)
 def effective(config: Config) -> dict[str, Any]:
     """``config`` as nested plain values, without what has no effect.
 
-    How FP8 GEMMs and FP8 gradients would be done is left out where they are off: it has no effect, and a file
-    that sets it is refused as contradictory. Loading fills the same presets again.
+    How FP8 GEMMs (or the one of weight gradients) and FP8 gradients would be done is left out where they are
+    off: it has no effect, and a file that sets it is refused as contradictory. Loading fills the same presets
+    again.
     """
     plain = to_plain(config)
     precision = plain["precision"]
@@ -44,6 +45,8 @@ def effective(config: Config) -> dict[str, Any]:
             del precision["recipe"]
         del precision["profile"], precision["state"], precision["weights"]
         precision["gemm"] = {"fp8": False}
+    elif not config.precision.gemm.grad_weight.fp8:
+        precision["gemm"]["grad_weight"] = {"fp8": False}
     if config.precision.gradient.format == "high_precision":
         del precision["gradient"]["fp8"]
     return plain

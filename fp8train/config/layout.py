@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp8train.config.blocks import MAX_BLOCK, block_size
+from fp8train.config.operand_blocks import cut_blocks
 
 if TYPE_CHECKING:
     from fp8train.config.schema import Config
@@ -30,6 +31,7 @@ def layout_problems(config: Config) -> Iterator[LayoutProblem]:
     """Everything that the file alone shows to be wrong with the layout."""
     yield from _tensor_parallel(config)
     yield from _context_parallel(config)
+    yield from _operand_blocks(config)
     yield from _pipeline_parallel(config)
     yield from _execution(config)
 
@@ -106,6 +108,27 @@ def _context_parallel(config: Config) -> Iterator[LayoutProblem]:
                 f"({count}): attention exchanges heads for tokens; legal products: {_divisors(count)}",
                 ("parallel.cp", f"model.{key}"),
             )
+
+
+def _operand_blocks(config: Config) -> Iterator[LayoutProblem]:
+    """One problem for each dimension that is cut inside blocks of GEMM operands."""
+    seen = set()
+    for cut in cut_blocks(config):
+        if (cut.what, cut.block) in seen:
+            continue
+        seen.add((cut.what, cut.block))
+        if cut.what == "data.seq_length":
+            unit = cut.block * cut.parts
+            legal = f"a multiple of {unit}, for example {max(cut.size // unit, 1) * unit}"
+        else:
+            legal = _divisors(cut.size // cut.block) if cut.size % cut.block == 0 else "1"
+            legal = f"parallel.tp of {legal}"
+        yield LayoutProblem(
+            f"{' and '.join(cut.keys)}: {cut.what} = {cut.size} in {cut.parts} parts goes through scale "
+            f"blocks of {cut.block} elements (precision.gemm.{cut.operand}); legal: {legal}, or a recipe "
+            "without blocks",
+            cut.keys,
+        )
 
 
 def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:

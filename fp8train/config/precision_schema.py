@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fp8train.config.blocks import DIRECTED, Granularity
 from fp8train.config.section import (
     NonNegativeInt,
     PositiveFloat,
@@ -26,11 +27,13 @@ class QuantConfig(Section):
 
     format: Literal["e4m3", "e5m2"]
     """FP8 format."""
-    granularity: Literal["tensor"] = "tensor"
-    """What shares a scale."""
-    scale_source: Literal["current", "delayed", "constant"] = "current"
+    granularity: Granularity = "tensor"
+    """What shares a scale: the tensor; a ``row``, one vector that the GEMM contracts; 128 elements of such a
+    vector (``block_1x128``), 32 (``mx_1x32``, OCP MX), or squares of 128x128."""
+    scale_source: Literal["current", "delayed", "constant", "mse"] = "current"
     """Where the scale comes from: ``current`` = this tensor's own amax; ``delayed`` = the amaxes of earlier
-    steps; ``constant`` = ``2^constant_exponent``."""
+    steps; ``constant`` = ``2^constant_exponent``; ``mse`` = the power of two with the least squared
+    error."""
     history: Annotated[int, Field(ge=1, le=1024)] = 16
     """``delayed`` only: steps whose amax is remembered."""
     reduce: Literal["max", "most_recent"] = "max"
@@ -61,6 +64,9 @@ class QuantConfig(Section):
                     key,
                     "scale_source",
                 )
+        self._granularity_fits_the_source()
+        if self.scale_source == "mse":
+            self._refuse_margin_and_fp32_scales()
         if self.scale_source == "constant":
             if self.constant_exponent is None:
                 raise contradiction(
@@ -68,12 +74,32 @@ class QuantConfig(Section):
                     "constant_exponent",
                     "scale_source",
                 )
-            for key, neutral in (("margin", self.margin == 0), ("power_of_two", self.power_of_two)):
-                if not neutral:
-                    raise contradiction(
-                        f"{key} has no effect with scale_source: constant; remove it", key, "scale_source"
-                    )
+            self._refuse_margin_and_fp32_scales()
         return self
+
+    def _granularity_fits_the_source(self) -> None:
+        if self.granularity != "tensor" and self.scale_source != "current":
+            raise contradiction(
+                f"granularity: {self.granularity} takes each scale from its own amax, but scale_source is "
+                f"{self.scale_source}; write scale_source: current, or granularity: tensor",
+                "granularity",
+                "scale_source",
+            )
+        if self.granularity == "mx_1x32" and not self.power_of_two:
+            raise contradiction(
+                "granularity: mx_1x32 has powers of two as scales; remove power_of_two: false",
+                "power_of_two",
+                "granularity",
+            )
+
+    def _refuse_margin_and_fp32_scales(self) -> None:
+        for key, neutral in (("margin", self.margin == 0), ("power_of_two", self.power_of_two)):
+            if not neutral:
+                raise contradiction(
+                    f"{key} has no effect with scale_source: {self.scale_source}; remove it",
+                    key,
+                    "scale_source",
+                )
 
 
 def _refuse_two_e5m2(gemm: Section, first: str, second: str) -> None:
@@ -117,6 +143,9 @@ class GradInputGemmConfig(Section):
 class GradWeightGemmConfig(Section):
     """grad_weight = grad_output.T @ x"""
 
+    fp8: bool = True
+    """Multiply in FP8. ``false`` multiplies the unquantised operands in the compute type and needs
+    ``keep_x: bf16``."""
     grad_output: QuantConfig
     """Gradient arriving at the linear."""
     x: QuantConfig
@@ -169,19 +198,39 @@ class GemmConfig(Section):
             ("w", self.keep_w, self.output.w, self.grad_input.w, "grad_input.w"),
         ):
             keys = (f"keep_{name}", f"output.{name}", backward_use)
+            if name == "x" and not self.grad_weight.fp8:
+                self._keeps_unquantised_x()
+                continue
+            if keep == "same" and forward == backward and forward.granularity in DIRECTED:
+                raise contradiction(
+                    f"keep_{name}: same reuses the payload of output.{name}, but its scales "
+                    f"({forward.granularity}) lie along the dimension which the output GEMM contracts, and "
+                    f"{backward_use} contracts the other; write second_copy, requantise or bf16",
+                    *keys,
+                )
             if keep == "same" and forward != backward:
                 raise contradiction(
                     f"keep_{name}: same reuses the payload of output.{name}, but {backward_use} is set "
                     "differently; make the two equal, or choose requantise, second_copy or bf16",
                     *keys,
                 )
-            if keep in ("requantise", "second_copy") and forward == backward:
+            directed = forward.granularity in DIRECTED
+            if keep in ("requantise", "second_copy") and forward == backward and not directed:
                 raise contradiction(
                     f"keep_{name}: {keep} changes nothing, because output.{name} and {backward_use} are "
                     "equal; write same",
                     *keys,
                 )
         return self
+
+    def _keeps_unquantised_x(self) -> None:
+        if self.keep_x != "bf16":
+            raise contradiction(
+                f"grad_weight.fp8: false multiplies the unquantised input, but keep_x is {self.keep_x}; "
+                "write keep_x: bf16",
+                "keep_x",
+                "grad_weight.fp8",
+            )
 
 
 class Fp8GradientConfig(Section):
@@ -320,6 +369,12 @@ class PrecisionConfig(Section):
         "te_current",
         "te_delayed",
         "te_delayed_recent",
+        "mse",
+        "cscale",
+        "rowwise",
+        "rowwise_gw_hp",
+        "blockwise",
+        "mxfp8",
         "mus",
         "unit_scaling",
         "umup",
@@ -327,8 +382,11 @@ class PrecisionConfig(Section):
     """How FP8 scales are chosen; fills ``gemm``. ``current``: this tensor's amax, a power of two
     (``fp8_amax``: the same, by its paper's name). ``te_current``: likewise, in FP32. ``te_delayed``: the
     largest amax of the last 1024 steps; ``te_delayed_recent``: that of the last step; both for weights
-    too, in FP32. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill ``parametrization`` too, which
-    keeps tensors near unit variance."""
+    too, in FP32. ``mse``: the power of two of least squared error. ``cscale``: constants. ``rowwise``: a
+    scale for each contracted vector, E4M3 everywhere; ``rowwise_gw_hp``: weight gradients from unquantised
+    operands. ``blockwise``: 1x128 and 128x128, E4M3 (DeepSeek-V3). ``mxfp8``: 1x32, E4M3. All these but
+    ``cscale`` keep weights in the compute type. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill
+    ``parametrization`` too, which keeps tensors near unit variance."""
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
     scale per tensor everywhere, shared-scale reduction with auto-scaling, masters rounded to nearest."""
@@ -386,4 +444,48 @@ class PrecisionConfig(Section):
                 "gemm.keep_w",
                 "weights",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _resident_scales(self) -> PrecisionConfig:
+        if self.weights != "fp8" or not self.gemm.fp8:
+            return self
+        uses = {"output.w": self.gemm.output.w}
+        if self.gemm.keep_w == "second_copy":
+            uses["grad_input.w"] = self.gemm.grad_input.w
+        for use, quant in uses.items():
+            if quant.granularity != "tensor" or quant.scale_source == "mse":
+                key = "scale_source" if quant.scale_source == "mse" else "granularity"
+                raise contradiction(
+                    "weights: fp8 is written piece by piece with one scale from the amax of the whole, but "
+                    f"gemm.{use}.{key} is {getattr(quant, key)}; write weights: compute, or a recipe with "
+                    "one scale per tensor",
+                    "weights",
+                    f"gemm.{use}.{key}",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_travel_as_they_rest(self) -> PrecisionConfig:
+        if self.weights == "compute" and self.traffic.weights == "fp8" and self.gemm.fp8:
+            raise contradiction(
+                "traffic.weights: fp8 sends the codes of weights that rest in FP8, but weights is compute; "
+                "write traffic.weights: compute",
+                "traffic.weights",
+                "weights",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unquantised_traffic(self) -> PrecisionConfig:
+        if not self.gemm.fp8 or self.gemm.grad_weight.fp8:
+            return self
+        for key in ("activations", "grad_output"):
+            if getattr(self.traffic, key) == "fp8":
+                raise contradiction(
+                    f"traffic.{key}: fp8 sends codes, but gemm.grad_weight.fp8: false multiplies unquantised "
+                    f"values; write traffic.{key}: compute",
+                    f"traffic.{key}",
+                    "gemm.grad_weight.fp8",
+                )
         return self

@@ -13,12 +13,11 @@ ingredient of the wrong type, fills nothing and is left to the schema to report.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fp8train.config.nodes import Node, Origin, Scalar, merge, nest
-
-Values = Mapping[str, Scalar | tuple[str, ...]]
+from fp8train.config.recipes import MEANINGFUL, PARAMETRIZATIONS, RECIPES, Values
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,15 @@ class PresetTable:
     """One key whose value fills others.
 
     ``choices`` maps each legal value of ``key`` to the dotted keys it sets; ``default`` is the choice when
-    the key is absent (None: the key is required).
+    the key is absent (None: the key is required). ``meaningful`` says of a filled key, by its last name, with
+    which values of ``scale_source`` beside it it means something: where a person explicitly wrote another
+    one, it is not filled.
     """
 
     key: str
     choices: Mapping[str, Values]
     default: str | None = None
+    meaningful: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Problem(NamedTuple):
@@ -119,83 +121,6 @@ _LEVELS: dict[str, Values] = {
 }
 """FP8-LM's levels in our defaults; each adds to the one before (FP8-LM section 2; names from MS-AMP)."""
 
-GEMM_OPERANDS: dict[str, str] = {
-    "output.x": "e4m3",
-    "output.w": "e4m3",
-    "grad_input.grad_output": "e5m2",
-    "grad_input.w": "e4m3",
-    "grad_weight.grad_output": "e5m2",
-    "grad_weight.x": "e4m3",
-}
-"""The six operand uses and their usual formats: E5M2's range for gradients, E4M3's precision for the rest
-(FP8-LM A.1)."""
-
-
-def _same_for_all_operands(settings: Values) -> Values:
-    """``settings`` for every operand use, each with its usual format."""
-    filled: dict[str, Scalar | tuple[str, ...]] = {}
-    for operand, number_format in GEMM_OPERANDS.items():
-        filled[f"precision.gemm.{operand}.format"] = number_format
-        filled |= {f"precision.gemm.{operand}.{key}": value for key, value in settings.items()}
-    return filled
-
-
-_CURRENT: Values = {
-    "granularity": "tensor",
-    "scale_source": "current",
-    "power_of_two": True,
-    "margin": 0,
-    "rounding": "nearest",
-}
-_UNSCALED: Values = {**_CURRENT, "scale_source": "constant", "constant_exponent": 0}
-_FP32_SCALES: Values = {**_CURRENT, "power_of_two": False}
-_DELAYED: Values = {**_FP32_SCALES, "scale_source": "delayed"}
-_RECIPES: dict[str, Values] = {
-    "current": _same_for_all_operands(_CURRENT),
-    # Perez et al. 2023 (FP8-AMAX): each tensor's own amax, scales rounded down to powers of two. They leave
-    # three bits free for output gradients, because their GEMMs add in FP16; ours add in FP32.
-    "fp8_amax": _same_for_all_operands(_CURRENT),
-    # Transformer Engine's recipes of these names: FP32 scales, all operands alike.
-    "te_current": _same_for_all_operands(_FP32_SCALES),
-    "te_delayed": _same_for_all_operands({**_DELAYED, "history": 1024, "reduce": "max"}),
-    # As Megatron-LM sets it by default: the last step's amax.
-    "te_delayed_recent": _same_for_all_operands({**_DELAYED, "history": 1, "reduce": "most_recent"}),
-    # Narayan et al. 2025 (μnit Scaling): every tensor is cast as it is.
-    "mus": {**_same_for_all_operands(_UNSCALED), "parametrization.kind": "mus"},
-    # Blake et al. 2023.
-    "unit_scaling": {**_same_for_all_operands(_UNSCALED), "parametrization.kind": "unit_scaling"},
-    # Blake et al. 2024: projections into the residual stream, whose inputs have heavy tails, stay in BF16.
-    "umup": {
-        **_same_for_all_operands(_UNSCALED),
-        "precision.gemm.exclude": ("layers.*.attention.out", "layers.*.mlp.down"),
-        "parametrization.kind": "umup",
-    },
-}
-_UNTIED: Values = {"model.tie_embeddings": False}
-_PARAMETRIZATIONS: dict[str, Values] = {
-    "standard": {},
-    "mus": {
-        **_UNTIED,
-        "model.norm_placement": "branch_end",
-        "parametrization.residual": "fixed",
-        "optimizer.weight_decay": 1e-4,
-        "optimizer.decay_rule": "fully_decoupled",
-    },
-    "unit_scaling": {
-        **_UNTIED,
-        "parametrization.residual": "running_mean",
-    },
-    # The u-μP authors' own runs: no gain in norms, independent decay, no clipping (gradients have unit
-    # scale).
-    "umup": {
-        **_UNTIED,
-        "model.norm_gain": False,
-        "parametrization.residual": "umup",
-        "optimizer.weight_decay": 1e-4,
-        "optimizer.decay_rule": "independent",
-        "optimizer.clip_grad_norm": 0.0,
-    },
-}
 _DELAYED_OPERANDS = ("output.x", "grad_input.grad_output", "grad_weight.grad_output", "grad_weight.x")
 _PROFILES: dict[str, Values] = {
     "default": {},
@@ -212,9 +137,9 @@ _PROFILES: dict[str, Values] = {
 PRESETS: tuple[PresetTable, ...] = (
     PresetTable("model.family", _FAMILIES),
     PresetTable("precision.level", _LEVELS, default="O0"),
-    PresetTable("precision.recipe", _RECIPES, default="current"),
+    PresetTable("precision.recipe", RECIPES, default="current", meaningful=MEANINGFUL),
     PresetTable("precision.profile", _PROFILES, default="default"),
-    PresetTable("parametrization.kind", _PARAMETRIZATIONS, default="standard"),
+    PresetTable("parametrization.kind", PARAMETRIZATIONS, default="standard"),
 )
 """All tables, in the order in which they win: a later one overrides an earlier one, explicit values override
 all."""
@@ -251,7 +176,7 @@ def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
             continue
         origin = Origin("preset", f"{table.key}={choice}")
         for key, value in table.choices[choice].items():
-            if _is_moot(key, explicit):
+            if not _means_something(key, table, explicit):
                 continue
             filled = merge(filled, nest(key.split("."), _leaf(value, origin)))
     return derive(merge(filled, explicit, null_takes_back=False))
@@ -271,18 +196,13 @@ def _leaf(value: Scalar | tuple[str, ...], origin: Origin) -> Node:
     return Node(value, origin)
 
 
-def _is_moot(key: str, explicit: Node) -> bool:
-    """Whether a recipe's ``key`` says something of scales from a source that this operand explicitly has
-    not."""
-    operand, _, name = key.rpartition(".")
-    if not operand.startswith("precision.gemm."):
-        return False
-    source = explicit.find([*operand.split("."), "scale_source"])
-    if source is None:
-        return False
-    return (name in ("history", "reduce") and source.value != "delayed") or (
-        name == "power_of_two" and source.value == "constant"
-    )
+def _means_something(key: str, table: PresetTable, explicit: Node) -> bool:
+    """Whether ``key`` goes with the source of scales that was explicitly chosen beside it, if one was."""
+    section, _, name = key.rpartition(".")
+    if name not in table.meaningful:
+        return True
+    source = explicit.find([*section.split("."), "scale_source"])
+    return source is None or source.value in table.meaningful[name]
 
 
 def derive(tree: Node) -> tuple[Node, list[Problem]]:

@@ -71,7 +71,9 @@ def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> 
     for text in overrides:
         root = merge(root, parse_override(text, table))
     tree, problems = apply_presets(root)
-    problems += _fp8_off_but_set(tree) or _fp8_gradients_off_but_set(tree)
+    problems += _fp8_off_but_set(tree) or (
+        _fp8_gradients_off_but_set(tree) + _grad_weight_operands_off_but_set(tree)
+    )
     config = _validate(tree, table, problems)
     raise_problems(problems, tree, sources)
     assert config is not None
@@ -124,6 +126,22 @@ def _fp8_gradients_off_but_set(tree: Node) -> list[Problem]:
         "(null takes back what a base file set)"
     )
     return _first_set(tree, [("precision", "gradient", "fp8")], message, "precision.gradient.format")
+
+
+def _grad_weight_operands_off_but_set(tree: Node) -> list[Problem]:
+    """Likewise for the operands of a weight gradient that is multiplied in high precision."""
+    off = tree.find(("precision", "gemm", "grad_weight", "fp8"))
+    if off is None or off.value is not False:
+        return []
+    reason = "" if off.origin.explicit else f" ({off.origin})"
+    message = (
+        f"is set but weight gradients multiply unquantised operands: precision.gemm.grad_weight.fp8 is "
+        f"false{reason}; remove one of the two"
+    )
+    inert: list[tuple[str, ...]] = [
+        ("precision", "gemm", "grad_weight", name) for name in ("grad_output", "x")
+    ]
+    return _first_set(tree, inert, message, "precision.gemm.grad_weight.fp8")
 
 
 def _first_set(tree: Node, inert: list[tuple[str, ...]], message: str, switch: str) -> list[Problem]:

@@ -9,6 +9,12 @@ rounded once.
   power-of-two scales a BF16 matmul of the decoded payloads *is* the FP8 GEMM (accumulation order apart). FP32
   and FP64 results multiply in FP32 and FP64, and so do BF16 results on a CPU that has no BF16 instructions.
 
+Scales may belong to rows or blocks (:mod:`fp8train.numerics.granularity`). ``decode`` multiplies each operand
+by its scales before the product, which is exact for powers of two: in BF16 too, where they are in range.
+``scaled_mm`` uses the kernel that torch has for these scales (:mod:`fp8train.kernels.scaling`); where there
+is none, the operands are decoded on the device, and :attr:`GemmBackend.reason` says so. None of the kernels
+for rows and blocks has been run on a GPU yet.
+
 Both refuse what the GPU refuses (rules below), so that what runs on a laptop runs on a cluster: FP8 dtypes,
 E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardware says so in
 :attr:`GemmBackend.reason`; nothing falls back to BF16 operands.
@@ -16,7 +22,6 @@ E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardwa
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,11 +29,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.kernels.matmul import cpu_multiplies_bf16
-from fp8train.numerics.cast import decode_finite
+from fp8train.kernels.decode import decode_gemm
+from fp8train.kernels.scaling import (
+    cuda_version,
+    fills_blocks,
+    granularity_of,
+    native_pair,
+    scaled_mm_of_arrays,
+)
+from fp8train.numerics.quant_spec import LinearQuant
 
 ALIGNMENT = 16
-_FOLD_RANGE = (2.0**-90, 2.0**6)
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,15 @@ class GemmBackend:
     reason: str
 
 
-def choose_gemm_backend(device: torch.device, compute_dtype: torch.dtype) -> GemmBackend:
+def choose_gemm_backend(
+    device: torch.device, compute_dtype: torch.dtype, quant: LinearQuant | None = None
+) -> GemmBackend:
     """The implementation for ``device``, chosen once when a model is built.
+
+    Args:
+        device: where GEMMs run.
+        compute_dtype: of their results.
+        quant: of the operands, for the reason to tell which GEMMs have no kernel; None: one scale per tensor.
 
     Raises:
         ValueError: a CUDA device without FP8 tensor cores (compute capability below 8.9) was asked for BF16
@@ -59,7 +77,34 @@ def choose_gemm_backend(device: torch.device, compute_dtype: torch.dtype) -> Gem
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; "
             "set precision.gemm.fp8=false or run with run.device=cpu"
         )
-    return GemmBackend("scaled_mm", f"FP8 tensor cores, compute capability {capability[0]}.{capability[1]}")
+    reason = f"FP8 tensor cores, compute capability {capability[0]}.{capability[1]}"
+    decoded = [] if quant is None else gemms_without_kernel(quant, capability, cuda_version())
+    if decoded:
+        reason += f"; no kernel here for {', '.join(decoded)}: operands decoded, multiplied in high precision"
+    return GemmBackend("scaled_mm", reason)
+
+
+def gemms_without_kernel(quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int]) -> list[str]:
+    """Those of the three GEMMs whose operands have scales that no kernel of the device takes:
+    ``output (mx_1x32 x mx_1x32)``.
+
+    Args:
+        quant: of the operands.
+        capability: of the device.
+        cuda: version that torch was built with.
+    """
+    pairs = {
+        "output": (quant.output_x, quant.output_w),
+        "grad_input": (quant.grad_input_grad_output, quant.grad_input_w),
+        "grad_weight": (quant.grad_weight_grad_output, quant.grad_weight_x),
+    }
+    if not quant.grad_weight_fp8:
+        del pairs["grad_weight"]
+    return [
+        f"{gemm} ({a.granularity} x {b.granularity})"
+        for gemm, (a, b) in pairs.items()
+        if not native_pair(a.granularity, b.granularity, capability, cuda)
+    ]
 
 
 def check_operands(a: Tensor, b: Tensor) -> None:
@@ -96,8 +141,8 @@ def scaled_mm(
     Args:
         a: FP8 [M, K], row-major.
         b: FP8 [K, N], column-major.
-        scale_inv_a: FP32 scalar.
-        scale_inv_b: FP32 scalar.
+        scale_inv_a: FP32 scalar, or [M, 1] for one scale per row, or of blocks.
+        scale_inv_b: FP32 scalar, or [1, N], or of blocks.
         out_dtype: BF16, FP16 or FP32.
         fast_accumulation: Hopper's 14-bit accumulator.
 
@@ -112,6 +157,10 @@ def scaled_mm(
         raise ValueError(f"FP8 GEMM: A must be row-major, its strides are {a.stride()}")
     if not b.t().is_contiguous():
         raise ValueError(f"FP8 GEMM: B must be column-major, its strides are {b.stride()}")
+    if scale_inv_a.dim() or scale_inv_b.dim():
+        return scaled_mm_of_arrays(
+            a, b, scale_inv_a, scale_inv_b, out_dtype=out_dtype, fast_accumulation=fast_accumulation
+        )
     if hasattr(F, "scaled_mm"):
         recipe = F.ScalingType.TensorWise
         return F.scaled_mm(
@@ -129,39 +178,14 @@ def scaled_mm(
     )
 
 
-def _decode_gemm(
-    a: Tensor,
-    b: Tensor,
-    scale_inv_a: Tensor,
-    scale_inv_b: Tensor,
-    alpha: float,
-    pow2: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The ``decode`` implementation; arguments as :func:`fp8_gemm`."""
-    on_cpu = a.device.type == "cpu"
-    in_bf16 = out_dtype == torch.bfloat16 and pow2 and alpha == 1.0
-    in_bf16 = in_bf16 and not (on_cpu and not cpu_multiplies_bf16())
-    work = torch.bfloat16 if in_bf16 else torch.float64 if out_dtype == torch.float64 else torch.float32
-    a, b = decode_finite(a, work), decode_finite(b, work)
-    if not on_cpu:  # the scales stay on the device: no host sync
-        return ((a @ b) * (alpha * scale_inv_a.double() * scale_inv_b.double())).to(out_dtype)
-    factor = alpha * float(scale_inv_a) * float(scale_inv_b)
-    if in_bf16 and _FOLD_RANGE[0] <= factor <= _FOLD_RANGE[1]:
-        # Exact on the smaller operand; outside the range it could leave BF16's normal numbers.
-        (a if a.numel() <= b.numel() else b).mul_(factor)
-        return a @ b
-    return _times(a @ b, factor).to(out_dtype)
-
-
-def _times(product: Tensor, factor: float) -> Tensor:
-    """``product · factor`` in place, for factors outside FP32's range too (there 0 · factor must stay 0)."""
-    if product.dtype != torch.float64 and math.isfinite(factor):
-        if abs(factor) > 2.0**127:
-            return product.mul_(2.0**127).mul_(factor * 2.0**-127)
-        if abs(factor) < 2.0**-126:
-            return product.mul_(2.0**-126).mul_(factor * 2.0**126)
-    return product.mul_(factor)
+def _has_kernel(a: Tensor, b: Tensor, scale_inv_a: Tensor, scale_inv_b: Tensor) -> bool:
+    """Whether ``scaled_mm`` multiplies operands with these scales on their device."""
+    if not (scale_inv_a.dim() or scale_inv_b.dim()):
+        return True
+    kinds = granularity_of(scale_inv_a, a.shape, 1), granularity_of(scale_inv_b, b.shape, 0)
+    capability = torch.cuda.get_device_capability(a.device) if a.is_cuda else (8, 9)  # a CPU has rows
+    filled = all(fills_blocks(kind, a.shape[1]) for kind in kinds)
+    return filled and native_pair(*kinds, capability, cuda_version())
 
 
 def _fp8_gemm(
@@ -176,18 +200,19 @@ def _fp8_gemm(
     fast_accumulation: bool,
 ) -> Tensor:
     check_operands(a, b)
-    if backend == "decode":
-        return _decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
+    if backend == "decode" or not _has_kernel(a, b, scale_inv_a, scale_inv_b):
+        return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     column_major_b = b.t().contiguous().t()
-    scale = scale_inv_a if alpha == 1.0 else scale_inv_a * alpha
-    return scaled_mm(
+    outside = alpha != 1.0 and granularity_of(scale_inv_a, a.shape, 1) == "mx_1x32"  # E8M0 holds no alpha
+    product = scaled_mm(
         a.contiguous(),
         column_major_b,
-        scale,
+        scale_inv_a if outside or alpha == 1.0 else scale_inv_a * alpha,
         scale_inv_b,
         out_dtype=out_dtype,
         fast_accumulation=fast_accumulation,
     )
+    return product * alpha if outside else product
 
 
 @torch.library.custom_op("fp8train::gemm", mutates_args=())
@@ -237,10 +262,10 @@ def fp8_gemm(
     Args:
         a: FP8 payload [M, K], any strides.
         b: FP8 payload [K, N], any strides.
-        scale_inv_a: FP32 scalar; NaN makes the result NaN.
-        scale_inv_b: FP32 scalar.
+        scale_inv_a: FP32 scalar, or of rows or blocks of ``a``; NaN makes what it scales NaN.
+        scale_inv_b: likewise of ``b``.
         alpha: the GEMM's own multiplier.
-        power_of_two: both scales are powers of two (a faster exact path exists).
+        power_of_two: all scales are powers of two (a faster exact path exists).
         out_dtype: BF16, FP32 or FP64.
         backend: name from :func:`choose_gemm_backend`.
         fast_accumulation: only for ``scaled_mm``.

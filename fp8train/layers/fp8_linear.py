@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.gemm import fp8_gemm
-from fp8train.layers.fp8_operand import Operand, padded, quantize_matrix
-from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight_fp8
+from fp8train.kernels.matmul import matmul
+from fp8train.layers.fp8_operand import Operand, padded, quantize_matrix, transposed
+from fp8train.layers.grad_weight_op import (
+    SinkSlot,
+    contribute_grad_weight,
+    contribute_grad_weight_fp8,
+)
 from fp8train.layers.linear_plan import Fp8Plan, LinearCall
+from fp8train.layers.wire import OperandName
 from fp8train.numerics.cast import uncast
+from fp8train.numerics.granularity import expand_scales, scale_tile
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleSlot
 
@@ -88,13 +95,13 @@ class _Fp8Linear(torch.autograd.Function):
         assert call.plan is not None
         quant, wire = call.plan.quant, call.wire
         source = x if wire.input_in_fp8 else wire.gather_input(x, call.batch)()
-        local_x = quantize_matrix(source, quant.output_x, slots.output_x, rows.x, wire.agree_on_amax)
-        whole_x = _gathered(local_x, call)() if wire.input_in_fp8 else local_x
+        local_x = _quantize("x", source, quant.output_x, slots.output_x, call, rows.x, contracted=1)
+        whole_x = _gathered(local_x, quant.output_x, 1, call)() if wire.input_in_fp8 else local_x
         x_operand = padded(whole_x)
         product = _multiply(
             call.plan,
             x_operand,
-            (w_forward[0].t(), w_forward[1]),
+            transposed(w_forward),
             (quant.output_x, quant.output_w),
             call.alphas.output,
             x.dtype,
@@ -104,7 +111,7 @@ class _Fp8Linear(torch.autograd.Function):
         if quant.keep_x == "bf16" or (wire.gathers_input and not wire.input_in_fp8):
             kept_x = (x, None)
         elif quant.keep_x == "second_copy":
-            kept_x = quantize_matrix(x, quant.grad_weight_x, slots.grad_weight_x, agree=wire.agree_on_amax)
+            kept_x = _quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
         kept_w = (weight, None) if w_backward is None else w_backward
         ctx.save_for_backward(*kept_x, *kept_w)
         # Not saved: other micro-batches change what these hold.
@@ -122,11 +129,16 @@ class _Fp8Linear(torch.autograd.Function):
         grad_output = grads[0]
         if not wire.grad_output_in_fp8:
             grad_output = wire.gather_grad_output(grad_output, call.batch)()
-        x_operand = None
+        finish_grad_weight = None
         if ctx.needs_input_grad[1]:  # posted first: it arrives while grad_input is multiplied
-            x_operand = _start_grad_weight_x((x, x_scale_inv), quant, slots, call)
+            finish_grad_weight = _start_grad_weight(ctx, (x, x_scale_inv), grad_output)
         grad_operand = _grad_operand(
-            grad_output, quant.grad_input_grad_output, slots.grad_input_grad_output, call, ctx.grad_row
+            grad_output,
+            quant.grad_input_grad_output,
+            slots.grad_input_grad_output,
+            call,
+            ctx.grad_row,
+            contracted=1,
         )
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -137,31 +149,83 @@ class _Fp8Linear(torch.autograd.Function):
             )
             product = product[: ctx.shape[0], : ctx.shape[1]]
             grad_input = wire.scatter_grad_input(product, call.batch, fp8=True)
-        if x_operand is not None:
-            if quant.grad_weight_grad_output != quant.grad_input_grad_output:
-                grad_operand = _grad_operand(
-                    grad_output, quant.grad_weight_grad_output, slots.grad_weight_grad_output, call
-                )
-            grad_weight = _grad_weight(ctx, grad_operand, x_operand(), grad_output.dtype)
+        if finish_grad_weight is not None:
+            grad_weight = finish_grad_weight(grad_operand)
         result = None if grad_input is None else grad_input()
         return result, grad_weight, None, None, None, None, None, None, None
 
 
-def _gathered(operand: Operand, call: LinearCall) -> Callable[[], Operand]:
-    """Start to gather a column-parallel input's FP8 codes; every rank has the same scale."""
-    wait = call.wire.gather_input(operand[0], call.batch)
-    return lambda: (wait(), operand[1])
+def _quantize(
+    operand: OperandName,
+    x: Tensor,
+    spec: QuantSpec,
+    slot: ScaleSlot | None,
+    call: LinearCall,
+    row: Tensor | None = None,
+    *,
+    contracted: int,
+) -> Operand:
+    """Quantise this rank's part of an operand with the scales of the whole."""
+    agree = call.wire.agreement(operand, spec, contracted)
+    return quantize_matrix(x, spec, slot, row, agree, contracted=contracted)
+
+
+def _scales_travel(spec: QuantSpec, contracted: int) -> bool:
+    """Whether tokens have scales of their own, so that other ranks' tokens have others."""
+    return scale_tile(spec.granularity, contracted)[0] is not None
+
+
+def _gathered(operand: Operand, spec: QuantSpec, contracted: int, call: LinearCall) -> Callable[[], Operand]:
+    """Start to gather a column-parallel input's FP8 codes, and scales where those of ranks differ."""
+    payload, scale_inv = operand
+    wait = call.wire.gather_input(payload, call.batch)
+    if not _scales_travel(spec, contracted):
+        return lambda: (wait(), scale_inv)
+    wait_scales = call.wire.gather_input(scale_inv, call.batch)
+    return lambda: (wait(), wait_scales())
 
 
 def _grad_operand(
-    grad_output: Tensor, spec: QuantSpec, slot: ScaleSlot | None, call: LinearCall, row: Tensor | None = None
+    grad_output: Tensor,
+    spec: QuantSpec,
+    slot: ScaleSlot | None,
+    call: LinearCall,
+    row: Tensor | None = None,
+    *,
+    contracted: int,
 ) -> Operand:
     """Quantise the output gradient; a row-parallel linear's part is gathered in FP8 if traffic says so."""
     wire = call.wire
-    payload, scale_inv = quantize_matrix(grad_output, spec, slot, row, wire.agree_on_amax)
+    payload, scale_inv = _quantize("grad_output", grad_output, spec, slot, call, row, contracted=contracted)
     if wire.grad_output_in_fp8:
         payload = wire.gather_grad_output(payload, call.batch)()
+        if _scales_travel(spec, contracted):
+            scale_inv = wire.gather_grad_output(scale_inv, call.batch)()
     return padded((payload, scale_inv))
+
+
+def _start_grad_weight(
+    ctx: Any, kept_x: tuple[Tensor, Tensor | None], grad_output: Tensor
+) -> Callable[[Operand], Tensor | None]:
+    """Start to gather the input. The function that is returned takes grad_input's operand and gives the
+    weight gradient, or None if it went to the sink."""
+    call: LinearCall = ctx.call
+    slots: CastSlots = ctx.slots
+    assert call.plan is not None
+    quant = call.plan.quant
+    if not quant.grad_weight_fp8:
+        assert not call.wire.grad_output_in_fp8, "this GEMM needs all of grad_output in high precision"
+        wait = call.wire.gather_input(kept_x[0], call.batch)
+        return lambda _: _grad_weight_in_high_precision(ctx, grad_output, wait())
+    x_operand = _start_grad_weight_x(kept_x, quant, slots, call)
+
+    def finish(grad_operand: Operand) -> Tensor | None:
+        if not quant.shares_grad_output:
+            spec, slot = quant.grad_weight_grad_output, slots.grad_weight_grad_output
+            grad_operand = _grad_operand(grad_output, spec, slot, call, contracted=0)
+        return _grad_weight(ctx, grad_operand, x_operand(), grad_output.dtype)
+
+    return finish
 
 
 def _start_grad_weight_x(
@@ -170,32 +234,40 @@ def _start_grad_weight_x(
     """The grad_weight GEMM's input from what forward kept, after a gather that starts now."""
     wire, (x, scale_inv) = call.wire, kept
     if not wire.gathers_input:
-        operand = _backward_operand(
-            quant.keep_x, x, scale_inv, quant.grad_weight_x, slots.grad_weight_x, call
-        )
+        operand = _backward_x(x, scale_inv, quant, slots, call)
         return lambda: operand
     if not wire.input_in_fp8:
         return lambda: _recast_x(wire.gather_input(x, call.batch)(), quant, slots, call)
     if scale_inv is None:
-        part = quantize_matrix(x, quant.grad_weight_x, slots.grad_weight_x, agree=wire.agree_on_amax)
-        arrived = _gathered(part, call)
+        part = _quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
+        arrived = _gathered(part, quant.grad_weight_x, 0, call)
         return lambda: padded(arrived())
-    arrived = _gathered((x, scale_inv), call)
-    return lambda: _backward_operand(quant.keep_x, *arrived(), quant.grad_weight_x, slots.grad_weight_x, call)
+    if quant.keep_x == "second_copy":
+        arrived = _gathered((x, scale_inv), quant.grad_weight_x, 0, call)
+    else:
+        arrived = _gathered((x, scale_inv), quant.output_x, 1, call)
+    return lambda: _backward_x(*arrived(), quant, slots, call)
 
 
 def _recast_x(x: Tensor, quant: LinearQuant, slots: CastSlots, call: LinearCall) -> Operand:
     """The operand that forward made of ``x`` or keeps beside it, made again after a high-precision gather."""
     if quant.keep_x in ("same", "requantise"):
-        operand = quantize_matrix(x, quant.output_x, slots.output_x, agree=call.wire.agree_on_amax)
-        return _backward_operand(quant.keep_x, *operand, quant.grad_weight_x, slots.grad_weight_x, call)
-    return padded(quantize_matrix(x, quant.grad_weight_x, slots.grad_weight_x, agree=call.wire.agree_on_amax))
+        operand = _quantize("x", x, quant.output_x, slots.output_x, call, contracted=1)
+        return _backward_x(*operand, quant, slots, call)
+    return padded(_quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0))
+
+
+def _backward_x(
+    kept: Tensor, scale_inv: Tensor | None, quant: LinearQuant, slots: CastSlots, call: LinearCall
+) -> Operand:
+    spec, slot = quant.grad_weight_x, slots.grad_weight_x
+    return _backward_operand("x", quant.keep_x, kept, scale_inv, spec, slot, call)
 
 
 def _backward_weight(
     quant: LinearQuant, kept: tuple[Tensor, Tensor | None], slots: CastSlots, call: LinearCall
 ) -> Operand:
-    return _backward_operand(quant.keep_w, *kept, quant.grad_input_w, slots.grad_input_w, call)
+    return _backward_operand("w", quant.keep_w, *kept, quant.grad_input_w, slots.grad_input_w, call)
 
 
 def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: torch.dtype) -> Tensor | None:
@@ -205,8 +277,7 @@ def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: tor
     quant, alpha = call.plan.quant, call.alphas.grad_weight
     specs = (quant.grad_weight_grad_output, quant.grad_weight_x)
     if ctx.buffer is None:
-        transposed = (grad_operand[0].t(), grad_operand[1])
-        product = _multiply(call.plan, transposed, x_operand, specs, alpha, dtype)
+        product = _multiply(call.plan, transposed(grad_operand), x_operand, specs, alpha, dtype)
         return product[: ctx.weight_shape[0], : ctx.weight_shape[1]]
     contribute_grad_weight_fp8(
         *grad_operand,
@@ -219,6 +290,15 @@ def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: tor
         dtype,
         call.plan.backend.name,
     )
+    return None
+
+
+def _grad_weight_in_high_precision(ctx: Any, grad_output: Tensor, x: Tensor) -> Tensor | None:
+    """The same from unquantised operands: [T, N], [T, K]."""
+    alpha = ctx.call.alphas.grad_weight
+    if ctx.buffer is None:
+        return matmul(grad_output.t(), x, alpha=alpha)
+    contribute_grad_weight(grad_output, x, ctx.buffer, ctx.sink_slot, ctx.call.sink, alpha)
     return None
 
 
@@ -246,6 +326,7 @@ def _multiply(
 
 
 def _backward_operand(
+    operand: OperandName,
     keep: str,
     kept: Tensor,
     scale_inv: Tensor | None,
@@ -253,10 +334,10 @@ def _backward_operand(
     slot: ScaleSlot | None,
     call: LinearCall,
 ) -> Operand:
-    """The backward GEMM's operand from what forward kept."""
+    """The backward GEMM's operand from what forward kept. Backward contracts dimension 0 of both x and w."""
     if scale_inv is None:
-        return padded(quantize_matrix(kept, backward, slot, agree=call.wire.agree_on_amax))
+        return padded(_quantize(operand, kept, backward, slot, call, contracted=0))
     if keep == "requantise":
-        values = uncast(kept, scale_inv)
-        return padded(quantize_matrix(values, backward, slot, agree=call.wire.agree_on_amax))
+        values = uncast(kept, expand_scales(scale_inv, kept.shape))
+        return padded(_quantize(operand, values, backward, slot, call, contracted=0))
     return padded((kept, scale_inv))

@@ -5,20 +5,22 @@ Padding comes after the amax was taken and multiplies to nothing, so it changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fp8train.comm.sequence_parallel import Agreement
 from fp8train.kernels.gemm import ALIGNMENT
-from fp8train.numerics.cast import amax_of, cast
+from fp8train.numerics.cast import cast, operand_amax
+from fp8train.numerics.granularity import expand_scales
+from fp8train.numerics.mse_scale import magnitude_counts, mse_scale
 from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import cast_statistics
 
-Operand = tuple[Tensor, Tensor]  # (payload, scale_inv)
+Operand = tuple[Tensor, Tensor]
+"""(payload, scale_inv): a matrix, and its scales as :mod:`fp8train.numerics.granularity` describes them."""
 
 
 def aligned(size: int) -> int:
@@ -37,9 +39,35 @@ def pad_to(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def padded(operand: Operand) -> Operand:
-    """The operand with its payload padded to multiples of 16."""
+    """The operand with its payload padded to multiples of 16, and with scales of 1 for new rows or columns
+    that have scales of their own. Blocks are multiples of 16: there are no more of them."""
     payload, scale_inv = operand
-    return pad_to(payload, aligned(payload.shape[0]), aligned(payload.shape[1])), scale_inv
+    rows, columns = aligned(payload.shape[0]), aligned(payload.shape[1])
+    if scale_inv.dim() and payload.shape != (rows, columns):
+        more = [
+            new - old if count == old and old > 1 else 0
+            for new, old, count in zip((rows, columns), payload.shape, scale_inv.shape, strict=True)
+        ]
+        scale_inv = F.pad(scale_inv, (0, more[1], 0, more[0]), value=1.0)
+    return pad_to(payload, rows, columns), scale_inv
+
+
+def cropped(operand: Operand, rows: int, columns: int) -> Operand:
+    """The first ``rows`` and ``columns`` of an operand: what it was before :func:`padded`."""
+    payload, scale_inv = operand
+    if scale_inv.dim():
+        kept = [
+            min(count, size) if count == whole else count
+            for size, whole, count in zip((rows, columns), payload.shape, scale_inv.shape, strict=True)
+        ]
+        scale_inv = scale_inv[: kept[0], : kept[1]]
+    return payload[:rows, :columns], scale_inv
+
+
+def transposed(operand: Operand) -> Operand:
+    """The operand of the transposed matrix, as views."""
+    payload, scale_inv = operand
+    return payload.t(), scale_inv.t() if scale_inv.dim() else scale_inv
 
 
 def quantize_matrix(
@@ -47,7 +75,9 @@ def quantize_matrix(
     spec: QuantSpec,
     slot: ScaleSlot | None = None,
     row: Tensor | None = None,
-    agree: Callable[[Tensor], Tensor] | None = None,
+    agree: Agreement | None = None,
+    *,
+    contracted: int,
 ) -> Operand:
     """Quantise a matrix.
 
@@ -56,23 +86,29 @@ def quantize_matrix(
         spec: how.
         slot: scale and running amax of a delayed cast; None for the other scale sources.
         row: receives the cast's statistics.
-        agree: makes the amax of ``x`` that of the logical tensor which ``x`` is a part of.
+        agree: makes what is known of ``x`` that of the logical tensor which ``x`` is a part of; None where
+            nothing that shares a scale is cut.
+        contracted: dimension of ``x`` that the GEMM contracts.
 
     Returns:
-        (payload [M, K], scale_inv FP32 scalar).
+        (payload [M, K], scale_inv FP32: a scalar, or 2-D for scales of rows or blocks).
     """
     assert (slot is not None) == (spec.scale_source == "delayed"), (
         f"{spec}: delayed casts, and only they, have slots"
     )
-    amax = amax_of(x)
+    amax = operand_amax(x, spec, contracted)
     if agree is not None and spec.scale_source != "constant":
-        amax = agree(amax)
-    scale, scale_inv = scale_from_amax(amax, spec, delayed=None if slot is None else slot.scale)
+        amax = agree.largest(amax)
+    if spec.scale_source == "mse":
+        counts = magnitude_counts(x)
+        scale, scale_inv = mse_scale(amax, counts if agree is None else agree.total(counts), spec)
+    else:
+        scale, scale_inv = scale_from_amax(amax, spec, delayed=None if slot is None else slot.scale)
     if slot is not None and slot.amax is not None:
         record_amax(amax, slot.amax)
-    payload = cast(x, spec.format, scale, scale_is_power_of_two=spec.power_of_two)
+    payload = cast(x, spec.format, expand_scales(scale, x.shape), scale_is_power_of_two=spec.power_of_two)
     if row is not None:
-        row.copy_(cast_statistics(x, payload, scale_inv))
+        row.copy_(cast_statistics(x, payload, expand_scales(scale_inv, x.shape)))
     return payload, scale_inv
 
 
@@ -81,7 +117,9 @@ def quantize_operand(
     spec: QuantSpec,
     slot: ScaleSlot | None = None,
     row: Tensor | None = None,
-    agree: Callable[[Tensor], Tensor] | None = None,
+    agree: Agreement | None = None,
+    *,
+    contracted: int,
 ) -> Operand:
     """As :func:`quantize_matrix`, padded for a GEMM to multiples of 16."""
-    return padded(quantize_matrix(x, spec, slot, row, agree))
+    return padded(quantize_matrix(x, spec, slot, row, agree, contracted=contracted))

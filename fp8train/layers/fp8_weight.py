@@ -24,12 +24,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8train.layers.fp8_operand import Operand, aligned, quantize_operand
+from fp8train.layers.fp8_operand import Operand, aligned, cropped, quantize_operand
+from fp8train.layers.wire import UNSPLIT
 from fp8train.numerics.cast import amax_of, cast, uncast
+from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import FIELDS, CastRecorder, cast_statistics
+
+_CONTRACTED = {"output.w": 1, "grad_input.w": 0}
+"""Dimension of the weight [N, K] that each GEMM sums over."""
 
 
 class Fp8Weight:
@@ -40,7 +45,7 @@ class Fp8Weight:
         backward: operand of the grad_input GEMM; None where backward casts the high-precision weight.
         slots: ``{use: slot}`` of the delayed ones among ``output.w`` and ``grad_input.w``.
         recorder: where cast statistics go, and under which name; None keeps none.
-        agree_on_amax: makes the amax of this rank's part that of the logical weight.
+        wire: how the weight is cut, and so with whom to agree on scales.
         ready: waits until other ranks' rows of a new weight have arrived; None if none are awaited.
     """
 
@@ -50,7 +55,7 @@ class Fp8Weight:
         self.backward: Operand | None = None
         self.slots: Mapping[str, ScaleSlot] = {}
         self.recorder: tuple[CastRecorder, str] | None = None
-        self.agree_on_amax: Callable[[Tensor], Tensor] | None = None
+        self.wire = UNSPLIT
         self.ready: Callable[[], None] | None = None
         self._amax = torch.zeros((), device=device)
 
@@ -84,7 +89,8 @@ class Fp8Weight:
             self.ready()
         assert self.forward is not None, "the FP8 weight was not written yet"
         payload, scale_inv = self.forward
-        return uncast(payload[: self.shape[0], : self.shape[1]], scale_inv, dtype)
+        payload, scale_inv = cropped((payload, scale_inv), *self.shape)
+        return uncast(payload, expand_scales(scale_inv, payload.shape), dtype)
 
     def _active_row(self) -> Tensor | None:
         """Where this step's statistics go; None if it is not sampled."""
@@ -115,7 +121,9 @@ class CachedFp8Weight(Fp8Weight):
             scale = self._delayed_scale(use, spec)
             slot = None if scale is None else ScaleSlot(scale, self._amax)
             row = self._active_row() if use == "output.w" else None
-            copies[use] = quantize_operand(weight, spec, slot, row, self.agree_on_amax)
+            contracted = _CONTRACTED[use]
+            agree = self.wire.agreement("w", spec, contracted)
+            copies[use] = quantize_operand(weight, spec, slot, row, agree, contracted=contracted)
         self.forward = copies["output.w"]
         self.backward = None if self.quant.keep_w == "bf16" else copies.get("grad_input.w", self.forward)
         self._key = key
@@ -125,8 +133,8 @@ class CachedFp8Weight(Fp8Weight):
         row = self._active_row()
         if row is not None:
             assert self.forward is not None
-            payload, scale_inv = self.forward
-            row.copy_(cast_statistics(weight, payload[: self.shape[0], : self.shape[1]], scale_inv))
+            payload, scale_inv = cropped(self.forward, *self.shape)
+            row.copy_(cast_statistics(weight, payload, expand_scales(scale_inv, payload.shape)))
 
 
 @dataclass
@@ -147,7 +155,8 @@ class ResidentFp8Weight(Fp8Weight):
         backward.
 
         Raises:
-            ValueError: ``quant`` keeps the weight in BF16 for backward.
+            ValueError: ``quant`` keeps the weight in BF16 for backward, or has scales that the optimizer
+                cannot fix from the amax of the whole weight before it writes the first piece.
         """
         self.forward_only = forward_only
         if quant.keep_w == "bf16" and not forward_only:
@@ -156,6 +165,13 @@ class ResidentFp8Weight(Fp8Weight):
                 "but this weight is resident in FP8; use same, requantise or second_copy"
             )
         super().__init__(quant, shape, device)
+        for use, spec in self._uses().items():
+            if spec.granularity != "tensor" or spec.scale_source == "mse":
+                raise ValueError(
+                    f"{use} is quantised by {spec}, but a weight resident in FP8 is written in pieces with "
+                    "one scale from its amax; write precision.weights: compute, or granularity: tensor and "
+                    "another scale_source"
+                )
         self._copies = {use: self._allocate(spec, device) for use, spec in self._uses().items()}
         self._rows: list[tuple[Tensor, int]] = []
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fp8train.kernels.gemm import fp8_gemm
 from fp8train.kernels.matmul import matmul
+from fp8train.layers.fp8_operand import transposed
 from fp8train.numerics.grad_sink import find_sink
 
 
@@ -52,14 +53,16 @@ def contribute_grad_weight_fp8(
     out_dtype: torch.dtype,
     backend: str,
 ) -> None:
-    """Hand the FP8 product ``alpha · grad_output.T @ x`` to its sink. Payloads are padded to 16s."""
+    """Hand the FP8 product ``alpha · grad_output.T @ x`` to its sink. Operands are padded to 16s, scales are
+    those of grad_output and x as they come: scalars, or of rows or blocks."""
     rows, columns = buffer.shape
 
     def compute() -> Tensor:
+        operand = transposed((grad_output, grad_output_scale_inv))
         product = fp8_gemm(
-            grad_output.t(),
+            operand[0],
             x,
-            grad_output_scale_inv,
+            operand[1],
             x_scale_inv,
             alpha=alpha,
             power_of_two=power_of_two,

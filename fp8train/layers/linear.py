@@ -137,7 +137,7 @@ class Linear(nn.Module):
         return self._w_forward[0]
 
     def fp8_scale_inv(self) -> Tensor:
-        """Its scale, FP32 scalar."""
+        """Its scales, FP32: a scalar, or those of rows or blocks."""
         assert self._w_forward is not None
         return self._w_forward[1]
 
@@ -156,7 +156,7 @@ class Linear(nn.Module):
         )
         self.plan = plan
         self._fp8_weight = CachedFp8Weight(plan.quant, self.weight.shape, self.weight.device)
-        self._fp8_weight.agree_on_amax = self.wire.agree_on_amax
+        self._fp8_weight.wire = self.wire
         self._connect()
 
     @property
@@ -192,7 +192,8 @@ class Linear(nn.Module):
             what the optimizer writes new weights to.
 
         Raises:
-            ValueError: the plan keeps the weight in BF16 for backward.
+            ValueError: the plan keeps the weight in BF16 for backward, or gives its rows or blocks scales of
+                their own.
         """
         assert self.plan is not None, f"{self.name}: call use_fp8() first"
         resident = ResidentFp8Weight(

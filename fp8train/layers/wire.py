@@ -9,8 +9,9 @@ else (:mod:`fp8train.comm.sequence_parallel`)::
     column       gather x                           gather x again, scatter-sum grad_input
     row          scatter-sum output                 gather grad_output
 
-What is gathered in FP8 is the operand that the GEMM reads: the scale comes from the amax over all ranks, so
-nothing is lost by sending codes. Backward gathers the input again instead of keeping the whole.
+What is gathered in FP8 is the operand that the GEMM reads: its scales come from amaxes over all ranks that
+hold parts of what shares a scale, so nothing is lost by sending codes. Scales of tokens travel with them.
+Backward gathers the input again instead of keeping the whole.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.comm.sequence_parallel import Agreement, TensorParallel
+from fp8train.numerics.quant_spec import QuantSpec
 
 Kind = Literal["none", "column", "row"]
+OperandName = Literal["x", "w", "grad_output"]
 
 
 def _no_wait(x: Tensor) -> Callable[[], Tensor]:
@@ -62,9 +65,33 @@ class Wire:
         """Whether FP8 operands of the output gradient are gathered, rather than the gradient."""
         return self.parallel is not None and self.gathers_grad_output and self.parallel.traffic.grad_output
 
-    def agree_on_amax(self, amax: Tensor) -> Tensor:
-        """The amax of the logical tensor that this rank holds a part of."""
-        return amax if self.parallel is None else self.parallel.agree_on_amax(amax)
+    def agreement(self, operand: OperandName, spec: QuantSpec, contracted: int) -> Agreement | None:
+        """With whom to agree on the scales of an operand: the ranks that hold other parts of what shares a
+        scale, and no others.
+
+        Args:
+            operand: which one; the part of it that is quantised here.
+            spec: names what shares a scale.
+            contracted: dimension of the operand that the GEMM contracts.
+
+        Returns:
+            None if nothing that shares a scale is cut. Blocks never are
+            (:func:`fp8train.config.layout.layout_problems`).
+        """
+        if self.parallel is None or spec.granularity not in ("tensor", "row"):
+            return None
+        cuts = self._cuts(operand)
+        along = cuts if spec.granularity == "tensor" else (cuts[contracted],)
+        return self.parallel.agreement(tp="tp" in "".join(along), cp="cp" in "".join(along))
+
+    def _cuts(self, operand: OperandName) -> tuple[str, str]:
+        """Which ranks hold other rows and other columns of an operand where it is quantised. Tokens are
+        gathered before that, over tensor-parallel ranks, unless it is codes that are gathered."""
+        if operand == "w":
+            return "tp" if self.kind == "column" else "", "tp" if self.kind == "row" else ""
+        if operand == "x":
+            return "tp+cp" if self.input_in_fp8 else "cp", "tp" if self.kind == "row" else ""
+        return "tp+cp" if self.grad_output_in_fp8 else "cp", "tp" if self.kind == "column" else ""
 
     def gather_input(self, x: Tensor, batch: int) -> Callable[[], Tensor]:
         """Start: [batch · S/tp, K] -> [batch · S, K]; nothing to do unless column-parallel."""

@@ -14,7 +14,7 @@ from fp8train.config.schema import Config, ModelConfig
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan
+from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan, linear_quant
 from fp8train.models.mus import MuS
 from fp8train.models.param_spec import initial_value
 from fp8train.models.parametrization import Batch, Parametrization
@@ -100,7 +100,7 @@ def build_model(
     report = backend = None
     targets: dict[str, ResidentFp8Weight] = {}
     if config.precision.gemm.fp8:
-        backend = choose_gemm_backend(device, dtype)
+        backend = choose_gemm_backend(device, dtype, linear_quant(config.precision.gemm))
         report = apply_fp8_plan(
             model.linears(),
             config.precision.gemm,

@@ -74,6 +74,7 @@ def linear_quant(gemm: GemmConfig) -> LinearQuant:
             keep_x=gemm.keep_x,
             keep_w=gemm.keep_w,
             fast_accumulation=gemm.fast_accumulation,
+            grad_weight_fp8=gemm.grad_weight.fp8,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

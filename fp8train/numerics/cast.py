@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fp8train.numerics.formats import Format, format_of
+from fp8train.numerics.granularity import amaxes, expand_scales
 from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import scale_from_amax
 
@@ -60,18 +61,32 @@ def uncast(payload: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float3
     return (payload.to(work) * scale_inv.to(work)).to(dtype)
 
 
-def quantize(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Quantise with the tensor's own scale.
+def operand_amax(x: Tensor, spec: QuantSpec, contracted: int) -> Tensor:
+    """The amax of what shares a scale: FP32, a scalar or as :mod:`fp8train.numerics.granularity` says.
 
     Args:
-        x: floating tensor.
+        x: floating tensor; a matrix unless the granularity is ``tensor``.
+        spec: names the granularity.
+        contracted: dimension of x that the GEMM contracts.
+    """
+    return amax_of(x) if spec.granularity == "tensor" else amaxes(x, spec.granularity, contracted)
+
+
+def quantize(x: Tensor, spec: QuantSpec, *, contracted: int = 1) -> tuple[Tensor, Tensor]:
+    """Quantise with scales from x's own amaxes (``current`` and ``constant`` scales).
+
+    Args:
+        x: floating tensor; a matrix unless the granularity is ``tensor``.
         spec: what to do.
+        contracted: dimension of x that the GEMM contracts; without meaning for one scale per tensor.
 
     Returns:
-        (payload in ``spec.format.dtype``, scale_inv FP32 scalar); ``scale_inv`` is NaN if x is not finite.
+        (payload in ``spec.format.dtype``, FP32 scale_inv of amax's shape); ``scale_inv`` is NaN where x is
+        not finite.
     """
-    scale, scale_inv = scale_from_amax(amax_of(x), spec)
-    return cast(x, spec.format, scale, scale_is_power_of_two=spec.power_of_two), scale_inv
+    scale, scale_inv = scale_from_amax(operand_amax(x, spec, contracted), spec)
+    payload = cast(x, spec.format, expand_scales(scale, x.shape), scale_is_power_of_two=spec.power_of_two)
+    return payload, scale_inv
 
 
 def decode_finite(payload: Tensor, dtype: torch.dtype) -> Tensor:

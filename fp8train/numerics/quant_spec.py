@@ -7,21 +7,26 @@ of the sum: a tensor scaled per row for the forward may need another scaling for
 :class:`LinearQuant` collects the six with what backward keeps, and refuses the combinations that no GPU
 multiplies (E5M2 x E5M2) or that make no sense (keeping *the same* payload under two different specs).
 
-A scale comes from one of three sources. ``current``: this very tensor's amax. ``delayed``: the amaxes of
+A scale comes from one of four sources. ``current``: this very tensor's amax. ``delayed``: the amaxes of
 earlier optimizer steps (Micikevicius et al. 2022; FP8-LM appendix A.2), which lets a kernel cast without
 reading the tensor twice; :mod:`fp8train.numerics.scale_state` holds them. ``constant``: a power of two that
-never changes.
+never changes. ``mse``: the power of two with the least squared error (:mod:`fp8train.numerics.mse_scale`).
+
+A scale belongs to the whole tensor or, ``current`` ones only, to a row or block of it
+(:mod:`fp8train.numerics.granularity`). Rows and 1xN blocks are *directed*: they lie along the dimension which
+the GEMM contracts, so the forward's payload has the wrong scales for backward even if both are quantised by
+equal specs. Blocks of 128x128 have no direction.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from fp8train.config.blocks import DIRECTED, Granularity
 from fp8train.numerics.formats import E4M3, E5M2, Format
 
-Granularity = Literal["tensor"]
-ScaleSource = Literal["current", "delayed", "constant"]
+ScaleSource = Literal["current", "delayed", "constant", "mse"]
 Reduce = Literal["max", "most_recent"]
 Keep = Literal["same", "requantise", "second_copy", "bf16"]
 
@@ -36,9 +41,11 @@ class QuantSpec:
 
     Attributes:
         format: FP8 format of the payload.
-        granularity: what shares one scale.
+        granularity: what shares one scale: the ``tensor``; a ``row``, that is, a vector which the GEMM
+            contracts; 1x128 or 1x32 elements of such a vector; or a square of 128x128.
         scale_source: where the scale comes from: ``current`` is this tensor's own amax, ``delayed`` the
-            amaxes of earlier steps, ``constant`` a fixed number.
+            amaxes of earlier steps, ``constant`` a fixed number, ``mse`` the power of two with the least
+            squared error.
         power_of_two: scales are powers of two, rounded down so that amax never saturates.
         margin: powers of two left free between the scaled amax and the format's maximum, 0 to 8.
         history: delayed only: steps whose amax is remembered, 1 to 1024.
@@ -61,12 +68,28 @@ class QuantSpec:
     constant_exponent: int | None = None
 
     def __post_init__(self) -> None:
-        if self.scale_source not in ("current", "delayed", "constant"):
-            raise ValueError(f"scale_source: {self.scale_source!r}; legal: current, delayed, constant")
+        if self.scale_source not in get_args(ScaleSource):
+            raise ValueError(
+                f"scale_source: {self.scale_source!r}; legal: {', '.join(get_args(ScaleSource))}"
+            )
         if not 0 <= self.margin <= MAX_MARGIN:
             raise ValueError(f"margin: {self.margin} powers of two; legal: 0 to {MAX_MARGIN}")
+        self._check_granularity()
         self._check_delayed()
         self._check_constant()
+        if self.scale_source == "mse" and (self.margin or not self.power_of_two):
+            raise ValueError("scale_source: mse chooses among powers of two; remove power_of_two and margin")
+
+    def _check_granularity(self) -> None:
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(f"granularity: {self.granularity!r}; legal: {', '.join(get_args(Granularity))}")
+        if self.granularity != "tensor" and self.scale_source != "current":
+            raise ValueError(
+                f"granularity: {self.granularity} takes each scale from its own amax; write scale_source: "
+                f"current, or granularity: tensor for scale_source: {self.scale_source}"
+            )
+        if self.granularity == "mx_1x32" and not self.power_of_two:
+            raise ValueError("granularity: mx_1x32 has powers of two as scales; remove power_of_two: false")
 
     def _check_delayed(self) -> None:
         if not 1 <= self.history <= MAX_HISTORY:
@@ -106,6 +129,16 @@ class QuantSpec:
                 "lower constant_exponent instead"
             )
 
+    @property
+    def directed(self) -> bool:
+        """Whether scales vary along one dimension only, so that each GEMM needs codes of its own."""
+        return self.granularity in DIRECTED
+
+    def gives_codes_of(self, other: QuantSpec) -> bool:
+        """Whether one payload serves a GEMM that contracts one dimension by this spec, and a GEMM that
+        contracts the other by ``other``."""
+        return self == other and not self.directed
+
     def __str__(self) -> str:
         scale = "pow2" if self.power_of_two else "fp32"
         return f"{self.format.name}:{self._source()}/{self.granularity}/{scale}" + (
@@ -113,8 +146,8 @@ class QuantSpec:
         )
 
     def _source(self) -> str:
-        if self.scale_source == "current":
-            return "cur"
+        if self.scale_source in ("current", "mse"):
+            return {"current": "cur", "mse": "mse"}[self.scale_source]
         if self.scale_source == "constant":
             return f"constant2^{self.constant_exponent}"
         reduce = {"max": "max", "most_recent": "recent"}[self.reduce]
@@ -127,11 +160,13 @@ class LinearQuant:
 
     ``keep_x``/``keep_w``: ``same`` reuses the forward's payload; ``requantise`` recasts the forward's payload
     to the backward's spec (two roundings, no extra storage); ``second_copy`` casts the source twice in
-    forward; ``bf16`` keeps the unquantised source.
+    forward; ``bf16`` keeps the unquantised source. ``grad_weight_fp8: False`` multiplies the unquantised
+    grad_output and x in the compute type; the specs of that GEMM then mean nothing.
 
     Raises:
-        ValueError: a GEMM would multiply E5M2 by E5M2; ``same`` with two specs that differ; ``second_copy``
-            or ``requantise`` with equal specs (they would change nothing).
+        ValueError: a GEMM would multiply E5M2 by E5M2; ``same`` with two specs that differ or are directed;
+            ``second_copy`` or ``requantise`` where ``same`` does the same; a grad_weight GEMM in high
+            precision without ``keep_x: bf16``.
     """
 
     output_x: QuantSpec = QuantSpec(E4M3)
@@ -143,8 +178,14 @@ class LinearQuant:
     keep_x: Keep = "same"
     keep_w: Keep = "same"
     fast_accumulation: bool = False
+    grad_weight_fp8: bool = True
 
     def __post_init__(self) -> None:
+        if not self.grad_weight_fp8 and self.keep_x != "bf16":
+            raise ValueError(
+                "precision.gemm.grad_weight.fp8: false multiplies the unquantised input, but keep_x is "
+                f"{self.keep_x}; write precision.gemm.keep_x: bf16"
+            )
         for gemm, a, b in (
             ("output", self.output_x, self.output_w),
             ("grad_input", self.grad_input_grad_output, self.grad_input_w),
@@ -163,16 +204,27 @@ class LinearQuant:
         operand: str, keep: Keep, forward: QuantSpec, backward: QuantSpec, backward_use: str
     ) -> None:
         where = f"precision.gemm.keep_{operand}: {keep}"
+        if keep == "same" and forward == backward and forward.directed:
+            raise ValueError(
+                f"{where} reuses the payload of output.{operand}, but its scales lie along the dimension "
+                f"that the output GEMM contracts ({forward}) and {backward_use} contracts the other; use "
+                "second_copy, requantise or bf16"
+            )
         if keep == "same" and forward != backward:
             raise ValueError(
                 f"{where} reuses the payload of output.{operand} ({forward}), "
                 f"but {backward_use} asks for {backward}; "
                 "use requantise, second_copy or bf16, or make the two equal"
             )
-        if keep in ("requantise", "second_copy") and forward == backward:
+        if keep in ("requantise", "second_copy") and forward.gives_codes_of(backward):
             raise ValueError(
                 f"{where} has no effect: output.{operand} and {backward_use} are both {forward}; use same"
             )
+
+    @property
+    def shares_grad_output(self) -> bool:
+        """Whether grad_input and grad_weight read one cast of grad_output."""
+        return self.grad_input_grad_output.gives_codes_of(self.grad_weight_grad_output)
 
     def casts(self) -> dict[str, QuantSpec]:
         """``{use: spec}`` of the uses that are cast on their own; one that shares a payload is not listed."""
@@ -181,19 +233,21 @@ class LinearQuant:
             "output.w": self.output_w,
             "grad_input.grad_output": self.grad_input_grad_output,
         }
-        if self.keep_x != "same":
+        if self.keep_x != "same" and self.grad_weight_fp8:
             casts["grad_weight.x"] = self.grad_weight_x
         if self.keep_w != "same":
             casts["grad_input.w"] = self.grad_input_w
-        if self.grad_weight_grad_output != self.grad_input_grad_output:
+        if not self.shares_grad_output and self.grad_weight_fp8:
             casts["grad_weight.grad_output"] = self.grad_weight_grad_output
         return casts
 
     def __str__(self) -> str:
         parts = [f"x={self.output_x}", f"w={self.output_w}", f"grad_output={self.grad_input_grad_output}"]
-        if self.grad_weight_grad_output != self.grad_input_grad_output:
+        if not self.grad_weight_fp8:
+            parts.append("grad_weight=high precision")
+        elif not self.shares_grad_output:
             parts.append(f"grad_weight.grad_output={self.grad_weight_grad_output}")
-        if self.keep_x != "same":
+        if self.keep_x != "same" and self.grad_weight_fp8:
             parts.append(f"keep_x={self.keep_x}({self.grad_weight_x})")
         if self.keep_w != "same":
             parts.append(f"keep_w={self.keep_w}({self.grad_input_w})")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fp8train.numerics.cast import quantize, uncast
+from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.quant_spec import QuantSpec
 
 
@@ -24,7 +25,8 @@ class ScaledTensor:
 
     Attributes:
         payload: FP8 tensor.
-        scale_inv: FP32; a scalar for per-tensor scales.
+        scale_inv: FP32; a scalar for per-tensor scales, else 2-D, as
+            :mod:`fp8train.numerics.granularity` says.
         spec: how it was quantised.
     """
 
@@ -33,14 +35,14 @@ class ScaledTensor:
     spec: QuantSpec
 
     @classmethod
-    def from_tensor(cls, x: Tensor, spec: QuantSpec) -> ScaledTensor:
-        """Quantise ``x`` with its own scale."""
-        payload, scale_inv = quantize(x, spec)
+    def from_tensor(cls, x: Tensor, spec: QuantSpec, *, contracted: int = 1) -> ScaledTensor:
+        """Quantise ``x`` with its own scales, for a GEMM that contracts dimension ``contracted``."""
+        payload, scale_inv = quantize(x, spec, contracted=contracted)
         return cls(payload, scale_inv, spec)
 
     def to_tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values it stands for."""
-        return uncast(self.payload, self.scale_inv, dtype)
+        return uncast(self.payload, expand_scales(self.scale_inv, self.payload.shape), dtype)
 
 
 def _flatten(value: ScaledTensor) -> tuple[list[Any], QuantSpec]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,8 +32,10 @@ from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.build import COMPUTE_DTYPES, outline
 from fp8train.models.decoder import split_dim
-from fp8train.models.fp8_plan import apply_fp8_plan
+from fp8train.models.fp8_plan import apply_fp8_plan, linear_quant
 from fp8train.models.part import ModelPart
+from fp8train.numerics.granularity import scale_tile
+from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.parallel.pipeline import TIED, PipelineLayout
 from fp8train.parallel.stages import part_of, plan_stages
 
@@ -169,6 +171,19 @@ def in_blocks(rows: int, width: int, block: int) -> int:
     return rows * -(-width // block) * (block + 1)
 
 
+Casts = Sequence[tuple[QuantSpec, int]]
+"""Of operands whose codes are gathered: how, and the dimension that their GEMM contracts."""
+
+
+def scale_bytes(spec: QuantSpec, contracted: int, tokens: int, width: int) -> int:
+    """Bytes of an operand's scales that travel with its codes [tokens, width]: those that differ from token
+    to token."""
+    rows, columns = scale_tile(spec.granularity, contracted)
+    if rows is None:
+        return 0
+    return 4 * -(-tokens // rows) * (1 if columns is None else -(-width // columns))
+
+
 def tensor_parallel(step: RankStep) -> Volume:
     """Hidden linears, M times each::
 
@@ -180,32 +195,41 @@ def tensor_parallel(step: RankStep) -> Volume:
     times ``(tp-1)/tp``; e is 1 for gathers of linears that multiply in FP8 where ``precision.traffic`` says
     fp8. ``activation_checkpointing: full`` runs forward again: a third gather of the input, a second scatter
     of the output; ``selective`` runs no linear again. Two ways to quantise one output gradient are two
-    gathers.
+    gathers. Scales of rows and blocks travel with the codes, 4 bytes each.
     """
-    traffic, gemm = step.config.precision.traffic, step.config.precision.gemm
+    traffic, quant = step.config.precision.traffic, linear_quant(step.config.precision.gemm)
     forwards = 2 if step.config.train.activation_checkpointing == "full" else 1
-    casts = 1 if gemm.grad_input.grad_output == gemm.grad_weight.grad_output else 2
+    x_casts = [(quant.output_x, 1)] * (1 + forwards)
+    if quant.keep_x in ("second_copy", "bf16"):
+        x_casts[-1] = quant.grad_weight_x, 0
+    grad_casts = [(quant.grad_input_grad_output, 1)]
+    if not quant.shares_grad_output:
+        grad_casts.append((quant.grad_weight_grad_output, 0))
     tokens, found = step.tokens, _nothing()
 
-    def add(name: str, times: int, width: int, *, fp8: bool, blocks: bool = False) -> None:
+    def add(name: str, times: int, width: int, *, fp8: bool, casts: Casts = (), blocks: bool = False) -> None:
         block = block_size(width, MAX_BLOCK)
         codes = in_blocks(tokens, width, block) if blocks else tokens * width
-        nbytes = codes if fp8 else tokens * width * step.itemsize
-        found[Flow("tp", name)] += step.micro_batches * times * scattered(nbytes, step.tp)
+        nbytes = times * (codes if fp8 else tokens * width * step.itemsize)
+        if fp8:
+            nbytes += sum(scale_bytes(spec, dim, tokens, width) for spec, dim in casts)
+        found[Flow("tp", name)] += step.micro_batches * scattered(nbytes, step.tp)
 
     for parameter in step.held():
         if not parameter.fqn.startswith("layers.") or len(parameter.shape) != 2:
             continue
         plan, (outputs, inputs) = parameter.in_fp8_plan, parameter.shape
         if split_dim(parameter.fqn) == 0:
-            add("all_gather/tp_input", 1 + forwards, inputs, fp8=plan and traffic.activations == "fp8")
+            fp8 = plan and traffic.activations == "fp8"
+            add("all_gather/tp_input", len(x_casts), inputs, fp8=fp8, casts=x_casts)
             fp8 = plan and traffic.grad_input == "fp8"
             add("all_to_all/tp_grad_input", 1, inputs, fp8=fp8, blocks=True)
         else:
             fp8 = plan and traffic.output == "fp8"
             add("all_to_all/tp_output", forwards, outputs, fp8=fp8, blocks=True)
             fp8 = plan and traffic.grad_output == "fp8"
-            add("all_gather/tp_grad_output", casts if fp8 else 1, outputs, fp8=fp8)
+            times = len(grad_casts) if fp8 else 1
+            add("all_gather/tp_grad_output", times, outputs, fp8=fp8, casts=grad_casts)
     return found
 
 

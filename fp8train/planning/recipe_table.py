@@ -99,6 +99,8 @@ def _operands(linear: Linear, gemm: str) -> str:
         return "high precision"
     first, second = _USES[gemm]
     quant: LinearQuant = linear.plan.quant
+    if gemm == "grad_weight" and not quant.grad_weight_fp8:
+        return "high precision"
     specs = {
         "output.x": quant.output_x,
         "output.w": quant.output_w,

@@ -106,6 +106,7 @@ def tensor_parallel(config: Config, processes: Processes) -> TensorParallel | No
     return TensorParallel(
         processes.tp,
         processes.sequence,
+        processes.cp,
         Traffic(
             activations=traffic.activations == "fp8",
             grad_output=traffic.grad_output == "fp8",

@@ -372,6 +372,58 @@ CONTRADICTIONS = {
         "run.yaml:18: precision.gemm.keep_w, precision.gemm.output.w, precision.gemm.grad_input.w: "
         "keep_w: second_copy changes nothing, because output.w and grad_input.w are equal; write same",
     ),
+    "directed_keep": (
+        MINIMAL + "precision:\n  gemm:\n    fp8: true\n    output: {x: {granularity: row}}\n"
+        "    grad_weight: {x: {granularity: row}}\n",
+        "run.yaml:18: precision.gemm.keep_x, precision.gemm.output.x, precision.gemm.grad_weight.x: "
+        "keep_x: same "
+        "reuses the payload of output.x, but its scales (row) lie along the dimension which the output GEMM "
+        "contracts, and grad_weight.x contracts the other; write second_copy, requantise or bf16 "
+        "(precision.gemm.grad_weight.x: run.yaml:19)",
+    ),
+    "rows_and_delayed": (
+        MINIMAL + "precision:\n  level: O1\n  recipe: rowwise\n"
+        "  gemm: {output: {x: {scale_source: delayed}}}\n",
+        "run.yaml:18: precision.gemm.output.x.granularity, precision.gemm.output.x.scale_source: "
+        "granularity: row takes each scale from its own amax, but scale_source is delayed; write "
+        "scale_source: current, or granularity: tensor",
+    ),
+    "resident_rows": (
+        MINIMAL + "precision:\n  level: O1\n  recipe: rowwise\n  weights: fp8\n",
+        "run.yaml:18: precision.weights, precision.gemm.output.w.granularity: weights: fp8 is written piece "
+        "by piece with one scale from the amax of the whole, but gemm.output.w.granularity is row; write "
+        "weights: compute, or a recipe with one scale per tensor",
+    ),
+    "resident_mse": (
+        MINIMAL
+        + "precision:\n  level: O2\n  gemm: {output: {w: {scale_source: mse}}, keep_w: second_copy}\n",
+        "run.yaml:17: precision.weights, precision.gemm.output.w.scale_source: weights: fp8 is written "
+        "piece by piece with one scale from the amax of the whole, but gemm.output.w.scale_source is mse; "
+        "write weights: compute, or a recipe with one scale per tensor",
+    ),
+    "weights_at_rest_and_on_the_wire": (
+        MINIMAL + "precision:\n  level: O3\n  weights: compute\n",
+        "run.yaml:17: precision.traffic.weights, precision.weights: traffic.weights: fp8 sends the codes of "
+        "weights that rest in FP8, but weights is compute; write traffic.weights: compute",
+    ),
+    "grad_weight_keep": (
+        MINIMAL + "precision:\n  level: O1\n  gemm: {grad_weight: {fp8: false}}\n",
+        "run.yaml:17: precision.gemm.keep_x, precision.gemm.grad_weight.fp8: grad_weight.fp8: false "
+        "multiplies the unquantised input, but keep_x is same; write keep_x: bf16",
+    ),
+    "grad_weight_operand": (
+        MINIMAL + "precision:\n  level: O1\n  recipe: rowwise_gw_hp\n"
+        "  gemm: {grad_weight: {x: {margin: 1}}}\n",
+        "run.yaml:18: precision.gemm.grad_weight.x.margin, precision.gemm.grad_weight.fp8: is set but weight "
+        "gradients multiply unquantised operands: precision.gemm.grad_weight.fp8 is false "
+        "(preset precision.recipe=rowwise_gw_hp); remove one of the two",
+    ),
+    "grad_weight_traffic": (
+        MINIMAL + "precision:\n  level: O1\n  recipe: rowwise_gw_hp\n  traffic: {activations: fp8}\n",
+        "run.yaml:18: precision.traffic.activations, precision.gemm.grad_weight.fp8: traffic.activations: "
+        "fp8 sends codes, but gemm.grad_weight.fp8: false multiplies unquantised values; write "
+        "traffic.activations: compute",
+    ),
     "heads": (
         changed("num_heads: 4", "num_heads: 5"),
         "run.yaml:4: model.hidden_size, model.num_heads: the width 64 is not a multiple of the "

@@ -101,6 +101,7 @@ RECIPES = {
     "te_current": ("current", False, 16, "max"),
     "te_delayed": ("delayed", False, 1024, "max"),
     "te_delayed_recent": ("delayed", False, 1, "most_recent"),
+    "mse": ("mse", True, 16, "max"),
     "mus": ("constant", True, 16, "max"),
     "unit_scaling": ("constant", True, 16, "max"),
     "umup": ("constant", True, 16, "max"),
@@ -120,7 +121,48 @@ def test_a_recipe_fills_all_six_operands(name: str) -> None:
 
 def test_all_recipes_are_in_the_table_above() -> None:
     [table] = [table for table in PRESETS if table.key == "precision.recipe"]
-    assert set(table.choices) == set(RECIPES)
+    assert set(table.choices) == set(RECIPES) | set(OTHER_RECIPES)
+
+
+OTHER_RECIPES = {
+    # name: what x, w and grad_output share a scale over, in the order of GEMM_OPERANDS; keep_x, keep_w
+    "rowwise": (["row"] * 6, "second_copy", "second_copy"),
+    "rowwise_gw_hp": (["row", "row", "row", "tensor", "row", "row"], "bf16", "second_copy"),
+    "blockwise": (
+        ["block_1x128", "block_128x128", "block_1x128", "block_128x128", "block_1x128", "block_1x128"],
+        *("second_copy", "same"),
+    ),
+    "mxfp8": (["mx_1x32"] * 6, "second_copy", "second_copy"),
+    "cscale": (["tensor"] * 6, "same", "same"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RECIPES)
+@pytest.mark.parametrize("level", ["O1", "O3"])
+def test_a_recipe_of_rows_blocks_or_constants(name: str, level: str) -> None:
+    precision = resolve_mapping(merged(precision={"recipe": name, "level": level})).config.precision
+    gemm = precision.gemm
+    specs = [
+        *(gemm.output.x, gemm.output.w, gemm.grad_input.grad_output),
+        *(gemm.grad_input.w, gemm.grad_weight.grad_output, gemm.grad_weight.x),
+    ]
+    granularities, keep_x, keep_w = OTHER_RECIPES[name]
+    assert [spec.granularity for spec in specs] == granularities
+    assert (gemm.keep_x, gemm.keep_w) == (keep_x, keep_w)
+    assert gemm.grad_weight.fp8 == (name != "rowwise_gw_hp")
+    wire = (precision.traffic.activations, precision.traffic.weights)
+    if name == "cscale":
+        e4m3, e5m2 = ("e4m3", 4), ("e5m2", 20)
+        assert [(spec.format, spec.constant_exponent) for spec in specs] == [
+            *(e4m3, ("e4m3", 8), e5m2, ("e4m3", 8), e5m2, e4m3)
+        ]
+        assert (precision.weights, *wire) == ("fp8", *(("fp8", "fp8") if level == "O3" else ("compute",) * 2))
+        return
+    assert {(spec.format, spec.scale_source, spec.power_of_two) for spec in specs} == {
+        ("e4m3", "current", True)
+    }
+    sent = "fp8" if level == "O3" and name != "rowwise_gw_hp" else "compute"
+    assert (precision.weights, *wire) == ("compute", sent, "compute")
 
 
 def test_an_operand_with_another_source_takes_nothing_of_delayed_scales() -> None:

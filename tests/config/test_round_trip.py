@@ -27,6 +27,11 @@ VARIANTS: dict[str, list[str]] = {
     "O2_paper": ["precision.level=O2", "precision.profile=paper", "precision.gradient.fp8.accumulate=fp8"],
     "O2_changed": ["precision.level=O2", "precision.state.exp_avg_sq={format: e4m3, sqrt: true}",
                    "precision.gradient.fp8.node_size=2", "precision.weights=compute"],
+    "rows": ["precision.level=O3", "precision.recipe=rowwise"],
+    "rows_gw_hp": ["precision.level=O3", "precision.recipe=rowwise_gw_hp"],
+    "constants": ["precision.level=O2", "precision.recipe=cscale",
+                  "precision.gemm.output.x.scale_source=current",
+                  "precision.gemm.keep_x=second_copy"],
     "off_words": ["train.compile=off", "logging.wandb.mode=off", 'run.name="010"', 'run.dir="no"',
                   "logging.wandb.entity=on"],
     "blend": ["data.prefix=null", "data.blend=[{prefix: 'a: b', weight: 1e-7}, {prefix: \"ü#\", weight: 3}]"],
@@ -88,7 +93,7 @@ def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     assert rows["model.head_dim"] == ["16", "derived from model.hidden_size / model.num_heads"]
     assert "precision.gemm.output.x.format" not in rows
     assert "\x1b" not in text
-    assert text.splitlines()[-1] == "# 95 settings without effect are not shown: precision.gemm.fp8 is false"
+    assert text.splitlines()[-1] == "# 96 settings without effect are not shown: precision.gemm.fp8 is false"
     fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]))
     assert "precision.gemm.grad_input.grad_output.format" in fp8
     assert "precision.gradient.fp8.block" not in fp8

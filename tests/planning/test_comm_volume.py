@@ -37,6 +37,8 @@ TP: dict[str, tuple[str, list[str]]] = {
     "O0-gpt": ("gpt", []),
     "O3": ("llama", ["precision.level=O3"]),
     "O3-gpt-lossy-recompute": ("gpt", ["precision.level=O3", *FP8_WIRE]),
+    "O3-rows": ("llama", ["precision.level=O3", "precision.recipe=rowwise"]),
+    "O3-blocks": ("gpt", ["precision.level=O3", "precision.recipe=mxfp8", "data.seq_length=64"]),
 }
 EXACT = ["precision.level=O2", "precision.gradient.fp8.reduce=exact", "run.threads=1"]
 NODES = ["precision.level=O2", "precision.gradient.fp8.node_size=1"]

@@ -1,0 +1,179 @@
+"""Which scaled matmuls torch has for which scales, and how they want the scales laid out.
+
+Read from torch's ``aten/src/ATen/native/cuda/ScaledBlas.cpp`` (2.13); A is [M, K], B is [K, N]:
+
+===================  ==================  ============================================  =====================
+A, B                 device              scales of A                                   scales of B
+===================  ==================  ============================================  =====================
+tensor, tensor       8.9 and newer       scalar                                        scalar
+row, row             8.9 and newer       [M, 1]                                        [1, N]
+1x128, 1x128         9.0, CUDA >= 12.9   [M, K/128], strides (1, M)                    [N, K/128], (1, N)
+1x128, 128x128       9.0, CUDA >= 12.9   likewise                                      [pad4(K/128), N/128],
+                                                                                       (1, pad4(K/128))
+128x128, 1x128       9.0, CUDA >= 12.9   [pad4(K/128), M/128], (1, pad4(K/128))        [N, K/128], (1, N)
+mx 1x32, 1x32        10.0 and newer      E8M0, tiles of 128x4 in the tensor cores' order
+===================  ==================  ============================================  =====================
+
+A pair that mixes tensor and row is row, row. Anything else has no kernel: its operands are decoded and
+multiplied in high precision on the device (:mod:`fp8train.kernels.gemm`). Blocks that do not fill K are left
+to that, too. The CPU runs the first two rows, which the tests compare; the block kernels were written from
+the rules above and never ran.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp8train.config.blocks import OPERAND_BLOCK, Granularity
+
+_BLOCK_PAIRS: set[tuple[Granularity, Granularity]] = {
+    ("block_1x128", "block_1x128"),
+    ("block_1x128", "block_128x128"),
+    ("block_128x128", "block_1x128"),
+}
+
+
+def granularity_of(scale_inv: Tensor, shape: torch.Size, contracted: int) -> Granularity:
+    """What the scales of an operand cover, by their shape; the simplest name for it (a 1x128 block that is
+    the whole row is a row).
+
+    Args:
+        scale_inv: as :mod:`fp8train.numerics.granularity` says.
+        shape: of the payload, at least 16 each way.
+        contracted: dimension that the GEMM contracts.
+    """
+    if scale_inv.numel() == 1:
+        return "tensor"
+    along, across = scale_inv.shape[contracted], scale_inv.shape[1 - contracted]
+    if along == 1 and across == shape[1 - contracted]:
+        return "row"
+    if across != shape[1 - contracted]:
+        return "block_128x128"
+    return "mx_1x32" if along == -(-shape[contracted] // 32) else "block_1x128"
+
+
+def native_pair(a: Granularity, b: Granularity, capability: tuple[int, int], cuda: tuple[int, int]) -> bool:
+    """Whether torch has a kernel for this pair.
+
+    Args:
+        a: of operand A.
+        b: of operand B.
+        capability: of the device.
+        cuda: version that torch was built with.
+    """
+    if {a, b} <= {"tensor", "row"}:
+        return True
+    if (a, b) in _BLOCK_PAIRS:
+        return capability == (9, 0) and cuda >= (12, 9)
+    return a == b == "mx_1x32" and capability >= (10, 0)
+
+
+def fills_blocks(granularity: Granularity, k: int) -> bool:
+    """Whether K is a multiple of the block."""
+    return k % OPERAND_BLOCK.get(granularity, 1) == 0
+
+
+def cuda_version() -> tuple[int, int]:
+    """Of the toolkit that torch was built with; (0, 0) for none."""
+    major, _, minor = (torch.version.cuda or "0.0").partition(".")
+    return int(major), int(minor)
+
+
+def row_scales(scale_inv: Tensor, size: int, dim: int) -> Tensor:
+    """Scalar or row scales as the row kernels take them: [size, 1] for ``dim`` 0, [1, size] for 1."""
+    shape = (size, 1) if dim == 0 else (1, size)
+    return (scale_inv.expand(shape) if scale_inv.numel() == 1 else scale_inv).contiguous()
+
+
+def block_scales(scale_inv: Tensor, granularity: Granularity) -> Tensor:
+    """Scales of 1x128 or 128x128 blocks in the kernels' strides.
+
+    Args:
+        scale_inv: FP32 [rows, K/128] or [rows/128, K/128]; for B those of its transpose.
+        granularity: one of the two.
+
+    Returns:
+        A view of other storage: [rows, K/128] with strides (1, rows), or [pad4(K/128), rows/128] with strides
+        (1, pad4(K/128)).
+    """
+    if granularity == "block_1x128":
+        return scale_inv.t().contiguous().t()
+    return F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).contiguous().t()
+
+
+def mx_scales(scale_inv: Tensor) -> Tensor:
+    """E8M0 bytes in the order in which the tensor cores read them.
+
+    Scales are cut into tiles of 128 rows and 4 columns, padded with zeros; in a tile, that of row r and
+    column c is byte ``16 (r mod 32) + 4 (r div 32) + c`` (cuBLAS, "1D block scaling factors layout").
+
+    Args:
+        scale_inv: FP32 powers of two or NaN [rows, K/32]; for B those of its transpose.
+
+    Returns:
+        float8_e8m0fnu, flat: tiles row by row.
+    """
+    exponents = ((scale_inv.contiguous().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+    rows, columns = exponents.shape
+    tiles = F.pad(exponents, (0, -columns % 4, 0, -rows % 128)).view(
+        -(-rows // 128), 4, 32, -(-columns // 4), 4
+    )
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(torch.float8_e8m0fnu)
+
+
+def scaled_mm_of_arrays(
+    a: Tensor,
+    b: Tensor,
+    scale_inv_a: Tensor,
+    scale_inv_b: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    fast_accumulation: bool,
+) -> Tensor:
+    """torch's scaled matmul for scales of rows or blocks.
+
+    Args:
+        a: FP8 [M, K], row-major.
+        b: FP8 [K, N], column-major.
+        scale_inv_a: FP32, as :mod:`fp8train.numerics.granularity` says.
+        scale_inv_b: likewise.
+        out_dtype: BF16, FP16 or FP32.
+        fast_accumulation: Hopper's 14-bit accumulator.
+
+    Returns:
+        [M, N] in ``out_dtype``. torch raises what it has to say about a pair that its device does not
+        multiply.
+    """
+    kind_a, kind_b = granularity_of(scale_inv_a, a.shape, 1), granularity_of(scale_inv_b, b.shape, 0)
+    swizzle = None
+    types = {
+        "block_1x128": F.ScalingType.BlockWise1x128,
+        "block_128x128": F.ScalingType.BlockWise128x128,
+        "mx_1x32": F.ScalingType.BlockWise1x32,
+    }
+    if {kind_a, kind_b} <= {"tensor", "row"}:
+        recipes = (F.ScalingType.RowWise, F.ScalingType.RowWise)
+        scale_inv_a = row_scales(scale_inv_a, a.shape[0], 0)
+        scale_inv_b = row_scales(scale_inv_b, b.shape[1], 1)
+    else:
+        recipes = (types[kind_a], types[kind_b])
+        if kind_a == "mx_1x32":
+            swizzle = F.SwizzleType.SWIZZLE_32_4_4
+            scale_inv_a, scale_inv_b = mx_scales(scale_inv_a), mx_scales(scale_inv_b.t())
+        else:
+            scale_inv_a = block_scales(scale_inv_a, kind_a)
+            scale_inv_b = block_scales(scale_inv_b.t(), kind_b)
+    return F.scaled_mm(
+        a,
+        b,
+        scale_inv_a,
+        recipes[0],
+        scale_inv_b,
+        recipes[1],
+        swizzle_a=swizzle,
+        swizzle_b=swizzle,
+        output_dtype=out_dtype,
+        use_fast_accum=fast_accumulation,
+    )

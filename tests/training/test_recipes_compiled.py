@@ -1,0 +1,20 @@
+"""Recipes of rows and blocks with ``train.compile: block``: the training of eager mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.training.tiny import alone, losses, tiny_config
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("recipe", ["mse", "rowwise_gw_hp", "blockwise", "mxfp8"])
+def test_compiled_blocks_train_as_eager_ones(recipe: str) -> None:
+    overrides = ["precision.level=O1", "precision.compute=fp32", f"precision.recipe={recipe}"]
+    expected, _ = losses(tiny_config(overrides), alone(), 3)
+    torch._dynamo.reset()
+    found, _ = losses(tiny_config([*overrides, "train.compile=block"]), alone(), 3)
+    assert found == pytest.approx(expected, rel=2e-4)
+    assert expected[-1] < expected[0]
