@@ -8,6 +8,7 @@ import pytest
 
 from fp8train.cli import run_command
 from fp8train.config.dump import dump_yaml
+from fp8train.config.recipes import RECIPES
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config, ModelConfig
 
@@ -60,7 +61,7 @@ def test_loads_and_prints(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_every_size_is_checked() -> None:
-    others = ("quickstart/", "ablations/", "experiments/", "3d/")
+    others = ("quickstart/", "ablations/", "experiments/", "3d/", "recipes/")
     sizes = {name for name in FILES if not name.startswith(others)}
     assert sizes == set(PUBLISHED)
 
@@ -148,3 +149,10 @@ def test_quickstart_is_small_and_needs_no_padding(name: str) -> None:
     for dim in (model.hidden_size, model.num_heads * model.head_dim, kv, model.ffn_hidden_size):
         assert dim % 16 == 0
     assert config.total_steps * config.train.global_batch_size * config.data.seq_length >= 250_000
+
+
+def test_every_recipe_has_a_config_that_chooses_it() -> None:
+    recipes = {file.removeprefix("recipes/").removesuffix(".yaml") for file in FILES if "recipes/" in file}
+    assert recipes == set(RECIPES)
+    for name in recipes:
+        assert load_config(CONFIGS / f"recipes/{name}.yaml").config.precision.recipe == name
