@@ -113,4 +113,4 @@ def _fill(model: Decoder, config: Config, checkpoint: Path, vocab_size: int) -> 
             continue
         if config.precision.weights == "compute":
             values = values.to(compute).to(values.dtype)
-        planned[fqn].hold_fp8_weight(forward_only=True).fill(values.to(device))
+        planned[fqn].load_fp8_weight(values.to(device))

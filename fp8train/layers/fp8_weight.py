@@ -1,12 +1,13 @@
 """The FP8 copies of a linear's weight, made once per optimizer step.
 
-Two ways to come by them:
+Three ways to come by them:
 
 * :class:`CachedFp8Weight`: the layer holds its weight in the compute dtype and casts it when it changed.
 * :class:`ResidentFp8Weight`: the layer holds nothing but the FP8 copies, and the optimizer writes them from
   its master weights, piece by piece (it is a ``fp8train.optim.weight_target.WeightTarget``). That saves the
   2 bytes per parameter of a BF16 weight and one rounding: the operand is the master rounded to FP8, not the
   master rounded to BF16 and then to FP8.
+* :class:`LoadedFp8Weight`: a trained weight in a model without backward: one copy, cast once.
 
 Either way there are at most two copies: the operand of the output GEMM, and another for grad_input where
 ``keep_w: second_copy`` asks for it. Copies are padded with zeros to multiples of 16.
@@ -137,6 +138,27 @@ class CachedFp8Weight(Fp8Weight):
             row.copy_(cast_statistics(weight, payload, expand_scales(scale_inv, payload.shape)))
 
 
+class LoadedFp8Weight(Fp8Weight):
+    """The one copy of a weight in a model without backward, cast when it is loaded."""
+
+    def _uses(self) -> dict[str, QuantSpec]:
+        return {"output.w": self.quant.output_w}
+
+    @torch.no_grad()
+    def load(self, values: Tensor) -> None:
+        """Cast a whole weight [N, K]."""
+        spec = self.quant.output_w
+        scale = self._delayed_scale("output.w", spec)
+        slot = None if scale is None else ScaleSlot(scale, None)
+        self.forward = quantize_operand(values, spec, slot, contracted=_CONTRACTED["output.w"])
+
+    def to(self, device: torch.device) -> None:
+        """Move it to ``device``."""
+        if self.forward is not None:
+            payload, scale_inv = self.forward
+            self.forward = payload.to(device), scale_inv.to(device)
+
+
 @dataclass
 class _Copy:
     spec: QuantSpec
@@ -148,18 +170,14 @@ class _Copy:
 class ResidentFp8Weight(Fp8Weight):
     """The only copies of a weight. The optimizer writes them: ``begin``, ``write`` each piece, ``end``."""
 
-    def __init__(
-        self, quant: LinearQuant, shape: torch.Size, device: torch.device, *, forward_only: bool = False
-    ) -> None:
-        """Allocates the payloads; ``forward_only``: that of the output GEMM alone, for a model without
-        backward.
+    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
+        """Allocates the payloads.
 
         Raises:
             ValueError: ``quant`` keeps the weight in BF16 for backward, or has scales that the optimizer
                 cannot fix from the amax of the whole weight before it writes the first piece.
         """
-        self.forward_only = forward_only
-        if quant.keep_w == "bf16" and not forward_only:
+        if quant.keep_w == "bf16":
             raise ValueError(
                 "precision.gemm.keep_w: bf16 keeps a high-precision weight for backward, "
                 "but this weight is resident in FP8; use same, requantise or second_copy"
@@ -174,9 +192,6 @@ class ResidentFp8Weight(Fp8Weight):
                 )
         self._copies = {use: self._allocate(spec, device) for use, spec in self._uses().items()}
         self._rows: list[tuple[Tensor, int]] = []
-
-    def _uses(self) -> dict[str, QuantSpec]:
-        return {"output.w": self.quant.output_w} if self.forward_only else super()._uses()
 
     def _allocate(self, spec: QuantSpec, device: torch.device) -> _Copy:
         padded = (aligned(self.shape[0]), aligned(self.shape[1]))
@@ -224,7 +239,7 @@ class ResidentFp8Weight(Fp8Weight):
         """Put the copies into use. On a sampled step the weight's row describes what this step wrote."""
         operands = {use: (copy.payload, copy.scale_inv) for use, copy in self._copies.items()}
         self.forward = operands["output.w"]
-        self.backward = None if self.forward_only else operands.get("grad_input.w", self.forward)
+        self.backward = operands.get("grad_input.w", self.forward)
         row = self._active_row()
         if row is not None and self._rows:
             row.copy_(_merge_statistics(self._rows))

@@ -27,7 +27,7 @@ from fp8train.kernels.matmul import matmul
 from fp8train.layers.factors import scale_backward
 from fp8train.layers.fp8_linear import CastSlots, StatisticsRows, fp8_linear
 from fp8train.layers.fp8_operand import Operand
-from fp8train.layers.fp8_weight import CachedFp8Weight, Fp8Weight, ResidentFp8Weight
+from fp8train.layers.fp8_weight import CachedFp8Weight, Fp8Weight, LoadedFp8Weight, ResidentFp8Weight
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
 from fp8train.layers.wire import UNSPLIT, Wire
@@ -128,7 +128,7 @@ class Linear(nn.Module):
     @property
     def fp8_weight_is_resident(self) -> bool:
         """Whether the FP8 copies are all there is of the weight."""
-        return isinstance(self._fp8_weight, ResidentFp8Weight)
+        return isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight))
 
     def fp8_codes(self) -> Tensor:
         """The FP8 weight of the output GEMM as it is stored, padding included; once it was written."""
@@ -178,15 +178,12 @@ class Linear(nn.Module):
             self._fp8_weight.forget()
         self._connect()
 
-    def hold_fp8_weight(self, *, forward_only: bool = False) -> ResidentFp8Weight:
+    def hold_fp8_weight(self) -> ResidentFp8Weight:
         """Keep the weight in FP8 alone from now on: drop its values, allocate the FP8 copies.
 
         ``weight`` keeps its name, shape, dtype and ``requires_grad``, so gradients and optimizer find it, but
         all its elements are one stored NaN: reading it by mistake poisons the result, copying into it raises.
         :meth:`dequantized_weight` gives the values. Nothing can run before the first weight is written.
-
-        Args:
-            forward_only: no operand for backward, which must not run: a model for inference.
 
         Returns:
             what the optimizer writes new weights to.
@@ -196,13 +193,21 @@ class Linear(nn.Module):
                 their own.
         """
         assert self.plan is not None, f"{self.name}: call use_fp8() first"
-        resident = ResidentFp8Weight(
-            self.plan.quant, self.weight.shape, self.weight.device, forward_only=forward_only
-        )
+        resident = ResidentFp8Weight(self.plan.quant, self.weight.shape, self.weight.device)
         self._fp8_weight = resident
         self._drop_values()
         self._connect()
         return resident
+
+    def load_fp8_weight(self, values: Tensor) -> None:
+        """For a model that only runs forward: cast ``values`` [out_features, in_features] once and keep nothing
+        else, as :meth:`hold_fp8_weight`. Needs the scale state first where scales are delayed."""
+        assert self.plan is not None, f"{self.name}: call use_fp8() first"
+        loaded = LoadedFp8Weight(self.plan.quant, self.weight.shape, self.weight.device)
+        self._fp8_weight = loaded
+        self._drop_values()
+        self._connect()
+        loaded.load(values)
 
     def _drop_values(self) -> None:
         one = torch.full((1, 1), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
@@ -313,7 +318,7 @@ class Linear(nn.Module):
         super()._apply(fn, recurse)
         if isinstance(self._fp8_weight, CachedFp8Weight):
             self._fp8_weight.forget()
-        elif isinstance(self._fp8_weight, ResidentFp8Weight):
+        elif isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight)):
             self._fp8_weight.to(probe.device)
             self._drop_values()
         return self

@@ -1,12 +1,20 @@
-"""Recipes whose checkpoints are tested: a new one joins by its name."""
+"""Recipes whose checkpoints are tested: all there are, a few of them in every test run."""
+
+import pytest
+
+from fp8train.config.recipes import RECIPES as RECIPE_TABLES
 
 STATIC = {"mus": 0.06, "unit_scaling": 0.1, "umup": 0.5}
 """With their learning rates: weights have unit variance."""
 
 RECIPES: dict[str, tuple[str, ...]] = {
-    name: (f"precision.recipe={name}",)
-    for name in ("current", "fp8_amax", "te_current", "te_delayed", "te_delayed_recent")
+    name: (f"precision.recipe={name}",) for name in RECIPE_TABLES if name not in STATIC
 } | {
     "paper": ("precision.profile=paper",),
     **{name: (f"precision.recipe={name}", f"optimizer.lr={lr}") for name, lr in STATIC.items()},
 }
+
+IN_CI = ("current", "te_current", "te_delayed", "rowwise", "mus")
+"""One of each kind of scale; the others are marked slow."""
+
+MARKED = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in RECIPES]

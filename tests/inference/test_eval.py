@@ -23,7 +23,7 @@ from fp8train.inference.load import open_run
 from fp8train.training import run as training
 from fp8train.training.metrics import read_metrics
 from fp8train.training.perplexity import measure, open_text, relative_difference
-from tests.inference.recipes import RECIPES
+from tests.inference.recipes import MARKED, RECIPES
 from tests.training.launching import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,11 @@ def evaluated(run: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
-    [*((recipe, ("precision.level=O1",)) for recipe in RECIPES), ("current", FP8), ("te_delayed", FP8)],
+    [
+        *(pytest.param(*param.values, ("precision.level=O1",), marks=param.marks) for param in MARKED),
+        ("current", FP8),
+        ("te_delayed", FP8),
+    ],
 )
 def test_eval_gives_the_logged_loss(config: Path, recipe: str, overrides: tuple[str, ...]) -> None:
     run = train(config, f"logged_{recipe}", *overrides, *RECIPES[recipe], "train.steps=10")
