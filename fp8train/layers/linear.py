@@ -200,8 +200,8 @@ class Linear(nn.Module):
         return resident
 
     def load_fp8_weight(self, values: Tensor) -> None:
-        """For a model that only runs forward: cast ``values`` [out_features, in_features] once and keep nothing
-        else, as :meth:`hold_fp8_weight`. Needs the scale state first where scales are delayed."""
+        """For a model that only runs forward: cast ``values`` [out_features, in_features] once and keep
+        nothing else, as :meth:`hold_fp8_weight`. Needs the scale state first where scales are delayed."""
         assert self.plan is not None, f"{self.name}: call use_fp8() first"
         loaded = LoadedFp8Weight(self.plan.quant, self.weight.shape, self.weight.device)
         self._fp8_weight = loaded
