@@ -52,14 +52,27 @@ RUNS: dict[str, list[str]] = {
     "O2 pp 2": ["precision.level=O2", "parallel.pp=2"],
     "O2 pp 2, pipeline": ["precision.level=O2", "parallel.pp=2", "precision.traffic.pipeline=fp8"],
 }
+STATIC_RATES = {"mus": "0.125", "umup": "1.0", "unit_scaling": "0.125"}
+"""Learning rates of recipes whose weights have unit variance, from tools/sweep_lr.py."""
+MEASURED = (
+    *("fp8_amax", "te_delayed", "te_current", "te_delayed_recent", "mse", "cscale"),
+    *("rowwise", "rowwise_gw_hp", "blockwise", "mxfp8"),
+)
+"""Recipes of the standard parametrisation: their BF16 run is O0."""
+RUNS |= {name: ["precision.level=O1", f"precision.recipe={name}"] for name in MEASURED}
+for _name, _rate in STATIC_RATES.items():
+    _own = [f"precision.recipe={_name}", "model.tie_embeddings=false", f"optimizer.lr={_rate}"]
+    RUNS |= {f"{_name} BF16": _own, _name: [*_own, "precision.level=O1"]}
 """Name -> overrides. ``#0`` to ``#4`` are the rows of FP8-LM's Table 6; its #1 is O0."""
-PAIRED = ("O0", "O1", "O2")
+PAIRED = ("O0", "O1", "O2", "fp8_amax", "te_delayed", "mus", "mus BF16", "umup", "umup BF16")
 """Run with every seed; the others with the first few."""
 BASES = {
     **dict.fromkeys(("O2 tp 2, grad_input", "O2 tp 2, output"), "O2 tp 2"),
     "O2 pp 2, pipeline": "O2 pp 2",
+    **{name: f"{name} BF16" for name in STATIC_RATES},
 }
-"""What a run is compared with, if not with O0: the same layout without that collective in FP8."""
+"""What a run is compared with, if not with O0: the same layout without that collective in FP8, the same
+parametrisation in BF16."""
 DIVERGED = 3
 """Exit status of a run whose gradients stayed non-finite, which is a result and no failure."""
 
@@ -69,10 +82,26 @@ _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: last validation loss in nats per token, and whether gradients stayed finite."""
+    """A finished run: last validation loss in nats per token, steps whose gradients were not finite, and
+    spikes of the training loss (None where it was not counted)."""
 
     loss: float
     skipped: int
+    spikes: int | None = None
+
+
+def spikes(losses: list[float]) -> int:
+    """Logged losses, after the first tenth, that exceed the median of the ten before them by more than five
+    times those ten's own spread (1.4826 times the median absolute deviation); neighbours count once."""
+    count, inside = 0, False
+    for i in range(max(10, len(losses) // 10), len(losses)):
+        window = losses[i - 10 : i]
+        middle = statistics.median(window)
+        spread = 1.4826 * statistics.median(abs(loss - middle) for loss in window)
+        high = losses[i] - middle > max(5 * spread, 0.1)
+        count += high and not inside
+        inside = high
+    return count
 
 
 def directory(out: Path, name: str, seed: int) -> Path:
@@ -89,7 +118,9 @@ def outcome(folder: Path) -> Outcome | None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [float(row["eval/loss"]) for row in rows if "eval/loss" in row]
     skipped = [int(row["optim/skipped_steps"]) for row in rows if "optim/skipped_steps" in row]
-    return Outcome(losses[-1], skipped[-1])
+    return Outcome(
+        losses[-1], skipped[-1], spikes([float(row["train/loss"]) for row in rows if "train/loss" in row])
+    )
 
 
 def diverged(folder: Path) -> bool:
@@ -130,7 +161,7 @@ def read_outcomes(out: Path, file: Path | None) -> Outcomes:
     found: Outcomes = {}
     if file is not None and file.exists():
         for run in json.loads(file.read_text())["runs"]:
-            found[run["name"], run["seed"]] = Outcome(run["loss"], run["skipped"])
+            found[run["name"], run["seed"]] = Outcome(run["loss"], run["skipped"], run.get("spikes"))
     for name in RUNS:
         for folder in out.glob(f"{directory(out, name, 0).name.removesuffix('0')}*/"):
             here = outcome(folder)
@@ -152,14 +183,14 @@ def table(out: Path, found: Outcomes, names: list[str], seeds: list[int]) -> str
     lines = [
         f"O0's standard deviation over {len(base)} seeds: {spread:.4f} nats.",
         "",
-        "| run | mean loss | compared with | gap, paired | 95 % interval | seeds | skipped steps |",
-        "|---|---|---|---|---|---|---|",
+        "| run | mean loss | compared with | gap, paired | 95 % interval | seeds | skipped steps | spikes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
         done = {s: o for s in seeds if (o := found.get((name, s))) is not None}
         gone = sum(diverged(directory(out, name, s)) for s in seeds)
         if not done:
-            lines.append(f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | | 0 | |")
+            lines.append(f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | | 0 | | |")
             continue
         other = BASES.get(name, "O0")
         gaps = [o.loss - b.loss for s, o in done.items() if (b := found.get((other, s))) is not None]
@@ -167,10 +198,16 @@ def table(out: Path, found: Outcomes, names: list[str], seeds: list[int]) -> str
         if len(gaps) > 1 and name != "O0":
             half = _T95[min(len(gaps) - 1, 9)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
             interval = f"{statistics.fmean(gaps) - half:+.4f} to {statistics.fmean(gaps) + half:+.4f}"
-        gap = f"{other} | {statistics.fmean(gaps):+.4f}" if gaps and name != "O0" else " | "
+        gap = (
+            f"{other} | {statistics.fmean(gaps):+.4f}"
+            if gaps and name != other and not name.endswith(" BF16")
+            else " | "
+        )
         mean = statistics.fmean(o.loss for o in done.values())
         skipped = sum(o.skipped for o in done.values())
-        lines.append(f"| {name} | {mean:.4f} | {gap} | {interval} | {len(done)} | {skipped} |")
+        counted = [o.spikes for o in done.values() if o.spikes is not None]
+        spiked = str(sum(counted)) if len(counted) == len(done) else ""
+        lines.append(f"| {name} | {mean:.4f} | {gap} | {interval} | {len(done)} | {skipped} | {spiked} |")
     return "\n".join(lines)
 
 

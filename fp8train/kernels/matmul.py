@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None,
     is_causal: bool,
     enable_gqa: bool,
-    scale: float,
+    scale: float | None = None,
     in_fp32: bool = False,
 ) -> Tensor:
     """torch's function of this name; shapes [B, heads, S, D], result in the inputs' dtype. ``in_fp32``: of

@@ -55,3 +55,35 @@ def test_attention_keeps_the_dtype_and_its_gradients(native: bool) -> None:
     exact.sum().backward()
     for narrow, reference in zip((q, k, v), wide, strict=True):
         assert torch.allclose(narrow.grad.double(), reference.grad, atol=4e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_alpha_is_applied_before_the_one_rounding(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(24, 24, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    got = matmul(a, b.t(), alpha=0.3)
+    exact = 0.3 * (a.double() @ b.double().t())
+    assert got.dtype == dtype
+    if dtype == torch.bfloat16:
+        once = exact.to(dtype)  # sums in FP32 may fall on the other side of a tie
+        assert (got != once).double().mean() < 0.01
+        twice = (exact / 0.3).to(dtype) * 0.3
+        assert (twice != once).double().mean() > 0.05
+    else:
+        torch.testing.assert_close(
+            got.double(), exact, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("in_fp32", [False, True])
+def test_attention_scale_and_precision(in_fp32: bool) -> None:
+    """A scale of the logits, and what backward uses of the output, against FP64."""
+    generator = torch.Generator().manual_seed(3)
+    heads = [torch.randn(1, 2, 16, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    got = scaled_dot_product_attention(
+        *heads, attn_mask=None, is_causal=True, enable_gqa=False, scale=0.05, in_fp32=in_fp32
+    )
+    assert got.dtype == torch.bfloat16
+    q, k, v = (head.detach().double() for head in heads)
+    scores = (0.05 * q @ k.transpose(-1, -2)).masked_fill(~torch.ones(16, 16).tril().bool(), -torch.inf)
+    torch.testing.assert_close(got.double(), torch.softmax(scores, -1) @ v, rtol=0.02, atol=0.02)
