@@ -100,11 +100,19 @@ def describe_precision(trainer: Trainer) -> list[str]:
     config, built = trainer.config, trainer.built
     precision = config.precision
     lines = [f"precision: {precision.level}, {precision.compute} activations; {_others(config)}"]
+    rule = trainer.model.parametrization
+    if config.parametrization.kind != "standard" or rule.gradient_scale != 1.0:
+        fate = "divided out of gradients" if rule.true_gradients else "unit-scale gradients"
+        lines.append(
+            f"parametrization: {config.parametrization.kind}; mean loss times {rule.gradient_scale:g} in "
+            f"backward ({fate})"
+        )
     if built.fp8 is None:
         lines.append("FP8: off")
     else:
         assert built.backend is not None
-        lines.append(f"{built.fp8} [{built.backend.reason}]")
+        recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
+        lines.append(f"{built.fp8} [{built.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(config)}; {_states(config)}")
     if trainer.pipeline is None:
         lines.append(f"memory: {stored_bytes(trainer)}")

@@ -76,3 +76,10 @@ def test_print_shows_the_live_recipe_of_every_linear() -> None:
     text = repr(trainer_of("precision.level=O1", "precision.profile=paper").model)
     assert text.count("weight resident in fp8") == 8
     assert text.count("x=e4m3:delayed16max/tensor/pow2 w=e4m3:cur/tensor/pow2") == 8
+
+
+def test_recipe_and_parametrisation_are_in_the_header() -> None:
+    config = tiny_config(["precision.recipe=mus", "precision.level=O1"])
+    lines = describe_precision(Trainer(config, alone(), vocab_size=VOCAB))
+    assert lines[1] == "parametrization: mus; mean loss times 32768 in backward (divided out of gradients)"
+    assert lines[2].endswith("; recipe mus")
