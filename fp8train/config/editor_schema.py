@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fp8train.config.keys import Key, KeyTable
+from fp8train.config.keys import Key, KeyTable, key_table
 from fp8train.config.schema import Config
 
 
 def editor_schema() -> dict[str, Any]:
     """The schema as a dict (JSON Schema 2020-12)."""
     schema = Config.model_json_schema()
-    table = KeyTable()
+    table = key_table()
     for name, definition in schema["$defs"].items():
         if name != "BlendEntry":  # an entry of a list is always written whole
             definition.pop("required", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fp8train.config.nodes import dotted
@@ -107,6 +108,12 @@ class KeyTable:
                 return (*path, step), None
             path.append(step)
         return tuple(path), fragment
+
+
+@cache
+def key_table() -> KeyTable:
+    """The one table of this schema: walking it takes longer than reading and checking a file."""
+    return KeyTable()
 
 
 def _allows_null(raw: Fragment) -> bool:

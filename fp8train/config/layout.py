@@ -32,6 +32,7 @@ def layout_problems(config: Config) -> Iterator[LayoutProblem]:
     yield from _tensor_parallel(config)
     yield from _context_parallel(config)
     yield from _operand_blocks(config)
+    yield from _gradient_reduction(config)
     yield from _pipeline_parallel(config)
     yield from _execution(config)
 
@@ -128,6 +129,26 @@ def _operand_blocks(config: Config) -> Iterator[LayoutProblem]:
             f"blocks of {cut.block} elements (precision.gemm.{cut.operand}); legal: {legal}, or a recipe "
             "without blocks",
             cut.keys,
+        )
+
+
+def _gradient_reduction(config: Config) -> Iterator[LayoutProblem]:
+    gradient, parallel = config.precision.gradient, config.parallel
+    reduce = gradient.fp8.reduce
+    if gradient.format == "high_precision":
+        return
+    if parallel.tp > 1 and reduce in ("shared_scale", "exact"):
+        yield LayoutProblem(
+            f"precision.gradient.fp8.reduce: {reduce} with parallel.tp > 1 is not built: its scales are of "
+            "whole tensors; write exchange, bf16 or fp32",
+            ("precision.gradient.fp8.reduce", "parallel.tp"),
+        )
+    if parallel.pp > 1 and reduce == "exact" and config.model.tie_embeddings:
+        yield LayoutProblem(
+            "precision.gradient.fp8.reduce: exact rounds a parameter's gradient once per micro-batch, but "
+            "with parallel.pp the first and the last stage round their parts of a tied embedding's alone; "
+            "write model.tie_embeddings: false, or another reduction",
+            ("precision.gradient.fp8.reduce", "model.tie_embeddings"),
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.keys import KeyTable
+from fp8train.config.keys import KeyTable, key_table
 from fp8train.config.loader import load_file
 from fp8train.config.messages import problems_of, raise_problems
 from fp8train.config.nodes import DEFAULT, Node, Origin, merge
@@ -67,7 +67,7 @@ def resolve_mapping(
 
 
 def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> ResolvedConfig:
-    table = KeyTable()
+    table = key_table()
     for text in overrides:
         root = merge(root, parse_override(text, table))
     tree, problems = apply_presets(root)

@@ -89,20 +89,10 @@ def make_gradient_plan(
 
 
 def tensor_parallel(config: Config, processes: Processes) -> TensorParallel | None:
-    """The ranks among which matrices and activations are cut; None for one.
-
-    Raises:
-        ConfigError: a gradient reduction that cannot handle parts of tensors.
-    """
+    """The ranks among which matrices and activations are cut; None for one."""
     if processes.sequence.size == 1:
         return None
-    gradient, traffic = config.precision.gradient, config.precision.traffic
-    whole_scales = gradient.fp8.reduce in ("shared_scale", "exact")
-    if processes.tp.size > 1 and gradient.format != "high_precision" and whole_scales:
-        raise ConfigError(
-            f"precision.gradient.fp8.reduce: {gradient.fp8.reduce} with parallel.tp > 1 is not built: its "
-            "scales are of whole tensors; use exchange, bf16 or fp32"
-        )
+    traffic = config.precision.traffic
     return TensorParallel(
         processes.tp,
         processes.sequence,
@@ -177,12 +167,6 @@ def _check_exact(config: Config, processes: Processes) -> None:
         raise ConfigError(
             "precision.gradient.fp8.reduce: exact needs kernels whose result does not depend on timing; "
             "set run.deterministic=true"
-        )
-    if config.model.tie_embeddings and processes.pp.size > 1:
-        raise ConfigError(
-            "precision.gradient.fp8.reduce: exact rounds a parameter's gradient once per micro-batch, but "
-            "with parallel.pp the first and the last stage round their parts of a tied embedding's alone; "
-            "write model.tie_embeddings: false, or another reduction"
         )
     micro_batches = config.train.global_batch_size // config.train.micro_batch_size
     if micro_batches > MAX_MICRO_BATCHES:
