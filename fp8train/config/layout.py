@@ -139,15 +139,15 @@ def _gradient_reduction(config: Config) -> Iterator[LayoutProblem]:
         return
     if parallel.tp > 1 and reduce in ("shared_scale", "exact"):
         yield LayoutProblem(
-            f"precision.gradient.fp8.reduce: {reduce} with parallel.tp > 1 is not built: its scales are of "
-            "whole tensors; write exchange, bf16 or fp32",
+            f"reduce: {reduce} with parallel.tp > 1 is not built: its scales are of whole tensors; write "
+            "reduce: exchange, bf16 or fp32",
             ("precision.gradient.fp8.reduce", "parallel.tp"),
         )
     if parallel.pp > 1 and reduce == "exact" and config.model.tie_embeddings:
         yield LayoutProblem(
-            "precision.gradient.fp8.reduce: exact rounds a parameter's gradient once per micro-batch, but "
-            "with parallel.pp the first and the last stage round their parts of a tied embedding's alone; "
-            "write model.tie_embeddings: false, or another reduction",
+            "reduce: exact rounds a parameter's gradient once per micro-batch, but with parallel.pp the "
+            "first and the last stage round their parts of a tied embedding's alone; write "
+            "model.tie_embeddings: false, or another reduction",
             ("precision.gradient.fp8.reduce", "model.tie_embeddings"),
         )
 
