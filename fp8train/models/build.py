@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, ModelConfig
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
 from fp8train.layers.fp8_weight import ResidentFp8Weight
@@ -109,8 +110,7 @@ def build_model(
             all_linears=outline(config, vocab_size).linears() if in_parts else None,
         )
         if config.precision.gemm.smooth_swiglu:
-            for block in model.held_blocks():
-                block.mlp.smooth = block.mlp.down.plan is not None
+            _smooth_swiglu(model, report)
         in_plan = {f"{path}.weight" for path in report.converted}
         model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
         if config.precision.weights == "fp8":
@@ -120,6 +120,16 @@ def build_model(
         for block in model.held_blocks():
             block.compile(fullgraph=True)
     return BuiltModel(model, report, backend, targets)
+
+
+def _smooth_swiglu(model: Decoder, report: PlanReport) -> None:
+    if not any(path.endswith(".mlp.down") for path in report.converted):
+        raise ConfigError(
+            "precision.gemm.smooth_swiglu is about down projections in FP8, but all of them are left in high "
+            "precision (precision.gemm.exclude, which recipe: umup fills; or min_dim); remove one of the two"
+        )
+    for block in model.held_blocks():
+        block.mlp.smooth = block.mlp.down.plan is not None
 
 
 def outline(config: Config, vocab_size: int) -> Decoder:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.comm.processes import Layout, joined_processes
+from fp8train.config.errors import ConfigError
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.linear import Fp8Plan
 from fp8train.layers.mlp import MLP
@@ -73,6 +74,14 @@ def smooth_losses(group: dist.ProcessGroup, rank: int, world_size: int) -> list[
     """Runs in the pool."""
     processes = joined_processes(torch.device("cpu"), Layout(tp=2))
     return losses(tiny_config([*OVERRIDES, "parallel.tp=2"], **WIDE), processes, 3)[0]
+
+
+def test_it_is_refused_where_no_down_projection_is_in_fp8() -> None:
+    with pytest.raises(ConfigError, match=r"smooth_swiglu .*exclude, which recipe: umup fills.* remove one"):
+        losses(tiny_config(["precision.recipe=umup", *OVERRIDES]), alone(), 1)
+    config = tiny_config([*OVERRIDES, "precision.gemm.first_layers_bf16=1"])
+    _, trainer = losses(config, alone(), 1)
+    assert [block.mlp.smooth for block in trainer.model.held_blocks()] == [False, True]
 
 
 @pytest.mark.usefixtures("one_thread")
