@@ -123,15 +123,16 @@ def _regions(found: Mapping[Case, str], refused: Mapping[Case, str]) -> list[tup
     levels: dict[tuple[str, str, str], list[str]] = {}
     for case, reason in found.items():
         levels.setdefault((case.recipe, reason, case.layout), []).append(case.level)
-    layouts: dict[tuple[str, str, str], list[str]] = {}
+    layouts: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for (recipe, reason, layout), ones in levels.items():
-        layouts.setdefault((recipe, level_range(ones), reason), []).append(layout)
+        layouts.setdefault((recipe, reason, tuple(ones)), []).append(layout)
     here = legal_cases(refused, SETTINGS_ON)
-    every = {recipe: {case.layout for case in here if case.recipe == recipe} for recipe in RECIPES}
-    return [
-        (recipe, level_set, "every layout" if set(places) == every[recipe] else ", ".join(places), reason)
-        for (recipe, level_set, reason), places in layouts.items()
-    ]
+    regions = []
+    for (recipe, reason, ones), places in layouts.items():
+        every = {case.layout for case in here if case.recipe == recipe and case.level in ones}
+        told = "every layout" if set(places) == every else ", ".join(places)
+        regions.append((recipe, level_range(ones), told, reason))
+    return regions
 
 
 def _head(titles: Sequence[str]) -> list[str]:
