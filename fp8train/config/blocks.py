@@ -7,14 +7,26 @@ See :mod:`fp8train.numerics.blocks` for what a block of a gradient or state is, 
 from collections.abc import Mapping
 from typing import Literal
 
-Granularity = Literal["tensor", "row", "block_1x128", "block_128x128", "mx_1x32"]
+Granularity = Literal["tensor", "row", "block_1x128", "block_128x128", "mx_1x32", "nv_1x16", "nv_16x16"]
 """What shares a scale in a GEMM operand."""
 
-DIRECTED: frozenset[Granularity] = frozenset(("row", "block_1x128", "mx_1x32"))
+DIRECTED: frozenset[Granularity] = frozenset(("row", "block_1x128", "mx_1x32", "nv_1x16"))
 """Those that lie along the contracted dimension, so that an operand of two GEMMs is quantised twice."""
 
-OPERAND_BLOCK: Mapping[Granularity, int] = {"block_1x128": 128, "block_128x128": 128, "mx_1x32": 32}
+OPERAND_BLOCK: Mapping[Granularity, int] = {
+    "block_1x128": 128,
+    "block_128x128": 128,
+    "mx_1x32": 32,
+    "nv_1x16": 16,
+    "nv_16x16": 16,
+}
 """Elements of a block along the contracted dimension."""
+
+SAVED_BLOCK = 16
+"""Elements of a row that share a scale in what norms and non-linearities keep for backward in FP8."""
+
+TWO_LEVELS: frozenset[Granularity] = frozenset(("nv_1x16", "nv_16x16"))
+"""Those whose blocks have E4M3 scales below an FP32 scale of the tensor: NVFP4's."""
 
 MAX_BLOCK = 128
 _MIN_BLOCK = 32

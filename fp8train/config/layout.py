@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fp8train.config.blocks import MAX_BLOCK, block_size
+from fp8train.config.blocks import MAX_BLOCK, SAVED_BLOCK, block_size
 from fp8train.config.operand_blocks import cut_blocks
 
 if TYPE_CHECKING:
@@ -62,6 +62,16 @@ def _tensor_parallel(config: Config) -> Iterator[LayoutProblem]:
                 ("parallel.tp", f"model.{key}"),
             )
     yield from _cut_blocks(config)
+    if config.precision.activations == "fp8":
+        gated = 2 if model.activation == "swiglu" else 1
+        width = gated * model.ffn_hidden_size
+        if width % tp == 0 and width // tp % SAVED_BLOCK:
+            legal = _divisors(width // SAVED_BLOCK) if width % SAVED_BLOCK == 0 else "1"
+            yield LayoutProblem(
+                f"parallel.tp ({tp}) cuts {gated} * model.ffn_hidden_size = {width} inside groups of "
+                f"{SAVED_BLOCK} elements (precision.activations: fp8); legal: {legal}",
+                ("parallel.tp", "precision.activations"),
+            )
 
 
 def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:

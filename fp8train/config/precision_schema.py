@@ -25,11 +25,12 @@ STATIC_RECIPES = ("mus", "unit_scaling", "umup")
 class QuantConfig(Section):
     """How one operand of one GEMM is quantised."""
 
-    format: Literal["e4m3", "e5m2"]
-    """FP8 format."""
+    format: Literal["e4m3", "e5m2", "e2m1"]
+    """FP8 format; ``e2m1``: FP4, simulated, for all operands or none."""
     granularity: Granularity = "tensor"
     """What shares a scale: the tensor; a ``row``, one vector that the GEMM contracts; 128 elements of such a
-    vector (``block_1x128``), 32 (``mx_1x32``, OCP MX), or squares of 128x128."""
+    vector (``block_1x128``), 32 (``mx_1x32``, OCP MX), or squares of 128x128. ``e2m1`` only: 16
+    (``nv_1x16``) or squares of 16x16, below a scale of the tensor."""
     scale_source: Literal["current", "delayed", "constant", "mse"] = "current"
     """Where the scale comes from: ``current`` = this tensor's own amax; ``delayed`` = the amaxes of earlier
     steps; ``constant`` = ``2^constant_exponent``; ``mse`` = the power of two with the least squared
@@ -46,8 +47,11 @@ class QuantConfig(Section):
     """Round the scale down to a power of two (never saturates; requantising is exact)."""
     margin: Annotated[int, Field(ge=0, le=8)] = 0
     """Leave this many powers of two between amax and the format's maximum."""
-    rounding: Literal["nearest"] = "nearest"
-    """Rounding of the payload: to nearest, ties to even."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding of the payload: to nearest, ties to even; ``e2m1`` only: ``stochastic``."""
+    hadamard: bool = False
+    """``e2m1`` operands of grad_weight only, both or neither: a random Hadamard transform over 16 tokens
+    comes before the cast."""
 
     @model_validator(mode="after")
     def _fits_the_source(self) -> QuantConfig:
@@ -325,6 +329,10 @@ class StateFormatConfig(Section):
 class StateConfig(Section):
     """Optimizer states of the linears that multiply in FP8; all other parameters keep FP32 states."""
 
+    plan: Literal["default", "coat", "e4m3_e5m2"] = "default"
+    """Fills formats over those of level and profile; AdamW only. ``coat``: both moments in E4M3 blocks with
+    expanded ranges (COAT), the master as the level has it. ``e4m3_e5m2``: first moment E4M3, second E5M2,
+    master FP16, one scale per tensor each (Fishman et al. 2024): small second moments become zero."""
     master: StateFormatConfig
     """Master weights."""
     exp_avg: StateFormatConfig
@@ -375,23 +383,30 @@ class PrecisionConfig(Section):
         "rowwise_gw_hp",
         "blockwise",
         "mxfp8",
+        "nvfp4_simulated",
+        "coat_act",
         "mus",
         "unit_scaling",
         "umup",
     ] = "current"
     """How FP8 scales are chosen; fills ``gemm``. ``current``: this tensor's amax, a power of two
-    (``fp8_amax``: the same, by its paper's name). ``te_current``: likewise, in FP32. ``te_delayed``: the
-    largest amax of the last 1024 steps; ``te_delayed_recent``: that of the last step; both for weights
-    too, in FP32. ``mse``: the power of two of least squared error. ``cscale``: constants. ``rowwise``: a
-    scale for each contracted vector, E4M3 everywhere; ``rowwise_gw_hp``: weight gradients from unquantised
-    operands. ``blockwise``: 1x128 and 128x128, E4M3 (DeepSeek-V3). ``mxfp8``: 1x32, E4M3. All these but
-    ``cscale`` keep weights in the compute type. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill
-    ``parametrization`` too, which keeps tensors near unit variance."""
+    (``fp8_amax``: the same, by its paper's name; ``coat_act``: with ``activations: fp8``). ``te_current``:
+    likewise, in FP32. ``te_delayed``: the largest amax of the last 1024 steps; ``te_delayed_recent``: that
+    of the last step; both for weights too, in FP32. ``mse``: the power of two of least squared error.
+    ``cscale``: constants. ``rowwise``: a scale for each contracted vector, E4M3 everywhere;
+    ``rowwise_gw_hp``: weight gradients from unquantised operands. ``blockwise``: 1x128 and 128x128, E4M3
+    (DeepSeek-V3). ``mxfp8``: 1x32, E4M3. ``nvfp4_simulated``: FP4 operands, rounded and then multiplied in
+    high precision: slower than BF16, for research. All these but ``cscale`` keep weights in the compute
+    type. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill ``parametrization`` too, which keeps
+    tensors near unit variance."""
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
     scale per tensor everywhere, shared-scale reduction with auto-scaling, masters rounded to nearest."""
     compute: Literal["bf16", "fp32", "fp64"] = "bf16"
     """Type of weights and activations. ``bf16`` keeps FP32 master weights; ``fp64`` is for tests."""
+    activations: Literal["compute", "fp8"] = "compute"
+    """What backward keeps of the inputs of the blocks' norms and non-linearities: ``fp8`` keeps E4M3 codes
+    with a scale for each 16 elements (COAT), and evaluates them again in backward."""
     gemm: GemmConfig
     """FP8 GEMMs of the hidden linears."""
     gradient: GradientConfig
@@ -474,6 +489,20 @@ class PrecisionConfig(Section):
                 "traffic.weights",
                 "weights",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _simulated_traffic(self) -> PrecisionConfig:
+        if not self.gemm.fp8 or self.gemm.output.x.format != "e2m1":
+            return self
+        for key in ("activations", "grad_output"):
+            if getattr(self.traffic, key) == "fp8":
+                raise contradiction(
+                    f"traffic.{key}: fp8 sends codes of GEMM operands, but e2m1 operands are simulated and "
+                    f"have none; write traffic.{key}: compute",
+                    f"traffic.{key}",
+                    "gemm.output.x.format",
+                )
         return self
 
     @model_validator(mode="after")

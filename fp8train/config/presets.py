@@ -1,5 +1,5 @@
 """Values that one key chooses for others: ``model.family``, ``precision.level``, ``.recipe``,
-``.profile``, ``parametrization.kind``.
+``.profile``, ``.state.plan``, ``parametrization.kind``.
 
 A preset is data, not code: a table from a choice to the dotted keys it fills. :data:`PRESETS` lists the
 tables in the order in which they are laid over each other (the later wins), and whatever a person writes wins
@@ -134,11 +134,35 @@ _PROFILES: dict[str, Values] = {
     },
 }
 
+_COAT_MOMENT: Values = {"format": "e4m3", "granularity": "block", "rounding": "nearest", "expand": True}
+_STATE_PLANS: dict[str, Values] = {
+    "default": {},
+    # Xi et al. 2024 (COAT), arXiv 2410.19313, section 4: both moments in E4M3, groups of 128, expanded. It
+    # leaves master weights alone: the level's stay.
+    "coat": {
+        f"precision.state.{moment}.{key}": value
+        for moment in ("exp_avg", "exp_avg_sq")
+        for key, value in _COAT_MOMENT.items()
+    },
+    # Fishman et al. 2024, arXiv 2409.12517, section 5: one scale per tensor, nothing stochastic.
+    "e4m3_e5m2": {
+        f"precision.state.{role}.{key}": value
+        for role, number_format in (("master", "fp16_scaled"), ("exp_avg", "e4m3"), ("exp_avg_sq", "e5m2"))
+        for key, value in {
+            "format": number_format,
+            "granularity": "tensor",
+            "rounding": "nearest",
+        }.items()
+    },
+}
+"""Formats of optimizer states beyond those of the levels."""
+
 PRESETS: tuple[PresetTable, ...] = (
     PresetTable("model.family", _FAMILIES),
     PresetTable("precision.level", _LEVELS, default="O0"),
     PresetTable("precision.recipe", RECIPES, default="current", meaningful=MEANINGFUL),
     PresetTable("precision.profile", _PROFILES, default="default"),
+    PresetTable("precision.state.plan", _STATE_PLANS, default="default"),
     PresetTable("parametrization.kind", PARAMETRIZATIONS, default="standard"),
 )
 """All tables, in the order in which they win: a later one overrides an earlier one, explicit values override

@@ -79,6 +79,8 @@ RECIPES: dict[str, Values] = {
     # Perez et al. 2023 (FP8-AMAX): each tensor's own amax, scales rounded down to powers of two. They leave
     # three bits free for output gradients, because their GEMMs add in FP16; ours add in FP32.
     "fp8_amax": _same_for_all_operands(_CURRENT),
+    # Xi et al. 2024 (COAT), section 5: GEMM operands by their own amax, other saved activations in groups.
+    "coat_act": {**_same_for_all_operands(_CURRENT), "precision.activations": "fp8"},
     # Transformer Engine's recipes of these names: FP32 scales, all operands alike.
     "te_current": _same_for_all_operands(_FP32_SCALES),
     "te_delayed": _same_for_all_operands({**_DELAYED, "history": 1024, "reduce": "max"}),
@@ -131,6 +133,22 @@ RECIPES: dict[str, Values] = {
         **_same_for_all_operands({**_CURRENT, "granularity": "mx_1x32"}, "e4m3"),
         **_DIRECTED_OPERANDS,
         "precision.gemm.keep_w": "second_copy",
+    },
+    # NVIDIA 2025, arXiv 2509.25149; Transformer Engine's NVFP4BlockScaling. Simulated.
+    "nvfp4_simulated": {
+        **_same_for_all_operands({**_FP32_SCALES, "granularity": "nv_1x16", "hadamard": False}, "e2m1"),
+        **_operands(
+            {
+                "w": {"granularity": "nv_16x16"},
+                "grad_output": {"rounding": "stochastic"},
+                "grad_weight.grad_output": {"hadamard": True},
+                "grad_weight.x": {"hadamard": True},
+            }
+        ),
+        **_COMPUTE_WEIGHTS,
+        "precision.gemm.keep_x": "bf16",
+        "precision.traffic.activations": "compute",
+        "precision.traffic.grad_output": "compute",
     },
 }
 _UNTIED: Values = {"model.tie_embeddings": False}

@@ -106,6 +106,9 @@ def _fp8_off_but_set(tree: Node) -> list[Problem]:
     profile = tree.find(("precision", "profile"))
     if profile is not None and profile.value != "default":
         inert.append(("precision", "profile"))
+    plan = tree.find(("precision", "state", "plan"))
+    if plan is not None and plan.value != "default":
+        inert.append(("precision", "state", "plan"))
     reason = "" if off.origin.explicit else f" ({off.origin})"
     message = (
         f"is set but FP8 GEMMs are off: precision.gemm.fp8 is false{reason}; "

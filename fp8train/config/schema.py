@@ -454,6 +454,39 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _saved_activations(self) -> Config:
+        if self.precision.activations == "compute":
+            return self
+        for key, value, off in (
+            ("activation_checkpointing", self.train.activation_checkpointing, "none"),
+            ("compile", self.train.compile, "off"),
+        ):
+            if value != off:
+                reason = (
+                    "computes again what would be kept" if off == "none" else "decides itself what to keep"
+                )
+                raise contradiction(
+                    "precision.activations: fp8 keeps FP8 inputs of norms and non-linearities, but "
+                    f"train.{key}: {value} {reason}; write train.{key}: {off}, or precision.activations: "
+                    "compute",
+                    "precision.activations",
+                    f"train.{key}",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _state_plan(self) -> Config:
+        plan = self.precision.state.plan
+        if plan != "default" and self.optimizer.name != "adamw":
+            raise contradiction(
+                f"precision.state.plan: {plan} is a pair of formats for AdamW's two moments, but "
+                f"optimizer.name is {self.optimizer.name}; write precision.state.exp_avg by hand",
+                "precision.state.plan",
+                "optimizer.name",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context(self) -> Config:
         if self.data.seq_length > self.model.max_seq_len:
             raise contradiction(

@@ -32,7 +32,7 @@ def decode_gemm(
     """``alpha · scale_inv_a · scale_inv_b · (a @ b)``.
 
     Args:
-        a: FP8 payload [M, K], any strides.
+        a: FP8 payload [M, K], any strides; or values of a wider type, which are multiplied as they are.
         b: FP8 payload [K, N], any strides.
         scale_inv_a: FP32 scalar, or of rows or blocks of ``a``.
         scale_inv_b: likewise of ``b``.
@@ -49,7 +49,7 @@ def decode_gemm(
     in_bf16 = out_dtype == torch.bfloat16 and pow2 and alpha == 1.0
     in_bf16 = in_bf16 and not (on_cpu and not cpu_multiplies_bf16())
     work = torch.bfloat16 if in_bf16 else torch.float64 if out_dtype == torch.float64 else torch.float32
-    a, b = decode_finite(a, work), decode_finite(b, work)
+    a, b = _values(a, work), _values(b, work)
     if not on_cpu:  # the scales stay on the device: no host sync
         return ((a @ b) * (alpha * scale_inv_a.double() * scale_inv_b.double())).to(out_dtype)
     factor = alpha * float(scale_inv_a) * float(scale_inv_b)
@@ -58,6 +58,10 @@ def decode_gemm(
         (a if a.numel() <= b.numel() else b).mul_(factor)
         return a @ b
     return _times(a @ b, factor).to(out_dtype)
+
+
+def _values(payload: Tensor, work: torch.dtype) -> Tensor:
+    return decode_finite(payload, work) if payload.element_size() == 1 else payload.to(work)
 
 
 def _times(product: Tensor, factor: float) -> Tensor:

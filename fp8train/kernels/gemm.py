@@ -15,7 +15,10 @@ by its scales before the product, which is exact for powers of two: in BF16 too,
 is none, the operands are decoded on the device, and :attr:`GemmBackend.reason` says so. None of the kernels
 for rows and blocks has been run on a GPU yet.
 
-Both refuse what the GPU refuses (rules below), so that what runs on a laptop runs on a cluster: FP8 dtypes,
+* ``simulation``: NVFP4 (:mod:`fp8train.numerics.nvfp4`), whose payloads are values in the compute type
+  already: multiplied in FP32, and rounded once.
+
+The first two refuse what the GPU refuses (rules below), so that what runs on a laptop runs there: FP8 dtypes,
 E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardware says so in
 :attr:`GemmBackend.reason`; nothing falls back to BF16 operands.
 """
@@ -46,7 +49,7 @@ ALIGNMENT = 16
 class GemmBackend:
     """Which implementation runs, and why."""
 
-    name: Literal["scaled_mm", "decode"]
+    name: Literal["scaled_mm", "decode", "simulation"]
     reason: str
 
 
@@ -64,6 +67,12 @@ def choose_gemm_backend(
         ValueError: a CUDA device without FP8 tensor cores (compute capability below 8.9) was asked for BF16
             FP8 training.
     """
+    if quant is not None and quant.is_nvfp4:
+        return GemmBackend(
+            "simulation",
+            "NVFP4 simulation: operands rounded to FP4 values, held in the compute dtype, multiplied in high "
+            "precision; no FP4 hardware or storage",
+        )
     if device.type == "cpu":
         return GemmBackend("decode", "CPU: FP8 operands decoded, multiplied in the compute dtype")
     if compute_dtype == torch.float64:
@@ -199,6 +208,8 @@ def _fp8_gemm(
     backend: str,
     fast_accumulation: bool,
 ) -> Tensor:
+    if backend == "simulation":
+        return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, False, out_dtype)
     check_operands(a, b)
     if backend == "decode" or not _has_kernel(a, b, scale_inv_a, scale_inv_b):
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
@@ -260,8 +271,8 @@ def fp8_gemm(
     """Multiply two FP8 operands.
 
     Args:
-        a: FP8 payload [M, K], any strides.
-        b: FP8 payload [K, N], any strides.
+        a: FP8 payload [M, K], any strides; BF16, FP32 or FP64 for ``simulation``.
+        b: payload [K, N], likewise.
         scale_inv_a: FP32 scalar, or of rows or blocks of ``a``; NaN makes what it scales NaN.
         scale_inv_b: likewise of ``b``.
         alpha: the GEMM's own multiplier.

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from fp8train.comm.sequence_parallel import Agreement
 from fp8train.kernels.gemm import ALIGNMENT
-from fp8train.numerics.cast import cast, operand_amax
+from fp8train.numerics.cast import amax_of, cast, operand_amax
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.mse_scale import magnitude_counts, mse_scale
+from fp8train.numerics.nvfp4 import hadamard, quantize_nvfp4
 from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
@@ -91,8 +92,11 @@ def quantize_matrix(
         contracted: dimension of ``x`` that the GEMM contracts.
 
     Returns:
-        (payload [M, K], scale_inv FP32: a scalar, or 2-D for scales of rows or blocks).
+        (payload [M, K], scale_inv FP32: a scalar, or 2-D for scales of rows or blocks). The payload of a
+        transformed NVFP4 operand has its contracted dimension padded to a multiple of 16.
     """
+    if spec.is_nvfp4:
+        return _simulate_nvfp4(x, spec, row, agree, contracted=contracted)
     assert (slot is not None) == (spec.scale_source == "delayed"), (
         f"{spec}: delayed casts, and only they, have slots"
     )
@@ -109,6 +113,26 @@ def quantize_matrix(
     payload = cast(x, spec.format, expand_scales(scale, x.shape), scale_is_power_of_two=spec.power_of_two)
     if row is not None:
         row.copy_(cast_statistics(x, payload, expand_scales(scale_inv, x.shape)))
+    return payload, scale_inv
+
+
+def _simulate_nvfp4(
+    x: Tensor, spec: QuantSpec, row: Tensor | None, agree: Agreement | None, *, contracted: int
+) -> Operand:
+    source = (
+        hadamard(x if x.dtype == torch.float64 else x.float(), contracted) if spec.hadamard else x
+    ).float()
+    amax = amax_of(source)
+    payload, scale_inv = quantize_nvfp4(
+        source,
+        amax if agree is None else agree.largest(amax),
+        x.dtype,
+        contracted=contracted,
+        square=spec.granularity == "nv_16x16",
+        stochastic=spec.rounding == "stochastic",
+    )
+    if row is not None:
+        row.copy_(cast_statistics(source, payload, scale_inv))
     return payload, scale_inv
 
 

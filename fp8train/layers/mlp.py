@@ -51,12 +51,13 @@ class MLP(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | None = None,
-        recompute: Callable[..., Tensor] | None = None,
+        around_activation: Callable[..., Tensor] | None = None,
         parallel: TensorParallel | None = None,
         activation_mult: float = 1.0,
         factors: Factors = _NONE,
     ) -> None:
-        """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations.
+        """``around_activation(fn, x)`` is ``fn(x)`` that keeps something else for backward than autograd
+        would: nothing (activation checkpointing), or FP8 codes. None leaves it to autograd.
         ``ffn_hidden_size`` is the model's; with ``parallel`` this rank gets its share. The non-linearity is
         ``f(m·x)/m`` with m = ``activation_mult``, its result and gradient times ``factors``."""
         super().__init__()
@@ -67,7 +68,7 @@ class MLP(nn.Module):
             unit = self.unit if activation == "swiglu" else 1
             assert ffn_hidden_size // unit % parallel.size == 0, f"{ffn_hidden_size} over {parallel.size}"
             ffn_hidden_size //= parallel.size
-        self.recompute, self.parallel = recompute, parallel
+        self.around_activation, self.parallel = around_activation, parallel
         self.smooth = False
         width = 2 * ffn_hidden_size if activation == "swiglu" else ffn_hidden_size
         self.up = Linear(
@@ -80,7 +81,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [B, S, H] -> [B, S, H]; with tensor parallelism S is this rank's part."""
         up = self.up(x)
-        activated = self._activate(up) if self.recompute is None else self.recompute(self._activate, up)
+        around = self.around_activation
+        activated = self._activate(up) if around is None else around(self._activate, up)
         if not self.smooth:
             return self.down(activated)
         scale = token_scale(up.unflatten(-1, (-1, 2, self.unit))[..., 1, :].flatten(-2), self.parallel)

@@ -23,6 +23,7 @@ from typing import Literal
 from torch import Tensor
 
 from fp8train.comm.sequence_parallel import Agreement, TensorParallel
+from fp8train.config.blocks import TWO_LEVELS
 from fp8train.numerics.quant_spec import QuantSpec
 
 Kind = Literal["none", "column", "row"]
@@ -78,10 +79,11 @@ class Wire:
             None if nothing that shares a scale is cut. Blocks never are
             (:func:`fp8train.config.layout.layout_problems`).
         """
-        if self.parallel is None or spec.granularity not in ("tensor", "row"):
+        of_tensor = spec.granularity == "tensor" or spec.granularity in TWO_LEVELS
+        if self.parallel is None or not (of_tensor or spec.granularity == "row"):
             return None
         cuts = self._cuts(operand)
-        along = cuts if spec.granularity == "tensor" else (cuts[contracted],)
+        along = cuts if of_tensor else (cuts[contracted],)
         return self.parallel.agreement(tp="tp" in "".join(along), cp="cp" in "".join(along))
 
     def _cuts(self, operand: OperandName) -> tuple[str, str]:

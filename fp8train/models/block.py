@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.layers.attention import Attention, KVCache
+from fp8train.layers.fp8_saved import from_fp8_input
 from fp8train.layers.mlp import MLP
 from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.layers.residual import ResidualRule
@@ -68,18 +69,22 @@ class Block(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         selective_recompute: bool = False,
+        fp8_saved: bool = False,
         parallel: TensorParallel | None = None,
         context: ContextParallel | None = None,
     ) -> None:
         """``index``: of the block in the whole model; ``selective_recompute``: of norms, non-linearities and
-        attention. ``parallel`` and ``context`` as for the decoder."""
+        attention; ``fp8_saved``: backward of norms and non-linearities keeps their input in FP8; one of the
+        two at most. ``parallel`` and ``context`` as for the decoder."""
         super().__init__()
+        assert not (selective_recompute and fp8_saved), "what is recomputed is not kept"
         inner = recompute if selective_recompute else None
+        around = from_fp8_input if fp8_saved else inner
         model, attention = parametrization.model, parametrization.attention()
         self.attention_residual = parametrization.residual(2 * index)
         self.mlp_residual = parametrization.residual(2 * index + 1)
         self.pre_norm = model.norm_placement == "pre"
-        self.recompute = inner
+        self.around_norm = around
         self.attention_norm = make_norm(parametrization, dtype, device)
         self.attention = Attention(
             hidden_size=model.hidden_size,
@@ -105,7 +110,7 @@ class Block(nn.Module):
             bias=model.bias,
             dtype=dtype,
             device=device,
-            recompute=inner,
+            around_activation=around,
             parallel=parallel,
             activation_mult=parametrization.settings.activation_mult,
             factors=parametrization.activation(),
@@ -128,4 +133,4 @@ class Block(nn.Module):
         return residual.join(x, self._normalise(norm, function(start)))
 
     def _normalise(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return norm(x) if self.recompute is None else self.recompute(norm, x)
+        return norm(x) if self.around_norm is None else self.around_norm(norm, x)

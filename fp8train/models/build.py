@@ -93,6 +93,7 @@ def build_model(
         dtype=dtype,
         device=device,
         activation_checkpointing=config.train.activation_checkpointing,
+        fp8_saved=config.precision.activations == "fp8",
         part=part,
         parallel=parallel,
         context=context,

@@ -84,13 +84,15 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         activation_checkpointing: str = "none",
+        fp8_saved: bool = False,
         part: ModelPart | None = None,
         parallel: TensorParallel | None = None,
         context: ContextParallel | None = None,
     ) -> None:
         """Parameters are left uninitialised; see :func:`fp8train.models.build.build_model`.
         ``parametrization``: the model's settings and multipliers; ``part``: what to hold of the model, by
-        default everything; ``parallel``: ranks among which its matrices are cut; ``context``: ranks with the
+        default everything; ``fp8_saved``: what norms and non-linearities of blocks keep for backward is FP8;
+        ``parallel``: ranks among which its matrices are cut; ``context``: ranks with the
         other tokens of each sequence."""
         super().__init__()
         config = parametrization.model
@@ -115,6 +117,7 @@ class Decoder(nn.Module):
                     dtype=dtype,
                     device=device,
                     selective_recompute=activation_checkpointing == "selective",
+                    fp8_saved=fp8_saved,
                     parallel=parallel,
                     context=context,
                 )

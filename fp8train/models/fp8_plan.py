@@ -58,6 +58,8 @@ def quant_spec(config: QuantConfig) -> QuantSpec:
         config.reduce,
         config.interval,
         config.constant_exponent,
+        config.rounding,
+        config.hadamard,
     )
 
 

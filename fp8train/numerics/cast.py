@@ -84,6 +84,7 @@ def quantize(x: Tensor, spec: QuantSpec, *, contracted: int = 1) -> tuple[Tensor
         (payload in ``spec.format.dtype``, FP32 scale_inv of amax's shape); ``scale_inv`` is NaN where x is
         not finite.
     """
+    assert not spec.is_nvfp4, "fp8train.numerics.nvfp4 simulates that"
     scale, scale_inv = scale_from_amax(operand_amax(x, spec, contracted), spec)
     payload = cast(x, spec.format, expand_scales(scale, x.shape), scale_is_power_of_two=spec.power_of_two)
     return payload, scale_inv

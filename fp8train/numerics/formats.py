@@ -54,8 +54,10 @@ class Format:
 
 E4M3 = Format("e4m3", torch.float8_e4m3fn, exponent_bits=4, mantissa_bits=3, bias=7, max=448.0)
 E5M2 = Format("e5m2", torch.float8_e5m2, exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0)
+E2M1 = Format("e2m1", torch.float4_e2m1fn_x2, exponent_bits=2, mantissa_bits=1, bias=1, max=6.0)
+"""FP4 (OCP MX 1.0), for simulation only (:mod:`fp8train.numerics.nvfp4`): nothing is stored in its dtype."""
 
-_BY_NAME = {"e4m3": E4M3, "e5m2": E5M2}
+_BY_NAME = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1}
 _BY_DTYPE = {E4M3.dtype: E4M3, E5M2.dtype: E5M2}
 
 

@@ -17,6 +17,9 @@ their shape says what each scale covers (:func:`expand_scales`): no size from 2 
 and ``ceil(n / 128)``, unless both are 1, nor either of them and n. So transposing payload and scales together
 is transposing the operand.
 
+NVFP4's 1x16 and 16x16 (:mod:`fp8train.numerics.nvfp4`) have the tensor's scale here, a scalar: those of
+blocks are in the payload.
+
 Sources: DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2; OCP Microscaling 1.0; Mishra et al. 2025,
 arXiv 2506.08027 (MXFP8 scales rounded up).
 """
@@ -27,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.config.blocks import DIRECTED, OPERAND_BLOCK, Granularity
+from fp8train.config.blocks import DIRECTED, OPERAND_BLOCK, TWO_LEVELS, Granularity
 
-_BLOCKS = sorted(set(OPERAND_BLOCK.values()))
+_BLOCKS = sorted({size for name, size in OPERAND_BLOCK.items() if name not in TWO_LEVELS})
 
 
 def scale_tile(granularity: Granularity, contracted: int) -> tuple[int | None, int | None]:

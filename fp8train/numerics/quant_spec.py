@@ -16,6 +16,8 @@ A scale belongs to the whole tensor or, ``current`` ones only, to a row or block
 (:mod:`fp8train.numerics.granularity`). Rows and 1xN blocks are *directed*: they lie along the dimension which
 the GEMM contracts, so the forward's payload has the wrong scales for backward even if both are quantised by
 equal specs. Blocks of 128x128 have no direction.
+
+NVFP4 (``e2m1``) is a simulation (:mod:`fp8train.numerics.nvfp4`): all six operands or none.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fp8train.config.blocks import DIRECTED, Granularity
-from fp8train.numerics.formats import E4M3, E5M2, Format
+from fp8train.config.blocks import DIRECTED, TWO_LEVELS, Granularity
+from fp8train.numerics.formats import E2M1, E4M3, E5M2, Format
 
 ScaleSource = Literal["current", "delayed", "constant", "mse"]
 Reduce = Literal["max", "most_recent"]
+Rounding = Literal["nearest", "stochastic"]
 Keep = Literal["same", "requantise", "second_copy", "bf16"]
 
 MAX_MARGIN = 8  # beyond, E4M3 would be left with values below 1.75
@@ -40,9 +43,9 @@ class QuantSpec:
     """How one operand use is quantised.
 
     Attributes:
-        format: FP8 format of the payload.
+        format: FP8 format of the payload, or E2M1.
         granularity: what shares one scale: the ``tensor``; a ``row``, that is, a vector which the GEMM
-            contracts; 1x128 or 1x32 elements of such a vector; or a square of 128x128.
+            contracts; 1x128 or 1x32 elements of such a vector; or a square of 128x128. E2M1: 1x16 or 16x16.
         scale_source: where the scale comes from: ``current`` is this tensor's own amax, ``delayed`` the
             amaxes of earlier steps, ``constant`` a fixed number, ``mse`` the power of two with the least
             squared error.
@@ -52,6 +55,8 @@ class QuantSpec:
         reduce: delayed only: the amax that counts is the ``max`` over the history or its ``most_recent``.
         interval: delayed only: the scale is computed anew every so many steps, at least 1.
         constant_exponent: constant only, and required there: the scale is ``2^constant_exponent``.
+        rounding: E2M1 only: of its codes.
+        hadamard: E2M1 only: a random Hadamard transform along the contracted dimension comes first.
 
     Raises:
         ValueError: a number is out of range, or a setting is given that the scale source does not use.
@@ -66,6 +71,8 @@ class QuantSpec:
     reduce: Reduce = "max"
     interval: int = 1
     constant_exponent: int | None = None
+    rounding: Rounding = "nearest"
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         if self.scale_source not in get_args(ScaleSource):
@@ -75,6 +82,7 @@ class QuantSpec:
         if not 0 <= self.margin <= MAX_MARGIN:
             raise ValueError(f"margin: {self.margin} powers of two; legal: 0 to {MAX_MARGIN}")
         self._check_granularity()
+        self._check_nvfp4()
         self._check_delayed()
         self._check_constant()
         if self.scale_source == "mse" and (self.margin or not self.power_of_two):
@@ -90,6 +98,35 @@ class QuantSpec:
             )
         if self.granularity == "mx_1x32" and not self.power_of_two:
             raise ValueError("granularity: mx_1x32 has powers of two as scales; remove power_of_two: false")
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """Whether it is the simulation of NVFP4."""
+        return self.format is E2M1
+
+    def _check_nvfp4(self) -> None:
+        if self.is_nvfp4 != (self.granularity in TWO_LEVELS):
+            raise ValueError(
+                f"granularity: {self.granularity} with format: {self.format.name}; e2m1 has nv_1x16 or "
+                "nv_16x16, and nothing else has"
+            )
+        if not self.is_nvfp4:
+            for key, given in (
+                ("rounding: stochastic", self.rounding != "nearest"),
+                ("hadamard: true", self.hadamard),
+            ):
+                if given:
+                    raise ValueError(
+                        f"{key} is built for e2m1 operands only, not {self.format.name}; remove it"
+                    )
+            return
+        if self.power_of_two or self.margin:
+            raise ValueError("e2m1 has FP32 scales from amax; write power_of_two: false and no margin")
+        if self.granularity == "nv_16x16" and (self.rounding != "nearest" or self.hadamard):
+            raise ValueError(
+                "granularity: nv_16x16 serves two GEMMs with one copy; rounding: stochastic and "
+                "hadamard: true belong to nv_1x16"
+            )
 
     def _check_delayed(self) -> None:
         if not 1 <= self.history <= MAX_HISTORY:
@@ -141,8 +178,11 @@ class QuantSpec:
 
     def __str__(self) -> str:
         scale = "pow2" if self.power_of_two else "fp32"
-        return f"{self.format.name}:{self._source()}/{self.granularity}/{scale}" + (
-            f"-{self.margin}" if self.margin else ""
+        return (
+            f"{self.format.name}:{self._source()}/{self.granularity}/{scale}"
+            + (f"-{self.margin}" if self.margin else "")
+            + ("/stochastic" if self.rounding == "stochastic" else "")
+            + ("/hadamard" if self.hadamard else "")
         )
 
     def _source(self) -> str:
@@ -196,8 +236,46 @@ class LinearQuant:
                     f"precision.gemm.{gemm} multiplies E5M2 by E5M2, which no FP8 tensor core does; "
                     "make one operand e4m3"
                 )
+        self._check_nvfp4()
         self._check_keep("x", self.keep_x, self.output_x, self.grad_weight_x, "grad_weight.x")
         self._check_keep("w", self.keep_w, self.output_w, self.grad_input_w, "grad_input.w")
+
+    def _check_nvfp4(self) -> None:
+        operands = self._uses()
+        others = [use for use, spec in operands.items() if not spec.is_nvfp4]
+        if self.is_nvfp4 and others:
+            raise ValueError(
+                f"precision.gemm.{others[0]} is {operands[others[0]].format.name} and others are e2m1; the "
+                "simulation of NVFP4 has all operands of FP8 GEMMs in e2m1"
+            )
+        for use, spec in operands.items():
+            if spec.hadamard and not use.startswith("grad_weight"):
+                raise ValueError(
+                    f"precision.gemm.{use}.hadamard: true is built for grad_weight's operands only; remove it"
+                )
+        if self.grad_weight_fp8 and self.grad_weight_grad_output.hadamard != self.grad_weight_x.hadamard:
+            raise ValueError(
+                "precision.gemm.grad_weight.x.hadamard and .grad_output.hadamard differ; their product is "
+                "the same only if both are transformed"
+            )
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """Whether its GEMMs simulate NVFP4."""
+        return any(spec.is_nvfp4 for spec in self._uses().values())
+
+    def _uses(self) -> dict[str, QuantSpec]:
+        """Operands that are quantised, by use."""
+        uses = {
+            "output.x": self.output_x,
+            "output.w": self.output_w,
+            "grad_input.grad_output": self.grad_input_grad_output,
+            "grad_input.w": self.grad_input_w,
+        }
+        if self.grad_weight_fp8:
+            uses["grad_weight.grad_output"] = self.grad_weight_grad_output
+            uses["grad_weight.x"] = self.grad_weight_x
+        return uses
 
     @staticmethod
     def _check_keep(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.formats import format_of
+from fp8train.numerics.nvfp4 import LARGEST
 
 FIELDS = ("amax", "rms", "log2_scale", "zero", "flushed", "saturated", "snr_db", "kurtosis")
 _ZERO = FIELDS.index("zero")
@@ -40,13 +41,14 @@ def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
 
     Args:
         x: the source, any float dtype.
-        payload: its FP8 cast, same shape.
+        payload: its FP8 cast, same shape; or the payload of a simulated NVFP4 cast, whose ``saturated`` are
+            values beyond what the largest scale of a block and the tensor's hold: none.
         scale_inv: FP32 scalar, or broadcastable to x (block scales): ``log2_scale`` is then their mean.
 
     Returns:
         FP32 [len(FIELDS)], on x's device.
     """
-    fmt = format_of(payload.dtype)
+    largest = format_of(payload.dtype).max if payload.element_size() == 1 else LARGEST
     source = x.detach().float()
     decoded = payload.float() * scale_inv
     magnitude = source.abs()
@@ -63,7 +65,7 @@ def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
             -torch.log2(scale_inv).mean(),
             (magnitude == 0).float().mean(),
             (nonzero & (decoded == 0)).sum().float() / count,
-            (magnitude / scale_inv > fmt.max * _ULP_SLACK).sum().float() / count,
+            (magnitude / scale_inv > largest * _ULP_SLACK).sum().float() / count,
             torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise)).float(),
             kurtosis.float(),
         ]

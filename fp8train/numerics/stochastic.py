@@ -46,6 +46,11 @@ def _mix_(h: Tensor) -> Tensor:
     return h
 
 
+def mix_bits(h: Tensor) -> Tensor:
+    """A hash of each int32, for keys made of data; in place."""
+    return _mix_(h.add_(_signed(0x9E3779B1)))
+
+
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
     """Uniform 32-bit patterns of the elements ``start .. start + count`` of a tensor.
 

@@ -99,7 +99,8 @@ def describe_precision(trainer: Trainer) -> list[str]:
     """Lines for the header: exactly what is FP8 and what is not."""
     config, built = trainer.config, trainer.built
     precision = config.precision
-    lines = [f"precision: {precision.level}, {precision.compute} activations; {_others(config)}"]
+    kept = ", of norms and non-linearities kept in e4m3 (1x16)" if precision.activations == "fp8" else ""
+    lines = [f"precision: {precision.level}, {precision.compute} activations{kept}; {_others(config)}"]
     rule = trainer.model.parametrization
     if config.parametrization.kind != "standard" or rule.gradient_scale != 1.0:
         fate = "divided out of gradients" if rule.true_gradients else "unit-scale gradients"

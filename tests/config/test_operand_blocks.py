@@ -49,8 +49,17 @@ REFUSED = {
         r"data\.seq_length and parallel\.tp: data\.seq_length = 96 in 2 parts .*grad_weight\.x\); legal: a "
         r"multiple of 64, for example 64",
     ),
+    "inputs over tp, in FP4 blocks": (
+        ("nvfp4_simulated", ["parallel.tp=2"], {"head_dim": 6, "num_heads": 4, "num_kv_heads": 4}),
+        r"model\.num_heads \* model\.head_dim = 24 in 2 parts .* blocks of 16 .* legal: parallel\.tp of 1,",
+    ),
+    "tokens over cp, in FP4 blocks": (
+        ("nvfp4_simulated", ["parallel.cp=2", "data.seq_length=48"], {}),
+        r"data\.seq_length = 48 in 2 parts .* blocks of 16 .* a multiple of 32, for example 32",
+    ),
 }
 ALLOWED = {
+    "FP4 blocks": ("nvfp4_simulated", ["parallel.tp=2", "parallel.cp=2", "data.seq_length=64"], {}),
     "one process, whatever the sizes": ("blockwise", ["data.seq_length=24"], {"head_dim": 8}),
     "whole blocks over tp": ("mxfp8", ["parallel.tp=2", "data.seq_length=16"], {}),
     "tokens over tp, gathered before they are cast": ("mxfp8", ["parallel.tp=2", "data.seq_length=96"], {}),

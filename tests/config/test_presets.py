@@ -98,6 +98,7 @@ RECIPES = {
     # name: (source, power of two, history, reduce), the same for all operands
     "current": ("current", True, 16, "max"),
     "fp8_amax": ("current", True, 16, "max"),
+    "coat_act": ("current", True, 16, "max"),
     "te_current": ("current", False, 16, "max"),
     "te_delayed": ("delayed", False, 1024, "max"),
     "te_delayed_recent": ("delayed", False, 1, "most_recent"),
@@ -119,9 +120,23 @@ def test_a_recipe_fills_all_six_operands(name: str) -> None:
         assert (spec.granularity, spec.margin) == ("tensor", 0)
 
 
+def test_coat_keeps_activations_in_fp8() -> None:
+    for recipe, kept in (("coat_act", "fp8"), ("current", "compute")):
+        written = {"recipe": recipe, "level": "O2"}
+        assert resolve_mapping(merged(precision=written)).config.precision.activations == kept
+    for train in ({"compile": "block"}, {"activation_checkpointing": "selective"}):
+        settings = {**minimal()["train"], **train}
+        with pytest.raises(ConfigError, match=r"or precision\.activations: compute"):
+            resolve_mapping(merged(precision={"activations": "fp8"}, train=settings))
+    cut = {"parallel": {"tp": 2}, "model": {"family": "gpt", "ffn_hidden_size": 48}}
+    with pytest.raises(ConfigError, match=r"inside groups of 16 elements .* legal: 1, 3"):
+        resolve_mapping(merged(precision={"activations": "fp8"}, **cut))
+    resolve_mapping(merged(precision={"activations": "fp8"}, parallel={"tp": 2}))
+
+
 def test_all_recipes_are_in_the_table_above() -> None:
     [table] = [table for table in PRESETS if table.key == "precision.recipe"]
-    assert set(table.choices) == set(RECIPES) | set(OTHER_RECIPES)
+    assert set(table.choices) == set(RECIPES) | set(OTHER_RECIPES) | {"nvfp4_simulated"}
 
 
 OTHER_RECIPES = {
@@ -135,6 +150,32 @@ OTHER_RECIPES = {
     "mxfp8": (["mx_1x32"] * 6, "second_copy", "second_copy"),
     "cscale": (["tensor"] * 6, "same", "same"),
 }
+
+
+@pytest.mark.parametrize("level", ["O1", "O3"])
+def test_the_recipe_of_simulated_nvfp4(level: str) -> None:
+    """1x16 blocks of x and grad_output, 16x16 of w; gradients are rounded stochastically, and both operands
+    of weight gradients transformed before."""
+    written = {"recipe": "nvfp4_simulated", "level": level}
+    precision = resolve_mapping(merged(precision=written)).config.precision
+    gemm = precision.gemm
+    line, square = ("nv_1x16", "nearest", False), ("nv_16x16", "nearest", False)
+    expected = [
+        *(line, square, ("nv_1x16", "stochastic", False), square),
+        *(("nv_1x16", "stochastic", True), ("nv_1x16", "nearest", True)),
+    ]
+    specs = [
+        *(gemm.output.x, gemm.output.w, gemm.grad_input.grad_output),
+        *(gemm.grad_input.w, gemm.grad_weight.grad_output, gemm.grad_weight.x),
+    ]
+    assert [(spec.granularity, spec.rounding, spec.hadamard) for spec in specs] == expected
+    assert {(spec.format, spec.scale_source, spec.power_of_two) for spec in specs} == {
+        ("e2m1", "current", False)
+    }
+    assert (gemm.keep_x, gemm.keep_w, precision.weights) == ("bf16", "same", "compute")
+    traffic = precision.traffic
+    assert {traffic.activations, traffic.grad_output, traffic.weights} == {"compute"}
+    assert traffic.grad_input == ("fp8" if level == "O3" else "compute")
 
 
 @pytest.mark.parametrize("name", OTHER_RECIPES)
@@ -230,6 +271,7 @@ def test_later_tables_win() -> None:
         "precision.level",
         "precision.recipe",
         "precision.profile",
+        "precision.state.plan",
         "parametrization.kind",
     ]
     assert [table.key for table in PRESETS] == keys
@@ -279,6 +321,55 @@ def test_the_paper_profile_is_the_paper() -> None:
     assert resolve_mapping(merged(precision=changed)).config.precision.gradient.fp8.reduce == "exchange"
 
 
+STATE_PLANS = {
+    # format, granularity, rounding and expansion of master, exp_avg, exp_avg_sq
+    ("O0", "coat"): [
+        ("fp32", "block", "nearest", False),
+        *[("e4m3", "block", "nearest", True)] * 2,
+    ],
+    ("O2", "coat"): [
+        ("fp16_scaled", "block", "stochastic", False),
+        *[("e4m3", "block", "nearest", True)] * 2,
+    ],
+    ("O1", "e4m3_e5m2"): [
+        (number_format, "tensor", "nearest", False) for number_format in ("fp16_scaled", "e4m3", "e5m2")
+    ],
+}
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+@pytest.mark.parametrize("plan", ["coat", "e4m3_e5m2"])
+def test_a_state_plan_lies_over_level_and_profile(level: str, plan: str) -> None:
+    """COAT, section 4, quantises the two moments; Fishman et al. 2024, section 5, the master too."""
+    profiles = ("default", "paper")
+    for profile in profiles:
+        written = {"level": level, "profile": profile, "gemm": {"fp8": True}, "state": {"plan": plan}}
+        resolved = resolve_mapping(merged(precision=written))
+        state = resolved.config.precision.state
+        roles = (state.master, state.exp_avg, state.exp_avg_sq)
+        found = [(one.format, one.granularity, one.rounding, one.expand) for one in roles]
+        same_as = {"O3": "O2", "O1": "O2"}.get(level, level) if plan == "coat" else "O1"
+        expected = STATE_PLANS[same_as, plan]
+        if plan == "e4m3_e5m2" or profile == "default":
+            assert found == expected
+        else:
+            assert found[1:] == expected[1:]
+            assert found[0] == (expected[0][0], "tensor", "nearest", False)
+        origin = resolved.origins["precision.state.exp_avg.format"]
+        assert str(origin) == f"preset precision.state.plan={plan}"
+    changed = {"level": level, "gemm": {"fp8": True}, "state": {"plan": plan, "exp_avg": {"format": "e5m2"}}}
+    state = resolve_mapping(merged(precision=changed)).config.precision.state
+    assert (state.exp_avg.format, state.exp_avg.expand) == ("e5m2", plan == "coat")
+
+
+def test_a_state_plan_is_of_two_moments() -> None:
+    lion = {"optimizer": {"lr": 1e-4, "name": "lion"}}
+    for plan in ("coat", "e4m3_e5m2"):
+        with pytest.raises(ConfigError, match=f"plan: {plan} is a pair .* optimizer.name is lion"):
+            resolve_mapping(merged(precision={"level": "O2", "state": {"plan": plan}}, **lion))
+    resolve_mapping(merged(precision={"level": "O2", "state": {"plan": "default"}}, **lion))
+
+
 REFUSED = {
     "gradients need FP8 GEMMs": (
         {"level": "O1", "gemm": {"fp8": False}},
@@ -293,6 +384,7 @@ REFUSED = {
         "is set but gradients are stored in high precision: precision.gradient.format is high_precision",
     ),
     "profile without FP8": ({"profile": "paper"}, "is set but FP8 GEMMs are off"),
+    "state plan without FP8": ({"state": {"plan": "coat"}}, "is set but FP8 GEMMs are off"),
     "mu of another reduction": (
         {"level": "O2", "gradient": {"fp8": {"mu_window": 5}}},
         "mu_window belongs to reduce: shared_scale, but reduce is exchange",
@@ -312,6 +404,14 @@ REFUSED = {
     "constant without a constant": (
         {"level": "O1", "gemm": {"output": {"x": {"scale_source": "constant"}}}},
         "scale_source: constant needs constant_exponent",
+    ),
+    "codes of simulated operands": (
+        {"level": "O1", "recipe": "nvfp4_simulated", "traffic": {"activations": "fp8"}},
+        "e2m1 operands are simulated and have none; write traffic.activations: compute",
+    ),
+    "weights that rest in simulated operands": (
+        {"level": "O1", "recipe": "nvfp4_simulated", "weights": "fp8"},
+        "write weights: compute",
     ),
     "no source for BF16 weights": (
         {"level": "O1", "gemm": {"keep_w": "bf16"}},

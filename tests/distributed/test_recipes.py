@@ -13,14 +13,16 @@ from tests.training.tiny import alone, losses, tiny_config
 RECIPES = (
     *("current", "te_current", "te_delayed", "te_delayed_recent"),
     *("mse", "cscale", "rowwise", "rowwise_gw_hp", "blockwise", "mxfp8"),
+    *("nvfp4_simulated", "coat_act"),
     *("mus", "umup", "unit_scaling"),
 )
 """``fp8_amax`` is ``current`` by another name (tests/config/test_presets.py)."""
-IN_CI = ("te_delayed", "rowwise", "mxfp8", "mus")
+IN_CI = ("te_delayed", "rowwise", "mxfp8", "nvfp4_simulated", "mus")
 LONG = ["data.seq_length=256"]
 BLOCKS: dict[str, list[str]] = {
     # Blocks of 32 tokens and features survive every cut; of 128, with more tokens and wider matrices.
     "mxfp8": ["data.seq_length=64"],
+    "nvfp4_simulated": ["data.seq_length=32"],
     "blockwise": [*LONG, "train.global_batch_size=4", "train.micro_batch_size=1"],
 }
 """Settings that leave blocks whole."""
@@ -48,8 +50,9 @@ def settings(recipe: str, layout: str) -> tuple[list[str], list[str]]:
 
 
 def layouts(recipe: str) -> list[str]:
-    """Those that the recipe allows: unquantised operands of weight gradients do not travel as codes."""
-    return [name for name in LAYOUTS if not (recipe == "rowwise_gw_hp" and name == "tp2-fp8-wire")]
+    """Those that the recipe allows: unquantised and simulated operands do not travel as codes."""
+    without_codes = recipe in ("rowwise_gw_hp", "nvfp4_simulated")
+    return [name for name in LAYOUTS if not (without_codes and name == "tp2-fp8-wire")]
 
 
 def recipe_losses(

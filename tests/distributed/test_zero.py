@@ -32,6 +32,8 @@ CASES: dict[str, tuple[list[str], float]] = {
     "O2-compute-traffic": (["precision.level=O2"], 5e-3),
     "O2-bf16-reduce": (["precision.level=O2", "precision.gradient.fp8.reduce=bf16"], 5e-3),
     "O2-paper": (["precision.level=O2", "precision.profile=paper"], 2e-2),
+    "O3-coat": (["precision.level=O3", "precision.state.plan=coat"], 5e-3),
+    "O3-e4m3-e5m2": (["precision.level=O3", "precision.state.plan=e4m3_e5m2"], 5e-3),
     "O2-lion": (["precision.level=O2", "optimizer.name=lion", "optimizer.lr=0.002"], 1e-2),
     "O2-exact": (EXACT, 0.0),
     "O2-exact-whole": ([*EXACT, WHOLE], 0.0),
@@ -56,6 +58,8 @@ QUICK = [
     "O3-whole",
     "O2-compute-traffic",
     "O2-paper",
+    "O3-coat",
+    "O3-e4m3-e5m2",
     "O2-exact-whole",
 ]
 

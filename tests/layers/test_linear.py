@@ -118,7 +118,7 @@ def make(
         if layer.bias is not None:
             layer.bias.copy_(normal(out_features))
     if quant is not None:
-        layer.use_fp8(Fp8Plan(quant, choose_gemm_backend(CPU, dtype)))
+        layer.use_fp8(Fp8Plan(quant, choose_gemm_backend(CPU, dtype, quant)))
     x = normal(*leading, in_features).requires_grad_()
     return Case(layer, x, normal(*leading, out_features, std=1e-4))
 

@@ -24,6 +24,14 @@ PAPER = StatePlan(
     StateFormat("e4m3", granularity="tensor"),
     StateFormat("fp16_scaled", granularity="tensor"),
 )
+_EXPANDED = StateFormat("e4m3", expand=True)
+COAT = StatePlan(FP16_MASTER, _EXPANDED, _EXPANDED)
+"""``precision.state.plan: coat`` at O1 to O3."""
+E4M3_E5M2 = StatePlan(
+    StateFormat("fp16_scaled", granularity="tensor"),
+    StateFormat("e4m3", granularity="tensor"),
+    StateFormat("e5m2", granularity="tensor"),
+)
 
 
 def matrix_spec(

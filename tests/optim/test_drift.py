@@ -19,6 +19,8 @@ from fp8train.optim.optimizer import OptimizerSettings
 from fp8train.optim.state_plan import StateFormat as F
 from fp8train.optim.state_plan import StatePlan
 from tests.optim.state_cases import (
+    COAT,
+    E4M3_E5M2,
     FP16_MASTER,
     O1,
     O2,
@@ -59,6 +61,7 @@ DRIFT: dict[str, tuple[StatePlan, float, float]] = {
     "O1": (O1, 5.1e-3, 7e-3),
     "O2": (O2, 2.1e-2, 3e-2),
     "O2, v e4m3 expanded": (StatePlan(FP16_MASTER, F("e4m3"), F("e4m3", expand=True)), 3.0e-2, 4.5e-2),
+    "coat": (COAT, 2.9e-2, 4.4e-2),
     "paper": (PAPER, 6.2e-2, 0.1),
 }
 
@@ -107,6 +110,7 @@ def test_drift_from_fp64(name: str, training: tuple[Tensor, list[Tensor], Refere
         (StatePlan(exp_avg_sq=F("e4m3", granularity="tensor")), 5.0),  # measured 19: 70 % of v flushed
         (StatePlan(exp_avg_sq=F("e4m3")), 2.0),  # measured 5.9: 12 % flushed
         (StatePlan(exp_avg_sq=F("e5m2", granularity="tensor")), 1.0),  # measured 1.9: 4 % flushed
+        (E4M3_E5M2, 1.0),  # measured 1.9: the same second moment
         (StatePlan(master=F("e4m3", granularity="tensor")), 0.9),  # measured 0.96: nearly every update lost
     ],
     ids=lambda value: str(value) if isinstance(value, StatePlan) else "",

@@ -38,6 +38,22 @@ def test_8_bit_second_moments_fit_the_target() -> None:
     assert stored_bytes(trainer_of("precision.level=O2", state)).per_parameter()["total"] <= 5.2
 
 
+@pytest.mark.parametrize(
+    ("plan", "master", "moment"), [("coat", 2 + 1 / 128, 1 + 5 / 128), ("e4m3_e5m2", 2.0, 1.0)]
+)
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+def test_state_plans_take_what_they_say(level: str, plan: str, master: float, moment: float) -> None:
+    """A block's scale takes one byte, an expanded one's five; COAT's own, three FP32 numbers, twelve."""
+    trainer = trainer_of(f"precision.level={level}", f"precision.state.plan={plan}", "parallel.zero=none")
+    shares = stored_bytes(trainer).per_parameter()
+    found = [shares[role] for role in ("master", "exp_avg", "exp_avg_sq")]
+    assert found == pytest.approx([master, moment, moment], abs=5e-3)
+    assert shares["total"] <= 5.2
+    words = {"coat": "exp_avg e4m3 (block, expanded), exp_avg_sq e4m3 (block, expanded)"}
+    words["e4m3_e5m2"] = "master fp16_scaled (tensor), exp_avg e4m3 (tensor), exp_avg_sq e5m2 (tensor)"
+    assert words[plan] in "\n".join(describe_precision(trainer))
+
+
 def test_one_micro_batch_needs_no_accumulator() -> None:
     trainer = trainer_of("precision.level=O2", "train.micro_batch_size=8")
     assert stored_bytes(trainer).per_parameter()["accumulator"] == 0
@@ -69,6 +85,12 @@ def test_the_header_says_what_is_fp8_and_what_is_not() -> None:
     paper = "\n".join(describe_precision(trainer_of("precision.level=O1", "precision.profile=paper")))
     for words in ("one scale per tensor", "reduced by shared_scale", "exp_avg fp32, exp_avg_sq fp32"):
         assert words in paper, paper
+    for recipe, words in (
+        ("coat_act", "bf16 activations, of norms and non-linearities kept in e4m3 (1x16)"),
+        ("nvfp4_simulated", "[NVFP4 simulation: operands rounded to FP4 values"),
+    ):
+        lines = "\n".join(describe_precision(trainer_of("precision.level=O1", f"precision.recipe={recipe}")))
+        assert words in lines, lines
     assert "FP8: off" in "\n".join(describe_precision(trainer_of()))
 
 

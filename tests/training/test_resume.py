@@ -37,6 +37,8 @@ PRECISIONS = {
     "O1": ["precision.level=O1"],
     "O2": ["precision.level=O2"],
     "O2-paper": ["precision.level=O2", "precision.profile=paper"],
+    "O1-coat": ["precision.level=O1", "precision.state.plan=coat"],
+    "O3-e4m3-e5m2": ["precision.level=O3", "precision.state.plan=e4m3_e5m2"],
     "O2-exact": ["precision.level=O2", "precision.gradient.fp8.reduce=exact"],
     "O2-feedback": ["precision.level=O2", "precision.gradient.fp8.error_feedback=true"],
 }
@@ -58,6 +60,7 @@ SLOW = pytest.mark.slow
             for case in ((1, "bf16"), (2, "fp8"), (1, "O1"), (2, "O1"), (1, "O2"))
         ),
         *(pytest.param(8, f"{level}-3d", marks=SLOW) for level in ("O0", "O1", "O2", "O3")),
+        *(pytest.param(*case, marks=SLOW) for case in ((2, "O1-coat"), (2, "O3-e4m3-e5m2"))),
         *(pytest.param(n, p, marks=SLOW) for n in (1, 2) for p in ("O2-paper", "O2-exact", "O2-feedback")),
     ],
 )
