@@ -112,5 +112,5 @@ def _fill(model: Decoder, config: Config, checkpoint: Path, vocab_size: int) -> 
             parameter.copy_(values)
             continue
         if config.precision.weights == "compute":
-            values = values.to(compute).to(values.dtype)
+            values = values.to(compute)
         planned[fqn].load_fp8_weight(values.to(device))

@@ -212,7 +212,7 @@ def test_pieces_and_neighbours_matter_to_current_scales_only(tmp_path: Path, rec
     elif run.config.precision.gemm.output.x.power_of_two:  # codes move where they are subnormal
         assert 1e-7 < max(errors) < 1e-3, errors
     else:
-        assert min(errors) > 1e-3 and max(errors) < 0.3, errors
+        assert min(errors) > 1e-3 and max(errors) < (1.0 if recipe == "nvfp4_simulated" else 0.3), errors
 
 
 @pytest.mark.parametrize("recipe", MARKED)
