@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fp8train.config.blocks import DIRECTED, OPERAND_BLOCK
 
 if TYPE_CHECKING:
-    from fp8train.config.precision_schema import GemmConfig, QuantConfig
+    from fp8train.config.gemm_schema import GemmConfig, QuantConfig
     from fp8train.config.schema import Config
 
 

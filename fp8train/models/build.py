@@ -11,7 +11,8 @@ from torch import Tensor
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.errors import ConfigError
-from fp8train.config.schema import Config, ModelConfig
+from fp8train.config.model_schema import ModelConfig
+from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.decoder import Decoder

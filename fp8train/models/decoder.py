@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks, final norm, head.
 
-GPT and Llama differ only in :class:`~fp8train.config.schema.ModelConfig`. Names of parameters are part of the
-checkpoint format: ``embedding.weight``, ``positions.weight``, ``layers.{i}.attention.qkv.weight``,
+GPT and Llama differ only in :class:`~fp8train.config.model_schema.ModelConfig`. Names of parameters are part
+of the checkpoint format: ``embedding.weight``, ``positions.weight``, ``layers.{i}.attention.qkv.weight``,
 ``layers.{i}.mlp.down.weight``, ``final_norm.weight``, ``head.weight``; layers keep their global index
 whatever part of the model a process holds.
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.precision_schema import GemmConfig, QuantConfig
+from fp8train.config.gemm_schema import GemmConfig, QuantConfig
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.linear import Fp8Plan, Linear
 from fp8train.numerics.formats import format_by_name

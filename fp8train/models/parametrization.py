@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import log2
 
+from fp8train.config.model_schema import ModelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.schema import DecayRule, ModelConfig
+from fp8train.config.schema import DecayRule
 from fp8train.layers.factors import Factors
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.residual import ResidualRule

@@ -42,8 +42,8 @@ from math import log, pi
 
 import torch
 
+from fp8train.config.model_schema import ModelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.schema import ModelConfig
 from fp8train.layers.factors import Factors
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.residual import ResidualRule

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fp8train.config.schema import Config, ModelConfig
+from fp8train.config.model_schema import ModelConfig
+from fp8train.config.schema import Config
 from fp8train.models.decoder import padded_vocab_size
 from fp8train.models.part import ModelPart
 

@@ -17,8 +17,9 @@ from fp8train import __version__
 from fp8train.checkpoint import capture_rng, load_checkpoint, read_meta, restore_rng, save_checkpoint
 from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError, UserError
+from fp8train.config.model_schema import ModelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.schema import Config, ModelConfig, to_plain
+from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.consistency import check_replicas
 from fp8train.training.evaluation import Evaluation, evaluate

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fp8train.config.schema import ModelConfig
+from fp8train.config.model_schema import ModelConfig
 
 _ETA_WINDOWS = 10
 

@@ -8,9 +8,10 @@ import pytest
 
 from fp8train.cli import run_command
 from fp8train.config.dump import dump_yaml
+from fp8train.config.model_schema import ModelConfig
 from fp8train.config.recipes import RECIPES
 from fp8train.config.resolve import load_config
-from fp8train.config.schema import Config, ModelConfig
+from fp8train.config.schema import Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fp8train.config.schema import ModelConfig
+from fp8train.config.model_schema import ModelConfig
 from fp8train.layers.mlp import shard_unit
 
 

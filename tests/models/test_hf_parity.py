@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8train.config.schema import ModelConfig
+from fp8train.config.model_schema import ModelConfig
 from fp8train.models.decoder import Decoder
 from tests.models.hf_mapping import to_gpt2, to_llama, to_neox
 from tests.models.settings import gradients, random_tokens, tiny_config, tiny_model

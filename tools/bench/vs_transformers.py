@@ -27,8 +27,9 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
+from fp8train.config.model_schema import ModelConfig
 from fp8train.config.resolve import resolve_mapping
-from fp8train.config.schema import Config, ModelConfig
+from fp8train.config.schema import Config
 from fp8train.layers.mlp import shard_unit
 from fp8train.training.trainer import Trainer
 
