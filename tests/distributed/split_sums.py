@@ -63,11 +63,12 @@ def sums_in_parts(trainer: Trainer, parts: int, *, fp8_grad_input: bool = False)
             return product(a[0], b[0])
         return _sum(product, a[0], b[0], parts, fp8=fp8_grad_input and not forward)
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
+    def product(a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
         # Outputs multiply the transpose, input gradients the weight itself, weight gradients neither.
+        scaled = partial(matmul, alpha=alpha)
         if by_weight.get(b.data_ptr()) == (not b.is_contiguous()):
-            return _sum(matmul, a, b, parts, fp8=False)
-        return matmul(a, b)
+            return _sum(scaled, a, b, parts, fp8=False)
+        return scaled(a, b)
 
     fp8_linear._multiply, linear_module.matmul, loss.matmul = fp8_product, product, product
     loss._to_gradient = partial(_softmax_in_parts, parts=parts)
