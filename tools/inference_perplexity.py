@@ -3,10 +3,11 @@
     python tools/inference_perplexity.py --runs runs/quickstart/quickstart_llama_fp8 ...
     python tools/inference_perplexity.py --train runs/inference       # the quick start, every recipe
 
-``--train OUT`` trains CONFIG once under each of ``--recipes`` (a recipe of ``precision.recipe``, or ``paper``
-for the profile) into OUT/RECIPE, and continues or skips what is there already. The quick start's dataset must
-exist (launch/quickstart.sh makes it); ``--overrides`` go to the training. Every model is evaluated on the
-samples of its own validation, all of them with ``--batches`` large enough.
+``--train OUT`` trains each of ``--recipes`` (a recipe of ``precision.recipe``, or ``paper`` for the profile)
+into OUT/RECIPE, and continues or skips what is there already: the file of ``configs/recipes``, which is the
+quick start at level O2 with what the recipe needs, or ``--config`` with the recipe laid over it. The quick
+start's dataset must exist (launch/quickstart.sh makes it); ``--overrides`` go to the training. Every model
+is evaluated on the samples of its own validation, all of them with ``--batches`` large enough.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ RECIPES = [*get_args(PrecisionConfig.model_fields["recipe"].annotation), "paper"
 HEADINGS = ("recipe", "level", "step", "tokens", "BF16 perplexity", "FP8 perplexity", "difference")
 
 
-def train(config: Path, out: Path, recipe: str, overrides: list[str]) -> Path:
+def train(config: Path | None, out: Path, recipe: str, overrides: list[str]) -> Path:
     """Train (or finish, or find finished) the run of a recipe; its directory."""
-    choice = "precision.profile=paper" if recipe == "paper" else f"precision.recipe={recipe}"
-    options = [choice, *overrides, f"run.dir={out}", f"run.name={recipe}"]
+    choice = ["precision.profile=paper"] if recipe == "paper" else [f"precision.recipe={recipe}"]
+    if config is None:
+        config = QUICK_START if recipe == "paper" else ROOT / f"configs/recipes/{recipe}.yaml"
+        choice += ["precision.level=O2"] if recipe == "paper" else []
+    options = [*choice, *overrides, f"run.dir={out}", f"run.name={recipe}", "checkpoint.resume=auto"]
     command = [sys.executable, "-m", "fp8train", "train", str(config), *options]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return out / recipe
@@ -82,7 +86,7 @@ def arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="run directories or checkpoints")
     source.add_argument("--train", type=Path, metavar="OUT", help="train every recipe into OUT first")
-    parser.add_argument("--config", type=Path, default=QUICK_START, help="what --train trains")
+    parser.add_argument("--config", type=Path, help="what --train trains; default: configs/recipes")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="for --train")
     parser.add_argument("--batches", type=int, help="global batches to evaluate; default: the run's")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
