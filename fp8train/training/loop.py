@@ -129,7 +129,7 @@ class TrainingLoop:
                 self.reporter.casts(step + 1, self.trainer.cast_rows(), optimizer)
         if sampled:
             with self.reporter.outside_throughput():
-                self.reporter.record(step + 1, self.trainer.attention_metrics())
+                self.reporter.monitor(self.trainer.attention_metrics())
         self._watch_skips(step + 1, result)
         self.reporter.step(step + 1, result, data_seconds=fetched - began)
 

@@ -163,7 +163,7 @@ class Reporter:
         for site, values in rows.items():
             self.run_dir.log_casts(step, site, {name: strict(value) for name, value in values.items()})
         snr = [values["snr_db"] for values in rows.values() if math.isfinite(values["snr_db"])]
-        self._casts = {
+        self._casts |= {
             "fp8/flushed": statistics.fmean(values["flushed"] for values in rows.values()),
             "fp8/saturated": statistics.fmean(values["saturated"] for values in rows.values()),
             "fp8/snr_db_min": min(snr, default=math.nan),
@@ -173,6 +173,10 @@ class Reporter:
             ),
             **optimizer,
         }
+
+    def monitor(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of a sampled step, logged with the following steps until the next sampled one."""
+        self._casts |= metrics
 
     def evaluation(self, done: int, result: Evaluation) -> None:
         """Print and record an evaluation."""

@@ -26,7 +26,7 @@ from tools.recipe_cases import LAYOUTS, LEVELS, PAPER, RECIPES, Case, Tables, al
 from tools.recipe_layouts import MARKER, level_range, render
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/recipe_layouts.md"
-STEPS = 3
+STEPS = 2
 BRIEF = ["train.global_batch_size=2", "schedule.kind=constant"]
 
 

@@ -58,6 +58,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_continues(tmp_path: Path) -> None:
     config, out = write_config(tmp_path), tmp_path / "sweep"
     first = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL)

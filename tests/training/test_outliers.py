@@ -9,7 +9,7 @@ from fp8train.config.recipes import RECIPES
 from fp8train.training.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 
-IN_CI = ("current", "te_delayed", "rowwise", "mus")
+IN_CI = ("current", "rowwise", "mus")
 MARKED = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in RECIPES]
 
 
