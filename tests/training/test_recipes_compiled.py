@@ -1,4 +1,4 @@
-"""Recipes of rows and blocks with ``train.compile: block``: the training of eager mode."""
+"""Recipes of rows and blocks, and static ones, with ``train.compile: block``: the training of eager mode."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from tests.training.tiny import alone, losses, tiny_config
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("recipe", ["mse", "rowwise_gw_hp", "blockwise", "mxfp8", "nvfp4_simulated"])
+@pytest.mark.parametrize(
+    "recipe", ["mse", "rowwise_gw_hp", "blockwise", "mxfp8", "nvfp4_simulated", "mus", "umup"]
+)
 def test_compiled_blocks_train_as_eager_ones(recipe: str) -> None:
     overrides = ["precision.level=O1", "precision.compute=fp32", f"precision.recipe={recipe}"]
+    overrides += ["optimizer.lr=0.3"] if recipe == "umup" else []
     expected, _ = losses(tiny_config(overrides), alone(), 3)
     torch._dynamo.reset()
     found, _ = losses(tiny_config([*overrides, "train.compile=block"]), alone(), 3)
