@@ -71,7 +71,7 @@ def reference() -> dict[str, list[float]]:
     return {name: losses(tiny_config(overrides), alone(), STEPS)[0] for name, overrides in plain.items()}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_level_trains_as_one_process_does(
     gloo_pool, reference: dict[str, list[float]], world_size: int
 ) -> None:

@@ -110,6 +110,7 @@ def test_backend_and_layer_say_simulation() -> None:
         fp8_gemm(x, x, one, one, power_of_two=False, out_dtype=torch.float32, backend="decode")
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     torch._dynamo.reset()
     results = []

@@ -23,7 +23,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR2, 1), ("STOP", 0)],
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, 1, marks=pytest.mark.slow),
+        ("STOP", 0),
+    ],
     ids=["sigterm", "ctrl-c", "sigusr2", "stop-file"],
 )
 def test_a_stopped_run_saves_exits_0_and_continues(
