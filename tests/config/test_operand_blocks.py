@@ -91,6 +91,9 @@ def test_what_leaves_blocks_whole_is_allowed(name: str) -> None:
 
 def test_the_sizes_that_are_named_do() -> None:
     """Each remedy of the messages above, applied."""
-    config("blockwise", "parallel.tp=2", head_dim=64)
-    config("mxfp8", "parallel.cp=2", "data.seq_length=64")
-    config("mxfp8", "parallel.tp=2", "data.seq_length=64", "precision.traffic.activations=fp8")
+    for mended in (
+        config("blockwise", "parallel.tp=2", head_dim=64),
+        config("mxfp8", "parallel.cp=2", "data.seq_length=64"),
+        config("mxfp8", "parallel.tp=2", "data.seq_length=64", "precision.traffic.activations=fp8"),
+    ):
+        assert not list(cut_blocks(mended))
