@@ -219,6 +219,17 @@ class GemmConfig(Section):
                 )
         return self
 
+    def operands(self) -> dict[str, QuantConfig]:
+        """How each operand is quantised, by use (``output.x``)."""
+        return {
+            "output.x": self.output.x,
+            "output.w": self.output.w,
+            "grad_input.grad_output": self.grad_input.grad_output,
+            "grad_input.w": self.grad_input.w,
+            "grad_weight.grad_output": self.grad_weight.grad_output,
+            "grad_weight.x": self.grad_weight.x,
+        }
+
     def _keeps_unquantised_x(self) -> None:
         if self.keep_x != "bf16":
             raise contradiction(

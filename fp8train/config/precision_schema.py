@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fp8train.config.gemm_schema import GemmConfig
+from fp8train.config.guard_schema import GuardConfig
 from fp8train.config.section import (
     PositiveFloat,
     PositiveInt,
@@ -203,6 +204,8 @@ class PrecisionConfig(Section):
 
     traffic: TrafficConfig
     """What ranks send each other, besides gradients."""
+    guard: GuardConfig = GuardConfig()
+    """Linears that stand out are named, or leave FP8 for a while."""
 
     @model_validator(mode="after")
     def _needs_fp8_gemms(self) -> PrecisionConfig:
@@ -221,6 +224,37 @@ class PrecisionConfig(Section):
                     f"write gemm.fp8: true or level: O0",
                     key,
                     "gemm.fp8",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _guard(self) -> PrecisionConfig:
+        if self.guard.action == "off":
+            return self
+        if not self.gemm.fp8:
+            raise contradiction(
+                f"guard.action: {self.guard.action} watches linears that multiply in FP8, but gemm.fp8 is "
+                "false; remove it, or write gemm.fp8: true",
+                "guard.action",
+                "gemm.fp8",
+            )
+        if self.guard.action == "report":
+            return self
+        if self.weights == "fp8":
+            raise contradiction(
+                "guard.action: bf16 multiplies by weights in the compute type, but weights: fp8 keeps none; "
+                "write weights: compute, or guard.action: report",
+                "guard.action",
+                "weights",
+            )
+        for use, quant in self.gemm.operands().items():
+            if quant.scale_source == "delayed":
+                raise contradiction(
+                    "guard.action: bf16 leaves holes in the amax history of delayed scales, and "
+                    f"gemm.{use}.scale_source is delayed; take a recipe whose scales are current, or "
+                    "guard.action: report",
+                    "guard.action",
+                    f"gemm.{use}.scale_source",
                 )
         return self
 

@@ -373,6 +373,27 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _guard(self) -> Config:
+        guard = self.precision.guard
+        if guard.action == "off":
+            return self
+        if self.logging.cast_statistics_interval == 0:
+            raise contradiction(
+                f"precision.guard.action: {guard.action} reads cast statistics, but "
+                "logging.cast_statistics_interval is 0; give it a number of steps",
+                "logging.cast_statistics_interval",
+                "precision.guard.action",
+            )
+        if guard.action == "bf16" and self.train.compile != "off":
+            raise contradiction(
+                "precision.guard.action: bf16 changes what a block computes while it runs, but train.compile "
+                f"is {self.train.compile}; write train.compile: off, or guard.action: report",
+                "precision.guard.action",
+                "train.compile",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _state_plan(self) -> Config:
         plan = self.precision.state.plan
         if plan != "default" and self.optimizer.name != "adamw":

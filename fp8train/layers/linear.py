@@ -87,6 +87,8 @@ class Linear(nn.Module):
         wire: how the weight is cut over tensor-parallel ranks, and what travels for it. ``in_features``,
             ``out_features`` and ``weight`` are this rank's.
         recorder: where cast statistics go; None keeps none. Set it after ``name``.
+        leaves_fp8: multiply in the compute type for now although there is a plan; needs ``weight`` with
+            values, and no delayed scales, whose history would have a hole.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Linear(nn.Module):
         self.alphas = alphas
         self.name = "linear"
         self.plan: Fp8Plan | None = None
+        self.leaves_fp8 = False
         self.sink_slot: SinkSlot | None = None
         self._recorder: CastRecorder | None = None
         self._scale_state: ScaleState | None = None
@@ -284,7 +287,7 @@ class Linear(nn.Module):
         batch = 1 if self.wire.kind == "none" else x.shape[0]
         call = LinearCall(self.alphas, self.plan, 0 if slot is None else slot.sink, self.wire, batch)
         flat = x.reshape(-1, self.in_features)
-        if self.plan is None:
+        if self.plan is None or self.leaves_fp8:
             buffer, index = (None, None) if slot is None else (slot.buffer, slot.slot)
             y = _HighPrecisionLinear.apply(flat, self.weight, buffer, index, call)
         else:

@@ -23,6 +23,7 @@ from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.consistency import check_replicas
 from fp8train.training.evaluation import Evaluation, evaluate
+from fp8train.training.metrics import strict
 from fp8train.training.reporter import Reporter
 from fp8train.training.run_dir import RunDir
 from fp8train.training.trainer import StepResult, Trainer
@@ -127,11 +128,20 @@ class TrainingLoop:
             if sampled:
                 optimizer = self.trainer.optimizer_metrics() if result.applied else {}
                 self.reporter.casts(step + 1, self.trainer.cast_rows(), optimizer)
+                self._guard(step + 1)
         if sampled:
             with self.reporter.outside_throughput():
                 self.reporter.monitor(self.trainer.attention_metrics())
         self._watch_skips(step + 1, result)
         self.reporter.step(step + 1, result, data_seconds=fetched - began)
+
+    def _guard(self, done: int) -> None:
+        for flag in self.trainer.watch(done):
+            numbers = {name: strict(getattr(flag, name)) for name in ("value", "usual")}
+            self.reporter.event(
+                "guard", step=done, site=flag.site, reading=flag.reading, until=flag.until, **numbers
+            )
+            self.reporter.say(f"step {done}: {flag}")
 
     def _check_replicas(self, done: int) -> None:
         interval = self.config.train.consistency_interval

@@ -30,6 +30,7 @@ from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradient_store import GradientStore
 from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, PipelineLayout
 from fp8train.parallel.stages import part_of, plan_stages
+from fp8train.training.guard import Flag, Guard, agreed_readings
 from fp8train.training.precision import (
     all_reduce_max,
     make_gradient_plan,
@@ -97,6 +98,7 @@ class Trainer:
         scales: state of delayed scales; None if there are none.
         updates: optimizer steps applied (skipped ones do not count).
         recorder: FP8 cast statistics; None without FP8 or with statistics off.
+        guard: which linears are out of FP8 for a while; None if it is off.
     """
 
     def __init__(
@@ -121,6 +123,9 @@ class Trainer:
         self.updates = 0
         contributions = accumulation_steps(config, processes.dp.size)
         self.recorder = self._attach_recorder()
+        self.guard: Guard | None = None
+        if config.precision.guard.action != "off" and self.built.fp8 is not None:
+            self.guard = Guard(config.precision.guard, self.built.fp8.converted)
         owners = make_partition(config, processes, self.built)
         self.gradients = make_gradient_plan(
             config,
@@ -198,6 +203,8 @@ class Trainer:
             step: position in the schedule.
             micro_batches: this rank's int64 [A, B, S+1], on the CPU.
         """
+        if self.guard is not None and self.guard.release(step + 1):
+            self._apply_guard()
         inputs, targets = inputs_and_targets(micro_batches, self.ignore_after)
         inputs, targets = (self._part(t) for t in (inputs, targets))
         num_tokens = self._global_token_count(targets)
@@ -305,7 +312,13 @@ class Trainer:
 
     def state_meta(self) -> dict[str, Any]:
         """Host state of a checkpoint."""
-        return {"updates": self.updates, **self.optimizer.state_meta(), **self.gradients.state_meta()}
+        guard = {} if self.guard is None else {"guard": self.guard.state()}
+        return {
+            "updates": self.updates,
+            **guard,
+            **self.optimizer.state_meta(),
+            **self.gradients.state_meta(),
+        }
 
     def check_meta(self, meta: dict[str, Any]) -> None:
         """Whether a checkpoint with this host state fits.
@@ -320,12 +333,17 @@ class Trainer:
     def restored(self, meta: dict[str, Any]) -> None:
         """Finish loading after :meth:`state_tensors` were filled in place."""
         self.updates = meta["updates"]
+        if self.guard is not None and "guard" in meta:
+            self.guard.load_state(meta["guard"])
+            self._apply_guard()
         self.gradients.restored()
         self._publish()
 
     def precision_metrics(self) -> dict[str, float]:
-        """State of the reduction for the log; waits for the device. Collective over the pipeline's ranks."""
-        return self.gradients.metrics(self.processes.pp)
+        """State of the reduction and of the guard for the log; waits for the device. Collective over the
+        pipeline's ranks."""
+        guard = {} if self.guard is None else {"fp8/guarded_linears": float(len(self.guard.locked))}
+        return self.gradients.metrics(self.processes.pp) | guard
 
     def cast_rows(self) -> dict[str, dict[str, float]]:
         """Cast statistics of the last sampled step, of the whole model: ``{site: {field: value}}``; waits for
@@ -334,6 +352,25 @@ class Trainer:
         if self.pipeline is None:
             return self.recorder.collect()
         return self.recorder.collect(self.pipeline.combine_rows(self.recorder.rows, self.recorder.recorded()))
+
+    def watch(self, done: int) -> list[Flag]:
+        """Show the guard the statistics of step ``done`` (1-based), which was sampled; nothing without a
+        guard. Collective over all ranks; waits for the device."""
+        if self.guard is None:
+            return []
+        assert self.recorder is not None
+        rows = self.recorder.rows
+        if self.pipeline is not None:
+            rows = self.pipeline.combine_rows(rows, self.recorder.recorded())
+        table = agreed_readings(self.recorder.sites, rows, self.processes.everyone)
+        flags = self.guard.observe(done, table)
+        self._apply_guard()
+        return flags
+
+    def _apply_guard(self) -> None:
+        assert self.guard is not None
+        for path, linear in self.model.linears().items():
+            linear.leaves_fp8 = path in self.guard.locked
 
     def optimizer_metrics(self) -> dict[str, float]:
         """Shares of optimizer states that the last applied step flushed to zero, if it was sampled; waits for

@@ -1,0 +1,180 @@
+"""Finds linears whose numbers leave their usual range, and takes them out of FP8 for a while.
+
+Long runs in FP8 end where one tensor outgrows what eight bits hold: an outlier channel before a down
+projection, a biased attention output. The cast statistics show it in the linear where it happens, so the cure
+can be local: that linear multiplies in the compute type for ``lock`` steps, and at most ``budget`` linears at
+a time do, so that a false alarm costs little and a run whose trouble is elsewhere does not turn into BF16
+behind its owner's back. The idea of bounded recovery of flagged units is GNMR's (arXiv 2606.00539);
+thresholds here are our own.
+
+A *reading* is a number of one cast: kurtosis or RMS of x or grad_output, RMS of grad_weight. Its usual is an
+average over about the last ten sampled steps. A reading counts in it by at most ``rise`` times the usual: one
+spike does not hide the next, and a lasting change becomes usual within some samples. A linear is flagged when
+a reading exceeds ``rise`` times its usual, when more than ``saturated`` of a cast saturated, or when a source
+was not finite.
+
+Decisions are a function of the readings alone, which are the largest over all ranks: so all ranks decide
+alike, and a resumed run as the unbroken one. Statistics exist on sampled steps only, so trouble is seen up to
+``logging.cast_statistics_interval`` steps after it starts; a linear out of FP8 has no readings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8train.comm.collectives import CountedGroup
+from fp8train.config.guard_schema import GuardConfig
+from fp8train.numerics.statistics import FIELDS
+
+READINGS = ("kurtosis", "rms", "saturated")
+_MEMORY = 10
+
+Table = Mapping[str, Mapping[str, float]]
+"""``{cast site: {reading: value}}``; a value is infinite where the source was not finite."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A linear that stands out.
+
+    Attributes:
+        unit: path of the linear.
+        site: the cast that shows it, ``PATH/operand``.
+        reading: which of :data:`READINGS`.
+        value: what it was.
+        usual: what it usually is; for ``saturated`` the permitted share.
+        until: last step in the compute type; None if it stays in FP8.
+    """
+
+    unit: str
+    site: str
+    reading: str
+    value: float
+    usual: float
+    until: int | None
+
+    @property
+    def ratio(self) -> float:
+        """How far from usual."""
+        return math.inf if self.usual == 0 else self.value / self.usual
+
+    def __str__(self) -> str:
+        what = "not finite" if math.isinf(self.value) else f"{self.value:.3g}, usually {self.usual:.3g}"
+        done = "" if self.until is None else f": leaves FP8 until step {self.until}"
+        return f"guard: {self.site} {self.reading} {what}{done}"
+
+
+@dataclass
+class _Usual:
+    """Running mean of a reading: over all samples at first, then over about the last ten."""
+
+    mean: float = 0.0
+    count: int = 0
+
+    def add(self, value: float, rise: float) -> None:
+        self.count += 1
+        if self.count > 1:
+            value = min(value, rise * self.mean)
+        self.mean += (value - self.mean) / min(self.count, _MEMORY)
+
+
+@dataclass
+class Guard:
+    """The state of the guard, equal on all ranks.
+
+    Attributes:
+        config: thresholds.
+        units: paths of the linears that multiply in FP8, of the whole model.
+        locked: linears out of FP8 and the last step of it.
+    """
+
+    config: GuardConfig
+    units: Sequence[str]
+    locked: dict[str, int] = field(default_factory=dict)
+    _usual: dict[tuple[str, str], _Usual] = field(default_factory=dict)
+
+    def release(self, step: int) -> list[str]:
+        """Linears that return to FP8 with step ``step`` (1-based)."""
+        back = [unit for unit, until in self.locked.items() if until < step]
+        for unit in back:
+            del self.locked[unit]
+        return back
+
+    def observe(self, step: int, table: Table) -> list[Flag]:
+        """Judge the readings of step ``step``, then learn from them.
+
+        Returns:
+            Flagged linears, the worst first, each with its worst reading.
+        """
+        worst: dict[str, Flag] = {}
+        for site, readings in table.items():
+            unit, _, operand = site.rpartition("/")
+            if unit in self.locked or unit not in self.units or operand == "w":
+                continue
+            for flag in self._judge(unit, operand, readings):
+                if unit not in worst or flag.ratio > worst[unit].ratio:
+                    worst[unit] = flag
+        flags = sorted(worst.values(), key=lambda flag: (-flag.ratio, flag.unit))
+        return [self._act(flag, step) for flag in flags]
+
+    def _judge(self, unit: str, operand: str, readings: Mapping[str, float]) -> list[Flag]:
+        site, config, found = f"{unit}/{operand}", self.config, []
+        for reading in ("rms",) if operand == "grad_weight" else ("kurtosis", "rms"):
+            value, usual = readings[reading], self._usual.setdefault((site, reading), _Usual())
+            known = usual.count >= config.learn and usual.mean > 0
+            if not math.isfinite(value) or (known and value > config.rise * usual.mean):
+                found.append(Flag(unit, site, reading, value, usual.mean, None))
+            if math.isfinite(value):
+                usual.add(value, config.rise)
+        if operand != "grad_weight" and readings["saturated"] > config.saturated:
+            share = readings["saturated"]
+            found.append(Flag(unit, site, "saturated", share, config.saturated, None))
+        return found
+
+    def _act(self, flag: Flag, step: int) -> Flag:
+        if self.config.action != "bf16" or len(self.locked) >= self.config.budget:
+            return flag
+        until = self.locked[flag.unit] = step + self.config.lock
+        return Flag(flag.unit, flag.site, flag.reading, flag.value, flag.usual, until)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: JSON values."""
+        usual = [[*key, one.mean, one.count] for key, one in self._usual.items()]
+        return {"locked": dict(self.locked), "usual": usual}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state`; linears that are not watched any more are forgotten."""
+        self.locked = {unit: until for unit, until in state["locked"].items() if unit in self.units}
+        self._usual = {
+            (site, reading): _Usual(mean, count)
+            for site, reading, mean, count in state["usual"]
+            if site.rpartition("/")[0] in self.units
+        }
+
+
+def agreed_readings(sites: Sequence[str], rows: Tensor, group: CountedGroup) -> Table:
+    """The largest reading of each cast over ranks; collective, waits for the device.
+
+    Args:
+        sites: cast sites.
+        rows: FP32 [sites, FIELDS], see :mod:`fp8train.numerics.statistics`.
+        group: all ranks; every one has a row for each site.
+    """
+    columns = torch.stack([rows[:, FIELDS.index(name)] for name in READINGS], dim=1)
+    never = torch.isnan(rows[:, FIELDS.index("zero")])  # not recorded
+    finite = torch.isfinite(rows[:, FIELDS.index("amax")])
+    columns = torch.where(finite[:, None], columns, torch.inf)
+    columns = torch.where(never[:, None], -1.0, columns)
+    group.all_reduce(columns, purpose="statistics", op=dist.ReduceOp.MAX)()
+    return {
+        site: dict(zip(READINGS, values, strict=True))
+        for site, values in zip(sites, columns.tolist(), strict=True)
+        if values[0] >= 0
+    }
