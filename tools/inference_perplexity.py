@@ -2,12 +2,15 @@
 
     python tools/inference_perplexity.py --runs runs/quickstart/quickstart_llama_fp8 ...
     python tools/inference_perplexity.py --train runs/inference       # the quick start, every recipe
+    python tools/inference_perplexity.py --as-recipes runs/inference/current --recipes rowwise mxfp8 ...
 
 ``--train OUT`` trains each of ``--recipes`` (a recipe of ``precision.recipe``, or ``paper`` for the profile)
 into OUT/RECIPE, and continues or skips what is there already: the file of ``configs/recipes``, which is the
 quick start at level O2 with what the recipe needs, or ``--config`` with the recipe laid over it. The quick
-start's dataset must exist (launch/quickstart.sh makes it); ``--overrides`` go to the training. Every model
-is evaluated on the samples of its own validation, all of them with ``--batches`` large enough.
+start's dataset must exist (launch/quickstart.sh makes it); ``--overrides`` go to the training. ``--as-recipes RUN`` evaluates one trained model as each of ``--recipes`` would
+multiply it: weights of the standard parametrisation do not know how scales were chosen, so recipes whose
+scales are current or constant need no training of their own (delayed scales are in the checkpoint, and static
+recipes are other models). Every model is evaluated on the samples of its own validation, all of them with ``--batches`` large enough.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 
 from fp8train.comm.processes import choose_device
-from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
+from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
-from fp8train.inference.load import open_run
+from fp8train.inference.load import TrainedRun, open_run
 from fp8train.training.perplexity import Measurement, measure, open_text, relative_difference
 from fp8train.training.run import prepare_machine
 
@@ -45,6 +50,17 @@ def train(config: Path | None, out: Path, recipe: str, overrides: list[str]) -> 
     return out / recipe
 
 
+def as_recipe(run: TrainedRun, recipe: str) -> TrainedRun:
+    """The run as if it had been trained with ``recipe``, at its own level."""
+    if recipe in STATIC_RECIPES or recipe.startswith("te_delayed") or recipe == "paper":
+        raise SystemExit(f"--as-recipes: {recipe} needs a training of its own; use --train")
+    file = ROOT / f"configs/recipes/{recipe}.yaml"
+    config = load_config(file, [f"precision.level={run.config.precision.level}"]).config
+    if config.model != run.config.model:
+        raise SystemExit(f"--as-recipes: {run.path} is another model than {file} trains")
+    return replace(run, config=run.config.model_copy(update={"precision": config.precision}))
+
+
 def label(config: Config) -> str:
     """What chose the scales."""
     precision = config.precision
@@ -57,9 +73,8 @@ def level(config: Config) -> str:
     return "FP8 GEMMs" if precision.level == "O0" and precision.gemm.fp8 else precision.level
 
 
-def row(path: Path, *, batches: int | None, device: torch.device) -> str:
+def row(run: TrainedRun, *, batches: int | None, device: torch.device) -> str:
     """A line of the table; a run without FP8 has no FP8 perplexity."""
-    run = open_run(path)
     prepare_machine(run.config, 1)
     text = open_text(run, num_batches=batches)
     bf16 = measure(run, text, "bf16", device=device)
@@ -85,9 +100,10 @@ def arguments() -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="run directories or checkpoints")
+    source.add_argument("--as-recipes", type=Path, metavar="DIR", help="one run, multiplied as --recipes do")
     source.add_argument("--train", type=Path, metavar="OUT", help="train every recipe into OUT first")
     parser.add_argument("--config", type=Path, help="what --train trains; default: configs/recipes")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="for --train")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--batches", type=int, help="global batches to evaluate; default: the run's")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="for --train")
@@ -97,14 +113,19 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Print the table."""
     given = arguments()
-    runs = given.runs
-    if runs is None:
-        runs = [train(given.config, given.train, recipe, given.overrides) for recipe in given.recipes]
+    if given.as_recipes is not None:
+        trained = open_run(given.as_recipes)
+        runs = [as_recipe(trained, recipe) for recipe in given.recipes]
+    else:
+        paths = given.runs or [
+            train(given.config, given.train, recipe, given.overrides) for recipe in given.recipes
+        ]
+        runs = [open_run(path) for path in paths]
     print("| " + " | ".join(HEADINGS) + " |")
     print("|---" * len(HEADINGS) + "|")
     device = choose_device(given.device, 0)
-    for path in runs:
-        print(row(path, batches=given.batches, device=device), flush=True)
+    for run in runs:
+        print(row(run, batches=given.batches, device=device), flush=True)
 
 
 if __name__ == "__main__":
