@@ -29,6 +29,7 @@ from fp8train.data.loading import Data, open_data
 from fp8train.training.environment import describe_environment
 from fp8train.training.loop import TrainingLoop
 from fp8train.training.reporter import Reporter
+from fp8train.training.resume import resume
 from fp8train.training.run_dir import RunDir
 from fp8train.training.signals import StopRequest
 from fp8train.training.trainer import Trainer
@@ -110,6 +111,11 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
                 config, processes=procs, run_dir=run_dir, trainer=trainer, vocab_size=data.vocab_size
             ) as reporter,
         ):
+            reporter.header(data)
+            if checkpoint is not None:
+                step = resume(
+                    checkpoint, config, processes=procs, trainer=trainer, data=data, reporter=reporter
+                )
             loop = TrainingLoop(
                 config,
                 processes=procs,
@@ -118,11 +124,8 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
                 trainer=trainer,
                 reporter=reporter,
                 stop_reason=lambda: stop.agree(procs.control),
+                start=step,
             )
-            reporter.header(data)
-            if checkpoint is not None:
-                loop.resume(checkpoint)
-            step = loop.start
             run_dir.truncate_after(step or None)
             run_dir.write_status("running", step=step)
             outcome = loop.run()
