@@ -257,6 +257,35 @@ class CheckpointConfig(Section):
     resume: str = "never"
     """``never``: refuse a run directory that already holds a run; ``auto``: continue from its newest complete
     checkpoint, or start fresh; a path: continue from exactly that checkpoint, or fail."""
+    accept_changes: tuple[str, ...] = Field(default=(), strict=False)
+    """Settings, or sections of them, that a resumed run may have changed although they change what is
+    trained: ``[precision, optimizer.lr]``. The layout may always change."""
+    reshard: Literal["refuse", "requantise"] = "refuse"
+    """What happens where tensor parallelism cuts blocks of optimizer states that share a scale: an error, or
+    smaller blocks, for which stored states are rounded once more (and reported)."""
+    init_from: str | None = None
+    """A checkpoint, or a run or checkpoints directory for its newest, whose weights a new run starts from;
+    any layout and formats. A run that ``resume`` continues does not look at it."""
+    init_mode: Literal["model", "warm"] = "model"
+    """What ``init_from`` takes: ``model``: the weights; ``warm``: the optimizer's moments and its count of
+    updates too. Schedule and data start at step 0."""
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> CheckpointConfig:
+        if self.init_from is not None and self.resume not in ("never", "auto"):
+            raise contradiction(
+                f"init_from starts a new run, but resume: {self.resume} continues one; remove one of them, or "
+                "write resume: auto, which looks at init_from only where there is nothing to continue",
+                "init_from",
+                "resume",
+            )
+        if self.init_from is None and self.init_mode != "model":
+            raise contradiction(
+                f"init_mode: {self.init_mode} says what to take from init_from, which is not set",
+                "init_mode",
+                "init_from",
+            )
+        return self
 
 
 class WandbConfig(Section):
@@ -309,6 +338,17 @@ class Config(Section):
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Reporting."""
+
+    @model_validator(mode="after")
+    def _accepted_changes_exist(self) -> Config:
+        for name in self.checkpoint.accept_changes:
+            if not _is_key(name):
+                raise contradiction(
+                    f"checkpoint.accept_changes: {name} is neither a section nor a key; write for example "
+                    "[precision, optimizer.lr]",
+                    "checkpoint.accept_changes",
+                )
+        return self
 
     @model_validator(mode="after")
     def _parametrization(self) -> Config:
@@ -404,6 +444,17 @@ class Config(Section):
             return self.train.steps
         assert self.train.tokens is not None
         return -(-self.train.tokens // (self.train.global_batch_size * self.data.seq_length))
+
+
+def _is_key(name: str) -> bool:
+    """Whether there is a section or key of this dotted name."""
+    section: Any = Config
+    for part in name.split("."):
+        fields = getattr(section, "model_fields", {})
+        if part not in fields:
+            return False
+        section = fields[part].annotation
+    return True
 
 
 def to_plain(section: BaseModel) -> dict[str, Any]:
