@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from fp8train.checkpoint import CheckpointError, LogicalTensor, Ranks, open_checkpoint, save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
-from fp8train.config.schema import to_plain
+from fp8train.config.errors import ConfigError
+from fp8train.config.schema import Config, to_plain
 from fp8train.training.restore import restore
 from fp8train.training.trainer import Trainer
 from tests.distributed.pool import GlooPool
@@ -59,13 +60,18 @@ BOUND = {"O0": 2e-3, "O3": 5e-3}
 STEP = 2
 
 
+def make_config(layout: str, level: str, more: list[str]) -> Config:
+    """Of one of :data:`LAYOUTS`."""
+    _, axes, zero = LAYOUTS[layout]
+    cuts = [f"parallel.{axis}={getattr(axes, axis)}" for axis in ("tp", "pp", "cp")]
+    return tiny_config([f"precision.level={level}", *cuts, *zero, *more], **SIZES)
+
+
 def make(layout: str, level: str, more: list[str]) -> tuple[Trainer, Processes]:
     """A trainer in one of :data:`LAYOUTS`; in the pool."""
-    world, axes, zero = LAYOUTS[layout]
+    world, axes, _ = LAYOUTS[layout]
     processes = alone() if world == 1 else joined_processes(torch.device("cpu"), axes)
-    cuts = [f"parallel.{axis}={getattr(axes, axis)}" for axis in ("tp", "pp", "cp")]
-    config = tiny_config([f"precision.level={level}", *cuts, *zero, *more], **SIZES)
-    return Trainer(config, processes, vocab_size=VOCAB), processes
+    return Trainer(make_config(layout, level, more), processes, vocab_size=VOCAB), processes
 
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -174,15 +180,85 @@ def test_the_matrix_of_layouts(gloo_pool, tmp_path: Path, level: str) -> None:
     check(gloo_pool, tmp_path, level, list(LAYOUTS), list(LAYOUTS))
 
 
-# Rows of 128 are one block, which a cut in two splits. Gradients in high precision have no blocks.
-CUT = ["model.head_dim=16", "model.ffn_hidden_size=128", "precision.gradient.fp8.block=64"]
+# Rows of 8 * 16 are one block, which a cut in two splits; gradients have smaller ones.
+CUT = {"O0": ["model.head_dim=16"], "O3": ["model.head_dim=16", "precision.gradient.fp8.block=64"]}
+REQUANTISE = "checkpoint.reshard=requantise"
 
 
-def load_cut(
-    group: dist.ProcessGroup, rank: int, world_size: int, root: Path, layout: str, more: list[str]
-) -> tuple[str, list[float], list[str]] | str:
-    """Runs in the pool: as :func:`load` for the one checkpoint of the test, or why it is refused."""
-    try:
-        return load(group, rank, world_size, layout, "O3", root, ["1"], [*CUT, *more])["1"]
-    except CheckpointError as error:
-        return str(error)
+def decoded(trainer: Trainer, processes: Processes) -> dict[str, torch.Tensor]:
+    """All states as whole FP32 tensors."""
+    mine = [
+        (f"{role}/{fqn}", state.spec.global_shape, state.region.offset, trainer.optimizer.state(fqn, role).numpy())
+        for fqn, state in trainer.optimizer.parameter_states.items()
+        for role in trainer.optimizer.roles
+    ]
+    found: dict[str, torch.Tensor] = {}
+    for name, shape, offset, part in (one for rank in Ranks(processes.control).each(lambda: mine) for one in rank):
+        target = found.setdefault(name, torch.zeros(shape))
+        for dim, (start, size) in enumerate(zip(offset, part.shape, strict=True)):
+            target = target.narrow(dim, start, size)
+        target.copy_(torch.from_numpy(part))
+    return found
+
+
+def move(
+    group: dist.ProcessGroup,
+    rank: int,
+    world_size: int,
+    root: Path,
+    source: tuple[str, str] | None,
+    target: tuple[str, str],
+    more: list[str],
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Runs in the pool: states of a checkpoint in another layout and level, and what was recast; saved again.
+    Without ``source``: those of a run of two steps."""
+    level, layout = target
+    trainer, processes = make(layout, level, [*CUT[level], *more])
+    recasts: list[str] = []
+    if source is None:
+        data = batches(trainer.config, processes)
+        for step in range(STEP):
+            trainer.step(step, data.batch(step))
+    else:
+        opened = open_checkpoint(root / "-".join(source) / f"step_{STEP:08d}", group=processes.control)
+        reshard = trainer.config.checkpoint.reshard
+        recasts = list(
+            restore(trainer, opened, roles=trainer.optimizer.roles, scales=True, reshard=reshard).recasts
+        )
+    save_checkpoint(
+        root / "-".join(target),
+        STEP,
+        trainer.checkpoint_tensors(),
+        meta={"config": to_plain(trainer.config)},
+        rank_state={},
+        group=processes.control,
+        keep_last=1,
+    )
+    return decoded(trainer, processes), recasts
+
+
+def test_a_cut_through_blocks_is_refused_or_recast(gloo_pool, tmp_path: Path) -> None:
+    whole, _ = move(None, 0, 1, tmp_path, None, ("O3", "1"), [])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"parallel.tp \(2\) cuts rows .* = 128 inside a scale block of 128"):
+        make_config("tp2", "O3", CUT["O3"])
+
+    # O0 has no blocks: the stored ones are read whole, and nothing is rounded.
+    cut, recasts = gloo_pool.run(move, 2, tmp_path, ("O3", "1"), ("O0", "tp2"), [], timeout=120.0)[0]
+    assert any(change.startswith("exp_avg: e4m3/blocks -> fp32") for change in recasts)
+    assert all(torch.equal(cut[name], values) for name, values in whole.items())
+
+    # Smaller blocks hold what larger ones do.
+    cut, recasts = gloo_pool.run(move, 2, tmp_path, ("O3", "1"), ("O3", "tp2"), [REQUANTISE], timeout=120.0)[0]
+    assert {change.partition(":")[0] for change in recasts} == {"master", "exp_avg", "exp_avg_sq"}
+    assert "exp_avg: e4m3/block128 -> e4m3/block64" in recasts
+    assert all(torch.equal(cut[name], values) for name, values in whole.items())
+
+    # Back to larger ones they are rounded once more: refused unless asked for.
+    with pytest.raises(CheckpointError) as refused:
+        move(None, 0, 1, tmp_path, ("O3", "tp2"), ("O3", "1"), [])  # type: ignore[arg-type]
+    for part in ("attention.out.weight", "blocks of 64 elements", "has blocks of 128", "reshard=requantise"):
+        assert part in str(refused.value)
+    back, recasts = move(None, 0, 1, tmp_path, ("O3", "tp2"), ("O3", "1"), [REQUANTISE])  # type: ignore[arg-type]
+    assert "exp_avg: e4m3/block64 -> e4m3/block128" in recasts
+    for name, values in whole.items():
+        assert torch.equal(back[name], values), name  # these values had been in blocks of 128 before
