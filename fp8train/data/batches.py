@@ -88,6 +88,7 @@ class GlobalBatches:
         self.micro_batches_per_step = global_batch_size // (micro_batch_size * dp_size)
         self.batches_per_epoch = samples.samples_per_epoch // global_batch_size
         self._first_sample = dp_rank * self.micro_batches_per_step * micro_batch_size
+        self._start_step = self._start_sample = 0
         self._vocab_size = vocab_size
 
     def batch(self, step: int) -> torch.Tensor:
@@ -102,7 +103,7 @@ class GlobalBatches:
         Raises:
             DataError: A token is outside the vocabulary; names dataset, document and offset.
         """
-        first = step * self.global_batch_size + self._first_sample
+        first = self.samples_before(step) + self._first_sample
         count = self.micro_batches_per_step * self.micro_batch_size
         tokens = np.stack([self.samples[first + number] for number in range(count)])
         if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
@@ -113,10 +114,15 @@ class GlobalBatches:
         shape = (self.micro_batches_per_step, self.micro_batch_size, self.seq_length + 1)
         return torch.from_numpy(tokens).view(shape)
 
+    def samples_before(self, step: int) -> int:
+        """Samples that all ranks have used before ``step``; the first one of its batch."""
+        return self._start_sample + (step - self._start_step) * self.global_batch_size
+
     def state_dict(self, step: int) -> dict[str, Any]:
         """Position after ``step`` steps, for a checkpoint: plain values, the same on every rank."""
         return {
             "step": step,
+            "samples": self.samples_before(step),
             "global_batch_size": self.global_batch_size,
             "seq_length": self.seq_length,
             "dataset": self.samples.description,
@@ -124,21 +130,17 @@ class GlobalBatches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
-        """Check that a position belongs to this data, and return its step.
+        """Check that a position belongs to this data, go on from it, and return its step.
 
         Raises:
-            DataError: Sequence length, batch size, data, split or seed differ from the checkpoint's.
+            DataError: Sequence length, data, split or seed differ from the checkpoint's.
         """
-        for key, name in (
-            ("seq_length", "data.seq_length"),
-            ("global_batch_size", "train.global_batch_size"),
-        ):
-            if state[key] != getattr(self, key):
-                raise DataError(
-                    f"{name} is {getattr(self, key)}, but the checkpoint's data position was counted with "
-                    f"{state[key]}\n"
-                    f"set {name} back to continue this run, or start a new one"
-                )
+        if state["seq_length"] != self.seq_length:
+            raise DataError(
+                f"data.seq_length is {self.seq_length}, but the checkpoint's data position was counted with "
+                f"{state['seq_length']}\n"
+                "set data.seq_length back to continue this run, or start a new one"
+            )
         if state["fingerprint"] != self.samples.fingerprint:
             raise DataError(
                 "the data is not what the checkpoint was trained on (content, split, blend weights or "
@@ -147,4 +149,7 @@ class GlobalBatches:
                 f"  now:        {self.samples.description}, fingerprint {self.samples.fingerprint[:16]}\n"
                 "restore the dataset and the settings, or start a new run"
             )
-        return int(state["step"])
+        self._start_step = int(state["step"])
+        # Earlier versions did not record the samples: their batches had one size from the start.
+        self._start_sample = int(state.get("samples", self._start_step * state["global_batch_size"]))
+        return self._start_step

@@ -373,7 +373,9 @@ class GradientPlan:
     def _reduction_name(self) -> str:
         return "exact" if self.grids is not None else "shared_scale" if self.mu is not None else "stateless"
 
-    def check_meta(self, meta: Mapping[str, Any], accepted: Callable[[str], bool] = lambda key: False) -> None:
+    def check_meta(
+        self, meta: Mapping[str, Any], accepted: Callable[[str], bool] = lambda key: False
+    ) -> None:
         """Whether a checkpoint with this host state keeps the promise of ``exact``, if it was ``exact`` too.
 
         Args:

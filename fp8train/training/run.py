@@ -111,7 +111,12 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
         with (
             StopRequest(run_dir.stop_file) as stop,
             Reporter(
-                config, processes=procs, run_dir=run_dir, trainer=trainer, vocab_size=data.vocab_size
+                config,
+                processes=procs,
+                run_dir=run_dir,
+                trainer=trainer,
+                vocab_size=data.vocab_size,
+                samples_before=data.train.samples_before,
             ) as reporter,
         ):
             reporter.header(data)

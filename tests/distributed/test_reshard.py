@@ -81,12 +81,18 @@ def canonical(trainer: Trainer, processes: Processes) -> str:
     """SHA-256 of all logical tensors, put together from all ranks: the same for any layout."""
     mine = []
     for name, value in trainer.checkpoint_tensors().items():
-        part = value if isinstance(value, LogicalTensor) else LogicalTensor(value, tuple(value.shape), (0,) * value.dim())
+        part = (
+            value
+            if isinstance(value, LogicalTensor)
+            else LogicalTensor(value, tuple(value.shape), (0,) * value.dim())
+        )
         bits = part.local.contiguous().view(INTEGERS[part.local.element_size()]).numpy()
         mine.append((name, part.global_shape, part.offset, bits))
     whole: dict[str, torch.Tensor] = {}
     covered: dict[str, torch.Tensor] = {}
-    for name, shape, offset, bits in (one for rank in Ranks(processes.control).each(lambda: mine) for one in rank):
+    for name, shape, offset, bits in (
+        one for rank in Ranks(processes.control).each(lambda: mine) for one in rank
+    ):
         local = torch.from_numpy(bits)
         for known, values in ((whole, local), (covered, torch.ones(local.shape, dtype=torch.bool))):
             target = known.setdefault(name, torch.zeros(shape, dtype=values.dtype))
@@ -188,12 +194,19 @@ REQUANTISE = "checkpoint.reshard=requantise"
 def decoded(trainer: Trainer, processes: Processes) -> dict[str, torch.Tensor]:
     """All states as whole FP32 tensors."""
     mine = [
-        (f"{role}/{fqn}", state.spec.global_shape, state.region.offset, trainer.optimizer.state(fqn, role).numpy())
+        (
+            f"{role}/{fqn}",
+            state.spec.global_shape,
+            state.region.offset,
+            trainer.optimizer.state(fqn, role).numpy(),
+        )
         for fqn, state in trainer.optimizer.parameter_states.items()
         for role in trainer.optimizer.roles
     ]
     found: dict[str, torch.Tensor] = {}
-    for name, shape, offset, part in (one for rank in Ranks(processes.control).each(lambda: mine) for one in rank):
+    for name, shape, offset, part in (
+        one for rank in Ranks(processes.control).each(lambda: mine) for one in rank
+    ):
         target = found.setdefault(name, torch.zeros(shape))
         for dim, (start, size) in enumerate(zip(offset, part.shape, strict=True)):
             target = target.narrow(dim, start, size)
@@ -239,7 +252,9 @@ def move(
 
 def test_a_cut_through_blocks_is_refused_or_recast(gloo_pool, tmp_path: Path) -> None:
     whole, _ = move(None, 0, 1, tmp_path, None, ("O3", "1"), [])  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"parallel.tp \(2\) cuts rows .* = 128 inside a scale block of 128"):
+    with pytest.raises(
+        ConfigError, match=r"parallel.tp \(2\) cuts rows .* = 128 inside a scale block of 128"
+    ):
         make_config("tp2", "O3", CUT["O3"])
 
     # O0 has no blocks: the stored ones are read whole, and nothing is rounded.
@@ -248,7 +263,9 @@ def test_a_cut_through_blocks_is_refused_or_recast(gloo_pool, tmp_path: Path) ->
     assert all(torch.equal(cut[name], values) for name, values in whole.items())
 
     # Smaller blocks hold what larger ones do.
-    cut, recasts = gloo_pool.run(move, 2, tmp_path, ("O3", "1"), ("O3", "tp2"), [REQUANTISE], timeout=120.0)[0]
+    cut, recasts = gloo_pool.run(move, 2, tmp_path, ("O3", "1"), ("O3", "tp2"), [REQUANTISE], timeout=120.0)[
+        0
+    ]
     assert {change.partition(":")[0] for change in recasts} == {"master", "exp_avg", "exp_avg_sq"}
     assert "exp_avg: e4m3/block128 -> e4m3/block64" in recasts
     assert all(torch.equal(cut[name], values) for name, values in whole.items())
