@@ -77,8 +77,8 @@ class OpenCheckpoint:
         rank_state: Mapping[str, Tensor] | None = None,
         unwanted: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        """Fill ``tensors``, any rectangles, and ``rank_state`` in place; collective over the ranks that opened
-        it.
+        """Fill ``tensors``, any rectangles, and ``rank_state`` in place; collective over the ranks that
+        opened it.
 
         Everything asked for must be there, with equal global shape and dtype; stored tensors that nobody asks
         for must be ``unwanted``. Otherwise raises :class:`CheckpointError` on every rank before any tensor is

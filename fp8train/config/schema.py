@@ -274,8 +274,8 @@ class CheckpointConfig(Section):
     def _one_beginning(self) -> CheckpointConfig:
         if self.init_from is not None and self.resume not in ("never", "auto"):
             raise contradiction(
-                f"init_from starts a new run, but resume: {self.resume} continues one; remove one of them, or "
-                "write resume: auto, which looks at init_from only where there is nothing to continue",
+                f"init_from starts a new run, but resume: {self.resume} continues one; remove one of them, "
+                "or write resume: auto, which looks at init_from only where there is nothing to continue",
                 "init_from",
                 "resume",
             )

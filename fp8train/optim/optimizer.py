@@ -283,8 +283,8 @@ class Optimizer(ABC):
             target.end()
 
     def agreed(self, amaxes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The amaxes of the logical tensors, by FQN, from those of this rank's parts; collective over the ranks
-        that hold other parts."""
+        """The amaxes of the logical tensors, by FQN, from those of this rank's parts; collective over the
+        ranks that hold other parts."""
         if self._agree is None:
             return amaxes
         device = next(iter(self._states.values())).master.layout.device if self._states else None

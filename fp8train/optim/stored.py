@@ -57,8 +57,8 @@ def state_names(described: Described, role: str, fqn: str) -> list[str]:
 def stored_format(
     described: Described, role: str, fqn: str, *, root: bool
 ) -> tuple[StateFormat, tuple[int, ...]] | None:
-    """The format of one state, rounding aside, and the parameter's global shape; None if it is not there, or not in a
-    format of ours.
+    """The format of one state, rounding aside, and the parameter's global shape; None if it is not there, or
+    not in a format of ours.
 
     Args:
         described: everything stored.

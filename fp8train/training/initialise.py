@@ -50,7 +50,8 @@ def initialise_from(
             trainer.optimizer.check_state_meta(opened.meta["trainer"])
         except ValueError as error:
             raise ConfigError(
-                f"checkpoint.init_from: {path}: {error}, or take the weights alone: checkpoint.init_mode=model"
+                f"checkpoint.init_from: {path}: {error}, or take the weights alone: "
+                "checkpoint.init_mode=model"
             ) from None
     restored = restore(
         trainer,

@@ -149,10 +149,10 @@ def _refuse_other_blocks(opened: OpenCheckpoint, recasts: Sequence[Recast]) -> N
         one = recasts[0]
         others = f" and {len(recasts) - 1} other states" if recasts[1:] else ""
         raise CheckpointError(
-            f"{opened.path}: {one.role}/{one.fqn}{others}: stored in blocks of {one.stored.block} elements that "
-            f"share a scale, but this layout has blocks of {one.now.block}\n"
-            f"cut rows at multiples of {one.stored.block} (a smaller parallel.tp), or let the states be rounded "
-            "once more: checkpoint.reshard=requantise"
+            f"{opened.path}: {one.role}/{one.fqn}{others}: stored in blocks of {one.stored.block} elements "
+            f"that share a scale, but this layout has blocks of {one.now.block}\n"
+            "keep the parallel.tp that wrote it, or let the states be rounded once more: "
+            "checkpoint.reshard=requantise"
         )
 
 

@@ -1,8 +1,8 @@
 """Continuing a run from its checkpoint: what must fit, what may have changed, what starts anew.
 
 The order of trouble: nothing is read before the configurations, the reduction's promises and the data are
-known to fit, and every difference is told. What means something for one layout alone (random states, residuals
-of error feedback) is taken over on the same layout only.
+known to fit, and every difference is told. What means something for one layout alone (random states,
+residuals of error feedback) is taken over on the same layout only.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def test_states_are_recast_once_and_training_goes_on(saved, source: str, target:
                 before = before.float().sqrt().double() if root else before
                 before = encode(before, kind, block)
                 before = before.square() if root else before
-            # Decoders work in FP32. What a root of one block's powers lands beside a tie, rounds either way.
+            # Decoders work in FP32; an expanded value may so land on the other side of a tie.
             rtol = 2**-3 if source == "coat" and fmt is not None else 2e-6
             assert torch.allclose(got, before, rtol=rtol, atol=0), f"{name}: {source} -> {target}"
     losses = [loss_of(trainer, step) for step in (STEP, STEP + 1)]
