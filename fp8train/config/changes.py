@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from fp8train.config.batch_sizes import BatchSizes
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain
 
@@ -96,7 +97,8 @@ def _steps(saved: Mapping[str, Any]) -> int | None:
         return int(train["steps"])
     if train.get("tokens") is None:
         return None
-    return int(-(-train["tokens"] // (train["global_batch_size"] * data["seq_length"])))
+    ramp = [(stage["steps"], stage["global_batch_size"]) for stage in train.get("batch_size_ramp", ())]
+    return BatchSizes(train["global_batch_size"], ramp).steps_for(train["tokens"], data["seq_length"])
 
 
 def check_accepted(found: Sequence[Change], accepted: Sequence[str], place: str) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from fp8train.config.batch_sizes import BatchSizes
 from fp8train.config.layout import layout_problems
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
@@ -207,6 +208,15 @@ class ScheduleConfig(Section):
         return self
 
 
+class RampStage(Section):
+    """Smaller batches for some steps."""
+
+    steps: PositiveInt = Field(examples=[500])
+    """Optimizer steps of this stage."""
+    global_batch_size: PositiveInt = Field(examples=[16])
+    """Samples of each of them, over all ranks."""
+
+
 class TrainConfig(Section):
     """Length, batch and execution of training."""
 
@@ -216,6 +226,8 @@ class TrainConfig(Section):
     """Training tokens; rounded up to whole steps."""
     global_batch_size: PositiveInt = Field(examples=[64])
     """Samples per optimizer step over all ranks."""
+    batch_size_ramp: tuple[RampStage, ...] = Field(default=(), strict=False)
+    """Smaller batches at the start, stage after stage, before ``global_batch_size``."""
     micro_batch_size: PositiveInt = Field(examples=[4])
     """Samples per forward pass on one rank."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -242,7 +254,21 @@ class TrainConfig(Section):
                 "global_batch_size",
                 "micro_batch_size",
             )
+        sizes = self.batch_sizes.all
+        if sizes != sorted(set(sizes)) or any(size % self.micro_batch_size for size in sizes):
+            raise contradiction(
+                f"batch_size_ramp must grow, up to global_batch_size, in multiples of micro_batch_size "
+                f"({self.micro_batch_size}); its sizes are {', '.join(map(str, sizes))}",
+                "batch_size_ramp",
+                "global_batch_size",
+            )
         return self
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of each step."""
+        ramp = [(stage.steps, stage.global_batch_size) for stage in self.batch_size_ramp]
+        return BatchSizes(self.global_batch_size, ramp)
 
 
 class CheckpointConfig(Section):
@@ -368,6 +394,13 @@ class Config(Section):
                 "parametrization.kind",
                 "precision.recipe",
             )
+        if kind in ("unit_scaling", "umup") and self.train.batch_size_ramp:
+            raise contradiction(
+                f"parametrization.kind: {kind} has factors that depend on the global batch size, so it cannot "
+                "change during a run; remove train.batch_size_ramp",
+                "train.batch_size_ramp",
+                "parametrization.kind",
+            )
         decay = self.optimizer.weight_decay
         if self.optimizer.decay_rule != "lr_times_lambda" and decay > MAX_DECAY_PER_STEP:
             raise contradiction(
@@ -443,7 +476,7 @@ class Config(Section):
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None
-        return -(-self.train.tokens // (self.train.global_batch_size * self.data.seq_length))
+        return self.train.batch_sizes.steps_for(self.train.tokens, self.data.seq_length)
 
 
 def _is_key(name: str) -> bool:

@@ -65,7 +65,6 @@ class Reporter:
         )
         self._samples_before = samples_before
         self._state = "failed"
-        self._tokens_per_step = config.train.global_batch_size * config.data.seq_length
         self._window_steps = 0
         self._data_seconds = 0.0
         self._skipped = 0
@@ -144,7 +143,8 @@ class Reporter:
             "optim/lr": result.lr,
         }
         steps, self._window_steps = self._window_steps, 0
-        metrics |= self.throughput.measure(steps, steps * self._tokens_per_step)
+        samples = self._samples_before(done) - self._samples_before(done - steps)
+        metrics |= self.throughput.measure(steps, samples * self.config.data.seq_length)
         metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
         metrics["optim/skipped_steps"] = self._skipped
         sent = self.trainer.sent_bytes()

@@ -104,6 +104,7 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
             dp_size=procs.dp.size,
             seed=config.run.seed,
             total_steps=config.total_steps,
+            ramp=config.train.batch_sizes.ramp,
         )
         trainer = _build(config, procs, data)
         run_dir.write_description(dump_yaml(config), describe_environment(procs.device))

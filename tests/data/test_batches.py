@@ -157,3 +157,27 @@ def test_a_resume_in_the_middle_of_an_epoch_sees_the_same_samples(tmp_path):
         for step in range(12, 20):
             union = torch.cat([part.batch(step).view(-1, 9) for part in parts])
             assert torch.equal(union, whole.batch(step).view(8, 9)), (size, micro, step)
+
+
+RAMP = ((2, 4), (3, 6))
+"""Batches of 8 after 2 of 4 and 3 of 6: steps begin at 0, 4, 8, 14, 20, 26, 34, ..."""
+
+
+def test_a_ramp_keeps_its_place_on_any_ranks(tmp_path):
+    source = samples(tmp_path / "a")
+    begins = [0, 4, 8, 14, 20, 26, 34, 42]
+    whole = batches(source, ramp=RAMP)
+    assert [whole.samples_before(step) for step in range(8)] == begins
+    saved = whole.state_dict(3)
+    assert saved["samples"] == 14
+    for size, micro in ((1, 2), (2, 1), (2, 2)):
+        if 6 % (size * micro):
+            with pytest.raises(ConfigError, match=r"global_batch_size \(6\)"):
+                batches(source, rank=0, size=size, micro_batch_size=micro, ramp=RAMP)
+            continue
+        parts = [batches(source, rank=r, size=size, micro_batch_size=micro, ramp=RAMP) for r in range(size)]
+        assert {part.load_state_dict(saved) for part in parts} == {3}
+        for step in range(3, 7):
+            union = torch.cat([part.batch(step).view(-1, 9) for part in parts])
+            expected = [torch.from_numpy(source[i]) for i in range(begins[step], begins[step + 1])]
+            assert torch.equal(union, torch.stack(expected)), (size, micro, step)
