@@ -1,6 +1,7 @@
 """Samples of each optimizer step: one number, or a ramp towards it.
 
-Everything that counts samples or tokens of steps asks here, so that data, schedule, log and a resumed run agree.
+Everything that counts samples or tokens of steps asks here, so that data, schedule, log and a resumed run
+agree.
 """
 
 from __future__ import annotations

@@ -72,9 +72,16 @@ def changes(saved: Mapping[str, Any], now: Config) -> list[Change]:
             key in ("train.steps", "train.tokens") and _steps(saved) == now.total_steps
         ):
             continue
-        kind: Kind = "free" if is_in(key, FREE) else "refused" if is_in(key, REFUSED) else "meaning"
-        found.append(Change(key, before, value, kind))
+        found.append(Change(key, before, value, _kind(key, now)))
     return found
+
+
+def _kind(key: str, now: Config) -> Kind:
+    if is_in(key, FREE):
+        return "free"
+    # Factors of these parametrisations depend on the batch.
+    in_model = key == "train.global_batch_size" and now.parametrization.kind in ("unit_scaling", "umup")
+    return "refused" if in_model or is_in(key, REFUSED) else "meaning"
 
 
 def _differing(

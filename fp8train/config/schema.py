@@ -396,8 +396,8 @@ class Config(Section):
             )
         if kind in ("unit_scaling", "umup") and self.train.batch_size_ramp:
             raise contradiction(
-                f"parametrization.kind: {kind} has factors that depend on the global batch size, so it cannot "
-                "change during a run; remove train.batch_size_ramp",
+                f"parametrization.kind: {kind} has factors that depend on the global batch size, so it "
+                "cannot change during a run; remove train.batch_size_ramp",
                 "train.batch_size_ramp",
                 "parametrization.kind",
             )

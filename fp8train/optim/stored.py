@@ -69,27 +69,27 @@ def stored_format(
     name = f"{role}/{fqn}"
     if name in described:
         shape, dtype = described[name]
-        if dtype not in _PLAIN:
-            return None
-        fmt = StateFormat(_PLAIN[dtype])
+        fmt = StateFormat(_PLAIN[dtype]) if dtype in _PLAIN else None
     elif f"{name}.remainder" in described:
         shape, _ = described[f"{name}.remainder"]
         fmt = StateFormat("bf16_remainder")
     elif f"{name}.payload" in described:
         shape, dtype = described[f"{name}.payload"]
-        scales = next((s for s in (".scale", ".amax") if f"{name}{s}" in described), None)
-        fmt = StateFormat(_CODES[dtype], granularity="tensor")
-        if scales is not None:
-            block = _block(shape[-1], described[f"{name}{scales}"][0][-1])
-            fmt = StateFormat(_CODES[dtype], block=block, expand=scales == ".amax")
+        fmt = _scaled(described, name, shape, _CODES[dtype]) if dtype in _CODES else None
     else:
         return None
-    return replace(fmt, sqrt=root and not fmt.is_exact), shape
+    return None if fmt is None else (replace(fmt, sqrt=root and not fmt.is_exact), shape)
 
 
-def _block(row: int, count: int) -> int:
-    """Elements of each of ``count`` blocks of a row; the last one may be short."""
-    return row // count if row % count == 0 else -(-row // count)
+def _scaled(described: Described, name: str, shape: tuple[int, ...], codes: StateName) -> StateFormat | None:
+    """A format of codes: one scale, or how many to a row."""
+    for suffix in (".scale", ".amax"):
+        if f"{name}{suffix}" in described:
+            scales, _ = described[f"{name}{suffix}"]
+            if len(scales) != len(shape) or not shape or scales[-1] < 1:
+                return None
+            return StateFormat(codes, block=-(-shape[-1] // scales[-1]), expand=suffix == ".amax")
+    return StateFormat(codes, granularity="tensor")
 
 
 @dataclass(frozen=True)

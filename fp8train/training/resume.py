@@ -87,10 +87,12 @@ def _check_changes(
 ) -> None:
     accepted = config.checkpoint.accept_changes
     check_accepted(found, accepted, str(path))
-    if config.train.tokens is not None and any(one.key == "train.global_batch_size" for one in found):
+    sizes = ("train.global_batch_size", "train.batch_size_ramp")
+    counted = [one.key for one in found if one.key in sizes]
+    if counted and config.train.tokens is not None:
         raise ConfigError(
-            "train.global_batch_size cannot change in a run whose length is train.tokens: its steps, and so "
-            "its schedule, would be counted anew; write train.steps instead"
+            f"{counted[0]} cannot change in a run whose length is train.tokens: its steps, and so its "
+            "schedule, would be counted anew; write train.steps instead"
         )
     try:
         trainer.check_meta(meta, lambda key: is_in(key, accepted))

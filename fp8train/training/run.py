@@ -107,7 +107,6 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
             ramp=config.train.batch_sizes.ramp,
         )
         trainer = _build(config, procs, data)
-        run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
         _keep_tokenizer(run_dir, data)
         with (
             StopRequest(run_dir.stop_file) as stop,
@@ -125,6 +124,7 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
                 step = resume(
                     checkpoint, config, processes=procs, trainer=trainer, data=data, reporter=reporter
                 )
+            run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
             loop = TrainingLoop(
                 config,
                 processes=procs,

@@ -68,6 +68,11 @@ def test_the_same_length_in_other_words_is_no_change() -> None:
     assert "train.tokens" in found([*BASE, "train.steps=null", f"train.tokens={2 * tokens}"])
 
 
+def test_a_batch_that_is_part_of_the_model_is_refused() -> None:
+    unit = [*BASE, "precision.recipe=umup"]
+    assert found([*unit, "train.global_batch_size=16"], unit)["train.global_batch_size"] == "refused"
+
+
 def test_another_optimizer_is_refused() -> None:
     assert found([*BASE, "optimizer.name=lion"])["optimizer.name"] == "refused"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,10 +94,18 @@ def begin(path: Path, overrides: list[str]) -> tuple[Trainer, Any, Listener]:
     return trainer, data, listener
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_each() -> Iterator[None]:
+    """As in the pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer, list[float]]:
     """A checkpoint at O0, its trainer then, and the two losses after it."""
-    torch.set_num_threads(1)
     config, trainer, data = start(O0)
     train(trainer, data, 0, STEP)
     path = save(config, trainer, data, tmp_path_factory.mktemp("run"))
