@@ -280,3 +280,65 @@ def test_a_cut_through_blocks_is_refused_or_recast(gloo_pool, tmp_path: Path) ->
     assert "exp_avg: e4m3/block64 -> e4m3/block128" in recasts
     for name, values in whole.items():
         assert torch.equal(back[name], values), name  # these values had been in blocks of 128 before
+
+
+# One scale per tensor: ranks that hold parts must agree on it.
+PAPER = ["precision.profile=paper", "precision.gradient.fp8.reduce=exchange"]
+LEVELS: dict[str, tuple[str, list[str]]] = {
+    **{level: (level, []) for level in ("O0", "O1", "O2", "O3")},
+    "paper": ("O2", PAPER),
+}
+
+
+def change_levels(
+    group: dist.ProcessGroup | None,
+    rank: int,
+    world_size: int,
+    layout: str,
+    root: Path,
+    pairs: list[tuple[str, str]],
+) -> dict[tuple[str, str], tuple[dict[str, torch.Tensor], list[float]]]:
+    """Runs in the pool: states and next losses of each pair of levels, from checkpoints of one process."""
+    found = {}
+    for source, target in pairs:
+        level, more = LEVELS[target]
+        trainer, processes = make(layout, level, more)
+        opened = open_checkpoint(root / source / f"step_{STEP:08d}", group=processes.control)
+        restore(trainer, opened, roles=trainer.optimizer.roles, scales=True, reshard="refuse")
+        trainer.restored({"updates": STEP})
+        found[source, target] = decoded(trainer, processes), next_losses(trainer, processes)
+    return found
+
+
+SAMPLE = [("O0", "paper"), ("paper", "O3"), ("O2", "O0")]
+ALL = [(source, target) for source in LEVELS for target in LEVELS]
+
+
+@pytest.mark.parametrize(
+    ("layout", "pairs"),
+    [
+        ("tp2", SAMPLE),
+        pytest.param("dp2-rows", ALL, marks=pytest.mark.slow),
+        pytest.param("tp2-dp2-rows", ALL, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_levels_change_in_parts_as_in_one_process(
+    gloo_pool, tmp_path: Path, layout: str, pairs: list[tuple[str, str]]
+) -> None:
+    """What one process makes of a level is held against definitions in tests/training/test_restore.py."""
+    for source in dict.fromkeys(source for source, _ in pairs):
+        level, more = LEVELS[source]
+        trainer, processes = make("1", level, more)
+        data = batches(trainer.config, processes)
+        for step in range(STEP):
+            trainer.step(step, data.batch(step))
+        meta = {"config": to_plain(trainer.config), "trainer": trainer.state_meta()}
+        tensors = trainer.checkpoint_tensors()
+        save_checkpoint(tmp_path / source, STEP, tensors, meta=meta, rank_state={}, group=None, keep_last=1)
+    whole = change_levels(None, 0, 1, "1", tmp_path, pairs)
+    for result in gloo_pool.run(change_levels, LAYOUTS[layout][0], layout, tmp_path, pairs, timeout=800.0):
+        for pair, (states, losses) in whole.items():
+            for name, values in states.items():
+                assert torch.equal(result[pair][0][name], values), (pair, name)
+            assert result[pair][1] == pytest.approx(losses, rel=BOUND["O3"]), pair
