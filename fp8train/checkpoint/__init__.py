@@ -7,7 +7,13 @@ generators into tensors.
 
 from fp8train.checkpoint.catalog import candidates, find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from fp8train.checkpoint.load import LoadedCheckpoint, load_checkpoint, read_meta
+from fp8train.checkpoint.load import (
+    LoadedCheckpoint,
+    OpenCheckpoint,
+    load_checkpoint,
+    open_checkpoint,
+    read_meta,
+)
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.checkpoint.manifest import verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
@@ -19,11 +25,13 @@ __all__ = [
     "CorruptCheckpointError",
     "LoadedCheckpoint",
     "LogicalTensor",
+    "OpenCheckpoint",
     "Ranks",
     "candidates",
     "capture_rng",
     "find_checkpoint",
     "load_checkpoint",
+    "open_checkpoint",
     "read_meta",
     "restore_rng",
     "save_checkpoint",

@@ -84,14 +84,19 @@ def candidates(root: Path) -> list[Path]:
 
 
 def find_checkpoint(
-    root: Path, resume: str, *, group: dist.ProcessGroup | None = None, verify: Verify = "full"
+    root: Path,
+    resume: str,
+    *,
+    group: dist.ProcessGroup | None = None,
+    verify: Verify = "full",
+    key: str = "checkpoint.resume",
 ) -> Path | None:
     """The verified checkpoint to continue from; collective over ``group``, the same answer on every rank.
 
     ``resume``: ``never`` gives None. ``auto`` gives the first good one of :func:`candidates` of ``root``,
     warning about each damaged one it passes over, or None where there is none at all. Anything else is a
     path: a step directory is taken or refused; a checkpoints directory or a run directory is searched like
-    ``auto``, but must hold a checkpoint.
+    ``auto``, but must hold a checkpoint. ``key`` is the setting that messages name.
 
     Raises :class:`CheckpointError` when a path holds no checkpoint, and when checkpoints exist but none is
     good: starting afresh over them is not ours to decide.
@@ -101,7 +106,7 @@ def find_checkpoint(
     ranks = Ranks(group)
     if resume != "auto":
         given = Path(resume)
-        kind = ranks.first(lambda: _classify(given))
+        kind = ranks.first(lambda: _classify(given, key))
         if kind == "step":
             verify_checkpoint(given, ranks=ranks, mode=verify)
             return given
@@ -124,15 +129,15 @@ def find_checkpoint(
     return None
 
 
-def _classify(path: Path) -> str:
-    """What an explicit ``checkpoint.resume`` path is: ``step``, ``root`` or ``run``."""
+def _classify(path: Path, key: str) -> str:
+    """What an explicit path is: ``step``, ``root`` or ``run``."""
     if path.is_symlink() and (step_of(path) is not None or (path / MANIFEST_FILE).exists()):
         raise CheckpointError(
-            f"checkpoint.resume: {path} is a symbolic link; give the directory itself: {path.resolve()}"
+            f"{key}: {path} is a symbolic link; give the directory itself: {path.resolve()}"
         )
     if path.name.endswith(TMP_SUFFIX):
         raise CheckpointError(
-            f"checkpoint.resume: {path} is an unfinished save; choose a complete step_XXXXXXXX directory"
+            f"{key}: {path} is an unfinished save; choose a complete step_XXXXXXXX directory"
         )
     if path.is_dir():
         if (path / MANIFEST_FILE).exists() or step_of(path) is not None:
@@ -142,8 +147,12 @@ def _classify(path: Path) -> str:
                 return kind
     state = "holds no checkpoint" if path.exists() else "does not exist"
     raise CheckpointError(
-        f"checkpoint.resume: {path} {state}; give a step_XXXXXXXX, a checkpoints or a run "
-        "directory, or use checkpoint.resume=auto to start fresh where there is none"
+        f"{key}: {path} {state}; give a step_XXXXXXXX, a checkpoints or a run directory"
+        + (
+            ", or use checkpoint.resume=auto to start fresh where there is none"
+            if key == "checkpoint.resume"
+            else ""
+        )
     )
 
 

@@ -147,12 +147,10 @@ class LogicalLoadPlanner(LoadPlanner):
     """Fills each rank's rectangles in place from whatever rectangles were stored.
 
     Raises :class:`CheckpointError` on every rank, before anything is read, when a key is missing, a shape or
-    dtype differs, or (unless ``allow_unexpected``) the checkpoint holds a key that no rank asked for. Stored
-    keys that ``ignore`` accepts are never unexpected.
+    dtype differs, or the checkpoint holds a key that no rank asked for and that ``ignore`` does not accept.
     """
 
-    def __init__(self, *, allow_unexpected: bool, ignore: Callable[[str], bool]) -> None:
-        self._allow_unexpected = allow_unexpected
+    def __init__(self, *, ignore: Callable[[str], bool]) -> None:
         self._ignore = ignore
         self._tensors: Mapping[str, LogicalTensor] = {}
         self._stored: Mapping[str, TensorStorageMetadata] = {}
@@ -191,10 +189,9 @@ class LogicalLoadPlanner(LoadPlanner):
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Refuse on any rank's mismatch."""
         problems = list(dict.fromkeys(line for plan in global_plan for line in plan.planner_data[1]))
-        if not self._allow_unexpected:
-            asked = {key for plan in global_plan for key in plan.planner_data[0]}
-            unexpected = sorted(key for key in self._stored if key not in asked and not self._ignore(key))
-            problems += [f"{key}: only in the checkpoint" for key in unexpected]
+        asked = {key for plan in global_plan for key in plan.planner_data[0]}
+        unexpected = sorted(key for key in self._stored if key not in asked and not self._ignore(key))
+        problems += [f"{key}: only in the checkpoint" for key in unexpected]
         if problems:
             raise CheckpointError(f"the checkpoint does not fit this run:\n{shorten(problems)}")
         return [replace(plan, planner_data=None) for plan in global_plan]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fp8train.config.schema import Config
 
 _SWIGLU_UNIT = 128
+_STATES = "optimizer states"
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,36 @@ def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
         state.granularity == "block" and state.format in ("fp16_scaled", "e4m3", "e5m2")
         for state in (states.master, states.exp_avg, states.exp_avg_sq)
     ]
-    limits = [MAX_BLOCK] if any(in_blocks) else []
+    limits = [(MAX_BLOCK, _STATES)] if any(in_blocks) else []
     if gradient.format != "high_precision" and gradient.fp8.reduce not in ("shared_scale", "exact"):
-        limits.append(gradient.fp8.block)
+        limits.append((gradient.fp8.block, "gradients"))
     for name, row in (
         ("num_heads * head_dim", model.num_heads * model.head_dim),
         ("ffn_hidden_size", model.ffn_hidden_size),
     ):
-        for block in {block_size(row, limit) for limit in limits}:
-            if row % tp == 0 and row // tp % block:
-                legal = _divisors(row // block) if row % block == 0 else "1"
-                yield LayoutProblem(
-                    f"parallel.tp ({tp}) cuts rows of {name} = {row} inside a scale block of {block} "
-                    f"elements; legal: {legal}",
-                    ("parallel.tp",),
-                )
+        told = set()
+        for limit, what in limits:
+            block = block_size(row, limit)
+            if row % tp or row // tp % block == 0 or block in told:
+                continue
+            own = block_size(row // tp)  # smaller blocks, see optim.parameter_state
+            if what == _STATES and config.checkpoint.reshard == "requantise" and row // tp % own == 0:
+                continue
+            told.add(block)
+            legal = _divisors(row // block) if row % block == 0 else "1"
+            yield LayoutProblem(
+                f"parallel.tp ({tp}) cuts rows of {name} = {row} inside a scale block of {block} "
+                f"elements ({what}); legal: {legal}{_smaller_blocks(what, row // tp)}",
+                ("parallel.tp",),
+            )
+
+
+def _smaller_blocks(what: str, row: int) -> str:
+    """The other way out, where there is one."""
+    if what == "gradients":
+        fits = next((size for size in range(MAX_BLOCK, 31, -1) if row % size == 0), None)
+        return f", or precision.gradient.fp8.block: {fits}" if fits else ""
+    return ", or checkpoint.reshard: requantise for smaller blocks" if row % block_size(row) == 0 else ""
 
 
 def _context_parallel(config: Config) -> Iterator[LayoutProblem]:

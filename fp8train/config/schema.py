@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from fp8train.config.batch_sizes import BatchSizes
 from fp8train.config.layout import layout_problems
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
@@ -207,6 +208,15 @@ class ScheduleConfig(Section):
         return self
 
 
+class RampStage(Section):
+    """Smaller batches for some steps."""
+
+    steps: PositiveInt = Field(examples=[500])
+    """Optimizer steps of this stage."""
+    global_batch_size: PositiveInt = Field(examples=[16])
+    """Samples of each of them, over all ranks."""
+
+
 class TrainConfig(Section):
     """Length, batch and execution of training."""
 
@@ -216,6 +226,8 @@ class TrainConfig(Section):
     """Training tokens; rounded up to whole steps."""
     global_batch_size: PositiveInt = Field(examples=[64])
     """Samples per optimizer step over all ranks."""
+    batch_size_ramp: tuple[RampStage, ...] = Field(default=(), strict=False)
+    """Smaller batches at the start, stage after stage, before ``global_batch_size``."""
     micro_batch_size: PositiveInt = Field(examples=[4])
     """Samples per forward pass on one rank."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -242,7 +254,21 @@ class TrainConfig(Section):
                 "global_batch_size",
                 "micro_batch_size",
             )
+        sizes = self.batch_sizes.all
+        if sizes != sorted(set(sizes)) or any(size % self.micro_batch_size for size in sizes):
+            raise contradiction(
+                f"batch_size_ramp must grow, up to global_batch_size, in multiples of micro_batch_size "
+                f"({self.micro_batch_size}); its sizes are {', '.join(map(str, sizes))}",
+                "batch_size_ramp",
+                "global_batch_size",
+            )
         return self
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of each step."""
+        ramp = [(stage.steps, stage.global_batch_size) for stage in self.batch_size_ramp]
+        return BatchSizes(self.global_batch_size, ramp)
 
 
 class CheckpointConfig(Section):
@@ -257,6 +283,35 @@ class CheckpointConfig(Section):
     resume: str = "never"
     """``never``: refuse a run directory that already holds a run; ``auto``: continue from its newest complete
     checkpoint, or start fresh; a path: continue from exactly that checkpoint, or fail."""
+    accept_changes: tuple[str, ...] = Field(default=(), strict=False)
+    """Settings, or sections of them, that a resumed run may have changed although they change what is
+    trained: ``[precision, optimizer.lr]``. The layout may always change."""
+    reshard: Literal["refuse", "requantise"] = "refuse"
+    """What happens where tensor parallelism cuts blocks of optimizer states that share a scale: an error, or
+    smaller blocks, for which stored states are rounded once more (and reported)."""
+    init_from: str | None = None
+    """A checkpoint, or a run or checkpoints directory for its newest, whose weights a new run starts from;
+    any layout and formats. A run that ``resume`` continues does not look at it."""
+    init_mode: Literal["model", "warm"] = "model"
+    """What ``init_from`` takes: ``model``: the weights; ``warm``: the optimizer's moments and its count of
+    updates too. Schedule and data start at step 0."""
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> CheckpointConfig:
+        if self.init_from is not None and self.resume not in ("never", "auto"):
+            raise contradiction(
+                f"init_from starts a new run, but resume: {self.resume} continues one; remove one of them, "
+                "or write resume: auto, which looks at init_from only where there is nothing to continue",
+                "init_from",
+                "resume",
+            )
+        if self.init_from is None and self.init_mode != "model":
+            raise contradiction(
+                f"init_mode: {self.init_mode} says what to take from init_from, which is not set",
+                "init_mode",
+                "init_from",
+            )
+        return self
 
 
 class WandbConfig(Section):
@@ -311,6 +366,17 @@ class Config(Section):
     """Reporting."""
 
     @model_validator(mode="after")
+    def _accepted_changes_exist(self) -> Config:
+        for name in self.checkpoint.accept_changes:
+            if not _is_key(name):
+                raise contradiction(
+                    f"checkpoint.accept_changes: {name} is neither a section nor a key; write for example "
+                    "[precision, optimizer.lr]",
+                    "checkpoint.accept_changes",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _parametrization(self) -> Config:
         kind, recipe = self.parametrization.kind, self.precision.recipe
         if kind != "standard" and self.model.tie_embeddings:
@@ -327,6 +393,13 @@ class Config(Section):
                 "recipe that measures its scales, such as current",
                 "parametrization.kind",
                 "precision.recipe",
+            )
+        if kind in ("unit_scaling", "umup") and self.train.batch_size_ramp:
+            raise contradiction(
+                f"parametrization.kind: {kind} has factors that depend on the global batch size, so it "
+                "cannot change during a run; remove train.batch_size_ramp",
+                "train.batch_size_ramp",
+                "parametrization.kind",
             )
         decay = self.optimizer.weight_decay
         if self.optimizer.decay_rule != "lr_times_lambda" and decay > MAX_DECAY_PER_STEP:
@@ -424,7 +497,18 @@ class Config(Section):
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None
-        return -(-self.train.tokens // (self.train.global_batch_size * self.data.seq_length))
+        return self.train.batch_sizes.steps_for(self.train.tokens, self.data.seq_length)
+
+
+def _is_key(name: str) -> bool:
+    """Whether there is a section or key of this dotted name."""
+    section: Any = Config
+    for part in name.split("."):
+        fields = getattr(section, "model_fields", {})
+        if part not in fields:
+            return False
+        section = fields[part].annotation
+    return True
 
 
 def to_plain(section: BaseModel) -> dict[str, Any]:

@@ -115,7 +115,26 @@ def check_world(
     dp = data_parallel_size(config, world_size, origins=origins)
     micro_batches = accumulation_steps(config, dp, origins=origins)
     check_pipeline(config, micro_batches, origins=origins)
+    _check_ramp(config, dp)
     return dp, micro_batches
+
+
+def _check_ramp(config: Config, dp: int) -> None:
+    """Whether every stage of the ramp divides as the whole batch does."""
+    unit, parallel = config.train.micro_batch_size * dp, config.parallel
+    for size in config.train.batch_sizes.all:
+        rounds = size // unit
+        fits = parallel.pp == 1 or _schedule_runs(parallel.pipeline.schedule, parallel.pp, rounds)
+        if size % unit or not fits:
+            more = (
+                ""
+                if fits
+                else f", in numbers that parallel.pipeline.schedule: {parallel.pipeline.schedule} runs"
+            )
+            raise ConfigError(
+                f"train.batch_size_ramp: {size} samples must be a multiple of train.micro_batch_size * dp = "
+                f"{config.train.micro_batch_size} * {dp} = {unit}{more}"
+            )
 
 
 def _place(key: str, origins: Mapping[str, Origin] | None) -> str:

@@ -4,15 +4,20 @@ Step t uses samples ``[t G, (t + 1) G)`` of the global order. They are cut into 
 consecutive samples, and rank r of R takes the contiguous block ``[r A, (r + 1) A)`` of them, ``A = G / (B
 R)``. So the union over ranks is the same for every R, the position of a run is its step, and a run may
 continue on another number of ranks.
+
+G may grow in a ramp; a run that is continued with another G goes on from the sample that it had reached. Then
+a step begins where the samples of all steps before end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from fp8train.config.batch_sizes import BatchSizes
 from fp8train.config.errors import ConfigError
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import out_of_vocab
@@ -44,13 +49,14 @@ class GlobalBatches:
         samples: The global order.
         global_batch_size: G, samples per step over all ranks.
         micro_batch_size: B, samples per forward pass.
+        ramp: (steps, size) of smaller global batches at the start, G after them.
         dp_rank: r.
         dp_size: R.
         vocab_size: Tokens must be in ``[0, vocab_size)``; checked on the CPU for every batch, because on a
             GPU an id outside the embedding is a device assertion without a name.
 
     Attributes:
-        micro_batches_per_step: A.
+        micro_batches_per_step: A, after a ramp.
         batches_per_epoch: Global batches before samples repeat.
 
     Raises:
@@ -67,10 +73,11 @@ class GlobalBatches:
         dp_rank: int,
         dp_size: int,
         vocab_size: int,
+        ramp: Sequence[tuple[int, int]] = (),
     ) -> None:
-        check_batch_sizes(
-            global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size
-        )
+        self._sizes = BatchSizes(global_batch_size, ramp)
+        for size in self._sizes.all:
+            check_batch_sizes(global_batch_size=size, micro_batch_size=micro_batch_size, dp_size=dp_size)
         assert 0 <= dp_rank < dp_size
         if samples.samples_per_epoch < global_batch_size:
             raise DataError(
@@ -87,7 +94,8 @@ class GlobalBatches:
         self.micro_batch_size = micro_batch_size
         self.micro_batches_per_step = global_batch_size // (micro_batch_size * dp_size)
         self.batches_per_epoch = samples.samples_per_epoch // global_batch_size
-        self._first_sample = dp_rank * self.micro_batches_per_step * micro_batch_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._start_step = self._start_sample = 0
         self._vocab_size = vocab_size
 
     def batch(self, step: int) -> torch.Tensor:
@@ -102,21 +110,27 @@ class GlobalBatches:
         Raises:
             DataError: A token is outside the vocabulary; names dataset, document and offset.
         """
-        first = step * self.global_batch_size + self._first_sample
-        count = self.micro_batches_per_step * self.micro_batch_size
+        count = self._sizes.size(step) // self._dp_size
+        first = self.samples_before(step) + self._dp_rank * count
         tokens = np.stack([self.samples[first + number] for number in range(count)])
         if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
             number, position = np.argwhere((tokens < 0) | (tokens >= self._vocab_size))[0].tolist()
             place = self.samples.place(first + number, position)
             token = int(tokens[number, position])
             raise out_of_vocab(place.prefix, place.document, place.offset, token, self._vocab_size)
-        shape = (self.micro_batches_per_step, self.micro_batch_size, self.seq_length + 1)
+        shape = (count // self.micro_batch_size, self.micro_batch_size, self.seq_length + 1)
         return torch.from_numpy(tokens).view(shape)
+
+    def samples_before(self, step: int) -> int:
+        """Samples that all ranks have used before ``step``; the first one of its batch."""
+        planned = self._sizes.samples_before
+        return self._start_sample + planned(step) - planned(self._start_step)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Position after ``step`` steps, for a checkpoint: plain values, the same on every rank."""
         return {
             "step": step,
+            "samples": self.samples_before(step),
             "global_batch_size": self.global_batch_size,
             "seq_length": self.seq_length,
             "dataset": self.samples.description,
@@ -124,21 +138,17 @@ class GlobalBatches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
-        """Check that a position belongs to this data, and return its step.
+        """Check that a position belongs to this data, go on from it, and return its step.
 
         Raises:
-            DataError: Sequence length, batch size, data, split or seed differ from the checkpoint's.
+            DataError: Sequence length, data, split or seed differ from the checkpoint's.
         """
-        for key, name in (
-            ("seq_length", "data.seq_length"),
-            ("global_batch_size", "train.global_batch_size"),
-        ):
-            if state[key] != getattr(self, key):
-                raise DataError(
-                    f"{name} is {getattr(self, key)}, but the checkpoint's data position was counted with "
-                    f"{state[key]}\n"
-                    f"set {name} back to continue this run, or start a new one"
-                )
+        if state["seq_length"] != self.seq_length:
+            raise DataError(
+                f"data.seq_length is {self.seq_length}, but the checkpoint's data position was counted with "
+                f"{state['seq_length']}\n"
+                "set data.seq_length back to continue this run, or start a new one"
+            )
         if state["fingerprint"] != self.samples.fingerprint:
             raise DataError(
                 "the data is not what the checkpoint was trained on (content, split, blend weights or "
@@ -147,4 +157,7 @@ class GlobalBatches:
                 f"  now:        {self.samples.description}, fingerprint {self.samples.fingerprint[:16]}\n"
                 "restore the dataset and the settings, or start a new run"
             )
-        return int(state["step"])
+        self._start_step = int(state["step"])
+        # Earlier versions did not record the samples: their batches had one size from the start.
+        self._start_sample = int(state.get("samples", self._start_step * state["global_batch_size"]))
+        return self._start_step

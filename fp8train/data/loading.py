@@ -72,6 +72,7 @@ def open_data(
     dp_size: int,
     seed: int,
     total_steps: int,
+    ramp: Sequence[tuple[int, int]] = (),
 ) -> Data:
     """Open everything ``config`` names, check it and cut it into batches.
 
@@ -84,6 +85,7 @@ def open_data(
         dp_size: Number of data-parallel ranks.
         seed: Of the sample order, unless ``config.shuffle_seed`` is set.
         total_steps: Length of the run, for :attr:`Data.epochs`.
+        ramp: (steps, samples per step) of smaller global batches at the start of training.
 
     Raises:
         ConfigError: The batch sizes do not divide.
@@ -117,6 +119,7 @@ def open_data(
                 dp_rank=dp_rank,
                 dp_size=dp_size,
                 vocab_size=vocab_size,
+                ramp=ramp if SPLITS[number] == "train" else (),
             )
         )
     train, valid, test = splits
@@ -129,7 +132,7 @@ def open_data(
         vocab_size=vocab_size,
         eod_id=None if tokenizer is None else tokenizer.eod_id,
         token_lengths=_token_lengths(tokenizer, sidecars),
-        epochs=total_steps * global_batch_size / train.samples.samples_per_epoch,
+        epochs=train.samples_before(total_steps) / train.samples.samples_per_epoch,
     )
 
 

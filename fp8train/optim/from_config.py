@@ -14,16 +14,16 @@ def state_plan(config: Config) -> StatePlan:
     Raises:
         ConfigError: formats that do not fit their role.
     """
-    state = config.precision.state
-    second = None if config.optimizer.name == "lion" else state_format(state.exp_avg_sq)
+    state, fit = config.precision.state, config.checkpoint.reshard == "requantise"
+    second = None if config.optimizer.name == "lion" else state_format(state.exp_avg_sq, fit=fit)
     try:
-        return StatePlan(state_format(state.master), state_format(state.exp_avg), second)
+        return StatePlan(state_format(state.master, fit=fit), state_format(state.exp_avg, fit=fit), second)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def state_format(config: StateFormatConfig) -> StateFormat:
-    """The format of one state of the FP8 plan's matrices."""
+def state_format(config: StateFormatConfig, *, fit: bool = False) -> StateFormat:
+    """The format of one state of the FP8 plan's matrices; ``fit`` as in :class:`StateFormat`."""
     scaled = config.format in ("fp16_scaled", "e4m3", "e5m2")
     return StateFormat(
         name=config.format,
@@ -31,4 +31,5 @@ def state_format(config: StateFormatConfig) -> StateFormat:
         expand=config.expand,
         sqrt=config.sqrt,
         rounding=config.rounding,
+        fit=fit,
     )

@@ -178,6 +178,11 @@ class Optimizer(ABC):
         if state.master.two_pass:
             state.master.end()
 
+    @property
+    def parameter_states(self) -> Mapping[str, ParameterState]:
+        """What this rank keeps, by FQN."""
+        return self._states
+
     def master(self, fqn: str) -> Tensor:
         """The master weight as FP32 (FP64 in FP64 runs), of the parameter's shape."""
         return self.state(fqn, "master")
@@ -205,19 +210,17 @@ class Optimizer(ABC):
         """Host state of a checkpoint: which rule and formats its tensors belong to."""
         return {"optimizer": self.name, "states": str(self.plan)}
 
-    def load_state_meta(self, meta: Mapping[str, str]) -> None:
-        """Check a checkpoint's host state.
+    def check_state_meta(self, meta: Mapping[str, str]) -> None:
+        """Check a checkpoint's host state: its formats may differ, for states can be recast.
 
         Raises:
-            ValueError: it was written by another rule or with other formats.
+            ValueError: it was written by another rule.
         """
-        for key, setting in (("optimizer", "optimizer.name"), ("states", "precision.state")):
-            ours = self.state_meta()[key]
-            if (saved := meta.get(key)) != ours:
-                raise ValueError(
-                    f"{setting}: {ours}, but the checkpoint was written with {saved or 'an older version'}; "
-                    "resume with the setting that it was written with"
-                )
+        if (saved := meta.get("optimizer")) != self.name:
+            raise ValueError(
+                f"optimizer.name: {self.name}, but the checkpoint was written with "
+                f"{saved or 'an older version'}; resume with the setting that it was written with"
+            )
 
     def stored_bytes(self, *, in_plan_only: bool) -> dict[str, int]:
         """Bytes of each role's states between steps, scales included. A master that lives in the parameter
@@ -271,7 +274,7 @@ class Optimizer(ABC):
         """Cast the stored masters into the weight targets, with one scale on all ranks."""
         if not self._targets:
             return
-        agreed = self._agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
+        agreed = self.agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
         for fqn, target in self._targets.items():
             target.begin(agreed[fqn])
             if (state := self._states.get(fqn)) is not None:
@@ -279,8 +282,9 @@ class Optimizer(ABC):
                     target.write(start, stop, state.master.load(start, stop).float())
             target.end()
 
-    def _agreed(self, amaxes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The amaxes of the logical tensors, by FQN, from those of this rank's parts."""
+    def agreed(self, amaxes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The amaxes of the logical tensors, by FQN, from those of this rank's parts; collective over the
+        ranks that hold other parts."""
         if self._agree is None:
             return amaxes
         device = next(iter(self._states.values())).master.layout.device if self._states else None
@@ -364,7 +368,7 @@ class Optimizer(ABC):
                 ).items():
                     found.setdefault(role, {})[fqn] = amax
         for role in (name for name, fmt in self.plan.formats().items() if fmt.two_pass):
-            agreed = self._agreed(found.get(role, {}))
+            agreed = self.agreed(found.get(role, {}))
             for fqn in found.get(role, {}):
                 self._states[fqn].storages[role].begin(agreed[fqn])
 

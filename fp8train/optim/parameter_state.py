@@ -100,13 +100,20 @@ def make_layout(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch
     scaled = fmt.is_scaled and fmt.granularity == "block"
     row = region.shape[-1]
     block = block_size(spec.global_shape[-1], fmt.block) if scaled else 1
-    if scaled and row != spec.global_shape[-1] and (row % block or region.offset[-1] % block):
+    in_part = scaled and row != spec.global_shape[-1]
+    if in_part and fmt.fit and _cuts(block, region):
+        block = block_size(row, fmt.block)
+    if in_part and _cuts(block, region):
         raise ValueError(
             f"{spec.fqn}: a local row of {row} elements cuts a block of {block}; legal: multiples of {block}"
         )
     strides = [math.prod(spec.global_shape[dim + 1 :]) for dim in range(len(spec.global_shape))]
     first = sum(start * stride for start, stride in zip(region.offset, strides, strict=True))
     return Layout(region.shape, block, first, device, spec.global_shape[-1])
+
+
+def _cuts(block: int, region: Region) -> bool:
+    return bool(region.shape[-1] % block or region.offset[-1] % block)
 
 
 def logical_tensors(

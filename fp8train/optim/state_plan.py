@@ -43,6 +43,8 @@ class StateFormat:
         expand: FP8 blocks only: stretch each block's range of magnitudes over the format's.
         sqrt: second moment only: store its root, which needs half the exponents.
         rounding: of a state that loses bits; ``stochastic`` keeps small updates on average.
+        fit: where a cut along rows would split blocks, take the largest block that it leaves whole; else that
+            is refused, for then the scales depend on the layout.
     """
 
     name: StateName = "fp32"
@@ -51,6 +53,7 @@ class StateFormat:
     expand: bool = False
     sqrt: bool = False
     rounding: Rounding = "nearest"
+    fit: bool = False
 
     @property
     def is_exact(self) -> bool:

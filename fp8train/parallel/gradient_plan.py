@@ -8,7 +8,7 @@ in the plan, never by the part of it that a rank happens to hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -373,28 +373,30 @@ class GradientPlan:
     def _reduction_name(self) -> str:
         return "exact" if self.grids is not None else "shared_scale" if self.mu is not None else "stateless"
 
-    def check_meta(self, meta: Mapping[str, Any]) -> None:
-        """Whether a checkpoint with this host state fits.
+    def check_meta(
+        self, meta: Mapping[str, Any], accepted: Callable[[str], bool] = lambda key: False
+    ) -> None:
+        """Whether a checkpoint with this host state keeps the promise of ``exact``, if it was ``exact`` too.
+
+        Args:
+            meta: the checkpoint's :meth:`state_meta`.
+            accepted: keys that the user changes knowingly.
 
         Raises:
-            ValueError: its reduction had another state, or a setting that ``exact`` depends on another value.
+            ValueError: a setting that the bits depend on has another value.
         """
         ours, saved = self._reduction_name(), meta.get("reduction", "stateless")
-        if ours != saved:
-            raise ValueError(
-                f"precision.gradient.fp8.reduce: {ours} here, but the checkpoint was written with {saved}, "
-                "which keeps another scale state; resume with the setting that it was written with"
-            )
-        saved_settings = meta.get("unchanged", {})
+        saved_settings = meta.get("unchanged", {}) if ours == saved else self._unchanged
         changed = [
             f"{key}={saved_settings.get(key, 'unknown')} (now {value})"
             for key, value in self._unchanged.items()
-            if saved_settings.get(key, "unknown") != value
+            if saved_settings.get(key, "unknown") != value and not accepted(key)
         ]
         if changed:
             raise ValueError(
                 f"precision.gradient.fp8.reduce: {ours} gives the same bits only if what they depend on "
-                f"stays; restore {', '.join(changed)}; the number of ranks may change"
+                f"stays; restore {', '.join(changed)}; the number of ranks may change. To go on with other "
+                "bits, name them in checkpoint.accept_changes"
             )
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:

@@ -10,15 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fp8train import __version__
-from fp8train.checkpoint import capture_rng, load_checkpoint, read_meta, restore_rng, save_checkpoint
+from fp8train.checkpoint import capture_rng, save_checkpoint
 from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError, UserError
-from fp8train.config.model_schema import ModelConfig
-from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.consistency import check_replicas
@@ -59,40 +56,15 @@ class TrainingLoop:
         trainer: Trainer,
         reporter: Reporter,
         stop_reason: Callable[[], str | None],
+        start: int = 0,
     ) -> None:
-        """``stop_reason`` is called by all ranks after each step and returns the same answer on all."""
+        """``stop_reason`` is called by all ranks after each step and returns the same answer on all;
+        ``start``: steps that a checkpoint has done."""
         self.config, self.processes, self.run_dir = config, processes, run_dir
         self.data, self.trainer, self.reporter, self.stop_reason = data, trainer, reporter, stop_reason
-        self.start = 0
+        self.start = start
         self._skipped_in_a_row = 0
-        self._saved_at: int | None = None
-
-    def resume(self, path: Path) -> None:
-        """Continue from a verified checkpoint. Raises ``ConfigError`` if it belongs to another architecture
-        or data."""
-        meta = read_meta(path)
-        _check_same_model(meta["config"], to_plain(self.config), path)
-        try:
-            self.trainer.check_meta(meta["trainer"])
-        except ValueError as error:
-            raise ConfigError(f"checkpoint {path}: {error}") from None
-        loaded = load_checkpoint(
-            path, self.trainer.checkpoint_tensors(), group=self.processes.control, verify="size"
-        )
-        self.start = self.data.train.load_state_dict(loaded.meta["data"])
-        self.trainer.restored(loaded.meta["trainer"])
-        if loaded.rank_state is not None:
-            restore_rng(loaded.rank_state, self.processes.device)
-            for name, tensor in self.trainer.rank_tensors().items():
-                tensor.copy_(loaded.rank_state[name])
-        else:
-            self.reporter.say(
-                f"checkpoint was saved by {loaded.world_size} ranks: random states start anew "
-                "(weights and data order do not depend on them)"
-            )
-        self._saved_at = self.start
-        self.reporter.event("resumed", step=self.start, checkpoint=str(path))
-        self.reporter.say(f"resumed from {path} at step {self.start}")
+        self._saved_at: int | None = start or None
 
     def run(self) -> Outcome:
         """Train. Returns when all steps are done or a stop was agreed on; the state is saved then."""
@@ -216,25 +188,3 @@ class TrainingLoop:
             )
         self._saved_at = done
         self.reporter.checkpoint(done, path, time.perf_counter() - began)
-
-
-def _check_same_model(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a model of another shape, parametrisation or compute type. Settings that a
-    checkpoint does not know yet had their defaults."""
-    differing = []
-    for name, section in (("model", ModelConfig), ("parametrization", ParametrizationConfig)):
-        before, defaults = saved.get(name, {}), section.model_fields
-        for key, value in now[name].items():
-            old = before.get(key, defaults[key].default)
-            if old != value and key not in ("init_std",):
-                differing.append(f"{name}.{key}: {old} -> {value}")
-    if saved["precision"]["compute"] != now["precision"]["compute"]:
-        differing.append(
-            f"precision.compute: {saved['precision']['compute']} -> {now['precision']['compute']}"
-        )
-    if differing:
-        listed = "; ".join(differing[:6])
-        raise ConfigError(
-            f"checkpoint {path} holds another model (saved -> now): {listed}\n"
-            "restore these settings, or start a new run under another run.name"
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +41,10 @@ class Reporter:
         run_dir: RunDir,
         trainer: Trainer,
         vocab_size: int,
+        samples_before: Callable[[int], int],
     ) -> None:
+        """``samples_before``: samples used before a step; a run that was resumed may have had other
+        batches."""
         self.config, self.processes, self.run_dir, self.trainer = config, processes, run_dir, trainer
         self.console = Console(enabled=processes.rank == 0, total_steps=config.total_steps)
         self.throughput = Throughput(
@@ -60,8 +63,8 @@ class Reporter:
             run_config=to_plain(config),
             enabled=processes.rank == 0,
         )
+        self._samples_before = samples_before
         self._state = "failed"
-        self._tokens_per_step = config.train.global_batch_size * config.data.seq_length
         self._window_steps = 0
         self._data_seconds = 0.0
         self._skipped = 0
@@ -140,7 +143,8 @@ class Reporter:
             "optim/lr": result.lr,
         }
         steps, self._window_steps = self._window_steps, 0
-        metrics |= self.throughput.measure(steps, steps * self._tokens_per_step)
+        samples = self._samples_before(done) - self._samples_before(done - steps)
+        metrics |= self.throughput.measure(steps, samples * self.config.data.seq_length)
         metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
         metrics["optim/skipped_steps"] = self._skipped
         sent = self.trainer.sent_bytes()
@@ -203,7 +207,7 @@ class Reporter:
         """Metrics to metrics.jsonl and to the trackers."""
         if self.processes.rank != 0:
             return
-        tokens = step * self._tokens_per_step
+        tokens = self._samples_before(step) * self.config.data.seq_length
         self.run_dir.log_metrics(metrics_record(step, tokens, metrics))
         self.trackers.log(step, tokens, metrics)
 

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,8 +28,10 @@ from fp8train.config.schema import Config
 from fp8train.config.world import check_world
 from fp8train.data.loading import Data, open_data
 from fp8train.training.environment import describe_environment
+from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import TrainingLoop
 from fp8train.training.reporter import Reporter
+from fp8train.training.resume import resume
 from fp8train.training.run_dir import RunDir
 from fp8train.training.signals import StopRequest
 from fp8train.training.trainer import Trainer
@@ -91,6 +94,7 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
         checkpoint = find_checkpoint(run_dir.checkpoints, config.checkpoint.resume, group=procs.control)
+        source = None if checkpoint is not None else _source(run_dir, config, procs)
         data = open_data(
             config.data,
             vocab_size=config.model.vocab_size,
@@ -100,16 +104,27 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
             dp_size=procs.dp.size,
             seed=config.run.seed,
             total_steps=config.total_steps,
+            ramp=config.train.batch_sizes.ramp,
         )
         trainer = _build(config, procs, data)
-        run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
         _keep_tokenizer(run_dir, data)
         with (
             StopRequest(run_dir.stop_file) as stop,
             Reporter(
-                config, processes=procs, run_dir=run_dir, trainer=trainer, vocab_size=data.vocab_size
+                config,
+                processes=procs,
+                run_dir=run_dir,
+                trainer=trainer,
+                vocab_size=data.vocab_size,
+                samples_before=data.train.samples_before,
             ) as reporter,
         ):
+            reporter.header(data)
+            if checkpoint is not None:
+                step = resume(
+                    checkpoint, config, processes=procs, trainer=trainer, data=data, reporter=reporter
+                )
+            run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
             loop = TrainingLoop(
                 config,
                 processes=procs,
@@ -118,12 +133,11 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
                 trainer=trainer,
                 reporter=reporter,
                 stop_reason=lambda: stop.agree(procs.control),
+                start=step,
             )
-            reporter.header(data)
-            if checkpoint is not None:
-                loop.resume(checkpoint)
-            step = loop.start
             run_dir.truncate_after(step or None)
+            if source is not None:
+                initialise_from(source, config, processes=procs, trainer=trainer, reporter=reporter)
             run_dir.write_status("running", step=step)
             outcome = loop.run()
             reporter.end(outcome.state, outcome.reason, outcome.step)
@@ -134,6 +148,16 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
         raise
     run_dir.write_status(outcome.state, step=outcome.step, reason=outcome.reason, exit_code=0)
     return 0
+
+
+def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
+    """The verified checkpoint that a new run starts from, if it does."""
+    if config.checkpoint.init_from is None:
+        return None
+    key, path = "checkpoint.init_from", config.checkpoint.init_from
+    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key=key)
+    assert source is not None
+    return source
 
 
 def _build(config: Config, procs: Processes, data: Data) -> Trainer:

@@ -10,6 +10,7 @@ same one). With pipeline stages, micro-batches run under the pipeline's schedule
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -294,8 +295,12 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint: master weights, moments and scale state. The model's own weights are
         the masters' rounding."""
+        return self.optimizer.state_tensors() | self.scale_tensors()
+
+    def scale_tensors(self) -> dict[str, Tensor]:
+        """Those of :meth:`state_tensors` that are scale state, of gradients and of delayed scales."""
         scales = {} if self.scales is None else self.scales.state_tensors()
-        return self.optimizer.state_tensors() | self.gradients.state_tensors() | scales
+        return self.gradients.state_tensors() | scales
 
     def checkpoint_tensors(self) -> dict[str, Tensor | LogicalTensor]:
         """:meth:`state_tensors`, with the place of those that are parts of a logical tensor."""
@@ -320,18 +325,22 @@ class Trainer:
             **self.gradients.state_meta(),
         }
 
-    def check_meta(self, meta: dict[str, Any]) -> None:
-        """Whether a checkpoint with this host state fits.
+    def check_meta(self, meta: dict[str, Any], accepted: Callable[[str], bool] = lambda key: False) -> None:
+        """Whether training can go on from a checkpoint with this host state.
+
+        Args:
+            meta: the checkpoint's :meth:`state_meta`.
+            accepted: settings that the user changes knowingly.
 
         Raises:
-            ValueError: other state formats, another reduction with a state of its own, or other settings that
-                ``exact`` depends on.
+            ValueError: another update rule, or other settings that ``exact`` depends on.
         """
-        self.optimizer.load_state_meta(meta)
-        self.gradients.check_meta(meta)
+        self.optimizer.check_state_meta(meta)
+        self.gradients.check_meta(meta, accepted)
 
-    def restored(self, meta: dict[str, Any]) -> None:
-        """Finish loading after :meth:`state_tensors` were filled in place."""
+    def restored(self, meta: Mapping[str, Any]) -> None:
+        """Finish loading after :meth:`state_tensors` were filled in place. ``meta``: with ``updates``, which
+        the moments have seen."""
         self.updates = meta["updates"]
         if self.guard is not None and "guard" in meta:
             self.guard.load_state(meta["guard"])

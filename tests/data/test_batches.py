@@ -125,5 +125,59 @@ def test_position_of_other_sizes_is_refused(tmp_path):
     saved = batches(samples(tmp_path / "a")).state_dict(5)
     with pytest.raises(DataError, match=r"data\.seq_length is 4, but the checkpoint's .* with 8"):
         batches(samples(tmp_path / "a", seq_length=4)).load_state_dict(saved)
-    with pytest.raises(DataError, match=r"train\.global_batch_size is 16, but the checkpoint's .* with 8"):
-        batches(samples(tmp_path / "a"), global_batch_size=16).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_batch_size_goes_on_from_the_sample(tmp_path, recorded):
+    """Also a second time, on other ranks, and from checkpoints that did not record the sample."""
+    source = samples(tmp_path / "a")
+    saved = batches(source).state_dict(5)
+    assert saved["samples"] == 40
+    if not recorded:
+        del saved["samples"]
+    larger = batches(source, global_batch_size=16)
+    assert larger.load_state_dict(saved) == 5
+    expected = [torch.from_numpy(source[40 + 16 + number]) for number in range(16)]
+    assert torch.equal(larger.batch(6).view(16, 9), torch.stack(expected))
+    again = batches(source, global_batch_size=4, size=2, rank=1)
+    assert again.load_state_dict(larger.state_dict(7)) == 7
+    expected = [torch.from_numpy(source[40 + 32 + number]) for number in (2, 3)]
+    assert torch.equal(again.batch(7).view(2, 9), torch.stack(expected))
+    assert again.samples_before(9) == 80
+
+
+def test_a_resume_in_the_middle_of_an_epoch_sees_the_same_samples(tmp_path):
+    """124 samples are 15.5 batches: steps 12 to 19 cross into the second epoch."""
+    source = samples(tmp_path / "a")
+    whole = batches(source)
+    saved = whole.state_dict(12)
+    for size, micro in ((1, 8), (2, 4), (2, 1), (4, 2), (8, 1)):
+        parts = [batches(source, rank=rank, size=size, micro_batch_size=micro) for rank in range(size)]
+        assert {part.load_state_dict(saved) for part in parts} == {12}
+        for step in range(12, 20):
+            union = torch.cat([part.batch(step).view(-1, 9) for part in parts])
+            assert torch.equal(union, whole.batch(step).view(8, 9)), (size, micro, step)
+
+
+RAMP = ((2, 4), (3, 6))
+"""Batches of 8 after 2 of 4 and 3 of 6: steps begin at 0, 4, 8, 14, 20, 26, 34, ..."""
+
+
+def test_a_ramp_keeps_its_place_on_any_ranks(tmp_path):
+    source = samples(tmp_path / "a")
+    begins = [0, 4, 8, 14, 20, 26, 34, 42]
+    whole = batches(source, ramp=RAMP)
+    assert [whole.samples_before(step) for step in range(8)] == begins
+    saved = whole.state_dict(3)
+    assert saved["samples"] == 14
+    for size, micro in ((1, 2), (2, 1), (2, 2)):
+        if 6 % (size * micro):
+            with pytest.raises(ConfigError, match=r"global_batch_size \(6\)"):
+                batches(source, rank=0, size=size, micro_batch_size=micro, ramp=RAMP)
+            continue
+        parts = [batches(source, rank=r, size=size, micro_batch_size=micro, ramp=RAMP) for r in range(size)]
+        assert {part.load_state_dict(saved) for part in parts} == {3}
+        for step in range(3, 7):
+            union = torch.cat([part.batch(step).view(-1, 9) for part in parts])
+            expected = [torch.from_numpy(source[i]) for i in range(begins[step], begins[step + 1])]
+            assert torch.equal(union, torch.stack(expected)), (size, micro, step)

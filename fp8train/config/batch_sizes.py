@@ -1,0 +1,54 @@
+"""Samples of each optimizer step: one number, or a ramp towards it.
+
+Everything that counts samples or tokens of steps asks here, so that data, schedule, log and a resumed run
+agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """A function of the step.
+
+    Attributes:
+        final: global batch size after the ramp.
+        ramp: (steps, global batch size) of each stage before.
+    """
+
+    final: int
+    ramp: Sequence[tuple[int, int]] = ()
+
+    @property
+    def all(self) -> list[int]:
+        """Every size, in order."""
+        return [*(size for _, size in self.ramp), self.final]
+
+    def size(self, step: int) -> int:
+        """Samples of a (0-based) step."""
+        for steps, size in self.ramp:
+            if step < steps:
+                return size
+            step -= steps
+        return self.final
+
+    def samples_before(self, step: int) -> int:
+        """Samples of all steps before this one."""
+        samples = 0
+        for steps, size in self.ramp:
+            taken = min(step, steps)
+            samples, step = samples + taken * size, step - taken
+        return samples + step * self.final
+
+    def steps_for(self, tokens: int, seq_length: int) -> int:
+        """Fewest steps that use this many tokens."""
+        done = 0
+        for steps, size in self.ramp:
+            needed = -(-tokens // (size * seq_length))
+            if needed <= steps:
+                return done + needed
+            done, tokens = done + steps, tokens - steps * size * seq_length
+        return done + -(-tokens // (self.final * seq_length))

@@ -1,0 +1,92 @@
+"""A new run that starts from a checkpoint's weights, or from its optimizer too.
+
+Any checkpoint of ours will do, of any layout and formats, also one that holds only weights (an import). The
+run itself is new: step 0, its own schedule, its own order of samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fp8train.checkpoint import CheckpointError, open_checkpoint
+from fp8train.comm.processes import Processes
+from fp8train.config.changes import changes, is_in, listed
+from fp8train.config.errors import ConfigError
+from fp8train.config.schema import Config
+from fp8train.training.reporter import Reporter
+from fp8train.training.restore import restore
+from fp8train.training.trainer import Trainer
+
+_MAY_DIFFER = ("model.family", "model.vocab_size", "model.vocab_multiple", "model.init_std")
+"""Of the model: names and sizes whose effect shows in the shapes of the weights."""
+
+
+def initialise_from(
+    path: Path, config: Config, *, processes: Processes, trainer: Trainer, reporter: Reporter
+) -> None:
+    """Take weights (``init_mode: model``), or moments and count of updates too (``warm``), from a verified
+    checkpoint; collective over all ranks.
+
+    Args:
+        path: the checkpoint directory.
+        config: of the new run.
+        processes: this process's place in the job.
+        trainer: filled in place.
+        reporter: told what happened.
+
+    Raises:
+        ConfigError: the weights belong to another model or parametrisation; ``warm`` from another optimizer.
+        CheckpointError: it lacks what is asked for, or shapes differ.
+    """
+    opened = open_checkpoint(path, group=processes.control, verify="size")
+    warm = config.checkpoint.init_mode == "warm"
+    _check_same_model(opened.meta.get("config"), config, path)
+    if warm and "trainer" not in opened.meta:
+        raise CheckpointError(
+            f"checkpoint.init_from: {path} holds no optimizer states; write checkpoint.init_mode: model"
+        )
+    if warm:
+        try:
+            trainer.optimizer.check_state_meta(opened.meta["trainer"])
+        except ValueError as error:
+            raise ConfigError(
+                f"checkpoint.init_from: {path}: {error}, or take the weights alone: "
+                "checkpoint.init_mode=model"
+            ) from None
+    restored = restore(
+        trainer,
+        opened,
+        roles=trainer.optimizer.roles if warm else ("master",),
+        scales=False,
+        reshard=config.checkpoint.reshard,
+    )
+    trainer.restored({"updates": opened.meta["trainer"]["updates"] if warm else 0})
+    reporter.event(
+        "initialised",
+        step=0,
+        checkpoint=str(path),
+        mode=config.checkpoint.init_mode,
+        recast=restored.recasts,
+    )
+    for line in restored.lines():
+        reporter.say(line)
+    what = "weights and moments" if warm else "weights"
+    reporter.say(f"{what} taken from {path} (step {opened.manifest.step}); training starts at step 0")
+
+
+def _check_same_model(saved: dict | None, config: Config, path: Path) -> None:
+    """A model of another kind could have weights of the same shapes."""
+    if saved is None:
+        return
+    found = [
+        change
+        for change in changes(saved, config)
+        if is_in(change.key, ("model", "parametrization"))
+        and not is_in(change.key, _MAY_DIFFER)
+        and not (change.key == "model.max_seq_len" and config.model.positions == "rope")
+    ]
+    if found:
+        raise ConfigError(
+            f"checkpoint.init_from: {path} holds another model (saved -> now): {listed(found)}\n"
+            "write the model and parametrisation that it was trained with"
+        )

@@ -1,0 +1,123 @@
+"""Continuing a run from its checkpoint: what must fit, what may have changed, what starts anew.
+
+The order of trouble: nothing is read before the configurations, the reduction's promises and the data are
+known to fit, and every difference is told. What means something for one layout alone (random states,
+residuals of error feedback) is taken over on the same layout only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fp8train.checkpoint import CheckpointError, OpenCheckpoint, open_checkpoint, restore_rng
+from fp8train.comm.processes import Processes
+from fp8train.config.changes import Change, changes, check_accepted, is_in, listed
+from fp8train.config.errors import ConfigError
+from fp8train.config.schema import Config
+from fp8train.data.loading import Data
+from fp8train.training.reporter import Reporter
+from fp8train.training.restore import restore
+from fp8train.training.trainer import Trainer
+
+
+def resume(
+    path: Path, config: Config, *, processes: Processes, trainer: Trainer, data: Data, reporter: Reporter
+) -> int:
+    """Continue from a verified checkpoint; collective over all ranks.
+
+    Args:
+        path: the checkpoint directory.
+        config: of the run now.
+        processes: this process's place in the job.
+        trainer: filled in place.
+        data: put at the checkpoint's position.
+        reporter: told what happened.
+
+    Returns:
+        Steps done.
+
+    Raises:
+        ConfigError: it belongs to another model, or its settings changed in a way that was not accepted.
+        DataError: it belongs to other data.
+        CheckpointError: its files do not fit.
+    """
+    opened = open_checkpoint(path, group=processes.control, verify="size")
+    meta = opened.meta
+    if not {"config", "trainer", "data"} <= meta.keys():
+        raise CheckpointError(
+            f"{path} holds weights but no state of a training run, so nothing can go on from it; start a new "
+            "run from it: checkpoint.init_from"
+        )
+    found = changes(meta["config"], config)
+    _check_changes(found, config, trainer, meta["trainer"], path)
+    step = data.train.load_state_dict(meta["data"])
+    own = _rank_state(opened, config)
+    restored = restore(
+        trainer,
+        opened,
+        roles=trainer.optimizer.roles,
+        scales=True,
+        reshard=config.checkpoint.reshard,
+        rank_state=own,
+    )
+    trainer.restored(meta["trainer"])
+    anew = _restore_own(own, trainer, processes)
+    reporter.event(
+        "resumed",
+        step=step,
+        checkpoint=str(path),
+        changes={change.key: [change.before, change.now] for change in found},
+        recast=restored.recasts,
+        fresh=restored.fresh,
+    )
+    if found:
+        reporter.say(f"changed since the checkpoint: {listed(found)}")
+    for line in (*restored.lines(), *anew):
+        reporter.say(line)
+    reporter.say(f"resumed from {path} at step {step}")
+    return step
+
+
+def _check_changes(
+    found: Sequence[Change], config: Config, trainer: Trainer, meta: dict[str, Any], path: Path
+) -> None:
+    accepted = config.checkpoint.accept_changes
+    check_accepted(found, accepted, str(path))
+    sizes = ("train.global_batch_size", "train.batch_size_ramp")
+    counted = [one.key for one in found if one.key in sizes]
+    if counted and config.train.tokens is not None:
+        raise ConfigError(
+            f"{counted[0]} cannot change in a run whose length is train.tokens: its steps, and so its "
+            "schedule, would be counted anew; write train.steps instead"
+        )
+    try:
+        trainer.check_meta(meta, lambda key: is_in(key, accepted))
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {path}: {error}") from None
+
+
+def _rank_state(opened: OpenCheckpoint, config: Config) -> dict[str, Tensor] | None:
+    """Empty tensors for what this rank saved, if it has the same place in the same layout."""
+    saved = opened.meta["config"].get("parallel", {})
+    now = config.parallel.model_dump(mode="json")
+    same = all(saved.get(key, now[key]) == now[key] for key in now if key != "dp")
+    return opened.rank_state() if same else None
+
+
+def _restore_own(own: Mapping[str, Tensor] | None, trainer: Trainer, processes: Processes) -> list[str]:
+    """Put back what is this rank's alone; what starts anew instead, in words."""
+    residuals = trainer.rank_tensors()
+    if own is None:
+        lost = ", residuals of error feedback" if residuals else ""
+        return [f"another layout: random states{lost} start anew (weights and data order do not need them)"]
+    restore_rng(dict(own), processes.device)
+    fits = all(name in own and own[name].shape == tensor.shape for name, tensor in residuals.items())
+    if not fits:
+        return ["residuals of error feedback start anew"]
+    for name, tensor in residuals.items():
+        tensor.copy_(own[name])
+    return []

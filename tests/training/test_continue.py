@@ -1,0 +1,251 @@
+"""Resuming with other settings, and new runs that start from a checkpoint: what is said, refused and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fp8train.checkpoint import CheckpointError, capture_rng, save_checkpoint
+from fp8train.comm.processes import Layout, joined_processes
+from fp8train.config.errors import ConfigError
+from fp8train.config.schema import Config, to_plain
+from fp8train.training.initialise import initialise_from
+from fp8train.training.resume import resume
+from fp8train.training.trainer import Trainer
+from tests.training.tiny import VOCAB, alone, batches, tiny_config
+
+STEP = 3
+O0, O2 = ["precision.level=O0"], ["precision.level=O2"]
+FEEDBACK = [*O2, "precision.gradient.fp8.error_feedback=true"]
+
+
+class Listener:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.events: list[dict[str, Any]] = []
+
+    def say(self, text: str) -> None:
+        """A line."""
+        self.lines.append(text)
+
+    def event(self, kind: str, *, step: int, **fields: Any) -> None:
+        """An event."""
+        self.events.append({"kind": kind, "step": step, **fields})
+
+
+def start(overrides: list[str], processes: Any = None) -> tuple[Config, Trainer, Any]:
+    """(configuration, trainer, batches) of a new run."""
+    config, processes = tiny_config(overrides), processes or alone()
+    return config, Trainer(config, processes, vocab_size=VOCAB), batches(config, processes)
+
+
+def train(trainer: Trainer, data: Any, first: int, last: int) -> list[float]:
+    """Losses of some steps."""
+    return [float(trainer.step(step, data.batch(step)).loss) for step in range(first, last)]
+
+
+def save(config: Config, trainer: Trainer, data: Any, root: Path, step: int = STEP) -> Path:
+    """As the training loop does."""
+    processes = trainer.processes
+    return save_checkpoint(
+        root,
+        step,
+        trainer.checkpoint_tensors(),
+        meta={
+            "config": to_plain(config),
+            "vocab_size": VOCAB,
+            "data": data.state_dict(step),
+            "trainer": trainer.state_meta(),
+        },
+        rank_state=capture_rng(processes.device) | trainer.rank_tensors(),
+        group=processes.control,
+        keep_last=9,
+    )
+
+
+def go_on(path: Path, overrides: list[str], processes: Any = None) -> tuple[Trainer, Any, Listener]:
+    """Resume with these settings."""
+    config, trainer, data = start(overrides, processes)
+    listener = Listener()
+    step = resume(
+        path,
+        config,
+        processes=trainer.processes,
+        trainer=trainer,
+        data=SimpleNamespace(train=data),  # type: ignore[arg-type]
+        reporter=listener,  # type: ignore[arg-type]
+    )
+    assert step == STEP
+    return trainer, data, listener
+
+
+def begin(path: Path, overrides: list[str]) -> tuple[Trainer, Any, Listener]:
+    """A new run from a checkpoint's weights."""
+    config, trainer, data = start([*overrides, f"checkpoint.init_from={path}"])
+    listener = Listener()
+    initialise_from(path, config, processes=alone(), trainer=trainer, reporter=listener)  # type: ignore[arg-type]
+    return trainer, data, listener
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_each() -> Iterator[None]:
+    """As in the pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer, list[float]]:
+    """A checkpoint at O0, its trainer then, and the two losses after it."""
+    config, trainer, data = start(O0)
+    train(trainer, data, 0, STEP)
+    path = save(config, trainer, data, tmp_path_factory.mktemp("run"))
+    frozen = start(O0)[1]
+    for name, tensor in frozen.state_tensors().items():
+        tensor.copy_(trainer.state_tensors()[name])
+    return path, frozen, train(trainer, data, STEP, STEP + 2)
+
+
+def test_equal_settings_say_nothing(run) -> None:
+    path, _, expected = run
+    trainer, data, listener = go_on(path, O0)
+    assert listener.lines == [f"resumed from {path} at step {STEP}"]
+    assert train(trainer, data, STEP, STEP + 2) == expected
+
+
+def test_another_level_is_refused_and_accepted(run) -> None:
+    path, _, expected = run
+    with pytest.raises(
+        ConfigError, match=r"precision\.level: O0 -> O2.*\n.*\n.*accept_changes=\[precision\]"
+    ):
+        go_on(path, O2)
+    trainer, data, listener = go_on(path, [*O2, "checkpoint.accept_changes=[precision]", "run.threads=1"])
+    assert listener.lines[0].startswith("changed since the checkpoint: ")
+    assert "precision.level: O0 -> O2" in listener.lines[0]
+    assert "run.threads: null -> 1" in listener.lines[0]
+    assert listener.lines[1].startswith(
+        "recast master: fp32 -> fp16_scaled/blocks/stochastic (8 parameters: "
+    ) or (listener.lines[1].startswith("recast master: fp32 -> fp16_scaled/blocks (8 parameters: "))
+    event = listener.events[0]
+    assert event["changes"]["precision.level"] == ["O0", "O2"]
+    assert len(event["recast"]["exp_avg: fp32 -> e4m3/blocks"]) == 8
+    losses = train(trainer, data, STEP, STEP + 2)
+    assert losses == pytest.approx(expected, rel=0.01)
+    assert losses != expected
+
+
+def test_more_steps_are_accepted_by_name(run) -> None:
+    path, _, _ = run
+    with pytest.raises(ConfigError, match=r"train\.steps: 20 -> 40"):
+        go_on(path, [*O0, "train.steps=40"])
+    go_on(path, [*O0, "train.steps=40", "checkpoint.accept_changes=[train.steps]"])
+
+
+def test_another_batch_size_goes_on_where_the_samples_ended(run) -> None:
+    path, _, _ = run
+    larger = [*O0, "train.global_batch_size=16", "checkpoint.accept_changes=[train.global_batch_size]"]
+    _, data, _ = go_on(path, larger)
+    assert data.samples_before(STEP) == STEP * 8
+    assert data.samples_before(STEP + 1) == STEP * 8 + 16
+    accepted = "checkpoint.accept_changes=[train]"
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size cannot change .* train\.tokens"):
+        go_on(path, [*O0, "train.steps=null", "train.tokens=99999", "train.global_batch_size=16", accepted])
+
+
+def test_another_optimizer_is_refused_by_name(run) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.name: adamw -> lion"):
+        go_on(run[0], [*O0, "optimizer.name=lion", "checkpoint.accept_changes=[optimizer]"])
+
+
+def moved(group: Any, rank: int, world_size: int, path: Path, overrides: list[str], layout: Layout) -> Any:
+    """Runs in the pool: resume, what was said, and the next losses."""
+    trainer, data, listener = go_on(path, overrides, joined_processes(torch.device("cpu"), layout))
+    return listener.lines, train(trainer, data, STEP, STEP + 2)
+
+
+def test_another_layout_is_free(gloo_pool, run) -> None:
+    path, _, expected = run
+    cases = [(Layout(), ["train.micro_batch_size=2", "parallel.zero=1"]), (Layout(pp=2), ["parallel.pp=2"])]
+    for layout, overrides in cases:
+        for lines, losses in gloo_pool.run(moved, 2, path, [*O0, *overrides], layout, timeout=120.0):
+            assert lines[0].startswith("changed since the checkpoint: ")
+            assert overrides[-1].partition("=")[0] in lines[0]
+            assert lines[1].startswith("another layout: random states start anew")
+            assert losses == pytest.approx(expected, rel=2e-3)
+
+
+def test_residuals_belong_to_a_layout(tmp_path: Path) -> None:
+    config, trainer, data = start(FEEDBACK)
+    train(trainer, data, 0, STEP)
+    path = save(config, trainer, data, tmp_path)
+    kept, _, listener = go_on(path, FEEDBACK)
+    assert len(listener.lines) == 1
+    residuals = trainer.rank_tensors()
+    assert residuals
+    assert any(bool(tensor.any()) for tensor in residuals.values())
+    assert all(torch.equal(kept.rank_tensors()[name], tensor) for name, tensor in residuals.items())
+    other = [*FEEDBACK, "precision.gradient.bucket_mib=0.003"]
+    anew, _, listener = go_on(path, other)
+    assert "residuals of error feedback start anew" in listener.lines
+    assert not any(bool(tensor.any()) for tensor in anew.rank_tensors().values())
+
+
+def test_weights_alone_start_a_new_run(run) -> None:
+    path, frozen, _ = run
+    for overrides in (O0, O2, [*O2, "optimizer.name=lion", "optimizer.lr=0.001", "data.seq_length=8"]):
+        trainer, data, listener = begin(path, overrides)
+        for fqn in frozen.optimizer.parameter_states:
+            # FP16 with a scale per block keeps 11 bits.
+            assert torch.allclose(
+                trainer.optimizer.master(fqn), frozen.optimizer.master(fqn), rtol=2**-11, atol=1e-6
+            )
+            assert not trainer.optimizer.state(fqn, "exp_avg").any()
+        assert trainer.updates == 0
+        assert listener.lines[-1] == f"weights taken from {path} (step {STEP}); training starts at step 0"
+        assert listener.events[-1]["kind"] == "initialised"
+        assert train(trainer, data, 0, 1)[0] < 4.1 < 4.16  # ln 64 is 4.16
+
+
+def test_a_warm_start_takes_moments_and_updates(run) -> None:
+    path, frozen, _ = run
+    trainer, data, listener = begin(path, [*O0, "checkpoint.init_mode=warm", "schedule.kind=constant"])
+    for name, tensor in frozen.state_tensors().items():
+        assert torch.equal(trainer.state_tensors()[name], tensor), name
+    assert trainer.updates == STEP
+    assert listener.lines[-1].startswith("weights and moments taken from")
+    train(trainer, data, 0, 1)
+    with pytest.raises(ConfigError, match=r"lion, but the checkpoint was .* adamw.*init_mode=model"):
+        begin(path, [*O0, "checkpoint.init_mode=warm", "optimizer.name=lion"])
+
+
+def test_a_checkpoint_of_weights_alone(run, tmp_path: Path) -> None:
+    """What an import writes: masters in FP32, the model's configuration, no state of training."""
+    _, frozen, _ = run
+    weights = {name: t for name, t in frozen.state_tensors().items() if name.startswith("master/")}
+    meta = {"config": to_plain(frozen.config), "vocab_size": VOCAB, "tokenizer": None}
+    path = save_checkpoint(tmp_path, 0, weights, meta=meta, rank_state={}, group=None, keep_last=1)
+    trainer, _, _ = begin(path, ["precision.level=O3"])
+    embedding = frozen.optimizer.master("embedding.weight")
+    assert torch.equal(trainer.optimizer.master("embedding.weight"), embedding)
+    with pytest.raises(CheckpointError, match="holds no optimizer states"):
+        begin(path, [*O0, "checkpoint.init_mode=warm"])
+    with pytest.raises(CheckpointError, match=r"no state of a training run.*\n?.*checkpoint\.init_from"):
+        go_on(path, O0)
+
+
+def test_another_model_is_refused(run) -> None:
+    with pytest.raises(ConfigError, match=r"model\.qk_norm: none -> frozen"):
+        begin(run[0], [*O0, "model.qk_norm=frozen"])
+    with pytest.raises(ConfigError, match=r"parametrization\.kind: standard -> mus"):
+        begin(run[0], [*O0, "parametrization.kind=mus", "optimizer.weight_decay=0.0001"])
+    with pytest.raises(CheckpointError, match=r"embedding\.weight: checkpoint has \(128, 32\), run has"):
+        begin(run[0], [*O0, "model.vocab_multiple=192"])
