@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fp8train import __version__
-from fp8train.checkpoint import capture_rng, load_checkpoint, read_meta, restore_rng, save_checkpoint
+from fp8train.checkpoint import load_checkpoint, read_meta, restore_rng
 from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError, UserError
 from fp8train.config.model_schema import ModelConfig
@@ -25,6 +24,7 @@ from fp8train.training.consistency import check_replicas
 from fp8train.training.evaluation import Evaluation, evaluate
 from fp8train.training.reporter import Reporter
 from fp8train.training.run_dir import RunDir
+from fp8train.training.saving import Saving
 from fp8train.training.trainer import StepResult, Trainer
 
 MAX_SKIPPED = 20
@@ -64,7 +64,9 @@ class TrainingLoop:
         self.data, self.trainer, self.reporter, self.stop_reason = data, trainer, reporter, stop_reason
         self.start = 0
         self._skipped_in_a_row = 0
-        self._saved_at: int | None = None
+        self.saving = Saving(
+            config, processes=processes, run_dir=run_dir, data=data, trainer=trainer, reporter=reporter
+        )
 
     def resume(self, path: Path) -> None:
         """Continue from a verified checkpoint. Raises ``ConfigError`` if it belongs to another architecture
@@ -89,7 +91,7 @@ class TrainingLoop:
                 f"checkpoint was saved by {loaded.world_size} ranks: random states start anew "
                 "(weights and data order do not depend on them)"
             )
-        self._saved_at = self.start
+        self.saving.saved_at = self.start
         self.reporter.event("resumed", step=self.start, checkpoint=str(path))
         self.reporter.say(f"resumed from {path} at step {self.start}")
 
@@ -106,8 +108,8 @@ class TrainingLoop:
             if self._evaluation_due(done):
                 self.reporter.evaluation(done, self._evaluate())
             reason = self.stop_reason()
-            if self._save_due(done, stopping=reason is not None):
-                self.save(done)
+            if self.saving.due(done, stopping=reason is not None):
+                self.saving.save(done)
             if reason is not None and done < total:
                 self.run_dir.clear_stop()
                 return Outcome("stopped", reason, done)
@@ -175,37 +177,6 @@ class TrainingLoop:
                 token_lengths=self.data.token_lengths,
                 ignore_after=self.trainer.ignore_after,
             )
-
-    def _save_due(self, done: int, *, stopping: bool) -> bool:
-        checkpoint = self.config.checkpoint
-        at_end = done == self.config.total_steps and checkpoint.save_at_end
-        return stopping or at_end or bool(checkpoint.interval and done % checkpoint.interval == 0)
-
-    def save(self, done: int) -> None:
-        """Write the checkpoint of step ``done`` unless it exists already."""
-        if self._saved_at == done:
-            return
-        meta: dict[str, Any] = {
-            "fp8train": __version__,
-            "config": to_plain(self.config),
-            "vocab_size": self.data.vocab_size,
-            "tokenizer": None if self.data.tokenizer is None else str(self.data.tokenizer.path),
-            "data": self.data.train.state_dict(done),
-            "trainer": self.trainer.state_meta(),
-        }
-        began = time.perf_counter()
-        with self.reporter.outside_throughput():
-            path = save_checkpoint(
-                self.run_dir.checkpoints,
-                done,
-                self.trainer.checkpoint_tensors(),
-                meta=meta,
-                rank_state=capture_rng(self.processes.device) | self.trainer.rank_tensors(),
-                group=self.processes.control,
-                keep_last=self.config.checkpoint.keep_last,
-            )
-        self._saved_at = done
-        self.reporter.checkpoint(done, path, time.perf_counter() - began)
 
 
 def _check_same_model(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
