@@ -97,6 +97,15 @@ class TrainingLoop:
 
     def run(self) -> Outcome:
         """Train. Returns when all steps are done or a stop was agreed on; the state is saved then."""
+        try:
+            outcome = self._steps()
+            self.saving.finish()
+        except BaseException as error:
+            self.saving.abandon(wait=not isinstance(error, KeyboardInterrupt))
+            raise
+        return outcome
+
+    def _steps(self) -> Outcome:
         total = self.config.total_steps
         self.reporter.begin(self.start)
         if self.start >= total:
@@ -105,11 +114,13 @@ class TrainingLoop:
             self._one_step(step)
             done = step + 1
             self._check_replicas(done)
-            if self._evaluation_due(done):
-                self.reporter.evaluation(done, self._evaluate())
+            evaluation = self._evaluate() if self._evaluation_due(done) else None
+            if evaluation is not None:
+                self.reporter.evaluation(done, evaluation)
+            self.saving.poll(done)
             reason = self.stop_reason()
             if self.saving.due(done, stopping=reason is not None):
-                self.saving.save(done)
+                self.saving.save(done, evaluation, last=reason is not None or done == total)
             if reason is not None and done < total:
                 self.run_dir.clear_stop()
                 return Outcome("stopped", reason, done)

@@ -90,7 +90,12 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
     try:
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
-        checkpoint = find_checkpoint(run_dir.checkpoints, config.checkpoint.resume, group=procs.control)
+        checkpoint = find_checkpoint(
+            run_dir.checkpoints,
+            config.checkpoint.resume,
+            group=procs.control,
+            verify=config.checkpoint.verify,
+        )
         data = open_data(
             config.data,
             vocab_size=config.model.vocab_size,
