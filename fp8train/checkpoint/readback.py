@@ -25,22 +25,24 @@ def describe(tensors: Mapping[str, LogicalTensor]) -> Keys:
     return {name: f"{tuple(t.global_shape)} {t.local.dtype}" for name, t in tensors.items()}
 
 
-def check_index(directory: Path, files: Mapping[str, FileEntry], expected: Iterable[Keys]) -> None:
-    """Compare the index in ``directory`` with what the ranks hold and with its shard files.
+def check_index(
+    directory: Path, files: Mapping[str, FileEntry], expected: Iterable[Keys] | None = None
+) -> None:
+    """Compare the index in ``directory`` with its shard files and with what the ranks hold.
 
     Args:
         directory: of the checkpoint.
         files: its files with their sizes, from the disk.
-        expected: of all ranks.
+        expected: of all ranks; None where only the files are left.
 
     Raises:
         CorruptCheckpointError: a tensor is missing, foreign, of another shape or type, not wholly covered, or
             outside its file.
     """
     metadata = read_metadata(directory / METADATA_FILE, files)
-    wanted = {name: kind for keys in expected for name, kind in keys.items()}
     stored: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata  # type: ignore[assignment]
     found = {name: f"{tuple(one.size)} {one.properties.dtype}" for name, one in stored.items()}
+    wanted = found if expected is None else {name: kind for keys in expected for name, kind in keys.items()}
     problems = [f"{name}: not written" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"{name}: written, but no rank holds it" for name in sorted(found.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & found.keys()):
