@@ -53,11 +53,12 @@ def examine(path: Path) -> Examination:
     try:
         manifest = read_manifest(path)
         step, num_files = manifest.step, len(manifest.files) + 1
-        num_bytes = (path / MANIFEST_FILE).stat().st_size + sum(e.size for e in manifest.files.values())
+        listed = sum(entry.size for entry in manifest.files.values())
+        num_bytes = listed + (path / MANIFEST_FILE).stat().st_size
         if num_bytes < _LARGE_BYTES:
             verify_checkpoint(path, ranks=Ranks(None))
         else:
-            with ByteProgress(path.name, num_bytes) as progress:
+            with ByteProgress(path.name, listed) as progress:
                 verify_checkpoint(path, ranks=Ranks(None), on_bytes=progress.advance)
         if read_meta_file(path)[0] != step or step_of(path) not in (None, step):
             raise CorruptCheckpointError(f"{path}: is the checkpoint of step {step}, not of its name")
