@@ -143,7 +143,7 @@ def check(runs: Runs, kills: int, steps: int, mode: str) -> None:
         assert not list((completed / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["async", pytest.param("sync", marks=pytest.mark.slow)])
 def test_one_kill(runs: Runs, mode: str) -> None:
     check(runs, 1, 12, mode)
 
