@@ -107,7 +107,8 @@ def kill_until(runs: Runs, kills: int, seed: int, mode: str, lifetime: float, *o
         ranks = runs.start(name, *overrides)
         if done < kills:
             wait_for_the_loop(ranks, directory)
-            time.sleep(generator.uniform(0, lifetime))  # chooses the moment; nothing is asserted about it
+            # Chooses the moment; nothing is asserted about it. Short lives: some steps, then killed again.
+            time.sleep(generator.uniform(0, lifetime / 6))
             one = generator.random() < 0.25
             victims = [generator.choice(ranks)] if one else ranks
             for victim in victims:

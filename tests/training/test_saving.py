@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from fp8train.checkpoint import BackgroundSaver, CheckpointError, Written, read_meta
 from fp8train.checkpoint import save as save_module
 from fp8train.checkpoint.catalog import step_of
 from fp8train.cli import run_command
+from fp8train.training.signals import StopRequest
+from fp8train.training.trainer import StepResult, Trainer
 from tests.training.launching import write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,6 +155,51 @@ def test_a_second_save_waits_for_the_first(config: Path, monkeypatch: pytest.Mon
     first, second = events(run, "checkpoint")
     assert second["stall_seconds"] >= waited["seconds"]
     assert first["stall_seconds"] < first["seconds"]
+
+
+def test_a_run_that_fails_lets_the_write_finish(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed, step = threading.Event(), Trainer.step
+    digest, abandon = save_module._digest_own_shards, BackgroundSaver.abandon
+
+    def after_the_failure(order: save_module.Order, rank: int) -> dict[str, Any]:
+        assert failed.wait(60)
+        return digest(order, rank)
+
+    def abandoned(saver: BackgroundSaver, *, grace_s: float) -> Written | None:
+        assert grace_s == 30
+        failed.set()
+        return abandon(saver, grace_s=grace_s)
+
+    def fail_at_3(trainer: Trainer, number: int, batch: Tensor) -> StepResult:
+        if number == 3:
+            raise ZeroDivisionError("a bug in step 3")
+        return step(trainer, number, batch)
+
+    monkeypatch.setattr(save_module, "_digest_own_shards", after_the_failure)
+    monkeypatch.setattr(BackgroundSaver, "abandon", abandoned)
+    monkeypatch.setattr(Trainer, "step", fail_at_3)
+    with pytest.raises(ZeroDivisionError, match="a bug in step 3"):
+        train(config, "fails", "async")
+    run = config.parent / "fails"
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    assert [event["step"] for event in events(run, "checkpoint")] == [2]
+
+
+def test_a_stop_waits_for_the_write(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([None, None, "STOP file"])
+    monkeypatch.setattr(StopRequest, "agree", lambda stop, group: next(answers))
+    digest = save_module._digest_own_shards
+
+    def slowly(order: save_module.Order, rank: int) -> dict[str, Any]:
+        time.sleep(0.3)
+        return digest(order, rank)
+
+    monkeypatch.setattr(save_module, "_digest_own_shards", slowly)
+    status, run = train(config, "stopped", "async")
+    assert (status, steps(run)) == (0, [2, 3])
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000003\n"
+    assert [event["step"] for event in events(run, "checkpoint")] == [2, 3]
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
 
 
 def test_kept_by_step_and_by_loss(config: Path) -> None:

@@ -69,6 +69,7 @@ class Variants:
         self.saver = BackgroundSaver(None)
 
     def torch_file(self) -> dict[str, float]:
+        """torch's own."""
         path = self.folder / "state.pt"
         path.unlink(missing_ok=True)
 
@@ -81,6 +82,7 @@ class Variants:
         return {"torch.save + fsync": timed(save), "torch.load": timed(lambda: torch.load(path))}
 
     def synchronous(self) -> dict[str, float]:
+        """Ours, training standing still."""
         root = self.folder / "sync"
         shutil.rmtree(root, ignore_errors=True)
 
@@ -97,6 +99,7 @@ class Variants:
         return seconds
 
     def asynchronous(self) -> dict[str, float]:
+        """Ours, training going on."""
         root = self.folder / "async"
         shutil.rmtree(root, ignore_errors=True)
         held = with_rank_state(self.tensors, {}, 0)
@@ -116,7 +119,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def measure(level: str, parameters: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """All variants in turn; the first round warms up (it allocates the host buffers) and is reported apart."""
+    """All variants in turn. The first round warms up and allocates the host buffers: it is reported apart."""
     tensors = make_state(parameters, level)
     variants = Variants(tensors, folder)
     seconds: dict[str, list[float]] = {}
