@@ -117,7 +117,7 @@ class TrainingLoop:
             evaluation = self._evaluate() if self._evaluation_due(done) else None
             if evaluation is not None:
                 self.reporter.evaluation(done, evaluation)
-            self.saving.poll(done)
+            self.saving.poll()
             reason = self.stop_reason()
             if self.saving.due(done, stopping=reason is not None):
                 self.saving.save(done, evaluation, last=reason is not None or done == total)

@@ -111,7 +111,7 @@ class Saving:
             size = self._background.snapshot.num_bytes / 2**20
             self.reporter.say(f"asynchronous checkpoints keep {size:,.1f} MiB of host memory on this rank")
 
-    def poll(self, done: int) -> None:
+    def poll(self) -> None:
         """At a step boundary: report the checkpoint in flight if all ranks are done with it, raise its error
         by policy. Collective while one is in flight."""
         if self._background is not None and self._background.step is not None:
@@ -120,7 +120,7 @@ class Saving:
     def finish(self) -> None:
         """At the end: wait for the checkpoint in flight. Its error is raised whatever the policy, for no
         later one will make up for it. Collective."""
-        if self._background is not None:
+        if self._background is not None and self._background.step is not None:
             self._settle(self._background.wait, last=True)
 
     def abandon(self, *, wait: bool) -> None:

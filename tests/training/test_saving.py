@@ -202,6 +202,12 @@ def test_a_stop_waits_for_the_write(config: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
 
 
+def test_a_run_that_saves_nothing(config: Path) -> None:
+    overrides = ["checkpoint.interval=0", "checkpoint.save_at_end=false", "train.steps=2"]
+    status, run = train(config, "nothing", "async", *overrides)
+    assert (status, steps(run)) == (0, [])
+
+
 def test_kept_by_step_and_by_loss(config: Path) -> None:
     rules = ["checkpoint.keep_last=1", "checkpoint.keep_every=6", "checkpoint.keep_best=1"]
     status, run = train(
