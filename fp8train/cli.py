@@ -43,6 +43,8 @@ data_app = typer.Typer(help="Make and look at datasets.")
 app.add_typer(data_app, name="data")
 report_app = typer.Typer(help="Tables and plots from a run's records.")
 app.add_typer(report_app, name="report")
+export_app = typer.Typer(help="Write a checkpoint in another format.")
+app.add_typer(export_app, name="export")
 
 
 class TokenizerKind(StrEnum):
@@ -73,6 +75,12 @@ class EvalNumerics(StrEnum):
     matched = "matched"
     bf16 = "bf16"
     both = "both"
+
+
+class States(StrEnum):
+    """What ``--states`` takes."""
+
+    fp32 = "fp32"
 
 
 class Split(StrEnum):
@@ -318,6 +326,36 @@ def evaluate(
         device=device.value,
         json_file=json_file,
     )
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, checkpoints directory or run directory")],
+) -> int:
+    """Check checkpoints completely; one line for each, exit status 0 or 2."""
+    from fp8train.checkpoint.examine import verify_command
+
+    return verify_command(path)
+
+
+@export_app.command()
+def states(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or run directory for its newest one")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="NAME.safetensors")],
+    states: Annotated[
+        States, typer.Option("--states", help="fp32: decode all states to FP32.")
+    ] = States.fp32,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of one file; more than that is split.")
+    ] = "5GB",
+) -> None:
+    """Write master weights and moments as plain numbers, in safetensors."""
+    from fp8train.inference.export_states import export_states, parse_size
+
+    assert states == States.fp32
+    _write(export_states(checkpoint, output, max_shard_bytes=parse_size(max_shard_size)) + "\n")
 
 
 @report_app.command()

@@ -4,13 +4,15 @@
     python tools/inference_perplexity.py --train runs/inference       # the quick start, every recipe
     python tools/inference_perplexity.py --as-recipes runs/inference/current --recipes rowwise mxfp8 ...
 
-``--train OUT`` trains each of ``--recipes`` (a recipe of ``precision.recipe``, or ``paper`` for the profile)
-into OUT/RECIPE, and continues or skips what is there already: the file of ``configs/recipes``, which is the
-quick start at level O2 with what the recipe needs, or ``--config`` with the recipe laid over it. The quick
-start's dataset must exist (launch/quickstart.sh makes it); ``--overrides`` go to the training. ``--as-recipes RUN`` evaluates one trained model as each of ``--recipes`` would
-multiply it: weights of the standard parametrisation do not know how scales were chosen, so recipes whose
-scales are current or constant need no training of their own (delayed scales are in the checkpoint, and static
-recipes are other models). Every model is evaluated on the samples of its own validation, all of them with ``--batches`` large enough.
+``--train OUT`` trains each of ``--recipes`` (a recipe of ``precision.recipe``, or ``paper`` for the
+profile) into OUT/RECIPE, and continues or skips what is there already: the file of ``configs/recipes``,
+which is the quick start at level O2 with what the recipe needs, or ``--config`` with the recipe laid over
+it. The quick start's dataset must exist (launch/quickstart.sh makes it); ``--overrides`` go to the
+training. ``--as-recipes RUN`` evaluates one trained model as each of ``--recipes`` would multiply it:
+weights of the standard parametrisation do not know how scales were chosen, so recipes whose scales are
+current or constant need no training of their own (delayed scales are in the checkpoint, and static recipes
+are other models). Every model is evaluated on the samples of its own validation, all of them with
+``--batches`` large enough.
 """
 
 from __future__ import annotations

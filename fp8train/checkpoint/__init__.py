@@ -1,10 +1,12 @@
 """Checkpoints that are whole or absent: saving, verifying, finding and loading, in any sharding.
 
 ``save_checkpoint`` and ``load_checkpoint`` move named tensors between ranks and a directory,
+``BackgroundSaver`` saves while training goes on,
 ``find_checkpoint`` says which directory to continue from, ``capture_rng`` and ``restore_rng`` turn random
 generators into tensors.
 """
 
+from fp8train.checkpoint.background import BackgroundSaver, Written
 from fp8train.checkpoint.catalog import candidates, find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from fp8train.checkpoint.load import (
@@ -17,16 +19,22 @@ from fp8train.checkpoint.load import (
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.checkpoint.manifest import verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
+from fp8train.checkpoint.retention import EVAL_LOSS, Retention
 from fp8train.checkpoint.rng import capture_rng, restore_rng
-from fp8train.checkpoint.save import save_checkpoint
+from fp8train.checkpoint.save import Order, save_checkpoint, with_rank_state, write_checkpoint
 
 __all__ = [
+    "EVAL_LOSS",
+    "BackgroundSaver",
     "CheckpointError",
     "CorruptCheckpointError",
     "LoadedCheckpoint",
     "LogicalTensor",
     "OpenCheckpoint",
+    "Order",
     "Ranks",
+    "Retention",
+    "Written",
     "candidates",
     "capture_rng",
     "find_checkpoint",
@@ -37,4 +45,6 @@ __all__ = [
     "save_checkpoint",
     "sweep_leftovers",
     "verify_checkpoint",
+    "with_rank_state",
+    "write_checkpoint",
 ]

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: names, the ``latest`` pointer, which to resume from, which to delete.
+"""The checkpoints of a run: names, the ``latest`` pointer, which to resume from, how to delete one.
 
     root/step_00000100/     a checkpoint; the name appears by a rename once everything in it is durable
     root/step_00000200.tmp/ one being written, or what a killed job left; never read, swept by the next job
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, explain_os_error, shorten
+from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, shorten
 from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
-from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, read_manifest, verify_checkpoint
+from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
 
 POINTER_FILE = "latest"
@@ -191,37 +191,3 @@ def delete_checkpoint(path: Path) -> None:
     remove(doomed)
     path.rename(doomed)
     remove(doomed)
-
-
-def retain(root: Path, *, keep_last: int, newest: int) -> list[Path]:
-    """Delete all but the last ``keep_last`` complete checkpoints up to step ``newest``; returns what was
-    deleted.
-
-    Never touched: the pointer's target, incomplete directories, symbolic links, and later steps (they belong
-    to a continuation that was rolled back, and are replaced when the run reaches them). A deletion that fails
-    only warns.
-    """
-    assert keep_last >= 1
-    complete = [path for path in root.iterdir() if is_real_dir(path) and _is_complete(path, newest)]
-    protected = read_pointer(root)
-    deleted: list[Path] = []
-    for path in sorted(complete, key=lambda one: step_of(one) or 0, reverse=True)[keep_last:]:
-        if path == protected:
-            continue
-        try:
-            delete_checkpoint(path)
-        except OSError as error:
-            _logger.warning("could not delete the old checkpoint %s: %s", path, explain_os_error(error))
-        else:
-            deleted.append(path)
-    return deleted
-
-
-def _is_complete(path: Path, newest: int) -> bool:
-    step = step_of(path)
-    if step is None or step > newest:
-        return False
-    try:
-        return read_manifest(path).step == step
-    except CorruptCheckpointError:
-        return False

@@ -1,6 +1,5 @@
 """Reads a checkpoint into the tensors of a run that may be laid out otherwise than the one that saved it."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from fp8train.checkpoint.catalog import step_of
 from fp8train.checkpoint.errors import CorruptCheckpointError
 from fp8train.checkpoint.logical import LogicalTensor, as_logical
-from fp8train.checkpoint.manifest import META_FILE, Manifest, Verify, verify_checkpoint
+from fp8train.checkpoint.manifest import Manifest, Verify, read_meta_file, verify_checkpoint
 from fp8train.checkpoint.planners import LogicalLoadPlanner
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.safe_metadata import METADATA_FILE, read_metadata
@@ -135,7 +134,7 @@ class LoadedCheckpoint:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The JSON values given at the save of the (already verified) checkpoint at ``path``."""
-    return _read_meta_file(path)[1]
+    return read_meta_file(path)[1]
 
 
 def load_checkpoint(
@@ -186,18 +185,10 @@ def open_checkpoint(
 
 def _read_description(path: Path, manifest: Manifest) -> tuple[dict[str, Any], Metadata]:
     """Meta values and index."""
-    step, meta = _read_meta_file(path)
+    step, meta = read_meta_file(path)
     named = step_of(path)
     if step != manifest.step or named not in (None, step):
         raise CorruptCheckpointError(
             f"{path}: is the checkpoint of step {manifest.step} (meta: {step}), not of its name"
         )
     return meta, read_metadata(path / METADATA_FILE, manifest.files)
-
-
-def _read_meta_file(path: Path) -> tuple[int, dict[str, Any]]:
-    try:
-        content = json.loads((path / META_FILE).read_bytes())
-        return content["step"], content["meta"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CorruptCheckpointError(f"{path / META_FILE}: unreadable: {error}") from None

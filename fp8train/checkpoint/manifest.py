@@ -8,8 +8,9 @@ byte for byte what we would write, so no flipped bit anywhere in it passes.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,6 +25,7 @@ Verify = Literal["full", "size"]
 """``full``: sizes and SHA-256 of everything; ``size``: sizes, and SHA-256 of the small files only."""
 
 _ALWAYS_HASHED_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 
 
 class FileEntry(BaseModel):
@@ -63,11 +65,32 @@ def encode(manifest: Manifest) -> bytes:
     return (json.dumps({"content": content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and SHA-256 of the file at ``path``."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return FileEntry(size=stream.tell(), sha256=digest)
+def _ignore(num_bytes: int) -> None:
+    """Do nothing."""
+
+
+def file_entry(path: Path, on_bytes: Callable[[int], None] = _ignore) -> FileEntry:
+    """Size and SHA-256 of the file at ``path``; ``on_bytes`` is told how many more bytes were read."""
+    digest, buffer, size = hashlib.sha256(), memoryview(bytearray(_READ_BYTES)), 0
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            on_bytes(count)
+    return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def read_meta_file(directory: Path) -> tuple[int, dict[str, Any]]:
+    """Step and JSON values that the save was given."""
+    path = directory / META_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        step, meta = content["step"], content["meta"]
+        if not isinstance(step, int) or not isinstance(meta, dict):
+            raise TypeError("not an integer step and an object")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{path}: unreadable: {error}") from None
+    return step, meta
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -103,9 +126,11 @@ def _is_plain_name(name: str) -> bool:
     )
 
 
-def verify_checkpoint(directory: Path, *, ranks: Ranks, mode: Verify = "full") -> Manifest:
+def verify_checkpoint(
+    directory: Path, *, ranks: Ranks, mode: Verify = "full", on_bytes: Callable[[int], None] = _ignore
+) -> Manifest:
     """Check a checkpoint against its manifest, hashing different files on different ranks; collective over
-    ``ranks``.
+    ``ranks``. ``on_bytes`` is told how many more bytes this rank has hashed.
 
     Raises :class:`CorruptCheckpointError` on every rank, listing missing, foreign, truncated and altered
     files.
@@ -118,7 +143,7 @@ def verify_checkpoint(directory: Path, *, ranks: Ranks, mode: Verify = "full") -
         if mode == "full" or manifest.files[name].size <= _ALWAYS_HASHED_BYTES
     ]
     problems = ranks.each(
-        lambda: [line for name in mine if (line := _check_hash(directory, name, manifest.files[name]))]
+        lambda: [line for name in mine if (line := _check_hash(directory, name, manifest, on_bytes))]
     )
     _refuse(directory, [line for lines in problems for line in lines])
     return manifest
@@ -139,9 +164,10 @@ def _check_listing(directory: Path) -> Manifest:
     return manifest
 
 
-def _check_hash(directory: Path, name: str, expected: FileEntry) -> str:
+def _check_hash(directory: Path, name: str, manifest: Manifest, on_bytes: Callable[[int], None]) -> str:
+    expected = manifest.files[name]
     try:
-        found = file_entry(directory / name)
+        found = file_entry(directory / name, on_bytes)
     except OSError as error:  # a dying disk is damage too: an older checkpoint may still be readable
         return f"{name}: {explain_os_error(error)}"
     return (

@@ -10,7 +10,7 @@ compared on every rank before the first byte is read, since an in-place copy wou
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,27 +62,16 @@ class LogicalSavePlanner(SavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         """Offer every rectangle that this rank holds."""
-        return SavePlan(
-            [_write_item(key, value) for key, value in self._tensors.items() if _holds_data(value)]
-        )
+        return SavePlan(write_items(self._tensors))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Choose one writer per rectangle; check that the rectangles tile every tensor and that they fit on
         the disk.
         """
-        holders: dict[MetadataIndex, list[tuple[int, WriteItem]]] = {}
-        for rank, plan in enumerate(all_plans):
-            for item in plan.items:
-                holders.setdefault(item.index, []).append((rank, item))
-        written = {index: item for index, [(_, item), *_] in holders.items()}
-        metadata = _merge(item for offers in holders.values() for _, item in offers)
-        loads = [0] * len(all_plans)
-        chosen: list[list[WriteItem]] = [[] for _ in all_plans]
-        for index in sorted(written, key=lambda one: (-_num_bytes(written[one]), one.fqn, one.offset or ())):
-            rank, item = min(holders[index], key=lambda offer: (loads[offer[0]], offer[0]))
-            loads[rank] += _num_bytes(item)
-            chosen[rank].append(item)
-        self._check_space(sum(loads) + _OVERHEAD_BYTES * (1 + len(written)))
+        metadata = _merge(item for plan in all_plans for item in plan.items)
+        chosen = choose_writers([plan.items for plan in all_plans])
+        items = [item for rank_items in chosen for item in rank_items]
+        self._check_space(sum(map(_num_bytes, items)) + _OVERHEAD_BYTES * (1 + len(items)))
         return [replace(plan, items=items) for plan, items in zip(all_plans, chosen, strict=True)], metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -97,6 +86,28 @@ class LogicalSavePlanner(SavePlanner):
 
 _OVERHEAD_BYTES = 4096
 """Of the archive around one stored tensor (about 1.5 KiB) and of its line in the index, rounded up."""
+
+
+def write_items(tensors: Mapping[str, LogicalTensor]) -> list[WriteItem]:
+    """The rectangles that a rank can offer to write."""
+    return [_write_item(key, value) for key, value in tensors.items() if _holds_data(value)]
+
+
+def choose_writers(offers: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
+    """What each rank writes of what the ranks offer: every rectangle once, by its holder with the fewest
+    bytes so far, large ones first. A pure function of the offers: every rank can compute it."""
+    holders: dict[MetadataIndex, list[tuple[int, WriteItem]]] = {}
+    for rank, items in enumerate(offers):
+        for item in items:
+            holders.setdefault(item.index, []).append((rank, item))
+    written = {index: item for index, [(_, item), *_] in holders.items()}
+    loads = [0] * len(offers)
+    chosen: list[list[WriteItem]] = [[] for _ in offers]
+    for index in sorted(written, key=lambda one: (-_num_bytes(written[one]), one.fqn, one.offset or ())):
+        rank, item = min(holders[index], key=lambda offer: (loads[offer[0]], offer[0]))
+        loads[rank] += _num_bytes(item)
+        chosen[rank].append(item)
+    return chosen
 
 
 def _holds_data(value: LogicalTensor) -> bool:

@@ -1,9 +1,9 @@
 """Writes a checkpoint so that a kill, a power cut or a full disk at any moment leaves the previous one or the
 new one.
 
-Order: shards, index and ``meta.json`` into ``step_N.tmp``, all synced; the manifest last; the directory
-renamed; the pointer replaced; only then are old checkpoints deleted. Each step is agreed by all ranks before
-the next begins.
+Order: shards, index and ``meta.json`` into ``step_N.tmp``, all synced; the index read back and compared with
+what the ranks hold; the manifest last; the directory renamed; the pointer replaced; only then are old
+checkpoints deleted. Each step is agreed by all ranks before the next begins.
 """
 
 import json
@@ -20,19 +20,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from fp8train import __version__
-from fp8train.checkpoint.catalog import (
-    REPLACED_SUFFIX,
-    delete_checkpoint,
-    retain,
-    step_name,
-    write_pointer,
-)
+from fp8train.checkpoint.catalog import REPLACED_SUFFIX, delete_checkpoint, step_name, write_pointer
 from fp8train.checkpoint.errors import CheckpointError, explain_os_error
 from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, remove, write_durable
 from fp8train.checkpoint.logical import LogicalTensor, as_logical
 from fp8train.checkpoint.manifest import MANIFEST_FILE, META_FILE, FileEntry, Manifest, encode, file_entry
 from fp8train.checkpoint.planners import LogicalSavePlanner
 from fp8train.checkpoint.ranks import Ranks
+from fp8train.checkpoint.readback import Keys, check_index, describe
+from fp8train.checkpoint.retention import Retention, retain
 from fp8train.checkpoint.safe_metadata import METADATA_FILE
 from fp8train.checkpoint.storage import SHARD_GLOB, ShardWriter, dcp_call
 
@@ -52,20 +48,30 @@ def _no_hook(phase: SavePhase) -> None:
 
 
 @dataclass(frozen=True)
-class _Save:
-    """One save in progress: what every step of it needs."""
+class Order:
+    """A save to be done: where to, and what every step of it needs."""
 
     root: Path
+    """Directory of the run's checkpoints, on a file system that all ranks see."""
     step: int
-    ranks: Ranks
-    on_phase: Callable[[SavePhase], None]
+    """Optimizer steps done."""
+    meta: Mapping[str, Any]
+    """JSON values, the same on all ranks (rank 0's are written)."""
+    keys: Keys
+    """Of all tensors that this rank holds, whoever writes them."""
+    retention: Retention
+    """What to keep of the older ones."""
+    on_phase: Callable[[SavePhase], None] = _no_hook
+    """Called at the moments of :data:`SavePhase`; what it raises breaks the save off."""
 
     @property
     def final(self) -> Path:
+        """The checkpoint's directory."""
         return self.root / step_name(self.step)
 
     @property
     def tmp(self) -> Path:
+        """The directory while it is written."""
         return self.root / f"{step_name(self.step)}{TMP_SUFFIX}"
 
 
@@ -78,76 +84,95 @@ def save_checkpoint(
     rank_state: Mapping[str, Tensor],
     group: dist.ProcessGroup | None,
     keep_last: int,
+    keep_every: int = 0,
+    keep_best: int = 0,
     on_phase: Callable[[SavePhase], None] = _no_hook,
 ) -> Path:
     """Save ``root/step_XXXXXXXX/`` and make it the newest; collective over ``group``. Returns the directory.
 
     ``tensors``: this rank's tensors by name; plain ones are replicated (any rank's copy is written), a
-    :class:`LogicalTensor` is one rectangle; ranks may hold different names. ``meta``: JSON values, the same
-    on all ranks (rank 0's are written). ``rank_state``: tensors of this rank alone, such as random states.
-    ``group``: a process group that carries CPU objects (gloo), or None for a single process; the directory
-    must be on a file system that all ranks see. ``keep_last``: complete checkpoints to retain, at least 1.
-    ``on_phase`` is called at the moments of :data:`SavePhase`.
+    :class:`LogicalTensor` is one rectangle; ranks may hold different names. ``meta``, ``on_phase``: see
+    :class:`Order`. ``rank_state``: tensors of this rank alone, such as random states. ``group``: a process
+    group that carries CPU objects (gloo), or None for a single process. ``keep_*``: what to retain, see
+    :class:`~fp8train.checkpoint.retention.Retention`.
 
     An existing checkpoint of the same step is replaced. Raises :class:`CheckpointError` on every rank when
     any rank fails (disk full, no permission); then the temporary directory is gone and the previous
     checkpoint is still the newest.
     """
-    save = _Save(root, step, Ranks(group), on_phase)
+    ranks = Ranks(group)
+    held = with_rank_state(tensors, rank_state, ranks.rank)
+    rules = Retention(keep_last, keep_every, keep_best)
+    order = Order(root, step, meta, describe(held), rules, on_phase)
+    write_checkpoint(order, held, ranks)
+    return order.final
+
+
+def write_checkpoint(
+    order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks, *, in_thread: bool = False
+) -> int:
+    """Carry out ``order``; collective over ``ranks``, errors as in :func:`save_checkpoint`.
+
+    ``tensors``: what this rank offers to write; together the ranks must offer every rectangle. Takes part in
+    no other group and, ``in_thread``, touches nothing that belongs to the process; the tensors must then be
+    on the host. Returns the checkpoint's bytes.
+    """
     committed = False
     try:
-        save.ranks.first(lambda: _prepare(save))
-        on_phase("begin")
-        _write_shards(save, _with_rank_state(tensors, rank_state, save.ranks.rank))
-        own_files = save.ranks.each(lambda: _digest_own_shards(save))
-        save.ranks.first(lambda: _commit(save, meta, {k: v for files in own_files for k, v in files.items()}))
+        ranks.first(lambda: _prepare(order))
+        order.on_phase("begin")
+        _write_shards(order, tensors, ranks, in_thread)
+        written = ranks.each(lambda: (_digest_own_shards(order, ranks.rank), order.keys))
+        shards = {name: entry for files, _ in written for name, entry in files.items()}
+        num_bytes = ranks.first(lambda: _commit(order, shards, [keys for _, keys in written], ranks.size))
         committed = True
     finally:
-        if not committed and save.ranks.is_first:
-            _discard(save.tmp)
-    save.ranks.first(lambda: _publish(save, keep_last))
-    return save.final
+        if not committed and ranks.is_first:
+            _discard(order.tmp)
+    ranks.first(lambda: _publish(order))
+    return num_bytes
 
 
-def _prepare(save: _Save) -> None:
-    save.root.mkdir(parents=True, exist_ok=True)
-    if save.final.is_symlink():
-        raise CheckpointError(
-            f"{save.final} is a symbolic link; remove it: checkpoints are never written through links"
-        )
-    remove(save.tmp)
-    save.tmp.mkdir()
-
-
-def _with_rank_state(
+def with_rank_state(
     tensors: Mapping[str, Tensor | LogicalTensor], rank_state: Mapping[str, Tensor], rank: int
 ) -> dict[str, LogicalTensor]:
+    """All tensors of a rank under the names that they are stored by."""
     assert not any(key.startswith(RANK_STATE_PREFIX) for key in tensors), f"{RANK_STATE_PREFIX} is reserved"
     return as_logical(
         {**tensors, **{f"{RANK_STATE_PREFIX}{rank}/{key}": value for key, value in rank_state.items()}}
     )
 
 
-def _write_shards(save: _Save, tensors: dict[str, LogicalTensor]) -> None:
+def _prepare(order: Order) -> None:
+    order.root.mkdir(parents=True, exist_ok=True)
+    if order.final.is_symlink():
+        raise CheckpointError(
+            f"{order.final} is a symbolic link; remove it: checkpoints are never written through links"
+        )
+    remove(order.tmp)
+    order.tmp.mkdir()
+
+
+def _write_shards(order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks, in_thread: bool) -> None:
     planner = LogicalSavePlanner(
-        check_space=lambda needed: _check_space(save, needed), on_item=lambda: save.on_phase("data")
+        check_space=lambda needed: _check_space(order, needed), on_item=lambda: order.on_phase("data")
     )
-    with dcp_call():
+    with dcp_call(in_thread=in_thread):
         dcp.save(
             tensors,
-            storage_writer=ShardWriter(save.tmp),
+            storage_writer=ShardWriter(order.tmp, in_thread=in_thread),
             planner=planner,
-            process_group=save.ranks.group,
-            no_dist=save.ranks.group is None,
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
         )
 
 
-def _check_space(save: _Save, needed: int) -> None:
+def _check_space(order: Order, needed: int) -> None:
     """Refuse before the first byte: a disk that fills halfway wastes minutes and other jobs' writes."""
-    free = shutil.disk_usage(save.root).free
+    free = shutil.disk_usage(order.root).free
     if needed > free:
         raise CheckpointError(
-            f"no room for the checkpoint of step {save.step}: it needs {_mib(needed)}, {save.root} has "
+            f"no room for the checkpoint of step {order.step}: it needs {_mib(needed)}, {order.root} has "
             f"{_mib(free)} free; free some space or lower checkpoint.keep_last"
         )
 
@@ -156,48 +181,51 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def _digest_own_shards(save: _Save) -> dict[str, FileEntry]:
-    return {path.name: file_entry(path) for path in save.tmp.glob(SHARD_GLOB.format(rank=save.ranks.rank))}
+def _digest_own_shards(order: Order, rank: int) -> dict[str, FileEntry]:
+    return {path.name: file_entry(path) for path in order.tmp.glob(SHARD_GLOB.format(rank=rank))}
 
 
-def _commit(save: _Save, meta: Mapping[str, Any], shards: Mapping[str, FileEntry]) -> None:
-    """Complete the temporary directory and give it its name; rank 0."""
+def _commit(order: Order, shards: Mapping[str, FileEntry], keys: list[Keys], world_size: int) -> int:
+    """Complete the temporary directory, check it and give it its name; rank 0. Returns its bytes."""
     write_durable(
-        save.tmp / META_FILE, json.dumps({"step": save.step, "meta": dict(meta)}, indent=1).encode()
+        order.tmp / META_FILE, json.dumps({"step": order.step, "meta": dict(order.meta)}, indent=1).encode()
     )
-    files = {**shards, **{name: file_entry(save.tmp / name) for name in (META_FILE, METADATA_FILE)}}
-    present = {entry.name for entry in save.tmp.iterdir()}
-    assert present == set(files), f"{save.tmp} holds {sorted(present)}, the manifest {sorted(files)}"
-    save.on_phase("manifest")
+    files = {**shards, **{name: file_entry(order.tmp / name) for name in (META_FILE, METADATA_FILE)}}
+    present = {entry.name for entry in order.tmp.iterdir()}
+    assert present == set(files), f"{order.tmp} holds {sorted(present)}, the manifest {sorted(files)}"
+    check_index(order.tmp, files, keys)
+    order.on_phase("manifest")
     manifest = Manifest(
         format_version=1,
-        step=save.step,
-        world_size=save.ranks.size,
+        step=order.step,
+        world_size=world_size,
         torch=torch.__version__,
         fp8train=__version__,
         files=files,
     )
-    write_durable(save.tmp / MANIFEST_FILE, encode(manifest))
-    fsync_dir(save.tmp)
-    save.on_phase("rename")
-    replaced = save.final.with_name(f"{save.final.name}{REPLACED_SUFFIX}")
-    if is_real_dir(save.final):
+    encoded = encode(manifest)
+    write_durable(order.tmp / MANIFEST_FILE, encoded)
+    fsync_dir(order.tmp)
+    order.on_phase("rename")
+    replaced = order.final.with_name(f"{order.final.name}{REPLACED_SUFFIX}")
+    if is_real_dir(order.final):
         if is_real_dir(replaced):
             delete_checkpoint(replaced)
-        save.final.rename(replaced)
-    save.tmp.rename(save.final)
-    fsync_dir(save.root)
+        order.final.rename(replaced)
+    order.tmp.rename(order.final)
+    fsync_dir(order.root)
+    return len(encoded) + sum(entry.size for entry in files.values())
 
 
-def _publish(save: _Save, keep_last: int) -> None:
+def _publish(order: Order) -> None:
     """Move the pointer, then delete what it makes superfluous; rank 0."""
-    save.on_phase("pointer")
-    write_pointer(save.root, save.final)
-    save.on_phase("retention")
-    replaced = save.final.with_name(f"{save.final.name}{REPLACED_SUFFIX}")
+    order.on_phase("pointer")
+    write_pointer(order.root, order.final)
+    order.on_phase("retention")
+    replaced = order.final.with_name(f"{order.final.name}{REPLACED_SUFFIX}")
     if is_real_dir(replaced):
         delete_checkpoint(replaced)
-    retain(save.root, keep_last=keep_last, newest=save.step)
+    retain(order.root, order.retention, newest=order.step)
 
 
 def _discard(tmp: Path) -> None:

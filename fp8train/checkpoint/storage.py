@@ -10,7 +10,7 @@ already checked.
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,23 @@ SHARD_GLOB = "__{rank}_*.distcp"
 """DCP's names of one rank's shard files."""
 
 
+_COPY_AHEAD_BYTES = 10_000_000
+"""Of tensors on a device that are copied to the host while others are written; torch's default."""
+
+
 class ShardWriter(FileSystemWriter):
     """Writes one synced shard file per rank, then the index."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, single_file_per_rank=True, sync_files=True, overwrite=False)
+    def __init__(self, path: Path, *, in_thread: bool = False) -> None:
+        """``in_thread``: all tensors are on the host; never look at the current CUDA device, which in a
+        new thread is another one than training's."""
+        super().__init__(
+            path,
+            single_file_per_rank=True,
+            sync_files=True,
+            overwrite=False,
+            per_thread_copy_ahead=0 if in_thread else _COPY_AHEAD_BYTES,
+        )
         self._directory = path
 
     def storage_meta(self) -> StorageMeta | None:
@@ -89,18 +101,24 @@ class ShardReader(FileSystemReader):
             ) from error
 
 
+def ignore_single_process_warning() -> None:
+    """DCP warns that it saves without a process group: that is how we asked it to."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
 @contextmanager
-def dcp_call() -> Iterator[None]:
+def dcp_call(*, in_thread: bool = False) -> Iterator[None]:
     """Around a DCP call: its cross-rank exception becomes one that our callers know.
 
     DCP has already made sure that every rank raises. What users can fix stays a :class:`CheckpointError` with
     the first failing rank's message; anything else is a bug and keeps DCP's text with all tracebacks.
+
+    ``in_thread``: leave the warnings filter, which is the process's, as it is.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
-            )
+        with nullcontext() if in_thread else warnings.catch_warnings():
+            if not in_thread:
+                ignore_single_process_warning()
             yield
     except CheckpointException as error:
         failures = error.failures

@@ -13,6 +13,7 @@ world size or the data are checked where those are known.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -280,6 +281,21 @@ class CheckpointConfig(Section):
     """Save after the last step."""
     keep_last: PositiveInt = 2
     """Complete checkpoints to retain; older ones are deleted after a newer one is safe."""
+    keep_every: NonNegativeInt = 0
+    """Also retain, for ever, checkpoints of steps that are multiples of this; 0 = none."""
+    keep_best: NonNegativeInt = 0
+    """Also retain this many checkpoints with the lowest ``eval/loss``, of those saved at a step that is
+    evaluated; needs ``train.eval_interval``."""
+    asynchronous: bool = False
+    """Write checkpoints while training goes on: it stands still only for a copy to host memory, which takes
+    as many bytes as this rank writes (its share of the checkpoint) for the rest of the run."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be saved: ``stop`` ends the run with the error, exit status 2, the last good
+    checkpoint kept; ``continue`` warns, records the event ``checkpoint_failed`` and tries again at the next
+    interval. A save on request or at the end that fails is an error either way."""
+    verify: Literal["full", "size"] = "full"
+    """What is checked of a checkpoint before it is loaded: ``full``: SHA-256 of every file; ``size``: sizes,
+    and SHA-256 of files up to 1 MiB only, for checkpoints that take too long to read twice."""
     resume: str = "never"
     """``never``: refuse a run directory that already holds a run; ``auto``: continue from its newest complete
     checkpoint, or start fresh; a path: continue from exactly that checkpoint, or fail."""
@@ -409,6 +425,27 @@ class Config(Section):
                 f"rate: write at most {MAX_DECAY_PER_STEP:g} (typical: 1e-4)",
                 "optimizer.weight_decay",
                 "optimizer.decay_rule",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keep_best(self) -> Config:
+        best, every, saved = self.checkpoint.keep_best, self.train.eval_interval, self.checkpoint.interval
+        if best and not every:
+            raise contradiction(
+                f"checkpoint.keep_best: {best} needs evaluations; set train.eval_interval, or write "
+                "keep_best: 0",
+                "checkpoint.keep_best",
+                "train.eval_interval",
+            )
+        if best and not (saved and math.lcm(every, saved) < self.total_steps):
+            raise contradiction(
+                f"checkpoint.keep_best: {best}, but no step before the end ({self.total_steps}) is both "
+                f"saved (checkpoint.interval: {saved}) and evaluated (train.eval_interval: {every}); make "
+                "one a multiple of the other",
+                "checkpoint.keep_best",
+                "checkpoint.interval",
+                "train.eval_interval",
             )
         return self
 

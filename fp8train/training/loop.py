@@ -10,19 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from fp8train import __version__
-from fp8train.checkpoint import capture_rng, save_checkpoint
 from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError, UserError
-from fp8train.config.schema import Config, to_plain
+from fp8train.config.schema import Config
 from fp8train.data.loading import Data
 from fp8train.training.consistency import check_replicas
 from fp8train.training.evaluation import Evaluation, evaluate
 from fp8train.training.metrics import strict
 from fp8train.training.reporter import Reporter
 from fp8train.training.run_dir import RunDir
+from fp8train.training.saving import Saving
 from fp8train.training.trainer import StepResult, Trainer
 
 MAX_SKIPPED = 20
@@ -64,10 +63,22 @@ class TrainingLoop:
         self.data, self.trainer, self.reporter, self.stop_reason = data, trainer, reporter, stop_reason
         self.start = start
         self._skipped_in_a_row = 0
-        self._saved_at: int | None = start or None
+        self.saving = Saving(
+            config, processes=processes, run_dir=run_dir, data=data, trainer=trainer, reporter=reporter
+        )
+        self.saving.saved_at = start or None
 
     def run(self) -> Outcome:
         """Train. Returns when all steps are done or a stop was agreed on; the state is saved then."""
+        try:
+            outcome = self._steps()
+            self.saving.finish()
+        except BaseException as error:
+            self.saving.abandon(wait=not isinstance(error, KeyboardInterrupt))
+            raise
+        return outcome
+
+    def _steps(self) -> Outcome:
         total = self.config.total_steps
         self.reporter.begin(self.start)
         if self.start >= total:
@@ -76,11 +87,13 @@ class TrainingLoop:
             self._one_step(step)
             done = step + 1
             self._check_replicas(done)
-            if self._evaluation_due(done):
-                self.reporter.evaluation(done, self._evaluate())
+            evaluation = self._evaluate() if self._evaluation_due(done) else None
+            if evaluation is not None:
+                self.reporter.evaluation(done, evaluation)
+            self.saving.poll()
             reason = self.stop_reason()
-            if self._save_due(done, stopping=reason is not None):
-                self.save(done)
+            if self.saving.due(done, stopping=reason is not None):
+                self.saving.save(done, evaluation, last=reason is not None or done == total)
             if reason is not None and done < total:
                 self.run_dir.clear_stop()
                 return Outcome("stopped", reason, done)
@@ -157,34 +170,3 @@ class TrainingLoop:
                 token_lengths=self.data.token_lengths,
                 ignore_after=self.trainer.ignore_after,
             )
-
-    def _save_due(self, done: int, *, stopping: bool) -> bool:
-        checkpoint = self.config.checkpoint
-        at_end = done == self.config.total_steps and checkpoint.save_at_end
-        return stopping or at_end or bool(checkpoint.interval and done % checkpoint.interval == 0)
-
-    def save(self, done: int) -> None:
-        """Write the checkpoint of step ``done`` unless it exists already."""
-        if self._saved_at == done:
-            return
-        meta: dict[str, Any] = {
-            "fp8train": __version__,
-            "config": to_plain(self.config),
-            "vocab_size": self.data.vocab_size,
-            "tokenizer": None if self.data.tokenizer is None else str(self.data.tokenizer.path),
-            "data": self.data.train.state_dict(done),
-            "trainer": self.trainer.state_meta(),
-        }
-        began = time.perf_counter()
-        with self.reporter.outside_throughput():
-            path = save_checkpoint(
-                self.run_dir.checkpoints,
-                done,
-                self.trainer.checkpoint_tensors(),
-                meta=meta,
-                rank_state=capture_rng(self.processes.device) | self.trainer.rank_tensors(),
-                group=self.processes.control,
-                keep_last=self.config.checkpoint.keep_last,
-            )
-        self._saved_at = done
-        self.reporter.checkpoint(done, path, time.perf_counter() - began)

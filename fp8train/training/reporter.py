@@ -6,17 +6,19 @@ saving are taken. Only rank 0 prints and writes.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from fp8train import __version__
+from fp8train.checkpoint import Written
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
@@ -28,6 +30,8 @@ from fp8train.training.run_dir import RunDir
 from fp8train.training.throughput import Throughput, memory_bytes
 from fp8train.training.trackers import Trackers
 from fp8train.training.trainer import StepResult, Trainer
+
+_logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -69,6 +73,8 @@ class Reporter:
         self._data_seconds = 0.0
         self._skipped = 0
         self._casts: dict[str, float] = {}
+        self._checkpoint: dict[str, float] = {}
+        self._saved_at = time.monotonic()
 
     def __enter__(self) -> Reporter:
         return self
@@ -86,6 +92,10 @@ class Reporter:
         """A line for the person watching, and for the rank's log."""
         self.run_dir.log(text)
         self.console.say(text)
+
+    def warn(self, text: str) -> None:
+        """A line that must not be overlooked: on standard error, and in the rank's log."""
+        _logger.warning("%s", text)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """A line of events.jsonl."""
@@ -152,6 +162,9 @@ class Reporter:
         metrics |= {f"comm/sent_bytes/{name}": count for name, count in sent.items()}
         metrics |= self.trainer.precision_metrics()
         metrics |= memory_bytes(self.processes.device) | self._casts
+        metrics["checkpoint/age_seconds"] = time.monotonic() - self._saved_at
+        metrics |= self._checkpoint
+        self._checkpoint = {}
         self.record(done, metrics)
         peak = self.throughput.peak
         left = self.config.total_steps - done
@@ -190,11 +203,43 @@ class Reporter:
             text += f", {result.bits_per_byte:.3f} bits/byte"
         self.say(f"{text} ({result.tokens:,} tokens)")
 
-    def checkpoint(self, done: int, path: Path, seconds: float) -> None:
-        """A checkpoint is safe."""
-        self.event("checkpoint", step=done, path=str(path), seconds=round(seconds, 3))
+    def checkpoint(self, saved: Written, *, stall_seconds: float, asynchronous: bool) -> None:
+        """A checkpoint is safe. Its numbers join the metrics of the next logged step, those of the last one
+        stand in the event alone."""
+        self._saved_at = time.monotonic()
+        self._checkpoint = {
+            "checkpoint/stall_seconds": stall_seconds,
+            "checkpoint/write_seconds": saved.write_seconds,
+            "checkpoint/bytes": saved.num_bytes,
+        }
+        self.event(
+            "checkpoint",
+            step=saved.step,
+            path=str(saved.path),
+            seconds=round(saved.write_seconds, 3),
+            stall_seconds=round(stall_seconds, 3),
+            bytes=saved.num_bytes,
+        )
+        text = f"step {saved.step}: saved {saved.path} in {_in_words(saved.write_seconds)}"
+        if asynchronous:
+            text += f" in the background; training stood still for {_in_words(stall_seconds)}"
+        self.say(text)
+
+    def checkpoint_waited(self, step: int, *, previous: int, seconds: float) -> None:
+        """The save of ``step`` had to wait for the one in flight."""
+        self.event("checkpoint_waited", step=step, previous=previous, seconds=round(seconds, 3))
         self.say(
-            f"step {done}: saved {path} in {format_duration(seconds) if seconds >= 1 else f'{seconds:.2f}s'}"
+            f"step {step}: waited {_in_words(seconds)} until the checkpoint of step {previous} was written; "
+            "a longer checkpoint.interval avoids it"
+        )
+
+    def checkpoint_failed(self, step: int, error: Exception) -> None:
+        """A checkpoint could not be saved, and the run goes on."""
+        self.event("checkpoint_failed", step=step, error=str(error))
+        age = _in_words(time.monotonic() - self._saved_at)
+        self.warn(
+            f"CHECKPOINT OF STEP {step} NOT SAVED: {error}\n"
+            f"training goes on (checkpoint.on_failure: continue); the last safe state is {age} old"
         )
 
     def end(self, state: str, reason: str, step: int) -> None:
@@ -214,3 +259,7 @@ class Reporter:
     def outside_throughput(self) -> AbstractContextManager[None]:
         """Time in here is not training time."""
         return self.throughput.excluded()
+
+
+def _in_words(seconds: float) -> str:
+    return format_duration(seconds) if seconds >= 1 else f"{seconds:.2f}s"

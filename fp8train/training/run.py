@@ -93,7 +93,12 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
     try:
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
-        checkpoint = find_checkpoint(run_dir.checkpoints, config.checkpoint.resume, group=procs.control)
+        checkpoint = find_checkpoint(
+            run_dir.checkpoints,
+            config.checkpoint.resume,
+            group=procs.control,
+            verify=config.checkpoint.verify,
+        )
         source = None if checkpoint is not None else _source(run_dir, config, procs)
         data = open_data(
             config.data,
@@ -155,7 +160,8 @@ def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
     if config.checkpoint.init_from is None:
         return None
     key, path = "checkpoint.init_from", config.checkpoint.init_from
-    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key=key)
+    verify = config.checkpoint.verify
+    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key=key, verify=verify)
     assert source is not None
     return source
 

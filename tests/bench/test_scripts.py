@@ -158,3 +158,18 @@ def test_comm_volume_of_a_configuration(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "precision.gradient.format" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_checkpoint_io(tmp_path: Path) -> None:
+    options = ["--tiny", "--threads", "1", "--dir", str(tmp_path)]
+    result, table = result_of("checkpoint_io.py", tmp_path / "result.json", *options)
+    check_machine(result["machine"])
+    assert result["levels"]["O0"]["bytes"] == 12 * result["parameters"]
+    assert result["levels"]["O2"]["bytes"] == result["parameters"] * (5 + 3 / 128)
+    for level in result["levels"].values():
+        assert level["host_bytes_of_asynchronous_saves"] == level["bytes"]
+        for name, seconds in level["seconds"].items():
+            assert len(seconds) == 2
+            assert min(seconds) > 0, name
+            assert name in table
+    assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]

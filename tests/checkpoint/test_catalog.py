@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fp8train.checkpoint import CheckpointError, candidates, find_checkpoint, load_checkpoint, save_checkpoint
-from fp8train.checkpoint.catalog import retain, sweep_leftovers
+from fp8train.checkpoint.catalog import sweep_leftovers
+from fp8train.checkpoint.retention import Retention, retain
 
 
 def _save(root: Path, step: int, keep_last: int = 9) -> Path:
@@ -164,7 +165,7 @@ def test_retention_spares_pointer_target_links_incomplete_and_later_ones(root: P
     (root / "step_00000002" / "manifest.json").unlink()
     _save(root, 40)
     (root / "latest").write_text("step_00000010\n")
-    deleted = retain(root, keep_last=1, newest=30)
+    deleted = retain(root, Retention(1), newest=30)
     assert [path.name for path in deleted] == ["step_00000020"]
     left = {path.name for path in root.iterdir()}
     assert left == {
@@ -194,7 +195,7 @@ def test_a_failed_deletion_only_warns(
     def stuck(path: Path) -> None:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("fp8train.checkpoint.catalog.delete_checkpoint", stuck)
+    monkeypatch.setattr("fp8train.checkpoint.retention.delete_checkpoint", stuck)
     assert _save(root, 40, keep_last=1).is_dir()
     assert caplog.text.count("could not delete the old checkpoint") == 3
     assert find_checkpoint(root, "auto") == root / "step_00000040"

@@ -86,10 +86,10 @@ def history(directory: Path) -> list[tuple]:
     )
 
 
-def weights(directory: Path) -> str:
+def weights(directory: Path, steps: int = STEPS) -> str:
     """Hash of the final checkpoint's data files, from its manifest."""
     newest = candidates(directory / "checkpoints")[0]
-    assert newest.name == f"step_{STEPS:08d}"
+    assert newest.name == f"step_{steps:08d}"
     shards = sorted(newest.glob("*.distcp"))
     assert shards
     return hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()

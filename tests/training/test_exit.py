@@ -20,5 +20,6 @@ main()
 
 def test_the_threads_of_gloo_have_ended_before_the_interpreter_does(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    output = finish(start(config, 2, "train.steps=2", "train.eval_interval=0", program=("-c", PROGRAM)))
+    overrides = ["train.steps=2", "train.eval_interval=0", "checkpoint.asynchronous=true"]
+    output = finish(start(config, 2, *overrides, program=("-c", PROGRAM)))
     assert "threads at exit: 0 of gloo" in output

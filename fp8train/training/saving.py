@@ -1,0 +1,184 @@
+"""When a run saves, and what: the side of checkpoints that the training loop sees.
+
+A checkpoint is the trainer's tensors, this rank's random states and a description (configuration, place in
+the data, host state, validation loss) that is enough to continue or to use the model without the command that
+trained it.
+
+With ``checkpoint.asynchronous`` a save only begins here and ends at a later step boundary, where all ranks
+learn of it together. The next save, the end of the run and a stop wait for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fp8train import __version__
+from fp8train.checkpoint import (
+    EVAL_LOSS,
+    BackgroundSaver,
+    CheckpointError,
+    LogicalTensor,
+    Order,
+    Ranks,
+    Retention,
+    Written,
+    capture_rng,
+    with_rank_state,
+    write_checkpoint,
+)
+from fp8train.checkpoint.readback import describe
+from fp8train.comm.processes import Processes
+from fp8train.config.schema import Config, to_plain
+from fp8train.data.loading import Data
+from fp8train.training.evaluation import Evaluation
+from fp8train.training.metrics import strict
+from fp8train.training.reporter import Reporter
+from fp8train.training.run_dir import RunDir
+from fp8train.training.trainer import Trainer
+
+_GRACE_S = 30.0
+"""How long a run that failed waits for a checkpoint in flight."""
+
+
+class Saving:
+    """Saves the checkpoints of a run.
+
+    Attributes:
+        saved_at: the step of the newest checkpoint, saved, begun or resumed from; None without one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        processes: Processes,
+        run_dir: RunDir,
+        data: Data,
+        trainer: Trainer,
+        reporter: Reporter,
+    ) -> None:
+        """Collective over all ranks with ``checkpoint.asynchronous``."""
+        self.config, self.processes, self.run_dir = config, processes, run_dir
+        self.data, self.trainer, self.reporter = data, trainer, reporter
+        self.saved_at: int | None = None
+        checkpoint = config.checkpoint
+        self._retention = Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
+        self._background = BackgroundSaver(processes.control) if checkpoint.asynchronous else None
+        self._stall_seconds = 0.0
+
+    def due(self, done: int, *, stopping: bool) -> bool:
+        """Whether the checkpoint of step ``done`` is to be saved."""
+        checkpoint = self.config.checkpoint
+        at_end = done == self.config.total_steps and checkpoint.save_at_end
+        return stopping or at_end or bool(checkpoint.interval and done % checkpoint.interval == 0)
+
+    def save(self, done: int, evaluation: Evaluation | None, *, last: bool) -> None:
+        """Write the checkpoint of step ``done``, or begin to, unless it exists already.
+
+        Args:
+            done: steps done.
+            evaluation: of this step's weights, if they were evaluated.
+            last: nothing is saved after it, so that a failure is an error whatever ``on_failure`` says.
+
+        Raises:
+            CheckpointError: it, or the one in flight, could not be saved; on every rank.
+        """
+        if self.saved_at == done:
+            return
+        began = time.perf_counter()
+        with self.reporter.outside_throughput():
+            self._finish_previous(done)
+            ranks = Ranks(self.processes.control)
+            rank_state = capture_rng(self.processes.device) | self.trainer.rank_tensors()
+            tensors = with_rank_state(self.trainer.checkpoint_tensors(), rank_state, ranks.rank)
+            order = Order(
+                self.run_dir.checkpoints,
+                done,
+                self._meta(done, evaluation),
+                describe(tensors),
+                self._retention,
+            )
+            self.saved_at = done
+            if self._background is None:
+                self._save_now(order, tensors, ranks, began, last=last)
+                return
+            first = self._background.snapshot.num_bytes == 0
+            self._background.start(order, tensors)
+        self._stall_seconds = time.perf_counter() - began
+        if first:
+            size = self._background.snapshot.num_bytes / 2**20
+            self.reporter.say(f"asynchronous checkpoints keep {size:,.1f} MiB of host memory on this rank")
+
+    def poll(self) -> None:
+        """At a step boundary: report the checkpoint in flight if all ranks are done with it, raise its error
+        by policy. Collective while one is in flight."""
+        if self._background is not None and self._background.step is not None:
+            self._settle(self._background.poll)
+
+    def finish(self) -> None:
+        """At the end: wait for the checkpoint in flight. Its error is raised whatever the policy, for no
+        later one will make up for it. Collective."""
+        if self._background is not None and self._background.step is not None:
+            self._settle(self._background.wait, last=True)
+
+    def abandon(self, *, wait: bool) -> None:
+        """Training failed, perhaps on this rank alone: give a checkpoint in flight some seconds to be
+        finished, or none without ``wait``. Never raises."""
+        if self._background is not None:
+            written = self._background.abandon(grace_s=_GRACE_S if wait else 0.0)
+            if written is not None:
+                self._report(written)
+
+    def _save_now(
+        self, order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks, began: float, *, last: bool
+    ) -> None:
+        def write() -> Written:
+            num_bytes = write_checkpoint(order, tensors, ranks)
+            self._stall_seconds = time.perf_counter() - began
+            return Written(order.step, order.final, num_bytes, self._stall_seconds)
+
+        self._settle(write, last=last)
+
+    def _finish_previous(self, done: int) -> None:
+        """At most one save in flight: wait for it and tell, because it means that the interval is too short
+        for the disk."""
+        if self._background is None or (previous := self._background.step) is None:
+            return
+        began = time.perf_counter()
+        self._settle(self._background.wait)
+        seconds = time.perf_counter() - began
+        self.reporter.checkpoint_waited(done, previous=previous, seconds=seconds)
+
+    def _settle(self, outcome: Callable[[], Written | None], *, last: bool = False) -> None:
+        """Report what was saved, or treat its failure by policy: what the user can mend is, a bug never
+        goes on."""
+        step = self.saved_at
+        assert step is not None
+        try:
+            written = outcome()
+        except CheckpointError as error:
+            self.saved_at = None
+            if last or self.config.checkpoint.on_failure == "stop":
+                raise
+            self.reporter.checkpoint_failed(step, error)
+            return
+        if written is not None:
+            self._report(written)
+
+    def _report(self, written: Written) -> None:
+        self.reporter.checkpoint(
+            written, stall_seconds=self._stall_seconds, asynchronous=self._background is not None
+        )
+
+    def _meta(self, done: int, evaluation: Evaluation | None) -> dict[str, Any]:
+        return {
+            "fp8train": __version__,
+            "config": to_plain(self.config),
+            "vocab_size": self.data.vocab_size,
+            "tokenizer": None if self.data.tokenizer is None else str(self.data.tokenizer.path),
+            "data": self.data.train.state_dict(done),
+            "trainer": self.trainer.state_meta(),
+            EVAL_LOSS: None if evaluation is None else strict(evaluation.loss),
+        }
