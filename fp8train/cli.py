@@ -212,6 +212,29 @@ def prepare(
     _write(f"{output}: {counts}\n{report}")
 
 
+@data_app.command(name="prepare-sft")
+def prepare_conversations(
+    inputs: Annotated[
+        list[Path], typer.Argument(help=".jsonl of {prompt, response} or {messages: [{role, content}, ..]}")
+    ],
+    output: Annotated[str, typer.Option("--output", help="Path of the dataset without .bin/.idx.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="The model's tokenizer file or folder.")],
+    shuffle: Annotated[bool, typer.Option(help="Write conversations in a seeded random order.")] = True,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the shuffle.")] = 1234,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
+) -> None:
+    """Turn conversations into a dataset of which the answers are learnt (data.kind: sft)."""
+    from fp8train.data.prepare_sft import prepare_sft
+
+    sidecar = prepare_sft(
+        inputs, output, tokenizer=tokenizer, shuffle=shuffle, seed=seed, overwrite=overwrite
+    )
+    assert sidecar.mask is not None
+    counts = f"{sidecar.documents} conversations, {sidecar.tokens} tokens, {sidecar.mask.targets} targets"
+    report = "".join(f"  {reason}: {count}\n" for reason, count in sidecar.report.items())
+    _write(f"{output}: {counts}\n{report}")
+
+
 @data_app.command()
 def inspect(
     prefix: Annotated[str, typer.Argument(help="Path of the dataset without .bin/.idx")],

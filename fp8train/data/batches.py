@@ -48,6 +48,8 @@ class GlobalBatches:
         dp_size: R.
         vocab_size: Tokens must be in ``[0, vocab_size)``; checked on the CPU for every batch, because on a
             GPU an id outside the embedding is a device assertion without a name.
+        masked: Whether samples hold complemented tokens, which are no targets
+            (:mod:`fp8train.data.packing`).
 
     Attributes:
         micro_batches_per_step: A.
@@ -67,6 +69,7 @@ class GlobalBatches:
         dp_rank: int,
         dp_size: int,
         vocab_size: int,
+        masked: bool = False,
     ) -> None:
         check_batch_sizes(
             global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size
@@ -88,7 +91,7 @@ class GlobalBatches:
         self.micro_batches_per_step = global_batch_size // (micro_batch_size * dp_size)
         self.batches_per_epoch = samples.samples_per_epoch // global_batch_size
         self._first_sample = dp_rank * self.micro_batches_per_step * micro_batch_size
-        self._vocab_size = vocab_size
+        self._vocab_size, self._masked = vocab_size, masked
 
     def batch(self, step: int) -> torch.Tensor:
         """This rank's micro-batches of a step.
@@ -97,7 +100,7 @@ class GlobalBatches:
             step: Optimizer steps done before this one; any number >= 0, samples repeat after an epoch.
 
         Returns:
-            int64 ``[A, B, seq_length + 1]`` on the CPU.
+            int64 ``[A, B, seq_length + 1]`` on the CPU; complemented where ``masked`` and no target.
 
         Raises:
             DataError: A token is outside the vocabulary; names dataset, document and offset.
@@ -105,10 +108,11 @@ class GlobalBatches:
         first = step * self.global_batch_size + self._first_sample
         count = self.micro_batches_per_step * self.micro_batch_size
         tokens = np.stack([self.samples[first + number] for number in range(count)])
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
-            number, position = np.argwhere((tokens < 0) | (tokens >= self._vocab_size))[0].tolist()
+        ids = np.where(tokens < 0, ~tokens, tokens) if self._masked else tokens
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
+            number, position = np.argwhere((ids < 0) | (ids >= self._vocab_size))[0].tolist()
             place = self.samples.place(first + number, position)
-            token = int(tokens[number, position])
+            token = int(ids[number, position])
             raise out_of_vocab(place.prefix, place.document, place.offset, token, self._vocab_size)
         shape = (self.micro_batches_per_step, self.micro_batch_size, self.seq_length + 1)
         return torch.from_numpy(tokens).view(shape)

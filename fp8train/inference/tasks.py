@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from fp8train.data.json_lines import json_lines
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.scoring import Request, Score, encode_pair
-from fp8train.inference.text import json_lines
 
 DELIMITER = " "
 
@@ -90,7 +90,7 @@ def read_task(path: Path, *, limit: int | None = None) -> Task:
         limit: read only the first examples; None: all.
 
     Raises:
-        InferenceError: the file is missing or empty, or a line is malformed; names file and line.
+        UserError: the file is missing or empty, or a line is malformed; names file and line.
     """
     examples = [_example(place, record) for place, record in islice(json_lines(path), limit)]
     if not examples:

@@ -15,11 +15,11 @@ shorter is filled up with earlier tokens as context. These are the windows of lm
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp8train.data.json_lines import json_lines
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.scoring import Request
@@ -52,7 +52,7 @@ def read_corpus(files: Sequence[Path], tokenizer: Tokenizer, *, json_key: str = 
         json_key: key of the text in ``.jsonl`` records.
 
     Raises:
-        InferenceError: a file is missing, is not UTF-8, a line is malformed, or there is no text at all.
+        UserError: a file is missing, is not UTF-8, a line is malformed, or there is no text at all.
     """
     documents, num_bytes = [], 0
     for file in files:
@@ -67,53 +67,22 @@ def read_corpus(files: Sequence[Path], tokenizer: Tokenizer, *, json_key: str = 
 
 def _texts(file: Path, json_key: str) -> Iterator[str]:
     if file.suffix != ".jsonl":
-        yield _decode(read_file(file), str(file))
+        yield _read(file)
         return
     for place, record in json_lines(file):
         text = record.get(json_key)
         if not isinstance(text, str):
             raise InferenceError(f"{place}: no text under the key {json_key!r}")
-        if any(0xD800 <= ord(character) < 0xE000 for character in text):
-            raise InferenceError(f"{place}: a lone surrogate, which UTF-8 cannot hold")
         yield text
 
 
-def read_file(file: Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-        InferenceError: it cannot be read.
-    """
+def _read(file: Path) -> str:
     try:
-        return file.read_bytes()
+        return file.read_bytes().decode("utf-8")
     except OSError as error:
         raise InferenceError(f"{file}: {error.strerror or error}") from None
-
-
-def json_lines(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """``(file:line, object)`` of every line that is not blank.
-
-    Raises:
-        InferenceError: the file cannot be read, or a line is not a JSON object in UTF-8; names file and line.
-    """
-    for number, line in enumerate(read_file(file).split(b"\n"), start=1):
-        place = f"{file}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(_decode(line, place))
-        except (ValueError, RecursionError) as error:
-            raise InferenceError(f"{place}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise InferenceError(f"{place}: not a JSON object")
-        yield place, record
-
-
-def _decode(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InferenceError(f"{place}: not UTF-8 at byte {error.start}") from None
+        raise InferenceError(f"{file}: not UTF-8 at byte {error.start}") from None
 
 
 def windows(tokens: Sequence[int], *, before: int, context_length: int, stride: int) -> Iterator[Request]:

@@ -144,7 +144,7 @@ def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_command(folder: Path) -> None:
     command = [sys.executable, "-m", "fp8train.inference.lm_eval_adapter", "--model", "fp8train"]
-    command += ["--model_args", f"path={folder / 'run'},device=cpu", "--tasks", "local_choice"]
+    command += ["--model_args", f"path={folder / 'run'}", "--device", "cpu", "--tasks", "local_choice"]
     command += ["--include_path", str(folder)]
     environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=170, check=False)

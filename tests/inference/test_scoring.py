@@ -13,6 +13,7 @@ import torch
 
 from fp8train.cli import run_command
 from fp8train.comm.collectives import alone
+from fp8train.config.errors import UserError
 from fp8train.data.tokenizer import Tokenizer, load_tokenizer
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.scoring import Request, encode_pair, score
@@ -295,7 +296,7 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> N
     path = tmp_path / "q.jsonl"
     first = json.dumps({"query": "a", "choices": ["b", "c"], "gold": 1})
     path.write_bytes(f"{first}\n\n{line}\n".encode(errors="surrogateescape"))
-    with pytest.raises(InferenceError) as caught:
+    with pytest.raises(UserError) as caught:
         read_task(path)
     assert str(caught.value).startswith(f"{path}:3: ") and message in str(caught.value)
 
