@@ -340,6 +340,10 @@ def evaluate(
     delimiter: Annotated[
         str | None, typer.Option("--delimiter", help="With --tasks: joins query and choice; default a space.")
     ] = None,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="With --tasks: tokenise query and choice apart, as prepare-sft does."),
+    ] = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="With --tasks: the first examples of each file.")
     ] = None,
@@ -376,6 +380,7 @@ def evaluate(
         json_key=json_key,
         tasks=tasks or (),
         delimiter=delimiter,
+        apart=apart,
         limit=limit,
         context=context,
     )

@@ -65,7 +65,7 @@ class Score:
     greedy: bool
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, apart: bool = False) -> Request:
     """Tokens of a context and what follows it, cut where lm-eval cuts.
 
     White space at the end of the context moves to the continuation, because most tokenizers begin a word with
@@ -73,13 +73,18 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     Where a token would span the boundary, so that the whole has no more tokens, it is the whole's last token.
     An empty context becomes the end-of-document id, after which documents begin.
 
+    ``apart`` tokenises both by themselves instead, and moves nothing: the tokens that a fine-tuned model has
+    seen (:mod:`fp8train.data.conversations`), which never had to predict the end of a prompt.
+
     Raises:
         InferenceError: there is nothing to score.
     """
     stripped = context.rstrip()
-    whole = tokenizer.encode(context + continuation)
+    whole = tokenizer.encode(continuation if apart else context + continuation)
     if not whole:
         raise InferenceError("no tokens to score")
+    if apart:
+        return Request(tokenizer.encode(context) or [tokenizer.eod_id], whole)
     before = len(tokenizer.encode(stripped)) if stripped else 0
     if before == 0:
         return Request([tokenizer.eod_id], whole)

@@ -5,6 +5,7 @@ One file is one task, all of whose lines have the same form:
 ``{"query": str, "choices": [str, ..], "gold": int}``
     Multiple choice. The answer is the choice with the largest summed log-probability after the query
     (``acc``), or the largest per UTF-8 byte of the choice (``acc_norm``; the first of equals).
+    ``gold_log_prob`` is the mean of the right choice's.
 ``{"context": str, "target": str}`` or ``{"text": str}``
     Last word (LAMBADA). ``text`` is cut at its last space. Right if every token of the target is the
     likeliest one (``acc``); ``perplexity`` is ``exp`` of the mean negative log-probability of a whole target.
@@ -158,7 +159,9 @@ class Encoded:
     truncated: int
 
 
-def encode_task(task: Task, tokenizer: Tokenizer, *, delimiter: str, context_length: int) -> Encoded:
+def encode_task(
+    task: Task, tokenizer: Tokenizer, *, delimiter: str, context_length: int, apart: bool = False
+) -> Encoded:
     """Turn examples into requests.
 
     Args:
@@ -166,6 +169,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, *, delimiter: str, context_len
         tokenizer: the model's.
         delimiter: between context and continuation, see the module's description.
         context_length: tokens that the model reads at once; longer contexts lose their beginning.
+        apart: tokenise context and continuation by themselves.
 
     Raises:
         InferenceError: a continuation alone is longer than that; names file and line.
@@ -180,7 +184,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, *, delimiter: str, context_len
         for context, continuation in pairs:
             between = delimiter if context and not context[-1].isspace() else ""
             try:
-                whole = encode_pair(tokenizer, context, between + continuation)
+                whole = encode_pair(tokenizer, context, between + continuation, apart=apart)
                 requests.append(whole.fitted(context_length))
             except InferenceError as error:
                 raise InferenceError(f"{example.place}: {error}") from None
@@ -201,17 +205,23 @@ def task_metrics(task: Task, scores: Sequence[Score]) -> dict[str, float]:
         return {**_mean("acc", greedy), "perplexity": perplexity}
     right: list[float] = []
     right_norm: list[float] = []
+    gold: list[float] = []
     rest = iter(scores)
     for example in task.examples:
         assert isinstance(example, MultipleChoice)
         log_probs = [score.log_prob for score in islice(rest, len(example.choices))]
+        gold.append(log_probs[example.gold])
         per_byte = [
             log_prob / len(choice.encode())
             for log_prob, choice in zip(log_probs, example.choices, strict=True)
         ]
         right.append(float(log_probs.index(max(log_probs)) == example.gold))
         right_norm.append(float(per_byte.index(max(per_byte)) == example.gold))
-    return {**_mean("acc", right), **_mean("acc_norm", right_norm)}
+    return {
+        **_mean("acc", right),
+        **_mean("acc_norm", right_norm),
+        "gold_log_prob": sum(gold) / len(gold),
+    }
 
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float]:

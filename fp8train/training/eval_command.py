@@ -49,6 +49,7 @@ class EvalOptions:
         json_key: key of the text in ``.jsonl`` files; default ``text``.
         tasks: files of examples.
         delimiter: between context and continuation; default a space.
+        apart: tokenise these two by themselves, as fine-tuning does.
         limit: examples of each task; default all.
         context: tokens that the model reads at once; default ``model.max_seq_len``.
     """
@@ -64,6 +65,7 @@ class EvalOptions:
     json_key: str | None = None
     tasks: Sequence[Path] = ()
     delimiter: str | None = None
+    apart: bool = False
     limit: int | None = None
     context: int | None = None
 
@@ -75,7 +77,7 @@ class EvalOptions:
         """
         dataset = {"--split": self.split, "--batches": self.batches, "--prefix": self.prefix}
         text = {"--stride": self.stride, "--stream": self.one_stream or None, "--json-key": self.json_key}
-        tasks = {"--delimiter": self.delimiter, "--limit": self.limit}
+        tasks = {"--delimiter": self.delimiter, "--limit": self.limit, "--apart": self.apart or None}
         if self.text and self.tasks:
             raise InferenceError("--text and --tasks are evaluated one at a time; leave one of them out")
         groups = [("--text", bool(self.text), text), ("--tasks", bool(self.tasks), tasks)]
@@ -193,7 +195,10 @@ def _on_tasks(run: TrainedRun, options: EvalOptions, procs: Processes, shown: _S
     context, tokenizer = context_length(run, options.context), run.tokenizer()
     delimiter = DELIMITER if options.delimiter is None else options.delimiter
     tasks = [read_task(path, limit=options.limit) for path in options.tasks]
-    encoded = [encode_task(task, tokenizer, delimiter=delimiter, context_length=context) for task in tasks]
+    encoded = [
+        encode_task(task, tokenizer, delimiter=delimiter, context_length=context, apart=options.apart)
+        for task in tasks
+    ]
     counts = ", ".join(
         f"{task.path.name} {len(task.examples)} examples"
         + (f" ({one.truncated} contexts shortened)" if one.truncated else "")
@@ -208,7 +213,7 @@ def _on_tasks(run: TrainedRun, options: EvalOptions, procs: Processes, shown: _S
         for row in rows:
             shown.result(f"{kind:<7} | {_task_line(row)} | {operands}")
         results.append({"numerics": kind, "operands": operands, "seconds": spent, "tasks": rows})
-    return {"context": context, "delimiter": delimiter, "results": results}
+    return {"context": context, "delimiter": delimiter, "apart": options.apart, "results": results}
 
 
 def _task_rows(tasks: list[Task], encoded: list[Encoded], scores: list[Score]) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ def test_multiple_choice_against_transformers(
     task = read_task(tmp_path / "piqa.jsonl")
     encoded = encode_task(task, tokenizer, delimiter=" ", context_length=CONTEXT)
     scores = score(ours, encoded.requests, batch_size=5, pad_id=tokenizer.eod_id, ranks=alone())
-    rest, right, right_norm = iter(scores), [], []
+    rest, right, right_norm, gold = iter(scores), [], [], []
     for record in records:
         query, expected = record["query"], []
         for choice in record["choices"]:
@@ -96,6 +96,7 @@ def test_multiple_choice_against_transformers(
             expected.append(log_probs_of(theirs, context, target)[0])
             assert next(rest).log_prob == pytest.approx(expected[-1], abs=1e-4)
         right.append(max(range(len(expected)), key=expected.__getitem__) == record["gold"])
+        gold.append(expected[record["gold"]])
         norm = [e / len(c.encode()) for e, c in zip(expected, record["choices"], strict=True)]
         right_norm.append(norm.index(max(norm)) == record["gold"])
     assert encoded.truncated > 0, "no context was shortened, so that was not compared"
@@ -103,6 +104,7 @@ def test_multiple_choice_against_transformers(
     accuracy = sum(right) / 12
     assert metrics["acc"] == accuracy and metrics["acc_norm"] == sum(right_norm) / 12
     assert 0 < accuracy < 1
+    assert metrics["gold_log_prob"] == pytest.approx(sum(gold) / 12, rel=1e-5)
     assert metrics["acc_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 11))
 
 
@@ -205,6 +207,8 @@ def test_where_a_pair_is_cut(tokenizer: Tokenizer) -> None:
     assert len(whole) < len(tokenizer.encode("scisso")), "the boundary must lie inside a token"
     merged = encode_pair(tokenizer, "scisso", "rs")
     assert ([*merged.context], [*merged.target]) == (whole[:-1] or [eod], whole[-1:])
+    apart = encode_pair(tokenizer, "fold it \n", "twice", apart=True)
+    assert (apart.context, apart.target) == (tokenizer.encode("fold it \n"), tokenizer.encode("twice"))
     with pytest.raises(InferenceError, match="no tokens to score"):
         encode_pair(tokenizer, "", "")
 
@@ -308,6 +312,7 @@ def test_refusals(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for options, message in (
         (["--text", str(text), "--tasks", str(text)], "--text and --tasks are evaluated one at a time"),
         (["--text", str(text), "--limit", "1"], "--limit is an option of --tasks"),
+        (["--text", str(text), "--apart"], "--apart is an option of --tasks"),
         (["--tasks", str(text), "--stream"], "--stream is an option of --text"),
         (["--text", str(text), "--split", "valid"], "--split is an option of a dataset"),
         (["--context", "8"], "--context is for --text and --tasks"),
