@@ -82,9 +82,10 @@ def test_multiple_choice_against_transformers(
     models: tuple[Decoder, torch.nn.Module], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     ours, theirs = models
+    short = 14  # some queries lose their beginning
     records = questions(tmp_path / "piqa.jsonl", 12)
     task = read_task(tmp_path / "piqa.jsonl")
-    encoded = encode_task(task, tokenizer, delimiter=" ", context_length=CONTEXT)
+    encoded = encode_task(task, tokenizer, delimiter=" ", context_length=short)
     scores = score(ours, encoded.requests, batch_size=5, pad_id=tokenizer.eod_id, ranks=alone())
     rest, right, right_norm, gold = iter(scores), [], [], []
     for record in records:
@@ -92,7 +93,7 @@ def test_multiple_choice_against_transformers(
         for choice in record["choices"]:
             whole = tokenizer.encode(query + ("" if query.endswith("\n") else " ") + choice)
             cut = len(tokenizer.encode(query.rstrip()))
-            context, target = whole[:cut][-(CONTEXT + 1 - len(whole[cut:])) :], whole[cut:]
+            context, target = whole[:cut][-(short + 1 - len(whole[cut:])) :], whole[cut:]
             expected.append(log_probs_of(theirs, context, target)[0])
             assert next(rest).log_prob == pytest.approx(expected[-1], abs=1e-4)
         right.append(max(range(len(expected)), key=expected.__getitem__) == record["gold"])
