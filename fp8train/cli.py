@@ -220,6 +220,29 @@ def prepare(
     _write(f"{output}: {counts}\n{report}")
 
 
+@data_app.command(name="prepare-sft")
+def prepare_conversations(
+    inputs: Annotated[
+        list[Path], typer.Argument(help=".jsonl of {prompt, response} or {messages: [{role, content}, ..]}")
+    ],
+    output: Annotated[str, typer.Option("--output", help="Path of the dataset without .bin/.idx.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="The model's tokenizer file or folder.")],
+    shuffle: Annotated[bool, typer.Option(help="Write conversations in a seeded random order.")] = True,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the shuffle.")] = 1234,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
+) -> None:
+    """Turn conversations into a dataset of which the answers are learnt (data.kind: sft)."""
+    from fp8train.data.prepare_sft import prepare_sft
+
+    sidecar = prepare_sft(
+        inputs, output, tokenizer=tokenizer, shuffle=shuffle, seed=seed, overwrite=overwrite
+    )
+    assert sidecar.mask is not None
+    counts = f"{sidecar.documents} conversations, {sidecar.tokens} tokens, {sidecar.mask.targets} targets"
+    report = "".join(f"  {reason}: {count}\n" for reason, count in sidecar.report.items())
+    _write(f"{output}: {counts}\n{report}")
+
+
 @data_app.command()
 def inspect(
     prefix: Annotated[str, typer.Argument(help="Path of the dataset without .bin/.idx")],
@@ -290,7 +313,9 @@ def evaluate(
     numerics: Annotated[
         EvalNumerics, typer.Option("--numerics", help="matched: as trained; bf16: no FP8; both: compare.")
     ] = EvalNumerics.both,
-    split: Annotated[Split, typer.Option("--split", help="Part of the run's data.")] = Split.valid,
+    split: Annotated[
+        Split | None, typer.Option("--split", help="Part of the run's data; default valid.")
+    ] = None,
     batches: Annotated[
         int | None,
         typer.Option(
@@ -302,9 +327,41 @@ def evaluate(
     prefix: Annotated[
         str | None, typer.Option("--prefix", help="Read this dataset, without .bin/.idx, not the run's.")
     ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Perplexity of this text instead, .jsonl: of its documents; repeatable."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", min=1, help="With --text: new tokens per window; default: the context."),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="With --text: documents end to end, not each by itself.")
+    ] = False,
+    json_key: Annotated[
+        str | None, typer.Option("--json-key", help="With --text: key of .jsonl records; default text.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--tasks", help="Accuracy on this .jsonl: multiple choice or last words; repeatable."),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="With --tasks: joins query and choice; default a space.")
+    ] = None,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="With --tasks: tokenise query and choice apart, as prepare-sft does."),
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="With --tasks: the first examples of each file.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Tokens read at once; default: model.max_seq_len."),
+    ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help="Samples per forward; default: train.micro_batch_size."),
+        typer.Option("--batch-size", min=1, help="Sequences per forward; default: train.micro_batch_size."),
     ] = None,
     device: Annotated[
         Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
@@ -313,19 +370,29 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write the unrounded results here too.")
     ] = None,
 ) -> int:
-    """Measure loss and perplexity of a trained model, as trained and in BF16."""
-    from fp8train.training.perplexity import eval_command
+    """Measure a trained model, as trained and in BF16: on its dataset, on text or on tasks.
 
-    return eval_command(
-        checkpoint,
+    Under torchrun the ranks share the work.
+    """
+    from fp8train.training.eval_command import EvalOptions, eval_command
+
+    options = EvalOptions(
         numerics=numerics.value,
-        split=split.value,
+        batch_size=batch_size,
+        split=None if split is None else split.value,
         batches=batches,
         prefix=prefix,
-        batch_size=batch_size,
-        device=device.value,
-        json_file=json_file,
+        text=text or (),
+        stride=stride,
+        one_stream=stream,
+        json_key=json_key,
+        tasks=tasks or (),
+        delimiter=delimiter,
+        apart=apart,
+        limit=limit,
+        context=context,
     )
+    return eval_command(checkpoint, options, device=device.value, json_file=json_file)
 
 
 @app.command()

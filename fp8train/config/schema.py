@@ -85,6 +85,11 @@ class DataConfig(Section):
     """Seed of the sample order; default ``run.seed``."""
     mask_end_of_document: bool = False
     """Exclude the prediction made *from* an end-of-document token from the loss."""
+    kind: Literal["pretrain", "sft"] = "pretrain"
+    """``sft``: conversations made by ``fp8train data prepare-sft``; the loss is that of their answers."""
+    packing: Literal["best_fit", "none"] | None = None
+    """How conversations share sequences (``kind: sft``): ``best_fit`` (default) fills them; ``none``: one
+    each, padded, so that none is seen by another."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -92,6 +97,17 @@ class DataConfig(Section):
             raise contradiction("set exactly one of data.prefix and data.blend", "prefix", "blend")
         if self.blend is not None and len(self.blend) == 0:
             raise contradiction("blend is empty; list at least one entry {prefix: ..., weight: ...}", "blend")
+        if self.packing is not None and self.kind != "sft":
+            raise contradiction(
+                "packing is about conversations; write kind: sft, or remove packing", "packing", "kind"
+            )
+        if self.mask_end_of_document and self.kind == "sft":
+            raise contradiction(
+                "kind: sft has a mask of its own, in which what follows an end of document is no target "
+                "unless an answer begins there; remove mask_end_of_document",
+                "mask_end_of_document",
+                "kind",
+            )
         if self.split[0] <= 0:
             raise contradiction("the training share (first number) must be larger than 0", "split")
         if self.valid_prefix is not None and self.split[1] > 0:

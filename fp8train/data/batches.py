@@ -54,6 +54,8 @@ class GlobalBatches:
         dp_size: R.
         vocab_size: Tokens must be in ``[0, vocab_size)``; checked on the CPU for every batch, because on a
             GPU an id outside the embedding is a device assertion without a name.
+        masked: Whether samples hold complemented tokens, which are no targets
+            (:mod:`fp8train.data.packing`).
 
     Attributes:
         micro_batches_per_step: A, after a ramp.
@@ -74,6 +76,7 @@ class GlobalBatches:
         dp_size: int,
         vocab_size: int,
         ramp: Sequence[tuple[int, int]] = (),
+        masked: bool = False,
     ) -> None:
         self._sizes = BatchSizes(global_batch_size, ramp)
         for size in self._sizes.all:
@@ -96,7 +99,7 @@ class GlobalBatches:
         self.batches_per_epoch = samples.samples_per_epoch // global_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._start_step = self._start_sample = 0
-        self._vocab_size = vocab_size
+        self._vocab_size, self._masked = vocab_size, masked
 
     def batch(self, step: int) -> torch.Tensor:
         """This rank's micro-batches of a step.
@@ -105,7 +108,7 @@ class GlobalBatches:
             step: Optimizer steps done before this one; any number >= 0, samples repeat after an epoch.
 
         Returns:
-            int64 ``[A, B, seq_length + 1]`` on the CPU.
+            int64 ``[A, B, seq_length + 1]`` on the CPU; complemented where ``masked`` and no target.
 
         Raises:
             DataError: A token is outside the vocabulary; names dataset, document and offset.
@@ -113,10 +116,11 @@ class GlobalBatches:
         count = self._sizes.size(step) // self._dp_size
         first = self.samples_before(step) + self._dp_rank * count
         tokens = np.stack([self.samples[first + number] for number in range(count)])
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
-            number, position = np.argwhere((tokens < 0) | (tokens >= self._vocab_size))[0].tolist()
+        ids = np.where(tokens < 0, ~tokens, tokens) if self._masked else tokens
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
+            number, position = np.argwhere((ids < 0) | (ids >= self._vocab_size))[0].tolist()
             place = self.samples.place(first + number, position)
-            token = int(tokens[number, position])
+            token = int(ids[number, position])
             raise out_of_vocab(place.prefix, place.document, place.offset, token, self._vocab_size)
         shape = (count // self.micro_batch_size, self.micro_batch_size, self.seq_length + 1)
         return torch.from_numpy(tokens).view(shape)

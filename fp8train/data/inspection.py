@@ -55,6 +55,8 @@ def inspect_dataset(
             f"text: {sidecar.source_bytes} bytes, {sidecar.source_bytes / max(sidecar.tokens, 1):.2f} per "
             "token"
         )
+        if sidecar.mask is not None:
+            lines.append(f"for fine-tuning: {sidecar.mask.targets} tokens are targets")
         lines += [f"{reason}: {count}" for reason, count in sidecar.report.items()]
     if loaded is None:
         lines.append("tokenizer: unknown; ids are shown as they are")

@@ -18,6 +18,8 @@ from fp8train.data.batches import GlobalBatches, check_batch_sizes
 from fp8train.data.blend import Blend
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
+from fp8train.data.packing import PackedSamples
+from fp8train.data.prepare_sft import read_mask
 from fp8train.data.samples import SPLITS, SampleDataset, Samples, split_documents
 from fp8train.data.sidecar import Sidecar, check_same_tokenizer, read_sidecar, sidecar_path, sidecar_tokenizer
 from fp8train.data.tokenizer import Tokenizer, load_tokenizer
@@ -104,9 +106,11 @@ def open_data(
     _check_mask(config, tokenizer)
     seed = seed if config.shuffle_seed is None else config.shuffle_seed
 
+    described = list(zip(datasets, sidecars, strict=False))
+    held_out_described = None if held_out is None else (held_out, sidecars[-1])
     splits: list[GlobalBatches | None] = []
     for number in range(len(SPLITS)):
-        parts = _parts(datasets, held_out, config, number, seed)
+        parts = _parts(described, held_out_described, config, number, seed)
         if not parts:
             splits.append(None)
             continue
@@ -120,6 +124,7 @@ def open_data(
                 dp_size=dp_size,
                 vocab_size=vocab_size,
                 ramp=ramp if SPLITS[number] == "train" else (),
+                masked=config.kind == "sft",
             )
         )
     train, valid, test = splits
@@ -185,13 +190,14 @@ def open_split(
     """
     number = SPLITS.index(split)
     opened = [IndexedDataset(prefix) for prefix in prefixes_of(config, split)]
-    held_out = opened[0] if split == "valid" and config.valid_prefix is not None else None
     sidecars = [read_sidecar(dataset) for dataset in opened]
+    described = list(zip(opened, sidecars, strict=True))
+    held_out = described[0] if split == "valid" and config.valid_prefix is not None else None
     tokenizer = _tokenizer(config, opened, sidecars)
     vocab_size = _vocab_size(vocab_size, opened, sidecars, tokenizer)
     _check_mask(config, tokenizer)
     seed = seed if config.shuffle_seed is None else config.shuffle_seed
-    parts = _parts(opened, held_out, config, number, seed)
+    parts = _parts(described, held_out, config, number, seed)
     if not parts:
         shares = zip(SPLITS, config.split, strict=True)
         apart = ["valid"] if config.valid_prefix is not None else []
@@ -206,42 +212,79 @@ def open_split(
         dp_rank=0,
         dp_size=1,
         vocab_size=vocab_size,
+        masked=config.kind == "sft",
     )
     eod_id = None if tokenizer is None else tokenizer.eod_id
     return Split(batches, eod_id, _token_lengths(tokenizer, sidecars))
 
 
+_Described = tuple[IndexedDataset, Sidecar | None]
+
+
 def _parts(
-    datasets: Sequence[IndexedDataset],
-    held_out: IndexedDataset | None,
+    datasets: Sequence[_Described],
+    held_out: _Described | None,
     config: DataConfig,
     number: int,
     seed: int,
-) -> list[SampleDataset]:
+) -> list[Samples]:
     """One split of every dataset; of ``held_out`` alone for validation where there is one; none for share 0.
 
     Parts of a blend get seeds of their own, so that datasets of equal size do not move in step.
     """
     split = SPLITS[number]
     if split == "valid" and held_out is not None:
-        ranges = [(held_out, (0, held_out.num_documents))]
+        ranges = [(held_out, (0, held_out[0].num_documents))]
     elif config.split[number] > 0:
         ranges = [
-            (dataset, split_documents(dataset.num_documents, config.split)[number]) for dataset in datasets
+            (described, split_documents(described[0].num_documents, config.split)[number])
+            for described in datasets
         ]
     else:
         return []
     return [
-        SampleDataset(
+        _samples(*described, documents, config, seed=seed + (part << 32), split=split)
+        for part, (described, documents) in enumerate(ranges)
+    ]
+
+
+def _samples(
+    dataset: IndexedDataset,
+    sidecar: Sidecar | None,
+    documents: tuple[int, int],
+    config: DataConfig,
+    *,
+    seed: int,
+    split: str,
+) -> Samples:
+    """Samples of a range of one dataset, which must be of the kind that the config says."""
+    if config.kind == "sft":
+        mask = read_mask(dataset, sidecar)
+        assert sidecar is not None
+        return PackedSamples(
             dataset,
+            mask,
+            eod_id=sidecar.eod_id,
             documents=documents,
             seq_length=config.seq_length,
-            seed=seed + (part << 32),
+            seed=seed,
             shuffle=split == "train",
+            share=config.packing != "none",
             split=split,
         )
-        for part, (dataset, documents) in enumerate(ranges)
-    ]
+    if sidecar is not None and sidecar.mask is not None:
+        raise DataError(
+            f"dataset {dataset.prefix} holds conversations of which only answers are learnt\n"
+            "write data.kind: sft; to learn all of their text, make a dataset with fp8train data prepare"
+        )
+    return SampleDataset(
+        dataset,
+        documents=documents,
+        seq_length=config.seq_length,
+        seed=seed,
+        shuffle=split == "train",
+        split=split,
+    )
 
 
 def _tokenizer(

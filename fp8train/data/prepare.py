@@ -81,7 +81,7 @@ def prepare(
         raise DataError(f"workers must be at least 1, not {workers}")
     if max_line_bytes < 1 or tokenizer_train_bytes < 1:
         raise DataError("max_line_bytes and tokenizer_train_bytes must be at least 1")
-    _check_target(Path(prefix), overwrite)
+    check_target(Path(prefix), overwrite)
     units = plan_units(find_files(inputs, patterns))
     try:
         if tokenizer is None:
@@ -91,11 +91,9 @@ def prepare(
             )
             beside = Path(f"{prefix}.model")
         else:
-            given = load_tokenizer(tokenizer, eod_token=eod_token)
-            content = given.path.read_bytes()
-            beside = Path(f"{prefix}.tokenizer.json" if given.path.suffix == ".json" else f"{prefix}.model")
+            content, beside = tokenizer_beside(load_tokenizer(tokenizer, eod_token=eod_token), prefix)
         idx_path(prefix).unlink(missing_ok=True)  # from here on the old dataset, if any, is gone
-        _replace(beside, content)
+        replace_file(beside, content)
         encoder = Encoder(beside, eod_token, text_key, max_line_bytes)
         loaded = load_tokenizer(beside, eod_token=eod_token)
         return _write(units, str(prefix), encoder, loaded, workers or _cores(), seed if shuffle else None)
@@ -104,7 +102,18 @@ def prepare(
         raise DataError(f"cannot write dataset {prefix}: {where}{error.strerror or error}") from error
 
 
-def _check_target(prefix: Path, overwrite: bool) -> None:
+def tokenizer_beside(tokenizer: Tokenizer, prefix: str | Path) -> tuple[bytes, Path]:
+    """Content of a tokenizer's file, and where its copy beside a dataset lives."""
+    suffix = "tokenizer.json" if tokenizer.path.suffix == ".json" else "model"
+    return tokenizer.path.read_bytes(), Path(f"{prefix}.{suffix}")
+
+
+def check_target(prefix: Path, overwrite: bool) -> None:
+    """Make the folder of a new dataset.
+
+    Raises:
+        DataError: the dataset exists and may not be overwritten, or the folder cannot be made.
+    """
     if prefix.name in ("", ".", ".."):
         raise DataError(
             f"prefix {prefix}: give a path that ends in a name, for example data/{prefix.name or 'corpus'}"
@@ -155,7 +164,7 @@ def _write(
                 shuffle_seed=seed,
                 report=report.counts,
             )
-            _replace(sidecar_path(prefix), (sidecar.model_dump_json(indent=2) + "\n").encode())
+            replace_file(sidecar_path(prefix), (sidecar.model_dump_json(indent=2) + "\n").encode())
             writer.finish()
         if seed is not None:
             _shuffle(IndexedDataset(unshuffled), prefix, tokenizer.vocab_size, seed)
@@ -201,7 +210,8 @@ def _sample(
                 yield from (line for line in text.split("\n") if rng.random() < share)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     tmp = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as stream:

@@ -19,6 +19,17 @@ from fp8train.data.tokenizer import Tokenizer, load_tokenizer
 Count = Annotated[int, Field(ge=0)]
 
 
+class TargetMask(BaseModel):
+    """What ``PREFIX.mask`` holds: one byte per token, 1 where the token is a target of fine-tuning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    targets: Count
+    """Tokens that are targets."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the file."""
+
+
 class Sidecar(BaseModel):
     """Content of ``PREFIX.json``."""
 
@@ -51,6 +62,8 @@ class Sidecar(BaseModel):
     """Documents were written in an order drawn from this seed; null: in source order."""
     report: dict[str, int]
     """Input documents that were skipped or repaired, by reason."""
+    mask: TargetMask | None = None
+    """Which tokens are targets, of a dataset for fine-tuning; null: all, a dataset for pretraining."""
 
 
 def sidecar_path(prefix: str | Path) -> Path:

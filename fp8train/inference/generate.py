@@ -18,7 +18,7 @@ GEMMs pad it with zeros to the 16 rows of an FP8 tensor core.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ def generate(
     eod_id: int | None,
     num_samples: int = 1,
     vocab_size: int | None = None,
+    stop: Callable[[list[int]], bool] = lambda new_tokens: False,
 ) -> list[list[int]]:
     """Continue ``prompt_tokens``.
 
@@ -60,6 +61,7 @@ def generate(
         num_samples: continuations to draw.
         vocab_size: ids from here on are never drawn (a tokenizer may have fewer than the model); default: the
             model's vocabulary.
+        stop: a sample also ends, its last token kept, once this is true of its new tokens.
 
     Returns:
         ``num_samples`` lists of new tokens.
@@ -72,14 +74,14 @@ def generate(
     _check_length(len(prompt_tokens), max_tokens, model.config.max_seq_len)
     assert model.config.vocab_size is not None
     choices = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-    device = model.embedding.weight.device
+    device, alpha = model.embedding.weight.device, model.parametrization.head().output
     caches = model.make_caches(num_samples, len(prompt_tokens) + max_tokens - 1)
     tokens = torch.tensor([list(prompt_tokens)] * num_samples, dtype=torch.int64)
     samples: list[list[int]] = [[] for _ in range(num_samples)]
     running = set(range(num_samples))
     for _ in range(max_tokens):
         last = model.hidden(tokens.to(device), caches)[:, -1]
-        scores = logits(last, model.head_weight, vocab_size=choices)
+        scores = logits(last, model.head_weight, vocab_size=choices, alpha=alpha)
         if not scores.isfinite().all():
             raise InferenceError(
                 "the model's logits are not finite; take a checkpoint from before it diverged"
@@ -90,6 +92,8 @@ def generate(
                 running.remove(i)
             elif i in running:
                 samples[i].append(token)
+                if stop(samples[i]):
+                    running.remove(i)
         if not running:
             break
         tokens = drawn[:, None]

@@ -61,20 +61,47 @@ def evaluate(
         token_lengths: UTF-8 bytes per token id, for bits per byte; None leaves it out.
         ignore_after: as in training.
     """
-    lengths = None if token_lengths is None else torch.from_numpy(token_lengths)
-    totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    totals = torch.zeros(3, dtype=torch.float64)
     for i in range(min(num_batches, batches.batches_per_epoch)):
-        inputs, targets = inputs_and_targets(batches.batch(i), ignore_after)
-        if processes.cp.size > 1:
-            inputs, targets = (ContextParallel(processes.cp).part(t) for t in (inputs, targets))
-        totals[0] += float(summed_loss(inputs.to(processes.device), targets.to(processes.device)))
-        counted = targets[targets != IGNORE]
-        totals[1] += counted.numel()
-        if lengths is not None:
-            totals[2] += int(lengths[counted].sum())
+        totals += batch_totals(
+            summed_loss,
+            batches,
+            i,
+            processes=processes,
+            token_lengths=token_lengths,
+            ignore_after=ignore_after,
+        )
     on_device = totals.to(processes.device)
     processes.pp.all_reduce(on_device[:1], purpose="loss")()
     processes.replicas.all_reduce(on_device, purpose="loss")()
-    nats, tokens, num_bytes = on_device.tolist()
+    return evaluation_of(*on_device.tolist())
+
+
+@torch.no_grad()
+def batch_totals(
+    summed_loss: Callable[[Tensor, Tensor], Tensor],
+    batches: GlobalBatches,
+    number: int,
+    *,
+    processes: Processes,
+    token_lengths: np.ndarray | None,
+    ignore_after: int | None,
+) -> Tensor:
+    """This rank's part of one global batch; arguments as for :func:`evaluate`.
+
+    Returns:
+        FP64 [3] on the CPU: nats, target tokens, bytes of target text (0 where lengths are not known).
+    """
+    inputs, targets = inputs_and_targets(batches.batch(number), ignore_after)
+    if processes.cp.size > 1:
+        inputs, targets = (ContextParallel(processes.cp).part(t) for t in (inputs, targets))
+    nats = float(summed_loss(inputs.to(processes.device), targets.to(processes.device)))
+    counted = targets[targets != IGNORE]
+    num_bytes = 0 if token_lengths is None else int(torch.from_numpy(token_lengths)[counted].sum())
+    return torch.tensor([nats, counted.numel(), num_bytes], dtype=torch.float64)
+
+
+def evaluation_of(nats: float, tokens: float, num_bytes: float) -> Evaluation:
+    """The result of totals over all ranks; without bytes there are no bits per byte."""
     bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else None
     return Evaluation(nats / max(1, tokens), int(tokens), bits_per_byte)

@@ -13,20 +13,17 @@ losses.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fp8train.comm.collectives import alone
-from fp8train.comm.processes import Processes, choose_device
+from fp8train.comm.collectives import CountedGroup, alone
+from fp8train.comm.processes import Processes
 from fp8train.config.schema import DataConfig
 from fp8train.data.batches import GlobalBatches
 from fp8train.data.indexed_dataset import IndexedDataset, idx_path
@@ -34,14 +31,11 @@ from fp8train.data.loading import SplitName, open_split, prefixes_of
 from fp8train.data.sidecar import read_sidecar
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
-from fp8train.inference.load import TrainedRun, open_run
+from fp8train.inference.load import TrainedRun
+from fp8train.inference.progress import Progress
 from fp8train.inference.weights import Numerics
-from fp8train.training.console import format_count
-from fp8train.training.evaluation import Evaluation, evaluate
+from fp8train.training.evaluation import Evaluation, batch_totals, evaluation_of
 from fp8train.training.metrics import strict
-from fp8train.training.run import prepare_machine
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -193,21 +187,34 @@ def _check_tokens(prefix: str, run: TrainedRun, tokenizer: Tokenizer | None) -> 
         )
 
 
-def measure(run: TrainedRun, text: Text, numerics: Numerics, *, device: torch.device) -> Measurement:
+def measure(
+    run: TrainedRun,
+    text: Text,
+    numerics: Numerics,
+    *,
+    device: torch.device,
+    ranks: CountedGroup | None = None,
+) -> Measurement:
     """Load the model in these numerics and evaluate it. A long evaluation reports on stderr.
+
+    Several ranks take whole batches in turn and their totals are added in the order of batches, so the result
+    is that of one process to the bit, at equal threads.
 
     Args:
         run: the checkpoint.
         text: what to read.
         numerics: ``matched`` or ``bf16``.
         device: where to run.
+        ranks: processes that share the work; None: this one alone.
 
     Raises:
         UserError: what :meth:`~fp8train.inference.load.TrainedRun.load` refuses; a token outside the
             vocabulary.
     """
+    ranks = alone() if ranks is None else ranks
     built = run.load(numerics, device=device)
-    model, progress = built.model, _Progress(numerics, text.num_batches)
+    mine = range(ranks.rank, text.num_batches, ranks.size)
+    model, progress = built.model, Progress(numerics, len(mine), quiet=ranks.rank > 0)
 
     def summed_loss(inputs: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -217,119 +224,25 @@ def measure(run: TrainedRun, text: Text, numerics: Numerics, *, device: torch.de
         return total
 
     began = time.perf_counter()
-    evaluation = evaluate(
-        summed_loss,
-        text.batches,
-        num_batches=text.num_batches,
-        processes=Processes(device, 1, 0, alone(), None),
-        token_lengths=text.token_lengths,
-        ignore_after=text.ignore_after,
-    )
+    rows = torch.zeros(text.num_batches, 3, dtype=torch.float64)
+    for number in mine:
+        rows[number] = batch_totals(
+            summed_loss,
+            text.batches,
+            number,
+            processes=Processes(device, 1, 0, alone(), None),
+            token_lengths=text.token_lengths,
+            ignore_after=text.ignore_after,
+        )
+    rows = rows.to(device)
+    ranks.all_reduce(rows, purpose="loss")()  # every row is zero but on one rank, so the sum is exact
+    totals = torch.zeros(3, dtype=torch.float64)
+    for row in rows.cpu():
+        totals += row
+    evaluation = evaluation_of(*totals.tolist())
     return Measurement(numerics, run.describe(numerics, built), evaluation, time.perf_counter() - began)
-
-
-class _Progress:
-    """A line on stderr every few seconds."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done, self._tokens = label, total, 0, 0
-        self._began = self._last = time.monotonic()
-
-    def advance(self, tokens: int) -> None:
-        """One more batch is under way."""
-        self._done, self._tokens, now = self._done + 1, self._tokens + tokens, time.monotonic()
-        if now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = now
-            speed = format_count(self._tokens / (now - self._began))
-            print(
-                f"{self._label}: {self._done} of {self._total} batches, {speed} tokens/s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def _kinds(run: TrainedRun, numerics: Numerics | Literal["both"]) -> list[Numerics]:
-    """What to measure: a run whose own numerics are BF16 is measured once."""
-    if numerics != "both":
-        return [numerics]
-    is_bf16 = not run.config.precision.gemm.fp8 and run.config.precision.compute == "bf16"
-    return ["matched"] if is_bf16 else ["matched", "bf16"]
 
 
 def relative_difference(measured: Measurement, reference: Measurement) -> float:
     """By how much of the reference's perplexity ``measured`` is worse."""
     return math.expm1(measured.evaluation.loss - reference.evaluation.loss)
-
-
-def eval_command(
-    checkpoint: Path,
-    *,
-    numerics: Numerics | Literal["both"],
-    split: SplitName,
-    batches: int | None,
-    prefix: str | None,
-    batch_size: int | None,
-    device: str,
-    json_file: Path | None,
-) -> int:
-    """Print loss and perplexity of a checkpoint.
-
-    Args:
-        checkpoint: step directory, or run directory for its newest good checkpoint.
-        numerics: which to measure; both are measured once where the run's own are BF16.
-        split: see :func:`open_text`.
-        batches: see :func:`open_text`.
-        prefix: see :func:`open_text`.
-        batch_size: see :func:`open_text`.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        json_file: where to write the unrounded numbers; None writes none.
-
-    Returns:
-        Exit status 0.
-
-    Raises:
-        UserError: what :func:`~fp8train.inference.load.open_run`, :func:`open_text` and :func:`measure`
-            refuse.
-    """
-    run = open_run(checkpoint)
-    prepare_machine(run.config, 1)  # the same number of threads, for the same bits
-    text = open_text(run, split, num_batches=batches, prefix=prefix, batch_size=batch_size)
-    described = text.batches.samples.description
-    print(
-        f"{run.path}: step {run.step}; {described}: {text.num_samples} samples", file=sys.stderr, flush=True
-    )
-    where = choose_device(device, 0)
-    results = [measure(run, text, kind, device=where) for kind in _kinds(run, numerics)]
-    for result in results:
-        print(_line(result), flush=True)
-    difference = relative_difference(*results) if len(results) > 1 else None
-    if difference is not None:
-        print(f"perplexity, {results[0].numerics} against {results[1].numerics}: {100 * difference:+.4f} %")
-    if json_file is not None:
-        report = {
-            "checkpoint": str(run.path),
-            "step": run.step,
-            "text": described,
-            "samples": text.num_samples,
-            "results": [result.plain() for result in results],
-            "relative_difference": None if difference is None else strict(difference),
-        }
-        _write_json(json_file, report)
-    return 0
-
-
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise InferenceError(f"--json {path}: {error.strerror or error}") from None
-
-
-def _line(result: Measurement) -> str:
-    evaluation = result.evaluation
-    parts = [f"loss {evaluation.loss:.6f} nats/token", f"perplexity {result.perplexity:.6g}"]
-    if evaluation.bits_per_byte is not None:
-        parts.append(f"{evaluation.bits_per_byte:.4f} bits/byte")
-    speed = format_count(evaluation.tokens / result.seconds)
-    parts += [f"{evaluation.tokens:,} tokens", f"{speed} tokens/s", result.operands]
-    return f"{result.numerics:<7} | " + " | ".join(parts)

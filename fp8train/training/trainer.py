@@ -62,14 +62,17 @@ def inputs_and_targets(tokens: Tensor, ignore_after: int | None) -> tuple[Tensor
     """Cut samples into model inputs and next-token targets.
 
     Args:
-        tokens: int64 [.., S+1].
+        tokens: int64 [.., S+1]; a complemented (negative) token is read, but is no target
+            (:mod:`fp8train.data.packing`).
         ignore_after: an end-of-document id whose following prediction is left out of the loss; None keeps
             all.
 
     Returns:
         (inputs, targets), each [.., S]; left-out targets are -100.
     """
-    inputs, targets = tokens[..., :-1], tokens[..., 1:]
+    is_target = tokens >= 0
+    inputs = torch.where(is_target, tokens, ~tokens)[..., :-1]
+    targets = torch.where(is_target, tokens, IGNORE)[..., 1:]
     if ignore_after is not None:
         targets = torch.where(inputs == ignore_after, IGNORE, targets)
     return inputs.contiguous(), targets.contiguous()
@@ -286,7 +289,7 @@ class Trainer:
 
     def _global_token_count(self, targets: Tensor) -> Tensor | int:
         """Target tokens of the whole global batch; known without communication unless some are left out."""
-        if self.ignore_after is None:
+        if self.ignore_after is None and self.config.data.kind == "pretrain":
             return targets.numel() * self.processes.replicas.size
         count = (targets != IGNORE).sum().double()
         self.processes.replicas.all_reduce(count, purpose="loss")()

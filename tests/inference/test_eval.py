@@ -273,7 +273,7 @@ def test_the_table_of_runs(config: Path, prepared: Path) -> None:
 def test_progress_of_a_long_evaluation(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fp8train.training.perplexity._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("fp8train.inference.progress._SECONDS_BETWEEN_LINES", 0.0)
     run = open_run(prepared / "run")
     measure(run, open_text(run, num_batches=3), "bf16", device=CPU)
     lines = capsys.readouterr().err.splitlines()

@@ -73,6 +73,34 @@ def test_cache_gives_the_tokens_of_the_whole_sequence(family: str, sampling: Sam
     assert (len({tuple(row) for row in found}) == 1) == (sampling.temperature == 0)
 
 
+def test_sampling_sees_the_logits_of_training() -> None:
+    """Which the output multiplier of a static parametrisation scales; and a sample may be told to stop."""
+    config = tiny_config({"family": "llama", "tie_embeddings": False}, precision={"compute": "fp64"})
+    section = config.parametrization.model_copy(update={"kind": "mus"})
+    config = config.model_copy(update={"parametrization": section})
+    model = tiny_model(config)
+    assert model.parametrization.head().output != 1.0
+    sampling, prompt = Sampling(1.0), [7, 3, 55, 21]
+
+    def sampled(**stop: Any) -> list[list[int]]:
+        return generate(
+            model,
+            prompt,
+            max_tokens=8,
+            temperature=1.0,
+            top_k=None,
+            top_p=None,
+            generator=torch.Generator().manual_seed(8),
+            eod_id=None,
+            num_samples=3,
+            **stop,
+        )
+
+    expected = without_cache(model, prompt, 8, sampling, 8, 3)
+    assert sampled() == expected
+    assert sampled(stop=lambda tokens: len(tokens) == 3) == [row[:3] for row in expected]
+
+
 def draw(model: Decoder, **changes: Any) -> list[list[int]]:
     arguments: dict[str, Any] = {
         "max_tokens": 15,
