@@ -1,0 +1,59 @@
+"""What is known of one Hugging Face architecture, and of one of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fp8train.config.model_schema import ModelConfig
+from fp8train.huggingface.config_json import ConfigJson
+from fp8train.huggingface.layouts import Layout
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """One of our parameters in their file.
+
+    Attributes:
+        ours: its name in the decoder.
+        theirs: names of the tensors that hold it.
+        layout: how.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout = Layout()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of transformers.
+
+    Attributes:
+        name: its class, as in ``architectures`` of a config.json.
+        model_types: values of ``model_type`` that are read with it; the first is written.
+        base_prefix: of the names of everything but the head; files of the bare model lack it.
+        buffers: ends of names that older versions saved beside the weights and that hold nothing learned.
+        aliases: other names of a tensor, by the name used in ``tensors``.
+        linears: its matrices are ``nn.Linear`` in a layout that FP8 formats of inference engines cover.
+        settings: its config.json -> the keys of our ``model`` section.
+        config: our settings -> the keys of its config.json.
+        tensors: our settings -> which tensors are which. Vectors that our model may lack (biases, gains) are
+            listed too.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    base_prefix: str
+    buffers: tuple[str, ...]
+    aliases: dict[str, str]
+    linears: bool
+    settings: Callable[[ConfigJson], dict[str, Any]]
+    config: Callable[[ModelConfig], dict[str, Any]]
+    tensors: Callable[[ModelConfig], Sequence[TensorMap]]
+
+
+def vectors(ours: str, theirs: str, layout: Layout = Layout()) -> list[TensorMap]:
+    """Weight and bias of a module that both sides have, by module path."""
+    return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), layout) for kind in ("weight", "bias")]
