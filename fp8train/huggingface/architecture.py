@@ -39,8 +39,9 @@ class Architecture:
         linears: its matrices are ``nn.Linear`` in a layout that FP8 formats of inference engines cover.
         settings: its config.json -> the keys of our ``model`` section.
         config: our settings -> the keys of its config.json.
-        tensors: our settings -> which tensors are which. Vectors that our model may lack (biases, gains) are
-            listed too.
+        head: its name of the output head's weight.
+        tensors: our settings -> which tensors are which: all that a file with these settings must hold. Ours
+            may lack some of the vectors (biases, gains); they are then exported as zeros and ones.
     """
 
     name: str
@@ -49,11 +50,20 @@ class Architecture:
     buffers: tuple[str, ...]
     aliases: dict[str, str]
     linears: bool
+    head: str
     settings: Callable[[ConfigJson], dict[str, Any]]
     config: Callable[[ModelConfig], dict[str, Any]]
     tensors: Callable[[ModelConfig], Sequence[TensorMap]]
 
 
-def vectors(ours: str, theirs: str, layout: Layout = Layout()) -> list[TensorMap]:
-    """Weight and bias of a module that both sides have, by module path."""
-    return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), layout) for kind in ("weight", "bias")]
+def vectors(
+    ours: str, theirs: str, layout: Layout = Layout(), *, bias: bool = True
+) -> list[TensorMap]:
+    """Weight and, with ``bias``, bias of a module, by module path."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), layout) for kind in kinds]
+
+
+def head(model: ModelConfig, theirs: str, layout: Layout) -> list[TensorMap]:
+    """The output head, where it is not the embedding."""
+    return [] if model.tie_embeddings else [TensorMap("head.weight", (theirs,), layout)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
-from fp8train.huggingface.architecture import Architecture, TensorMap, vectors
+from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
 from fp8train.huggingface.config_json import ConfigJson
 from fp8train.huggingface.layouts import Conv1D, SeparateQKV, Vocabulary
 
@@ -70,7 +70,7 @@ def _tensors(model: ModelConfig) -> list[TensorMap]:
         TensorMap("embedding.weight", ("transformer.wte.weight",), tokens),
         TensorMap("positions.weight", ("transformer.wpe.weight",)),
         *vectors("final_norm", "transformer.ln_f"),
-        TensorMap("head.weight", ("lm_head.weight",), tokens),
+        *head(model, GPT2.head, tokens),
     ]
     qkv = Conv1D(SeparateQKV(model.num_kv_heads, model.head_dim))
     for i in range(model.num_layers):
@@ -93,6 +93,7 @@ GPT2 = Architecture(
     buffers=(".attn.bias", ".attn.masked_bias"),
     aliases={},
     linears=False,
+    head="lm_head.weight",
     settings=_settings,
     config=_config,
     tensors=_tensors,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
-from fp8train.huggingface.architecture import Architecture, TensorMap, vectors
+from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
 from fp8train.huggingface.config_json import ConfigJson
 from fp8train.huggingface.gpt2 import ACTIVATIONS
 from fp8train.huggingface.layouts import Vocabulary
@@ -67,7 +67,7 @@ def _tensors(model: ModelConfig) -> list[TensorMap]:
     maps = [
         TensorMap("embedding.weight", ("gpt_neox.embed_in.weight",), tokens),
         *vectors("final_norm", "gpt_neox.final_layer_norm"),
-        TensorMap("head.weight", ("embed_out.weight",), tokens),
+        *head(model, GPT_NEOX.head, tokens),
     ]
     names = {
         "attention_norm": "input_layernorm",
@@ -90,6 +90,7 @@ GPT_NEOX = Architecture(
     buffers=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
     aliases={"embed_out.weight": "lm_head.weight"},
     linears=False,
+    head="embed_out.weight",
     settings=_settings,
     config=_config,
     tensors=_tensors,

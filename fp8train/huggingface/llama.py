@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
-from fp8train.huggingface.architecture import Architecture, TensorMap, vectors
+from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
 from fp8train.huggingface.config_json import ConfigJson
 from fp8train.huggingface.layouts import GateUp, Layout, SeparateQKV, Vocabulary
 from fp8train.huggingface.rope import rope_config, rope_settings
@@ -70,26 +70,28 @@ def _tensors(model: ModelConfig) -> list[TensorMap]:
     maps = [
         TensorMap("embedding.weight", ("model.embed_tokens.weight",), tokens),
         TensorMap("final_norm.weight", ("model.norm.weight",)),
-        TensorMap("head.weight", ("lm_head.weight",), tokens),
+        *head(model, LLAMA.head, tokens),
     ]
+    bias = model.bias
     qkv = SeparateQKV(model.num_kv_heads, model.head_dim)
+    gate_up = GateUp(model.ffn_hidden_size)
     for i in range(model.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         maps += [
             TensorMap(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
-            *_parts(f"{ours}.attention.qkv", f"{theirs}.self_attn", ("q_proj", "k_proj", "v_proj"), qkv),
-            *vectors(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj"),
+            *_parts(f"{ours}.attention.qkv", f"{theirs}.self_attn", ("q_proj", "k_proj", "v_proj"), qkv, bias),
+            *vectors(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", bias=bias),
             TensorMap(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
-            *_parts(f"{ours}.mlp.up", f"{theirs}.mlp", ("gate_proj", "up_proj"), GateUp(model.ffn_hidden_size)),
-            *vectors(f"{ours}.mlp.down", f"{theirs}.mlp.down_proj"),
+            *_parts(f"{ours}.mlp.up", f"{theirs}.mlp", ("gate_proj", "up_proj"), gate_up, bias),
+            *vectors(f"{ours}.mlp.down", f"{theirs}.mlp.down_proj", bias=bias),
         ]
     return maps
 
 
-def _parts(ours: str, theirs: str, names: tuple[str, ...], layout: Layout) -> list[TensorMap]:
+def _parts(ours: str, theirs: str, names: tuple[str, ...], layout: Layout, bias: bool) -> list[TensorMap]:
     return [
         TensorMap(f"{ours}.{kind}", tuple(f"{theirs}.{name}.{kind}" for name in names), layout)
-        for kind in ("weight", "bias")
+        for kind in (("weight", "bias") if bias else ("weight",))
     ]
 
 
@@ -100,6 +102,7 @@ LLAMA = Architecture(
     buffers=("rotary_emb.inv_freq",),
     aliases={},
     linears=True,
+    head="lm_head.weight",
     settings=_settings,
     config=_config,
     tensors=_tensors,
