@@ -8,7 +8,7 @@ from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
 from fp8train.huggingface.config_json import ConfigJson
-from fp8train.huggingface.layouts import Layout
+from fp8train.huggingface.layouts import SAME, Layout
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TensorMap:
 
     ours: str
     theirs: tuple[str, ...]
-    layout: Layout = Layout()
+    layout: Layout = SAME
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class Architecture:
     tensors: Callable[[ModelConfig], Sequence[TensorMap]]
 
 
-def vectors(
-    ours: str, theirs: str, layout: Layout = Layout(), *, bias: bool = True
-) -> list[TensorMap]:
+def vectors(ours: str, theirs: str, layout: Layout = SAME, *, bias: bool = True) -> list[TensorMap]:
     """Weight and, with ``bias``, bias of a module, by module path."""
     kinds = ("weight", "bias") if bias else ("weight",)
     return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), layout) for kind in kinds]

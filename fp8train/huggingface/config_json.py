@@ -16,9 +16,28 @@ from fp8train.huggingface.errors import HuggingFaceError
 CONFIG_FILE = "config.json"
 
 _NEUTRAL = frozenset(
-    "_name_or_path architectures attn_implementation bos_token_id dtype eos_token_id finetuning_task "
-    "id2label label2id model_type output_attentions output_hidden_states output_past pad_token_id "
-    "pretraining_tp return_dict task_specific_params torch_dtype transformers_version use_cache".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "pad_token_id",
+        "pretraining_tp",
+        "return_dict",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 """Keys that change no logit."""
 
@@ -106,8 +125,10 @@ def read_config(folder: Path) -> ConfigJson:
         raise HuggingFaceError(f"{path}: not a JSON object")
     config = ConfigJson(path, values)
     config.only(
-        "auto_map", None, default=None, why="the model is computed by Python code in its folder, not by a "
-        "class of transformers"
+        "auto_map",
+        None,
+        default=None,
+        why="the model is computed by Python code in its folder, not by a class of transformers",
     )
     if values.get("quantization_config") is not None:
         method = values["quantization_config"]

@@ -4,7 +4,7 @@ transformers' decoders know none. With the plain residual (weights 1 and 1) each
 after something linear, and moves into it:
 
 ======================================  ===================================================================
-attention logits  c instead of 1/√D     query rows (and their bias) times c·√D; RoPE commutes with a number
+attention logits  c instead of 1/√D     query rows (and their bias) times c·√D; RoPE commutes with numbers
 linear  α·(W x) + b                     W times α
 attention output times f                out's W times f
 f(m·x)/m in the MLP                     up's rows (SwiGLU: the gate's) and their bias times m, down's W by m

@@ -49,6 +49,9 @@ def _merge_rows(view: Tensor, ndim: int) -> tuple[int, ...]:
     return (view.numel() // max(1, torch.Size(rest).numel()), *rest)
 
 
+SAME = Layout()
+
+
 @dataclass(frozen=True)
 class Vocabulary(Layout):
     """Rows of tokens; ours are padded with rows of zeros, whose logits are never looked at
@@ -92,7 +95,7 @@ class GateUp(Layout):
 class Conv1D(Layout):
     """GPT-2's linears: [in, out], and one tensor for all parts of ``inner``, one after the other."""
 
-    inner: Layout = Layout()
+    inner: Layout = SAME
 
     def to_theirs(self, ours: Tensor) -> tuple[Tensor, ...]:
         """See :class:`Layout`."""

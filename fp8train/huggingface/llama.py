@@ -18,13 +18,14 @@ def _settings(config: ConfigJson) -> dict[str, Any]:
     config.optional("attention_dropout")
     mistral = config.values.get("model_type") == "mistral"
     if mistral:
-        config.only(
-            "sliding_window", None, default=4096, why="this decoder's attention has no window"
-        )
+        config.only("sliding_window", None, default=4096, why="this decoder's attention has no window")
     bias = config.flag("attention_bias", default=False)
     if config.flag("mlp_bias", default=False) != bias:
-        config.refuse("mlp_bias", not bias, f"this decoder has biases everywhere or nowhere; attention_bias "
-            f"is {str(bias).lower()}")
+        config.refuse(
+            "mlp_bias",
+            not bias,
+            f"this decoder has biases everywhere or nowhere; attention_bias is {str(bias).lower()}",
+        )
     return {
         "family": "llama",
         "num_layers": config.number("num_hidden_layers"),
@@ -79,7 +80,9 @@ def _tensors(model: ModelConfig) -> list[TensorMap]:
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         maps += [
             TensorMap(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
-            *_parts(f"{ours}.attention.qkv", f"{theirs}.self_attn", ("q_proj", "k_proj", "v_proj"), qkv, bias),
+            *_parts(
+                f"{ours}.attention.qkv", f"{theirs}.self_attn", ("q_proj", "k_proj", "v_proj"), qkv, bias
+            ),
             *vectors(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", bias=bias),
             TensorMap(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
             *_parts(f"{ours}.mlp.up", f"{theirs}.mlp", ("gate_proj", "up_proj"), gate_up, bias),
