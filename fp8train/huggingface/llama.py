@@ -17,8 +17,9 @@ def _settings(config: ConfigJson) -> dict[str, Any]:
     config.choice("hidden_act", {"silu": None, "swish": None}, default="silu")
     config.optional("attention_dropout")
     mistral = config.values.get("model_type") == "mistral"
-    if mistral:
-        config.only("sliding_window", None, default=4096, why="this decoder's attention has no window")
+    window = config.optional("sliding_window")
+    if mistral and (window is not None or "sliding_window" not in config.values):  # absent: 4096
+        config.refuse("sliding_window", window or 4096, "this decoder's attention has no window")
     bias = config.flag("attention_bias", default=False)
     if config.flag("mlp_bias", default=False) != bias:
         config.refuse(

@@ -59,6 +59,7 @@ def export_tokenizer(run: TrainedRun, folder: Path) -> tuple[int | None, str]:
     shutil.copyfile(source, folder / name)
     told = f"tokenizer: {name}, {tokenizer.vocab_size} tokens, end of document {tokenizer.eod_id}"
     data = source.read_bytes()
+    config: dict[str, Any]
     if source.suffix == ".json":
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
