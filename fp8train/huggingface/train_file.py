@@ -16,7 +16,6 @@ _TEMPLATE = """\
 # Continues the training of {name}, imported from {source}.
 #   fp8train data prepare TEXT... --output data/corpus --tokenizer {tokenizer}
 #   fp8train train {file}
-# The weights: {checkpoint}
 run:
   name: continued
 {model}data:
@@ -32,6 +31,8 @@ train:
   steps: 1000
   global_batch_size: 8
   micro_batch_size: 1
+# checkpoint:
+#   init_from: {checkpoint}  # the weights
 """
 
 
