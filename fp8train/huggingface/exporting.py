@@ -11,7 +11,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Export:
     multipliers: Multipliers
     format: ExportFormat
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of our tensors, those that the model lacks included."""
         own = self.masters.shapes
@@ -184,8 +184,13 @@ def check_export(export: Export, folder: Path, *, text: Path | None) -> list[str
     tokens = None if text is None else read_text(text, run)
     with WeightFiles(folder) as files:
         rounded = decoder_in_fp32(run.config, vocab_size, lambda fqn: exported_values(export, files, fqn))
-    theirs = their_logits(folder)
-    parity = compare(our_logits(rounded), theirs, vocab_size=vocab_size, max_seq_len=max_seq_len, text=tokens)
+    parity = compare(
+        our_logits(rounded),
+        their_logits(folder),  # gone afterwards: two models in memory at a time
+        vocab_size=vocab_size,
+        max_seq_len=max_seq_len,
+        text=tokens,
+    )
     check_passed(parity, "nothing was exported")
     lines = parity.lines()
     if export.format.name == "fp32":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class MasterReader:
         self._parameters = dict(self.decoder.named_parameters())
         self._format = state_format(run.config.precision.state.master)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all parameters, by name."""
         return {fqn: tuple(parameter.shape) for fqn, parameter in self._parameters.items()}

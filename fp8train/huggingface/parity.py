@@ -114,7 +114,7 @@ def their_logits(folder: Path) -> Logits:
 
 def _decoded(transformers: Any, config: Any, folder: Path) -> nn.Module:
     del config.quantization_config
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
     with WeightFiles(folder) as files:
         names = [name for name in files.names if not name.endswith(("_scale", "_scale_inv"))]
         missing, unexpected = model.load_state_dict(
