@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8train.huggingface.errors import HuggingFaceError
-from fp8train.huggingface.exporting import export_command
-from fp8train.huggingface.files import parse_size
+from fp8train.huggingface.exporting import export_command, exported_values, plan_export
+from fp8train.huggingface.files import WeightFiles, parse_size
 from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.parity import their_logits
+from fp8train.inference.load import open_run
 from tests.huggingface.models import VARIANTS, logits_of, their_model, tokens_of, transformers, write_run
 from tests.models.settings import tiny_config
 from tests.numerics.fp8_table import E4M3_TABLE
@@ -232,6 +233,19 @@ def test_fp8_tensors(tmp_path: Path) -> None:
         "strategy": "tensor",
         "dynamic": False,
     }
+
+
+def test_fp8_tensors_are_the_weights_of_training(tmp_path: Path) -> None:
+    """With the recipe ``current`` the exported codes are those that the run multiplies."""
+    config = tiny_config({"family": "llama", "num_kv_heads": 2}, precision={"gemm": {"fp8": True}})
+    write_run(tmp_path / "run", config)
+    linears = open_run(tmp_path / "run").load("matched", device=torch.device("cpu")).model.linears()
+    folder = export(tmp_path / "run", tmp_path / "fp8", "fp8_tensor")
+    export_of = plan_export(open_run(tmp_path / "run"), "fp8_tensor")
+    with WeightFiles(folder) as files:
+        for path, linear in linears.items():
+            used = linear.dequantized_weight(torch.float32)
+            assert torch.equal(exported_values(export_of, files, f"{path}.weight"), used), path
 
 
 def test_what_stays_in_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
