@@ -8,6 +8,7 @@ FOLDER holds ``wikitext2_valid.txt``, the text of WikiText-2's validation split.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from fp8train.config.schema import to_plain
 from fp8train.huggingface.exporting import export_command
 from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
-from fp8train.huggingface.parity import perplexity
+from fp8train.huggingface.parity import fixed_tokens, perplexity
 from fp8train.inference.load import TrainedRun, open_run
 from fp8train.training.trainer import Trainer, inputs_and_targets
 from tests.huggingface.models import logits_of, transformers
@@ -71,22 +72,44 @@ def text(run: TrainedRun) -> list[int]:
 
 
 def test_logits(run: TrainedRun, theirs: nn.Module) -> None:
-    """In FP32 within 1e-4; 512 tokens in a row."""
+    """In FP32 within 1e-4."""
     ours = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
     assert sum(p.numel() for p in ours.parameters()) == 134_515_008
-    tokens = torch.randint(run.vocab_size, (1, 512), generator=torch.Generator().manual_seed(1))
+    tokens = fixed_tokens(run.vocab_size, CONTEXT)
     expected = logits_of(theirs, tokens)
     difference = float((ours.logits(tokens) - expected).abs().max())
     print(f"\nlargest difference of a logit {difference:.2e}, largest logit {expected.abs().max():.1f}")
     assert difference <= 1e-4
 
 
+def fake_quantised(value: Tensor) -> Tensor:
+    """Rounded to E4M3 with the largest power-of-two scale that fits; torch alone."""
+    scale = 2.0 ** math.floor(math.log2(448.0 / float(value.abs().max())))
+    return (value * scale).to(torch.float8_e4m3fn).float() / scale
+
+
+@torch.no_grad()
+def simulate_fp8(model: nn.Module) -> None:
+    """Weights and inputs of all linears but the head through E4M3, in transformers' model."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.weight.copy_(fake_quantised(module.weight))
+            module.register_forward_pre_hook(lambda _, inputs: (fake_quantised(inputs[0]),))
+
+
 def test_perplexity(run: TrainedRun, theirs: nn.Module, text: list[int]) -> None:
-    """Of the first 1,024 tokens: FP32 equal, BF16 and FP8 GEMMs within 1 %."""
+    """Of the first 1,024 tokens. FP32 is that of transformers, BF16 within 1 %. FP8 is within 1 % of
+    transformers' model with operands rounded to E4M3; that rounding itself costs this small model some 4 %
+    (whatever the granularity of scales: the three bits of the mantissa do it)."""
     first = text[: TOKENS + 1]
-    expected = perplexity(lambda tokens: logits_of(theirs, tokens), first, CONTEXT)
+
+    def of_theirs() -> float:
+        return perplexity(lambda tokens: logits_of(theirs, tokens), first, CONTEXT)
+
     exact = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
-    found = {"FP32": perplexity(exact.logits, first, CONTEXT)}
+    found = {"transformers, FP32": of_theirs(), "FP32": perplexity(exact.logits, first, CONTEXT)}
+    simulate_fp8(theirs)
+    found["transformers, FP8 simulated"] = of_theirs()
     in_fp8 = resolve_mapping(
         {
             **{key: to_plain(run.config)[key] for key in ("model", "data", "optimizer", "train")},
@@ -97,13 +120,12 @@ def test_perplexity(run: TrainedRun, theirs: nn.Module, text: list[int]) -> None
         built = replace(run, config=config).load("matched", device=CPU)
         assert (built.fp8 is not None and len(built.fp8.converted) == 120) == (name == "FP8")
         found[name] = perplexity(lambda tokens, m=built.model: m.logits(tokens).float(), first, CONTEXT)
-    print(
-        f"\nperplexity: transformers FP32 {expected:.4f}, "
-        + ", ".join(f"{k} {v:.4f}" for k, v in found.items())
-    )
+    print("\nperplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    expected = found["transformers, FP32"]
     assert found["FP32"] == pytest.approx(expected, rel=1e-5)
     assert found["BF16"] == pytest.approx(expected, rel=0.01)
-    assert found["FP8"] == pytest.approx(expected, rel=0.01)
+    assert found["FP8"] == pytest.approx(found["transformers, FP8 simulated"], rel=0.01)
+    assert found["FP8"] == pytest.approx(expected, rel=0.06)
 
 
 def test_continued_training_at_o2(folders: tuple[Path, Path], run: TrainedRun, text: list[int]) -> None:
