@@ -43,6 +43,8 @@ data_app = typer.Typer(help="Make and look at datasets.")
 app.add_typer(data_app, name="data")
 report_app = typer.Typer(help="Tables and plots from a run's records.")
 app.add_typer(report_app, name="report")
+import_app = typer.Typer(help="Models from elsewhere.")
+app.add_typer(import_app, name="import")
 export_app = typer.Typer(help="Write a checkpoint in another format.")
 app.add_typer(export_app, name="export")
 
@@ -89,6 +91,15 @@ class Split(StrEnum):
     train = "train"
     valid = "valid"
     test = "test"
+
+
+class ExportType(StrEnum):
+    """What ``--dtype`` takes."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp8_block = "fp8_block"
+    fp8_tensor = "fp8_tensor"
 
 
 def _print_version(wanted: bool) -> None:
@@ -423,6 +434,59 @@ def states(
 
     assert states == States.fp32
     _write(export_states(checkpoint, output, max_shard_bytes=parse_size(max_shard_size)) + "\n")
+
+
+_Check = Annotated[
+    bool | None,
+    typer.Option(
+        "--check/--no-check", help="Compare logits with transformers; default: where it is installed."
+    ),
+]
+_Text = Annotated[
+    Path | None, typer.Option("--text", help="Compare the perplexity of this file's first 1,024 tokens too.")
+]
+
+
+@import_app.command(name="hf")
+def import_hf(
+    folder: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors files")],
+    output: Annotated[Path, typer.Option("--output", help="Run directory to make.")],
+    check: _Check = None,
+    text: _Text = None,
+) -> int:
+    """Make a run directory, with a checkpoint of step 0, from a Llama, GPT-2 or GPT-NeoX of transformers."""
+    from fp8train.huggingface.importing import import_command
+
+    return import_command(folder, output=output, check=check, text=text)
+
+
+@export_app.command(name="hf")
+def export_hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or run directory for its newest one")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder to make.")],
+    dtype: Annotated[
+        ExportType,
+        typer.Option("--dtype", help="fp8_block: DeepSeek's 128x128 blocks; fp8_tensor: one scale a matrix."),
+    ] = ExportType.bf16,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Largest safetensors file.")
+    ] = "5GB",
+    check: _Check = None,
+    text: _Text = None,
+) -> int:
+    """Write a checkpoint as a model of transformers: config.json, safetensors, tokenizer."""
+    from fp8train.huggingface.exporting import export_command
+
+    return export_command(
+        checkpoint,
+        output=output,
+        dtype=dtype.value,
+        max_shard_size=max_shard_size,
+        check=check,
+        text=text,
+    )
 
 
 @report_app.command()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A package may import only those before it (and itself).
 ORDER = [
     *("config", "numerics", "kernels", "comm", "layers", "models", "parallel", "optim", "data"),
-    *("checkpoint", "inference", "training", "planning", "reporting", "cli"),
+    *("checkpoint", "inference", "huggingface", "training", "planning", "reporting", "cli"),
 ]
 
 

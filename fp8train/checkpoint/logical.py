@@ -6,7 +6,7 @@ be read back: the new rank's rectangle is the union of its intersections with th
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +23,9 @@ class LogicalTensor:
     """Shape of the whole tensor."""
     offset: tuple[int, ...]
     """Index of the rectangle's first element in the whole tensor, one number per dimension."""
+    read: Callable[[], Tensor] | None = None
+    """Saving only: gives the elements when it is their turn to be written, so that a state larger than memory
+    can be saved; ``local`` then says shape and dtype alone (on the meta device)."""
 
     def __post_init__(self) -> None:
         shape, ndim = tuple(self.local.shape), self.local.dim()

@@ -81,7 +81,8 @@ class LogicalSavePlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The rectangle's elements, for the storage layer to copy to the host and write."""
         self._on_item()
-        return self._tensors[write_item.index.fqn].local.detach()
+        value = self._tensors[write_item.index.fqn]
+        return (value.local if value.read is None else value.read()).detach()
 
 
 _OVERHEAD_BYTES = 4096

@@ -1,0 +1,67 @@
+"""What is known of one Hugging Face architecture, and of one of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fp8train.config.model_schema import ModelConfig
+from fp8train.huggingface.config_json import ConfigJson
+from fp8train.huggingface.layouts import SAME, Layout
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """One of our parameters in their file.
+
+    Attributes:
+        ours: its name in the decoder.
+        theirs: names of the tensors that hold it.
+        layout: how.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout = SAME
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of transformers.
+
+    Attributes:
+        name: its class, as in ``architectures`` of a config.json.
+        model_types: values of ``model_type`` that are read with it; the first is written.
+        base_prefix: of the names of everything but the head; files of the bare model lack it.
+        buffers: ends of names that older versions saved beside the weights and that hold nothing learned.
+        aliases: other names of a tensor, by the name used in ``tensors``.
+        linears: its matrices are ``nn.Linear`` in a layout that FP8 formats of inference engines cover.
+        settings: its config.json -> the keys of our ``model`` section.
+        config: our settings -> the keys of its config.json.
+        head: its name of the output head's weight.
+        tensors: our settings -> which tensors are which: all that a file with these settings must hold. Ours
+            may lack some of the vectors (biases, gains); they are then exported as zeros and ones.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    base_prefix: str
+    buffers: tuple[str, ...]
+    aliases: dict[str, str]
+    linears: bool
+    head: str
+    settings: Callable[[ConfigJson], dict[str, Any]]
+    config: Callable[[ModelConfig], dict[str, Any]]
+    tensors: Callable[[ModelConfig], Sequence[TensorMap]]
+
+
+def vectors(ours: str, theirs: str, layout: Layout = SAME, *, bias: bool = True) -> list[TensorMap]:
+    """Weight and, with ``bias``, bias of a module, by module path."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), layout) for kind in kinds]
+
+
+def head(model: ModelConfig, theirs: str, layout: Layout) -> list[TensorMap]:
+    """The output head, where it is not the embedding."""
+    return [] if model.tie_embeddings else [TensorMap("head.weight", (theirs,), layout)]

@@ -1,0 +1,250 @@
+"""``fp8train export hf``: a checkpoint becomes a folder that transformers and inference engines read.
+
+Master weights are read one at a time, multiplied by what the parametrisation would multiply them by, laid out
+as the architecture wants them and rounded once. At most one shard is in memory. The folder appears by a
+rename, complete and checked, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8train.huggingface.architecture import Architecture, TensorMap
+from fp8train.huggingface.architectures import architecture_of_model
+from fp8train.huggingface.config_json import CONFIG_FILE
+from fp8train.huggingface.errors import HuggingFaceError
+from fp8train.huggingface.files import WeightFiles, parse_size, write_weights
+from fp8train.huggingface.folding import Multipliers, check_foldable
+from fp8train.huggingface.formats import ExportFormat, FormatName, choose_format, decode
+from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
+from fp8train.huggingface.output import new_folder, read_text
+from fp8train.huggingface.parity import (
+    check_passed,
+    compare,
+    our_logits,
+    their_logits,
+    wants_check,
+)
+from fp8train.huggingface.tokenizer_files import export_tokenizer
+from fp8train.inference.load import TrainedRun, open_run
+from fp8train.models.build import with_vocab_size
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export: what it is made of.
+
+    Attributes:
+        run: the checkpoint.
+        architecture: what it becomes.
+        maps: its tensors.
+        masters: reads ours.
+        multipliers: that go into them.
+        format: how they are stored.
+    """
+
+    run: TrainedRun
+    architecture: Architecture
+    maps: tuple[TensorMap, ...]
+    masters: MasterReader
+    multipliers: Multipliers
+    format: ExportFormat
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of our tensors, those that the model lacks included."""
+        own = self.masters.shapes
+        hidden = self.run.config.model.hidden_size
+        return {one.ours: own.get(one.ours) or _vector_shape(one.ours, own, hidden) for one in self.maps}
+
+    @property
+    def parameters(self) -> int:
+        """Of their model."""
+        shapes = self.shapes
+        parts = [part for one in self.maps for part in one.layout.shapes(shapes[one.ours])]
+        return sum(math.prod(part) for part in parts)
+
+    def value(self, fqn: str) -> Tensor:
+        """A parameter as it is exported, FP32, before it is rounded."""
+        shapes = self.shapes
+        if fqn in self.masters.shapes:
+            value = self.masters.read(fqn)
+        else:
+            value = torch.full(shapes[fqn], 1.0 if fqn.endswith("norm.weight") else 0.0)
+        return value * self.multipliers.of(fqn, shapes[fqn])
+
+    def encode(self, tensor: TensorMap) -> dict[str, Tensor]:
+        """Their tensors of one of ours."""
+        return self.format.encode(tensor, self.value(tensor.ours))
+
+
+def _vector_shape(fqn: str, shapes: dict[str, tuple[int, ...]], hidden: int) -> tuple[int, ...]:
+    module = fqn.rpartition(".")[0]
+    return (hidden,) if module.endswith("norm") else shapes[f"{module}.weight"][:1]
+
+
+def plan_export(run: TrainedRun, name: FormatName) -> Export:
+    """What exporting a checkpoint means.
+
+    Args:
+        run: the checkpoint.
+        name: see :mod:`fp8train.huggingface.formats`.
+
+    Raises:
+        HuggingFaceError: no architecture computes what the model does, or it cannot be stored like that.
+    """
+    where = str(run.path)
+    model = with_vocab_size(run.config.model, run.vocab_size)
+    architecture = architecture_of_model(model, where)
+    masters = MasterReader(run)
+    check_foldable(masters.decoder, where)
+    if name.startswith("fp8") and not architecture.linears:
+        raise HuggingFaceError(
+            f"--dtype {name}: the FP8 formats of inference engines are for separate nn.Linear modules; "
+            f"{architecture.name} has other ones (Conv1D, or q, k, v whose rows engines reorder); write bf16"
+        )
+    maps = tuple(architecture.tensors(model))
+    linears = masters.decoder.linears()
+    fp8 = run.config.precision.gemm.fp8
+    export = Export(run, architecture, maps, masters, Multipliers(masters.decoder), ExportFormat("bf16"))
+    chosen = choose_format(
+        name,
+        maps,
+        export.shapes,
+        planned={path for path, linear in linears.items() if not fp8 or linear.plan is not None},
+    )
+    return Export(run, architecture, maps, masters, export.multipliers, chosen)
+
+
+def write_export(export: Export, folder: Path, *, max_bytes: int) -> list[str]:
+    """Write config.json, weights and tokenizer; returns what to tell.
+
+    Args:
+        export: what.
+        folder: an empty one.
+        max_bytes: largest shard.
+    """
+    run = export.run
+    eod_id, told = export_tokenizer(run, folder)
+    config = _config(export, eod_id)
+    _write_json(folder / CONFIG_FILE, config)
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+    shapes = export.shapes
+    parts = [(export.format.sizes(one, shapes[one.ours]), partial(export.encode, one)) for one in export.maps]
+    size = write_weights(folder, parts, max_bytes=max_bytes)
+    tensors = sum(len(sizes) for sizes, _ in parts)
+    return [f"weights: {export.format.describe()}; {tensors} tensors, {size / 1e6:,.1f} MB", told]
+
+
+def _config(export: Export, eod_id: int | None) -> dict[str, Any]:
+    model = with_vocab_size(export.run.config.model, export.run.vocab_size)
+    return {
+        "architectures": [export.architecture.name],
+        "model_type": export.architecture.model_types[0],
+        **export.architecture.config(model),
+        "bos_token_id": None,
+        "eos_token_id": eod_id,
+        "pad_token_id": None,
+        "torch_dtype": str(export.format.dtype).removeprefix("torch."),
+        **export.format.config(),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def exported_values(export: Export, files: WeightFiles, fqn: str) -> Tensor:
+    """What one of the run's parameters became: read back, laid out as ours and divided by its multiplier."""
+    tensor = next(one for one in export.maps if one.ours == fqn)
+    shape = export.masters.shapes[fqn]
+    value = tensor.layout.to_ours([decode(files, name) for name in tensor.theirs], shape)
+    return value / export.multipliers.of(fqn, shape)
+
+
+def check_export(export: Export, folder: Path, *, text: Path | None) -> list[str]:
+    """Compare an exported folder, read by transformers, with the run's model on the same rounded weights, and
+    that with the run's own weights; returns what to tell.
+
+    Raises:
+        HuggingFaceError: transformers computes something else.
+    """
+    run = export.run
+    vocab_size, max_seq_len = run.vocab_size, run.config.model.max_seq_len
+    tokens = None if text is None else read_text(text, run)
+    with WeightFiles(folder) as files:
+        rounded = decoder_in_fp32(run.config, vocab_size, lambda fqn: exported_values(export, files, fqn))
+    parity = compare(
+        our_logits(rounded),
+        their_logits(folder),  # gone afterwards: two models in memory at a time
+        vocab_size=vocab_size,
+        max_seq_len=max_seq_len,
+        text=tokens,
+    )
+    check_passed(parity, "nothing was exported")
+    lines = parity.lines()
+    if export.format.name == "fp32":
+        return lines
+    exact = decoder_in_fp32(run.config, vocab_size, export.masters.read)
+    moved = compare(
+        our_logits(exact), our_logits(rounded), vocab_size=vocab_size, max_seq_len=max_seq_len, text=tokens
+    )
+    line = f"rounding FP32 masters to {export.format.name} moves a logit by {moved.difference:.2e} at most"
+    if moved.perplexities is not None:
+        line += f", perplexity from {moved.perplexities[0]:.6g} to {moved.perplexities[1]:.6g}"
+    return [*lines, line]
+
+
+def export_command(
+    checkpoint: Path,
+    *,
+    output: Path,
+    dtype: FormatName,
+    max_shard_size: str,
+    check: bool | None,
+    text: Path | None,
+) -> int:
+    """Export a checkpoint and report.
+
+    Args:
+        checkpoint: step directory, or run directory for its newest good checkpoint.
+        output: folder to make; absent or empty.
+        dtype: see :mod:`fp8train.huggingface.formats`.
+        max_shard_size: such as ``5GB``.
+        check: compare with transformers; None: where it is installed.
+        text: file whose perplexity is compared.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        UserError: the model cannot be expressed or the folder not be written, or transformers computes
+            something else from it.
+    """
+    checked = wants_check(check)
+    if text is not None and not checked:
+        raise HuggingFaceError("--text needs the comparison with transformers: --check")
+    max_bytes = parse_size(max_shard_size)
+    began = time.perf_counter()
+    run = open_run(checkpoint)
+    export = plan_export(run, dtype)
+    with new_folder(output, "--output") as folder:
+        told = write_export(export, folder, max_bytes=max_bytes)
+        print(
+            f"{run.path}: step {run.step}, {export.parameters:,} parameters -> {export.architecture.name} in "
+            f"{output}, {time.perf_counter() - began:.1f} s"
+        )
+        print("\n".join(told), flush=True)
+        if checked:
+            print("\n".join(check_export(export, folder, text=text)), flush=True)
+    return 0

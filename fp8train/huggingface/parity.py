@@ -1,0 +1,202 @@
+"""The parity report: the same tokens through transformers' model and ours, both in FP32.
+
+A tensor in the wrong place, a transposed matrix or another rotation moves logits by their own size; rounding
+of FP32 sums by some 1e-6 of it. The tolerance, 1e-4 of the largest logit, lies between. With a text,
+perplexities are compared too. Both models are in memory, 8 bytes for each parameter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fp8train.huggingface.errors import HuggingFaceError
+from fp8train.huggingface.files import WeightFiles
+from fp8train.huggingface.formats import decode
+from fp8train.models.decoder import Decoder
+
+TOLERANCE = 1e-4
+"""Largest legal difference of two logits, as a share of the largest logit."""
+PERPLEXITY_TOKENS = 1024
+_SEQUENCES, _LENGTH = 2, 128
+
+Logits = Callable[[Tensor], Tensor]
+"""int64 [B, S] -> FP32 [B, S, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Two models on the same tokens.
+
+    Attributes:
+        difference: largest of two logits.
+        largest: largest magnitude of a logit of transformers'.
+        tokens: compared positions.
+        perplexities: of a text, ours and transformers'; None without one.
+        text_tokens: that they are of.
+    """
+
+    difference: float
+    largest: float
+    tokens: int
+    perplexities: tuple[float, float] | None = None
+    text_tokens: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether they compute the same."""
+        return self.difference <= TOLERANCE * self.largest
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        import transformers
+
+        found = [
+            f"parity with transformers {transformers.__version__} in FP32, {self.tokens} tokens: largest "
+            f"difference of a logit {self.difference:.2e} (largest logit {self.largest:.4g}, tolerance "
+            f"{TOLERANCE * self.largest:.1e})"
+        ]
+        if self.perplexities is not None:
+            ours, theirs = self.perplexities
+            found.append(
+                f"perplexity of {self.text_tokens:,} tokens: {ours:.6g} here, {theirs:.6g} with transformers"
+            )
+        return found
+
+
+def wants_check(asked: bool | None) -> bool:
+    """Whether to compare: as asked, else where transformers can be imported.
+
+    Raises:
+        HuggingFaceError: asked for, and it cannot.
+    """
+    there = importlib.util.find_spec("transformers") is not None
+    if asked and not there:
+        raise HuggingFaceError(
+            "--check compares with transformers: pip install 'fp8train[hf]', or --no-check"
+        )
+    return there if asked is None else asked
+
+
+def their_logits(folder: Path) -> Logits:
+    """transformers' model of a folder; FP8 weights are decoded by their formats' definition first.
+
+    Raises:
+        HuggingFaceError: transformers cannot read the folder.
+    """
+    import transformers
+
+    with _quiet(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            if getattr(config, "quantization_config", None) is None:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True
+                )
+            else:
+                model = _decoded(transformers, config, folder)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise HuggingFaceError(
+                f"transformers {transformers.__version__} cannot load {folder}: {str(error).splitlines()[0]}"
+            ) from error
+    model = model.float().eval()
+    return lambda tokens: model(input_ids=tokens, use_cache=False).logits
+
+
+def _decoded(transformers: Any, config: Any, folder: Path) -> nn.Module:
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    with WeightFiles(folder) as files:
+        names = [name for name in files.names if not name.endswith(("_scale", "_scale_inv"))]
+        missing, unexpected = model.load_state_dict(
+            {name: decode(files, name) for name in names}, strict=False
+        )
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    assert (set(missing) - tied, unexpected) == (set(), []), f"{missing}, {unexpected}"
+    return model
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bars of a few milliseconds."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def our_logits(model: Decoder) -> Logits:
+    """Of an FP32 decoder."""
+    return model.logits
+
+
+def fixed_tokens(vocab_size: int, max_seq_len: int) -> Tensor:
+    """The tokens that are compared: int64 [2, S], the same for every model of these sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (_SEQUENCES, min(_LENGTH, max_seq_len)), generator=generator)
+
+
+@torch.no_grad()
+def compare(
+    ours: Logits, theirs: Logits, *, vocab_size: int, max_seq_len: int, text: list[int] | None = None
+) -> Parity:
+    """Compare two models.
+
+    Args:
+        ours: one of them.
+        theirs: the other.
+        vocab_size: of both.
+        max_seq_len: of both.
+        text: token ids, for perplexities.
+    """
+    tokens = fixed_tokens(vocab_size, max_seq_len)
+    found, expected = ours(tokens), theirs(tokens)
+    difference = (found - expected).abs().max()
+    both = (
+        None if text is None else (perplexity(ours, text, max_seq_len), perplexity(theirs, text, max_seq_len))
+    )
+    return Parity(
+        float(difference if difference.isfinite() else math.inf),
+        float(expected.abs().max()),
+        tokens.numel(),
+        both,
+        0 if text is None else len(text) - 1,
+    )
+
+
+@torch.no_grad()
+def perplexity(logits: Logits, text: list[int], max_seq_len: int) -> float:
+    """exp of the mean loss of all tokens but the first, in pieces of at most ``max_seq_len`` tokens."""
+    tokens = torch.tensor(text)
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(text) - 1, max_seq_len):
+        piece = tokens[start : start + max_seq_len + 1]
+        scores = logits(piece[None, :-1])[0]
+        total += F.cross_entropy(scores.double(), piece[1:], reduction="sum")
+    return math.exp(float(total) / (len(text) - 1))
+
+
+def check_passed(parity: Parity, what: str) -> None:
+    """Raise unless the models compute the same.
+
+    Raises:
+        HuggingFaceError: they do not; ``what`` says what was not kept.
+    """
+    if not parity.passed:
+        raise HuggingFaceError(
+            f"{parity.lines()[0]}\nthe two models differ, so {what}; this is a fault of fp8train or of "
+            "transformers: please report it with the config.json"
+        )
