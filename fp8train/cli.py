@@ -430,7 +430,8 @@ def states(
     ] = "5GB",
 ) -> None:
     """Write master weights and moments as plain numbers, in safetensors."""
-    from fp8train.inference.export_states import export_states, parse_size
+    from fp8train.checkpoint.safetensors_files import parse_size
+    from fp8train.inference.export_states import export_states
 
     assert states == States.fp32
     _write(export_states(checkpoint, output, max_shard_bytes=parse_size(max_shard_size)) + "\n")

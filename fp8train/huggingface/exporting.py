@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.checkpoint.safetensors_files import parse_size, write_safetensors
 from fp8train.huggingface.architecture import Architecture, TensorMap
 from fp8train.huggingface.architectures import architecture_of_model
 from fp8train.huggingface.config_json import CONFIG_FILE
 from fp8train.huggingface.errors import HuggingFaceError
-from fp8train.huggingface.files import WeightFiles, parse_size, write_weights
+from fp8train.huggingface.files import WeightFiles
 from fp8train.huggingface.folding import Multipliers, check_foldable
 from fp8train.huggingface.formats import ExportFormat, FormatName, choose_format, decode
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
@@ -141,7 +142,8 @@ def write_export(export: Export, folder: Path, *, max_bytes: int) -> list[str]:
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
     shapes = export.shapes
     parts = [(export.format.sizes(one, shapes[one.ours]), partial(export.encode, one)) for one in export.maps]
-    size = write_weights(folder, parts, max_bytes=max_bytes)
+    write_safetensors(folder, "model", parts, max_bytes=max_bytes)
+    size = sum(sum(sizes.values()) for sizes, _ in parts)
     tensors = sum(len(sizes) for sizes, _ in parts)
     return [f"weights: {export.format.describe()}; {tensors} tensors, {size / 1e6:,.1f} MB", told]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.exporting import export_command, exported_values, plan_export
-from fp8train.huggingface.files import WeightFiles, parse_size
+from fp8train.huggingface.files import WeightFiles
 from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.parity import their_logits
 from fp8train.inference.load import open_run
@@ -284,17 +284,6 @@ def test_a_diverged_run(tmp_path: Path) -> None:
     ):
         export(tmp_path / "run", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("5GB", 5 * 10**9), ("1.5MiB", 1572864), ("20kb", 20000), (" 2 GB", None)]
-)
-def test_sizes(text: str, expected: int | None) -> None:
-    if expected is not None:
-        assert parse_size(text) == expected
-    for wrong in ("5", "GB", "-1GB", "0MB", "5TB", "nanGB"):
-        with pytest.raises(HuggingFaceError, match="not a size"):
-            parse_size(wrong)
 
 
 def test_parity_notices_a_wrong_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.safetensors_files import parse_size
 from fp8train.cli import run_command
-from fp8train.inference.errors import InferenceError
-from fp8train.inference.export_states import export_states, parse_size
+from fp8train.inference.export_states import export_states
 from tests.inference.test_numerics import trained
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors: pip install 'fp8train[hf]'")
@@ -89,5 +90,5 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5 parsecs", "1e9"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(InferenceError, match="--max-shard-size"):
+    with pytest.raises(CheckpointError, match="--max-shard-size"):
         parse_size(text)
