@@ -7,7 +7,7 @@ usage() {
     cat <<'TEXT'
 usage: launch/setup.sh [EXTRA...]
 
-Creates .venv (Python >= 3.11) and installs fp8train with the given extras (dev, hf), editable.
+Creates .venv (Python >= 3.11) and installs fp8train with the given extras (dev, hf, eval), editable.
 Without an NVIDIA GPU, torch is pinned by constraints/cpu.txt. A second call with nothing to do returns at once.
 
 environment:
@@ -53,7 +53,7 @@ case "${1:-}" in
 esac
 for extra in "$@"; do
     case "$extra" in
-    dev | hf) ;;
+    dev | hf | eval) ;;
     *)
         usage >&2
         fail "unknown extra '$extra'"
