@@ -1,0 +1,163 @@
+"""Commands that use a trained model: generate, eval."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp8train.cli.app import Checkpoint, Device, app
+
+
+class Numerics(StrEnum):
+    """What ``--numerics`` of ``generate`` takes."""
+
+    matched = "matched"
+    bf16 = "bf16"
+
+
+class EvalNumerics(StrEnum):
+    """What ``--numerics`` of ``eval`` takes."""
+
+    matched = "matched"
+    bf16 = "bf16"
+    both = "both"
+
+
+class Split(StrEnum):
+    """What ``--split`` takes."""
+
+    train = "train"
+    valid = "valid"
+    test = "test"
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Sample from the k likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = 1234,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Continuations to print.")] = 1,
+    numerics: Annotated[
+        Numerics, typer.Option("--numerics", help="matched: as trained, in FP8 if it was; bf16: no FP8.")
+    ] = Numerics.matched,
+    device: Annotated[
+        Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
+    ] = Device.auto,
+) -> int:
+    """Continue a text with a trained model."""
+    from fp8train.inference.generate import generate_command
+
+    return generate_command(
+        checkpoint,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_samples=num_samples,
+        device=device.value,
+        numerics=numerics.value,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    numerics: Annotated[
+        EvalNumerics, typer.Option("--numerics", help="matched: as trained; bf16: no FP8; both: compare.")
+    ] = EvalNumerics.both,
+    split: Annotated[
+        Split | None, typer.Option("--split", help="Part of the run's data; default valid.")
+    ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            "--batches",
+            min=1,
+            help="Batches of train.global_batch_size samples; default: train.eval_batches.",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="Read this dataset, without .bin/.idx, not the run's.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Perplexity of this text instead, .jsonl: of its documents; repeatable."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", min=1, help="With --text: new tokens per window; default: the context."),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="With --text: documents end to end, not each by itself.")
+    ] = False,
+    json_key: Annotated[
+        str | None, typer.Option("--json-key", help="With --text: key of .jsonl records; default text.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--tasks", help="Accuracy on this .jsonl: multiple choice or last words; repeatable."),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="With --tasks: joins query and choice; default a space.")
+    ] = None,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="With --tasks: tokenise query and choice apart, as prepare-sft does."),
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="With --tasks: the first examples of each file.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Tokens read at once; default: model.max_seq_len."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Sequences per forward; default: train.micro_batch_size."),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
+    ] = Device.auto,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the unrounded results here too.")
+    ] = None,
+) -> int:
+    """Measure a trained model, as trained and in BF16: on its dataset, on text or on tasks.
+
+    Under torchrun the ranks share the work.
+    """
+    from fp8train.training.eval_command import EvalOptions, eval_command
+
+    options = EvalOptions(
+        numerics=numerics.value,
+        batch_size=batch_size,
+        split=None if split is None else split.value,
+        batches=batches,
+        prefix=prefix,
+        text=text or (),
+        stride=stride,
+        one_stream=stream,
+        json_key=json_key,
+        tasks=tasks or (),
+        delimiter=delimiter,
+        apart=apart,
+        limit=limit,
+        context=context,
+    )
+    return eval_command(checkpoint, options, device=device.value, json_file=json_file)
