@@ -260,6 +260,7 @@ def test_the_setting_verify_is_honoured(
     damaged[len(damaged) // 2] ^= 1  # a number: nothing but the hash can tell
     shard.write_bytes(bytes(damaged))
     overrides = ["checkpoint.resume=auto", f"checkpoint.verify={verify}", "train.steps=6"]
+    overrides += ["checkpoint.accept_changes=[train.steps]"]
     status, _ = train(config, f"verify_{verify}", "sync", *overrides)
     assert status == 0
     assert events(run, "resumed")[-1]["step"] == (2 if verify == "full" else 4)
