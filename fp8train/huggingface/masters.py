@@ -29,6 +29,7 @@ class MasterReader:
         self._opened = open_checkpoint(run.path, group=None, verify="size")
         self.decoder = as_trained(run.config, run.vocab_size)
         self._parameters = dict(self.decoder.named_parameters())
+        self._stored = self._opened.tensors
         self._format = state_format(run.config.precision.state.master)
 
     @cached_property
@@ -42,9 +43,7 @@ class MasterReader:
         Raises:
             CheckpointError: it is not there as the run's configuration says.
         """
-        masters = MasterWeights(
-            {fqn: self._parameters[fqn]}, self.decoder.specs, self._format, self._opened.tensors
-        )
+        masters = MasterWeights({fqn: self._parameters[fqn]}, self.decoder.specs, self._format, self._stored)
         self._opened.read(masters.state_tensors())
         return masters.values(fqn).float()
 
