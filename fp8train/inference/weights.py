@@ -12,7 +12,8 @@
 
 A run without FP8 GEMMs has nothing to match but its compute type. Not part of either: FP8 that travels
 between ranks outside GEMM operands (``precision.traffic.output`` and ``.pipeline``), for one process has no
-such traffic.
+such traffic; nor linears that ``precision.guard`` had out of FP8 at that step: here all of the plan are in
+it.
 
 A checkpoint holds logical tensors, so the layout that wrote it does not matter here.
 """
