@@ -34,7 +34,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fp8train.checkpoint import load_checkpoint, read_meta
+from fp8train.checkpoint import open_checkpoint, read_meta
 from fp8train.comm.collectives import alone
 from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError
@@ -164,13 +164,13 @@ def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.devic
     plain = config.model_copy(update={"precision": precision, "train": train})
     built = build_model(plain, vocab_size=vocab_size, device=device)
     parameters = dict(built.model.named_parameters())
-    masters = MasterWeights(parameters, built.model.specs, state_format(config.precision.state.master))
-    loaded = load_checkpoint(
-        checkpoint, masters.state_tensors(), group=None, verify="size", allow_unexpected=True
-    )
+    opened = open_checkpoint(checkpoint, group=None, verify="size")
+    master = state_format(config.precision.state.master)
+    masters = MasterWeights(parameters, built.model.specs, master, opened.tensors)
+    opened.read(masters.state_tensors())
     for fqn, parameter in parameters.items():
         parameter.copy_(masters.values(fqn))
-    return built, loaded.step
+    return built, opened.manifest.step
 
 
 def constant_quant(exponent: int, operands: str) -> LinearQuant:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -107,8 +108,10 @@ def write_safetensors(
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     tmp = path.with_name(f".{path.name}.{os.getpid()}{TMP_SUFFIX}")
     try:
+        tmp.touch()
+        mode = stat.S_IMODE(tmp.stat().st_mode)  # what the umask leaves; safetensors leaves it to its owner
         save_file(tensors, tmp, metadata=metadata)
-        tmp.chmod(0o644)  # safetensors leaves it to its owner alone
+        tmp.chmod(mode)
         with tmp.open("rb") as stream:
             os.fsync(stream.fileno())
         tmp.rename(path)

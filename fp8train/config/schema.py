@@ -337,6 +337,12 @@ class CheckpointConfig(Section):
                 "init_from",
                 "resume",
             )
+        if self.init_from in ("never", "auto"):
+            raise contradiction(
+                f"init_from: {self.init_from} is no checkpoint; name a step, run or checkpoints directory, "
+                "or leave it out",
+                "init_from",
+            )
         if self.init_from is None and self.init_mode != "model":
             raise contradiction(
                 f"init_mode: {self.init_mode} says what to take from init_from, which is not set",

@@ -149,7 +149,7 @@ class PackedSamples:
                     self.num_dropped += 1
         return pieces
 
-    @property
+    @cached_property  # asked for at every checkpoint
     def description(self) -> str:
         """Name, size and packing, for messages."""
         first, end = self.documents

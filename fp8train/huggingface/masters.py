@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import load_checkpoint
+from fp8train.checkpoint import open_checkpoint
 from fp8train.config.schema import Config
 from fp8train.inference.load import TrainedRun
 from fp8train.inference.weights import as_trained, inference_config
@@ -26,9 +26,10 @@ class MasterReader:
     """
 
     def __init__(self, run: TrainedRun) -> None:
-        self._run = run
+        self._opened = open_checkpoint(run.path, group=None, verify="size")
         self.decoder = as_trained(run.config, run.vocab_size)
         self._parameters = dict(self.decoder.named_parameters())
+        self._stored = self._opened.tensors
         self._format = state_format(run.config.precision.state.master)
 
     @cached_property
@@ -42,10 +43,8 @@ class MasterReader:
         Raises:
             CheckpointError: it is not there as the run's configuration says.
         """
-        masters = MasterWeights({fqn: self._parameters[fqn]}, self.decoder.specs, self._format)
-        load_checkpoint(
-            self._run.path, masters.state_tensors(), group=None, verify="size", allow_unexpected=True
-        )
+        masters = MasterWeights({fqn: self._parameters[fqn]}, self.decoder.specs, self._format, self._stored)
+        self._opened.read(masters.state_tensors())
         return masters.values(fqn).float()
 
 

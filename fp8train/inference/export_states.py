@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import load_checkpoint
+from fp8train.checkpoint import OpenCheckpoint, open_checkpoint
 from fp8train.checkpoint.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -35,6 +35,7 @@ from fp8train.optim.from_config import state_plan
 from fp8train.optim.parameter_state import Region, in_plan, logical_tensors, make_layout
 from fp8train.optim.state_plan import StateFormat
 from fp8train.optim.storage import Storage
+from fp8train.optim.stored import with_stored_blocks
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ def export_states(checkpoint: Path, output: Path, *, max_shard_bytes: int) -> st
     if output.suffix != SUFFIX:
         raise InferenceError(f"--output {output}: name a file that ends with {SUFFIX}")
     run = open_run(checkpoint)
-    states = _states(run)
-    parts: list[Part] = [({state.name: state.num_bytes}, partial(_decode, run, state)) for state in states]
+    opened = open_checkpoint(run.path, group=None, verify="size")
+    states = _states(run, opened)
+    parts: list[Part] = [({state.name: state.num_bytes}, partial(_decode, opened, state)) for state in states]
     stem = output.name.removesuffix(SUFFIX)
     names = file_names(stem, len(list(shards_of(parts, max_bytes=max_shard_bytes))))
     index = output.with_name(f"{stem}{INDEX_SUFFIX}")
@@ -96,13 +98,14 @@ def export_states(checkpoint: Path, output: Path, *, max_shard_bytes: int) -> st
     return f"{where}: {len(states)} tensors, {total:,} bytes in FP32, of {run.path} (step {run.step})"
 
 
-def _states(run: TrainedRun) -> list[_State]:
+def _states(run: TrainedRun, opened: OpenCheckpoint) -> list[_State]:
     model, formats = as_trained(run.config, run.vocab_size), state_plan(run.config).formats()
+    stored = opened.tensors
     return [
         _State(
             role,
             model.specs[fqn],
-            fmt if in_plan(model.specs[fqn]) else StateFormat(),
+            with_stored_blocks(fmt, stored, role, fqn) if in_plan(model.specs[fqn]) else StateFormat(),
             torch.float64 if parameter.dtype == torch.float64 else torch.float32,
         )
         for fqn, parameter in model.named_parameters()
@@ -110,12 +113,14 @@ def _states(run: TrainedRun) -> list[_State]:
     ]
 
 
-def _decode(run: TrainedRun, state: _State) -> dict[str, Tensor]:
+def _decode(opened: OpenCheckpoint, state: _State) -> dict[str, Tensor]:
     storage = state.storage()
-    stored = {
-        name: tensor for name, tensor, _, _ in logical_tensors(state.role, state.spec, state.region, storage)
-    }
-    load_checkpoint(run.path, stored, group=None, verify="size", allow_unexpected=True)
+    opened.read(
+        {
+            name: tensor
+            for name, tensor, _, _ in logical_tensors(state.role, state.spec, state.region, storage)
+        }
+    )
     values = storage.load(0, storage.layout.numel).view(storage.layout.shape)
     return {state.name: values.float().clone()}
 

@@ -12,7 +12,8 @@
 
 A run without FP8 GEMMs has nothing to match but its compute type. Not part of either: FP8 that travels
 between ranks outside GEMM operands (``precision.traffic.output`` and ``.pipeline``), for one process has no
-such traffic.
+such traffic; nor linears that ``precision.guard`` had out of FP8 at that step: here all of the plan are in
+it.
 
 A checkpoint holds logical tensors, so the layout that wrote it does not matter here.
 """
@@ -25,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import load_checkpoint
+from fp8train.checkpoint import open_checkpoint
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, make_scale_state, outline
@@ -96,14 +97,18 @@ def _fill(model: Decoder, config: Config, checkpoint: Path, vocab_size: int) -> 
     """Read master weights and scale state, and write the weights: rounded, and cast to FP8 where ``model``
     multiplies in FP8."""
     stored = as_trained(config, vocab_size)
+    opened = open_checkpoint(checkpoint, group=None, verify="size")
     masters = MasterWeights(
-        dict(stored.named_parameters()), stored.specs, state_format(config.precision.state.master)
+        dict(stored.named_parameters()),
+        stored.specs,
+        state_format(config.precision.state.master),
+        opened.tensors,
     )
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
     scales = make_scale_state(model, device)  # before any weight is cast
     tensors: dict[str, Tensor] = masters.state_tensors() | ({} if scales is None else scales.state_tensors())
-    load_checkpoint(checkpoint, tensors, group=None, verify="size", allow_unexpected=True)
+    opened.read(tensors)
     planned = {f"{path}.weight": linear for path, linear in model.linears().items() if linear.plan}
     compute = COMPUTE_DTYPES[config.precision.compute]
     for fqn, parameter in parameters.items():

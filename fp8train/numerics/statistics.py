@@ -22,7 +22,7 @@ row is reported.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,8 +95,13 @@ class CastRecorder:
         """Write the row of ``site``."""
         self.rows[self._index[site]].copy_(cast_statistics(x, payload, scale_inv))
 
+    def forget(self, sites: Iterable[str]) -> None:
+        """Make these sites as if they had never been recorded."""
+        for site in sites:
+            self.row(site).fill_(math.nan)
+
     def recorded(self) -> Tensor:
-        """Which rows were ever written: bool [sites]."""
+        """Which rows were written: bool [sites]."""
         return ~torch.isnan(self.rows[:, _ZERO])
 
     def collect(self, rows: Tensor | None = None) -> dict[str, dict[str, float]]:

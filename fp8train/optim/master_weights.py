@@ -12,19 +12,25 @@ from fp8train.optim.formats import make_storage
 from fp8train.optim.parameter_state import Region, in_plan, make_layout
 from fp8train.optim.state_plan import StateFormat
 from fp8train.optim.storage import Storage
+from fp8train.optim.stored import Described, with_stored_blocks
 
 
 class MasterWeights:
     """Storages as the optimizer's, for the role ``master`` only; on the CPU."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], master: StateFormat
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        specs: Mapping[str, ParamSpec],
+        master: StateFormat,
+        stored: Described,
     ) -> None:
-        """Args: ``parameters``, ``specs``: the model's; ``master``: format of matrices in the FP8 plan."""
+        """Args: ``parameters``, ``specs``: the model's; ``master``: format of matrices in the FP8 plan;
+        ``stored``: what the checkpoint holds, which decides the size of blocks."""
         self._storages: dict[str, Storage] = {}
         for fqn, parameter in parameters.items():
             spec = specs[fqn]
-            fmt = master if in_plan(spec) else StateFormat()
+            fmt = with_stored_blocks(master, stored, "master", fqn) if in_plan(spec) else StateFormat()
             wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             layout = make_layout(spec, Region.of(spec), fmt, torch.device("cpu"))
             self._storages[fqn] = make_storage(fmt, layout, wide=wide)

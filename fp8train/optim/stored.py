@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.blocks import MAX_BLOCK
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.formats import format_by_name
 from fp8train.optim.formats import make_storage
@@ -88,8 +89,19 @@ def _scaled(described: Described, name: str, shape: tuple[int, ...], codes: Stat
             scales, _ = described[f"{name}{suffix}"]
             if len(scales) != len(shape) or not shape or scales[-1] < 1:
                 return None
-            return StateFormat(codes, block=-(-shape[-1] // scales[-1]), expand=suffix == ".amax")
+            # A row is whole blocks, or ends in a short one: then it had no divisor, and they are the largest.
+            block, short = divmod(shape[-1], scales[-1])
+            return StateFormat(codes, block=MAX_BLOCK if short else block, expand=suffix == ".amax")
     return StateFormat(codes, granularity="tensor")
+
+
+def with_stored_blocks(fmt: StateFormat, described: Described, role: str, fqn: str) -> StateFormat:
+    """``fmt``, the format of one state of the run that wrote a checkpoint, with the blocks that it has there:
+    a cut may have left smaller ones than whole rows have (``checkpoint.reshard: requantise``)."""
+    if not fmt.is_scaled or fmt.granularity != "block":
+        return fmt
+    found = stored_format(described, role, fqn, root=fmt.sqrt)
+    return fmt if found is None else replace(fmt, block=found[0].block)
 
 
 @dataclass(frozen=True)

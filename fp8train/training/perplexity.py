@@ -145,6 +145,7 @@ def open_text(
             dp_rank=0,
             dp_size=1,
             vocab_size=run.vocab_size,
+            masked=config.kind == "sft",
         )
         count = total // batch_size
     ignore_after = opened.eod_id if config.mask_end_of_document else None

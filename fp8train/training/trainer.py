@@ -383,6 +383,10 @@ class Trainer:
         assert self.guard is not None
         for path, linear in self.model.linears().items():
             linear.leaves_fp8 = path in self.guard.locked
+        if self.recorder is not None:  # what is not cast must not be logged as if it were
+            self.recorder.forget(
+                f"{path}/{operand}" for path in self.guard.locked for operand in ("x", "grad_output")
+            )
 
     def optimizer_metrics(self) -> dict[str, float]:
         """Shares of optimizer states that the last applied step flushed to zero, if it was sampled; waits for

@@ -122,6 +122,7 @@ def test_refused_changes_cannot_be_accepted() -> None:
     ("overrides", "named"),
     [
         (["checkpoint.accept_changes=[optimiser]"], "optimiser is neither a section nor a key"),
+        (["checkpoint.init_from=auto"], "init_from: auto is no checkpoint"),
         (["checkpoint.init_from=a", "checkpoint.resume=b"], "init_from starts a new run"),
         (["checkpoint.init_mode=warm"], "init_from, which is not set"),
     ],

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from fp8train.checkpoint import CheckpointError, LogicalTensor, Ranks, open_checkpoint, save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain
+from fp8train.inference.export_states import export_states
+from fp8train.inference.load import open_run
 from fp8train.training.restore import restore
 from fp8train.training.trainer import Trainer
 from tests.distributed.pool import GlooPool
@@ -243,7 +246,7 @@ def move(
         root / "-".join(target),
         STEP,
         trainer.checkpoint_tensors(),
-        meta={"config": to_plain(trainer.config)},
+        meta={"config": to_plain(trainer.config), "vocab_size": VOCAB},
         rank_state={},
         group=processes.control,
         keep_last=1,
@@ -270,6 +273,17 @@ def test_a_cut_through_blocks_is_refused_or_recast(gloo_pool, tmp_path: Path) ->
     assert {change.partition(":")[0] for change in recasts} == {"master", "exp_avg", "exp_avg_sq"}
     assert "exp_avg: e4m3/block128 -> e4m3/block64" in recasts
     assert all(torch.equal(cut[name], values) for name, values in whole.items())
+
+    # Whoever reads a checkpoint in one process finds the smaller blocks too.
+    path = tmp_path / "O3-tp2" / f"step_{STEP:08d}"
+    export_states(path, tmp_path / "states.safetensors", max_shard_bytes=10**9)
+    exported = load_file(tmp_path / "states.safetensors")
+    assert len(exported) == len(whole)
+    for name, values in whole.items():
+        assert torch.equal(exported[name.removeprefix("master/")], values), name
+    model = open_run(path).load("bf16", device=torch.device("cpu")).model
+    for fqn, parameter in model.named_parameters():
+        assert torch.equal(parameter.float(), whole[f"master/{fqn}"].bfloat16().float()), fqn
 
     # Back to larger ones they are rounded once more: refused unless asked for.
     with pytest.raises(CheckpointError) as refused:

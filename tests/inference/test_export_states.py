@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.safetensors_files import parse_size
+from fp8train.checkpoint.safetensors_files import parse_size, write_safetensors
 from fp8train.cli import run_command
 from fp8train.inference.export_states import export_states
 from tests.inference.test_numerics import trained
@@ -79,6 +81,16 @@ def test_many_files_with_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run_command([*words, "--output", str(tmp_path / "x.pt")]) == 2
     assert run_command([*words, "--output", str(tmp_path / "no" / "x.safetensors")]) == 2
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_mode_that_others_would_have(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_safetensors(tmp_path, "x", [({"a": 4}, lambda: {"a": torch.ones(1)})], max_bytes=100)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,20 @@ def test_out_of_fp8_a_linear_multiplies_in_the_compute_type() -> None:
     assert errors[1] < 1e-6
 
 
+def test_out_of_fp8_a_linear_has_no_rows() -> None:
+    """Not those of its last step in FP8 either."""
+    trainer = guarded_trainer(alone())
+    run(trainer, range(1))
+    assert trainer.guard is not None
+    trainer.guard.locked = {DOWN: 3}
+    trainer._apply_guard()
+    run(trainer, range(1, 2))
+    assert not {f"{DOWN}/x", f"{DOWN}/grad_output"} & trainer.cast_rows().keys()
+    assert f"{DOWN}/w" in trainer.cast_rows() and "layers.0.mlp.down/x" in trainer.cast_rows()
+    run(trainer, range(3, 4))
+    assert {f"{DOWN}/x", f"{DOWN}/grad_output"} <= trainer.cast_rows().keys()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

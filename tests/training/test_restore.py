@@ -197,6 +197,24 @@ def test_states_are_recast_once_and_training_goes_on(saved, source: str, target:
     assert losses[1] == pytest.approx(expected_loss, rel=0.0 if source == target else 0.01)
 
 
+def test_rows_that_end_in_a_short_block(tmp_path: Path) -> None:
+    """262 = 2 · 131 has no divisor that is a block: 128, 128 and 6 elements."""
+    model = tiny_config().model.model_dump(mode="json", exclude_unset=True) | {"ffn_hidden_size": 262}
+
+    def make(level: str) -> Trainer:
+        return Trainer(tiny_config([f"precision.level={level}"], model=model), alone(), vocab_size=VOCAB)
+
+    blocked = make("O2")
+    loss_of(blocked, 0)
+    opened = save(blocked, tmp_path)
+    assert opened.tensors["master/layers.0.mlp.down.weight.scale"].shape == (32, 3)
+    plain = make("O0")
+    load(plain, opened)
+    for fqn in blocked.optimizer.parameter_states:
+        for role in ROLES:
+            assert torch.equal(plain.optimizer.state(fqn, role), blocked.optimizer.state(fqn, role)), fqn
+
+
 def test_scale_state_is_taken_by_name_where_it_means_the_same(tmp_path: Path) -> None:
     recipe = [O2, "precision.recipe=te_delayed_recent"]
     trainer = trained(recipe)

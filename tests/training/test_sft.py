@@ -199,4 +199,7 @@ def test_resume_and_validation(prefix: str, tmp_path: Path, capsys: pytest.Captu
     count = min(2, valid.batches_per_epoch)
     assert result["tokens"] == sum(int((valid.batch(i)[..., 1:] >= 0).sum()) for i in range(count))
     assert result["bits_per_byte"] is not None
+    options = ["--device", "cpu", "--numerics", "bf16", "--json", str(report)]
+    assert run_command(["eval", str(tmp_path / "whole"), "--batch-size", "1", *options]) == 0
+    assert json.loads(report.read_text())["results"][0]["tokens"] == result["tokens"]
     assert "sequences filled" in capsys.readouterr().out
