@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def write_train_file(
         name=name,
         source=source,
         file=final / TRAIN_FILE,
-        checkpoint=final,
+        checkpoint=json.dumps(str(final)),  # quoted, as YAML wants paths with blanks or digits alone
         tokenizer=final / (tokenizer or "tokenizer.json"),
         model=dump_plain({"model": settings}),
         seq_length=config.data.seq_length,

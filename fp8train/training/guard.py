@@ -150,8 +150,10 @@ class Guard:
         return {"locked": dict(self.locked), "usual": usual}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state`; linears that are not watched any more are forgotten."""
-        self.locked = {unit: until for unit, until in state["locked"].items() if unit in self.units}
+        """Continue from :meth:`state`; linears that are not watched any more are forgotten, and all return to
+        FP8 where the action is no longer ``bf16``."""
+        kept = self.units if self.config.action == "bf16" else ()
+        self.locked = {unit: until for unit, until in state["locked"].items() if unit in kept}
         self._usual = {
             (site, reading): _Usual(mean, count)
             for site, reading, mean, count in state["usual"]

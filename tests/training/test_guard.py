@@ -86,6 +86,9 @@ def test_state_survives_a_checkpoint() -> None:
     fewer = Guard(guard.config, UNITS[:1])
     fewer.load_state(guard.state())
     assert fewer.locked == {}
+    only_reports = Guard(GuardConfig(action="report"), UNITS)
+    only_reports.load_state(guard.state())
+    assert only_reports.locked == {}
 
 
 def test_rows_of_two_ranks_become_their_largest_readings(gloo_pool) -> None:
