@@ -5,8 +5,8 @@ file's content only serves the message to the second job. The file itself stays:
 jobs lock two files.
 
 A run directory is known by its ``status.json``, the first file written to a new one. Anything else that is
-not empty is refused, so that a wrong ``run.dir`` cannot cost someone's data. A job that failed before its first
-step (a dataset that is not there, say) leaves no run: the next one takes the directory as a new one.
+not empty is refused, so that a wrong ``run.dir`` cannot cost someone's data. A job that failed before its
+first step (a dataset that is not there, say) leaves no run: the next one takes the directory as a new one.
 """
 
 import errno
@@ -105,7 +105,7 @@ def _holds_run(path: Path) -> bool:
 
 
 def _has_started(path: Path) -> bool:
-    """Whether there is something to continue or to lose. ``config.yaml`` is written when training can begin."""
+    """Whether there is a run to continue or to lose; ``config.yaml`` is written when training begins."""
     checkpoints = path / CHECKPOINTS_DIR
     records = ("config.yaml", "metrics.jsonl")
     return any(os.path.lexists(path / name) for name in records) or (
