@@ -108,7 +108,7 @@ def find_checkpoint(
         given = Path(resume)
         kind = ranks.first(lambda: _classify(given, key))
         if kind == "step":
-            verify_checkpoint(given, ranks=ranks, mode=verify)
+            verify_given(given, ranks=ranks, mode=verify)
             return given
         root = given / CHECKPOINTS_DIR if kind == "run" else given
     failures: list[str] = []
@@ -127,6 +127,16 @@ def find_checkpoint(
             "restore one from a copy, or start afresh under another run.name or with run.overwrite=true"
         )
     return None
+
+
+def verify_given(path: Path, *, ranks: Ranks, mode: Verify) -> None:
+    """Check the one checkpoint that someone named; a damaged one is an error that says what else to name."""
+    try:
+        verify_checkpoint(path, ranks=ranks, mode=mode)
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(
+            f"{error}\ngive an older one, or the run directory for its newest good one"
+        ) from None
 
 
 def _classify(path: Path, key: str) -> str:

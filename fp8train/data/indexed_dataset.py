@@ -213,7 +213,7 @@ def _open_index(prefix: str) -> Index:
     paths = (bin_path(prefix), idx_path(prefix))
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        hint = ""
+        hint = "\nset the prefix of a dataset that is there, or make it with fp8train data prepare"
         if prefix.endswith((".bin", ".idx")) and idx_path(prefix[:-4]).is_file():
             hint = f"\ngive the prefix without its suffix: {prefix[:-4]}"
         raise DataError(

@@ -122,9 +122,8 @@ class SampleDataset:
         if self.samples_per_epoch == 0:
             raise DataError(
                 f"{self.description}: needed for one sample: {seq_length + 1} tokens (data.seq_length + 1); "
-                "present: "
-                f"{self.num_tokens}\ngive more text, a larger share in data.split, or a smaller "
-                "data.seq_length"
+                f"present: {self.num_tokens}\ngive more text, a larger share in data.split, or a smaller "
+                "data.seq_length; data.split=[1,0,0] trains on all of it"
             )
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

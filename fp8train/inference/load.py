@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fp8train.checkpoint import find_checkpoint, read_meta, verify_checkpoint
-from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, step_of
+from fp8train.checkpoint import find_checkpoint, read_meta
+from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, step_of, verify_given
 from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.schema import Config
@@ -139,7 +139,7 @@ def resolve_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise InferenceError(f"{path}: {'not a directory' if path.exists() else 'no such directory'}")
     if step_of(path) is not None or (path / MANIFEST_FILE).exists():
-        verify_checkpoint(path, ranks=Ranks(None), mode="full")
+        verify_given(path, ranks=Ranks(None), mode="full")
         return path
     root = path / CHECKPOINTS_DIR if (path / CHECKPOINTS_DIR).is_dir() else path
     if not candidates(root):

@@ -239,7 +239,7 @@ class Reporter:
         age = _in_words(time.monotonic() - self._saved_at)
         self.warn(
             f"CHECKPOINT OF STEP {step} NOT SAVED: {error}\n"
-            f"training goes on (checkpoint.on_failure: continue); the last safe state is {age} old"
+            f"training goes on (checkpoint.on_failure: continue); a crash would lose the last {age}"
         )
 
     def end(self, state: str, reason: str, step: int) -> None:

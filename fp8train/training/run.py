@@ -129,7 +129,6 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
                 step = resume(
                     checkpoint, config, processes=procs, trainer=trainer, data=data, reporter=reporter
                 )
-            run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
             loop = TrainingLoop(
                 config,
                 processes=procs,
@@ -143,6 +142,7 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
             run_dir.truncate_after(step or None)
             if source is not None:
                 initialise_from(source, config, processes=procs, trainer=trainer, reporter=reporter)
+            run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
             run_dir.write_status("running", step=step)
             outcome = loop.run()
             reporter.end(outcome.state, outcome.reason, outcome.step)

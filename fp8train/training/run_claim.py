@@ -5,7 +5,8 @@ file's content only serves the message to the second job. The file itself stays:
 jobs lock two files.
 
 A run directory is known by its ``status.json``, the first file written to a new one. Anything else that is
-not empty is refused, so that a wrong ``run.dir`` cannot cost someone's data.
+not empty is refused, so that a wrong ``run.dir`` cannot cost someone's data. A job that failed before its
+first step (a dataset that is not there, say) leaves no run: the next one takes the directory as a new one.
 """
 
 import errno
@@ -103,6 +104,15 @@ def _holds_run(path: Path) -> bool:
     return bool(names)
 
 
+def _has_started(path: Path) -> bool:
+    """Whether there is a run to continue or to lose; ``config.yaml`` is written when training begins."""
+    checkpoints = path / CHECKPOINTS_DIR
+    records = ("config.yaml", "metrics.jsonl")
+    return any(os.path.lexists(path / name) for name in records) or (
+        checkpoints.is_symlink() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    )
+
+
 def _lock(path: Path) -> int:
     """Take the lock or say who has it."""
     fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -138,7 +148,7 @@ def _holder(data: bytes) -> str:
 
 
 def _settle(path: Path, *, resume: str, overwrite: bool) -> bool:
-    """Decide between continued (True), overwritten (False) and refused for a directory that holds a run."""
+    """Decide between continued (True), begun anew (False) and refused for a directory that a job has used."""
     inside = resume not in ("never", "auto") and Path(resume).resolve().is_relative_to(path.resolve())
     if overwrite:
         if inside:
@@ -146,6 +156,9 @@ def _settle(path: Path, *, resume: str, overwrite: bool) -> bool:
                 f"run.overwrite=true would delete the checkpoint to resume from ({resume}); set one of them"
             )
         _delete_run(path)
+        return False
+    if not _has_started(path):
+        remove(path / "STOP")
         return False
     if resume == "auto" or inside:
         remove(path / "STOP")  # it was meant for the job that is gone

@@ -3,9 +3,11 @@ the bit."""
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,3 +112,23 @@ def test_another_architecture_is_refused(config: Path) -> None:
     )
     assert "model.hidden_size: 64 -> 32" in output
     assert len(output.partition("error: ")[2].strip().splitlines()) <= 5
+
+
+# Several commands in one process: most of a start is imports.
+COMMANDS = """
+import json, sys
+from fp8train.cli import run_command
+print("exit", [run_command(["train", *json.loads(each)]) for each in sys.argv[1:]])
+"""
+
+
+def test_a_mended_command_starts_under_the_name_of_the_one_that_failed(config: Path) -> None:
+    folder = str(config.parent)
+    common = [str(config), f"run.dir={folder}", "train.steps=1", "train.eval_interval=0"]
+    mended = [*common, "run.name=mended", f"checkpoint.init_from={folder}/source"]
+    wrong = [*mended, "model.hidden_size=32", "model.num_heads=2"]
+    commands = [json.dumps(each) for each in ([*common, "run.name=source"], wrong, mended, mended)]
+    done = subprocess.run([sys.executable, "-c", COMMANDS, *commands], capture_output=True, text=True)
+    assert "exit [0, 2, 0, 2]" in done.stdout, done.stderr
+    assert "holds another model" in done.stderr
+    assert "already holds a run" in done.stderr

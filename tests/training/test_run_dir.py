@@ -129,8 +129,15 @@ def test_an_existing_run_is_refused_with_the_ways_out(tmp_path: Path) -> None:
     _open(tmp_path, resume="auto").close()  # the refusal left no lock behind
 
 
-def test_a_run_that_died_at_once_is_still_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_that_died_before_its_first_step_leaves_its_name_free(tmp_path: Path, resume: str) -> None:
     _open(tmp_path).close()
+    (tmp_path / "exp" / "STOP").touch()
+    again = _open(tmp_path, resume=resume)
+    assert not again.continued
+    assert not again.stop_requested()
+    again.write_description("a: 1\n", {})
+    again.close()
     with pytest.raises(RunDirError, match="already holds a run"):
         _open(tmp_path)
 
@@ -299,7 +306,6 @@ def test_the_lock_of_a_killed_job_is_gone_with_it(tmp_path: Path) -> None:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
     run = _open(tmp_path, resume="auto")
-    assert run.continued
     assert json.loads((run.path / "run.lock").read_text())["pid"] == os.getpid()
     run.close()
 
