@@ -58,10 +58,10 @@ class TrainingLoop:
         start: int = 0,
     ) -> None:
         """``stop_reason`` is called by all ranks after each step and returns the same answer on all;
-        ``start``: steps that a checkpoint has done."""
+        ``start``: steps that a checkpoint has done. ``done`` counts on from there."""
         self.config, self.processes, self.run_dir = config, processes, run_dir
         self.data, self.trainer, self.reporter, self.stop_reason = data, trainer, reporter, stop_reason
-        self.start = start
+        self.start = self.done = start
         self._skipped_in_a_row = 0
         self.saving = Saving(
             config, processes=processes, run_dir=run_dir, data=data, trainer=trainer, reporter=reporter
@@ -85,7 +85,7 @@ class TrainingLoop:
             return Outcome("completed", f"all {total} steps were done already", self.start)
         for step in range(self.start, total):
             self._one_step(step)
-            done = step + 1
+            self.done = done = step + 1
             self._check_replicas(done)
             evaluation = self._evaluate() if self._evaluation_due(done) else None
             if evaluation is not None:

@@ -89,7 +89,7 @@ def seed_generators(seed: int, rank: int) -> None:
 
 
 def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
-    step = 0
+    step, loop = 0, None
     try:
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
@@ -149,7 +149,8 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
     except BaseException as error:
         status = error.exit_status if isinstance(error, UserError) else 1
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        run_dir.write_status("failed", step=step, reason=reason, exit_code=status)
+        done = run_dir.recorded_step() if loop is None else loop.done  # a refused resume undoes nothing
+        run_dir.write_status("failed", step=done, reason=reason, exit_code=status)
         raise
     run_dir.write_status(outcome.state, step=outcome.step, reason=outcome.reason, exit_code=0)
     return 0

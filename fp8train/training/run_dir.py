@@ -122,6 +122,13 @@ class RunDir:
             }
             replace_file(self.path / STATUS_FILE, _pretty(record))
 
+    def recorded_step(self) -> int:
+        """Steps done as ``status.json`` has them; 0 where it does not say."""
+        try:
+            return int(json.loads((self.path / STATUS_FILE).read_text())["step"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return 0
+
     def log_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; ``record`` needs an integer ``step``. NaN and infinity are
         kept.

@@ -71,6 +71,7 @@ def test_a_failed_save_stops_the_run(
     assert "error: no room for the checkpoint of step 4" in capsys.readouterr().err
     record = json.loads((run / "status.json").read_text())
     assert (record["state"], record["exit_code"]) == ("failed", 2)
+    assert 4 <= record["step"] <= 6
     assert steps(run) == [2]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
     assert not list((run / "checkpoints").glob("*.tmp"))
