@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fp8train.config.blocks import DIRECTED, Granularity
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
@@ -181,9 +181,17 @@ class GemmConfig(Section):
     """Opt-in speed filter: linears with a dimension below this stay in high precision."""
     fast_accumulation: bool = False
     """Hopper's reduced-precision accumulator for the forward GEMM."""
-    smooth_swiglu: bool = False
-    """Scale SwiGLU's output token by token around the down projection, so that an outlier costs its own token
-    alone (Smooth-SwiGLU). For recipes with one scale per tensor, or none."""
+    smooth_swiglu: Literal["off", "token", "channel"] = "off"
+    """Smooth-SwiGLU, for recipes with one scale per tensor, or none. ``token`` scales SwiGLU's output token
+    by token around the down projection, so that an outlier costs its own token alone; ``channel`` moves the
+    size of each channel into the down projection's weight, which is then cast for every micro-batch and
+    cannot exist in FP8 alone (``precision.weights: compute``)."""
+
+    @field_validator("smooth_swiglu", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: object) -> object:
+        """``true`` meant ``token`` before there was a choice; checkpoints say so."""
+        return {False: "off", True: "token"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _kept_operands(self) -> GemmConfig:

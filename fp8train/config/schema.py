@@ -474,12 +474,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _smooth_swiglu(self) -> Config:
         gemm = self.precision.gemm
-        if gemm.fp8 and gemm.smooth_swiglu and self.model.activation != "swiglu":
+        if gemm.fp8 and gemm.smooth_swiglu != "off" and self.model.activation != "swiglu":
             raise contradiction(
                 f"precision.gemm.smooth_swiglu is about SwiGLU, but model.activation is "
                 f"{self.model.activation}; remove it",
                 "precision.gemm.smooth_swiglu",
                 "model.activation",
+            )
+        if gemm.fp8 and gemm.smooth_swiglu == "channel" and self.precision.weights == "fp8":
+            raise contradiction(
+                "precision.gemm.smooth_swiglu: channel casts the down projections' weights for every "
+                "micro-batch, but precision.weights is fp8; write precision.weights: compute, or "
+                "smooth_swiglu: token",
+                "precision.gemm.smooth_swiglu",
+                "precision.weights",
             )
         return self
 

@@ -118,4 +118,7 @@ def _fill(model: Decoder, config: Config, checkpoint: Path, vocab_size: int) -> 
             continue
         if config.precision.weights == "compute":
             values = values.to(compute)
+        if planned[fqn].casts_in_forward:
+            parameter.copy_(values)
+            continue
         planned[fqn].load_fp8_weight(values.to(device))

@@ -33,6 +33,7 @@ class CastSlots(NamedTuple):
     """Scale slots of the casts that happen in forward and backward; None where the scale is not delayed."""
 
     output_x: ScaleSlot | None = None
+    output_w: ScaleSlot | None = None
     grad_input_grad_output: ScaleSlot | None = None
     grad_input_w: ScaleSlot | None = None
     grad_weight_grad_output: ScaleSlot | None = None
@@ -44,18 +45,20 @@ class StatisticsRows(NamedTuple):
 
     x: Tensor | None = None
     grad_output: Tensor | None = None
+    w: Tensor | None = None
 
 
 def fp8_linear(
     x: Tensor,
     weight: Tensor,
-    operands: tuple[Operand, Operand | None],
+    operands: tuple[Operand | None, Operand | None],
     sink_slot: SinkSlot | None,
     slots: CastSlots,
     rows: StatisticsRows,
     call: LinearCall,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """``alpha_output · x @ weight.T`` in FP8, with FP8 GEMMs in backward.
+    """``alpha_output · x @ (weight · columns).T`` in FP8, with FP8 GEMMs in backward.
 
     With tensor parallelism x or the output are parts of sequences, as :mod:`fp8train.layers.wire` says; T
     counts their tokens.
@@ -65,17 +68,19 @@ def fp8_linear(
         weight: [N, K]; tells autograd where the gradient belongs. Its values are not read unless backward
             keeps them in high precision.
         operands: the quantised weight of the output and the grad_input GEMM; None for the second if backward
-            casts ``weight``.
+            casts ``weight``, for both with ``columns``.
         sink_slot: where the weight gradient goes; None returns it to autograd.
         slots: delayed scales of the casts.
         rows: where statistics of the casts go.
         call: the rest.
+        columns: [K] powers of two that the weight is multiplied by before it is cast, here and now; they are
+            constants. None: 1, and the weight arrives quantised.
 
     Returns:
         [T, N] in x's dtype.
     """
     buffer, index = (None, None) if sink_slot is None else (sink_slot.buffer, sink_slot.slot)
-    return _Fp8Linear.apply(x, weight, *operands, buffer, index, slots, rows, call)
+    return _Fp8Linear.apply(x, weight, *operands, buffer, index, slots, rows, call, columns)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -84,16 +89,20 @@ class _Fp8Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        w_forward: Operand,
+        w_forward: Operand | None,
         w_backward: Operand | None,
         buffer: Tensor | None,
         sink_slot: Tensor | None,
         slots: CastSlots,
         rows: StatisticsRows,
         call: LinearCall,
+        columns: Tensor | None,
     ) -> Tensor:
         assert call.plan is not None
         quant, wire = call.plan.quant, call.wire
+        if columns is not None:
+            w_forward, w_backward = _scaled_weight(weight, columns, slots, rows.w, call)
+        assert w_forward is not None
         source = x if wire.input_in_fp8 else wire.gather_input(x, call.batch)()
         local_x = _quantize("x", source, quant.output_x, slots.output_x, call, rows.x, contracted=1)
         whole_x = _gathered(local_x, quant.output_x, 1, call)() if wire.input_in_fp8 else local_x
@@ -113,7 +122,7 @@ class _Fp8Linear(torch.autograd.Function):
         elif quant.keep_x == "second_copy":
             kept_x = _quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
         kept_w = (weight, None) if w_backward is None else w_backward
-        ctx.save_for_backward(*kept_x, *kept_w)
+        ctx.save_for_backward(*kept_x, *kept_w, columns)
         # Not saved: other micro-batches change what these hold.
         ctx.buffer, ctx.sink_slot, ctx.slots, ctx.grad_row = buffer, sink_slot, slots, rows.grad_output
         ctx.call, ctx.shape, ctx.weight_shape = call, whole_x[0].shape, weight.shape
@@ -121,7 +130,7 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_scale_inv, w, w_scale_inv = ctx.saved_tensors
+        x, x_scale_inv, w, w_scale_inv, columns = ctx.saved_tensors
         call: LinearCall = ctx.call
         slots: CastSlots = ctx.slots
         assert call.plan is not None
@@ -131,7 +140,7 @@ class _Fp8Linear(torch.autograd.Function):
             grad_output = wire.gather_grad_output(grad_output, call.batch)()
         finish_grad_weight = None
         if ctx.needs_input_grad[1]:  # posted first: it arrives while grad_input is multiplied
-            finish_grad_weight = _start_grad_weight(ctx, (x, x_scale_inv), grad_output)
+            finish_grad_weight = _start_grad_weight(ctx, (x, x_scale_inv), grad_output, columns)
         grad_operand = _grad_operand(
             grad_output,
             quant.grad_input_grad_output,
@@ -142,6 +151,8 @@ class _Fp8Linear(torch.autograd.Function):
         )
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
+            if columns is not None and w_scale_inv is None:
+                w = w * columns
             w_operand = _backward_weight(quant, (w, w_scale_inv), slots, call)
             specs = (quant.grad_input_grad_output, quant.grad_input_w)
             product = _multiply(
@@ -152,7 +163,21 @@ class _Fp8Linear(torch.autograd.Function):
         if finish_grad_weight is not None:
             grad_weight = finish_grad_weight(grad_operand)
         result = None if grad_input is None else grad_input()
-        return result, grad_weight, None, None, None, None, None, None, None
+        return result, grad_weight, None, None, None, None, None, None, None, None
+
+
+def _scaled_weight(
+    weight: Tensor, columns: Tensor, slots: CastSlots, row: Tensor | None, call: LinearCall
+) -> tuple[Operand, Operand | None]:
+    """The operands of ``weight · columns`` for both GEMMs, as :mod:`fp8train.layers.fp8_weight` makes those
+    of a weight that is cast once a step."""
+    assert call.plan is not None
+    quant, scaled = call.plan.quant, weight.detach() * columns
+    forward = padded(_quantize("w", scaled, quant.output_w, slots.output_w, call, row, contracted=1))
+    if quant.keep_w == "second_copy":
+        second = _quantize("w", scaled, quant.grad_input_w, slots.grad_input_w, call, contracted=0)
+        return forward, padded(second)
+    return forward, None if quant.keep_w == "bf16" else forward
 
 
 def _quantize(
@@ -205,7 +230,7 @@ def _grad_operand(
 
 
 def _start_grad_weight(
-    ctx: Any, kept_x: tuple[Tensor, Tensor | None], grad_output: Tensor
+    ctx: Any, kept_x: tuple[Tensor, Tensor | None], grad_output: Tensor, columns: Tensor | None
 ) -> Callable[[Operand], Tensor | None]:
     """Start to gather the input. The function that is returned takes grad_input's operand and gives the
     weight gradient, or None if it went to the sink."""
@@ -216,14 +241,14 @@ def _start_grad_weight(
     if not quant.grad_weight_fp8:
         assert not call.wire.grad_output_in_fp8, "this GEMM needs all of grad_output in high precision"
         wait = call.wire.gather_input(kept_x[0], call.batch)
-        return lambda _: _grad_weight_in_high_precision(ctx, grad_output, wait())
+        return lambda _: _grad_weight_in_high_precision(ctx, grad_output, wait(), columns)
     x_operand = _start_grad_weight_x(kept_x, quant, slots, call)
 
     def finish(grad_operand: Operand) -> Tensor | None:
         if not quant.shares_grad_output:
             spec, slot = quant.grad_weight_grad_output, slots.grad_weight_grad_output
             grad_operand = _grad_operand(grad_output, spec, slot, call, contracted=0)
-        return _grad_weight(ctx, grad_operand, x_operand(), grad_output.dtype)
+        return _grad_weight(ctx, grad_operand, x_operand(), columns, grad_output.dtype)
 
     return finish
 
@@ -270,7 +295,9 @@ def _backward_weight(
     return _backward_operand("w", quant.keep_w, *kept, quant.grad_input_w, slots.grad_input_w, call)
 
 
-def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: torch.dtype) -> Tensor | None:
+def _grad_weight(
+    ctx: Any, grad_operand: Operand, x_operand: Operand, columns: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
     """The weight gradient; None if it went to the sink."""
     call: LinearCall = ctx.call
     assert call.plan is not None
@@ -278,7 +305,8 @@ def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: tor
     specs = (quant.grad_weight_grad_output, quant.grad_weight_x)
     if ctx.buffer is None:
         product = _multiply(call.plan, transposed(grad_operand), x_operand, specs, alpha, dtype)
-        return product[: ctx.weight_shape[0], : ctx.weight_shape[1]]
+        product = product[: ctx.weight_shape[0], : ctx.weight_shape[1]]
+        return product if columns is None else product * columns
     contribute_grad_weight_fp8(
         *grad_operand,
         *x_operand,
@@ -289,16 +317,20 @@ def _grad_weight(ctx: Any, grad_operand: Operand, x_operand: Operand, dtype: tor
         specs[0].power_of_two and specs[1].power_of_two,
         dtype,
         call.plan.backend.name,
+        columns,
     )
     return None
 
 
-def _grad_weight_in_high_precision(ctx: Any, grad_output: Tensor, x: Tensor) -> Tensor | None:
+def _grad_weight_in_high_precision(
+    ctx: Any, grad_output: Tensor, x: Tensor, columns: Tensor | None
+) -> Tensor | None:
     """The same from unquantised operands: [T, N], [T, K]."""
     alpha = ctx.call.alphas.grad_weight
     if ctx.buffer is None:
-        return matmul(grad_output.t(), x, alpha=alpha)
-    contribute_grad_weight(grad_output, x, ctx.buffer, ctx.sink_slot, ctx.call.sink, alpha)
+        product = matmul(grad_output.t(), x, alpha=alpha)
+        return product if columns is None else product * columns
+    contribute_grad_weight(grad_output, x, ctx.buffer, ctx.sink_slot, ctx.call.sink, alpha, columns)
     return None
 
 

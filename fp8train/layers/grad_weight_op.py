@@ -33,10 +33,22 @@ class SinkSlot:
 
 @torch.library.custom_op("fp8train::contribute_grad_weight", mutates_args=("buffer",))
 def contribute_grad_weight(
-    grad_output: Tensor, x: Tensor, buffer: Tensor, slot: Tensor, sink: int, alpha: float
+    grad_output: Tensor,
+    x: Tensor,
+    buffer: Tensor,
+    slot: Tensor,
+    sink: int,
+    alpha: float,
+    columns: Tensor | None = None,
 ) -> None:
-    """Hand ``alpha · grad_output.T @ x`` of a high-precision linear to its sink: [T, N], [T, K] -> [N, K]."""
-    find_sink(sink).contribute(int(slot), lambda: matmul(grad_output.t(), x, alpha=alpha))
+    """Hand ``alpha · grad_output.T @ x · columns`` of operands in high precision to its sink: [T, N], [T, K],
+    factors [K] (none: 1) -> [N, K]."""
+
+    def compute() -> Tensor:
+        product = matmul(grad_output.t(), x, alpha=alpha)
+        return product if columns is None else product * columns
+
+    find_sink(sink).contribute(int(slot), compute)
 
 
 @torch.library.custom_op("fp8train::contribute_grad_weight_fp8", mutates_args=("buffer",))
@@ -52,10 +64,12 @@ def contribute_grad_weight_fp8(
     power_of_two: bool,
     out_dtype: torch.dtype,
     backend: str,
+    columns: Tensor | None = None,
 ) -> None:
-    """Hand the FP8 product ``alpha · grad_output.T @ x`` to its sink. Operands are padded to 16s, scales are
-    those of grad_output and x as they come: scalars, or of rows or blocks."""
-    rows, columns = buffer.shape
+    """Hand the FP8 product ``alpha · grad_output.T @ x · columns`` to its sink. Operands are padded to 16s,
+    scales are those of grad_output and x as they come: scalars, or of rows or blocks; factors [K] (none: 1)
+    are without padding."""
+    height, width = buffer.shape
 
     def compute() -> Tensor:
         operand = transposed((grad_output, grad_output_scale_inv))
@@ -69,6 +83,7 @@ def contribute_grad_weight_fp8(
             out_dtype=out_dtype,
             backend=backend,
         )
-        return product[:rows, :columns]
+        product = product[:height, :width]
+        return product if columns is None else product * columns
 
     find_sink(sink).contribute(int(slot), compute)

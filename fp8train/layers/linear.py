@@ -87,6 +87,8 @@ class Linear(nn.Module):
         wire: how the weight is cut over tensor-parallel ranks, and what travels for it. ``in_features``,
             ``out_features`` and ``weight`` are this rank's.
         recorder: where cast statistics go; None keeps none. Set it after ``name``.
+        casts_in_forward: cast the weight in every forward, times factors per column. Set by
+            :meth:`cast_weight_in_forward`.
         leaves_fp8: multiply in the compute type for now although there is a plan; needs ``weight`` with
             values, and no delayed scales, whose history would have a hole.
     """
@@ -111,6 +113,7 @@ class Linear(nn.Module):
         self.name = "linear"
         self.plan: Fp8Plan | None = None
         self.leaves_fp8 = False
+        self.casts_in_forward = False
         self.sink_slot: SinkSlot | None = None
         self._recorder: CastRecorder | None = None
         self._scale_state: ScaleState | None = None
@@ -160,6 +163,13 @@ class Linear(nn.Module):
         self.plan = plan
         self._fp8_weight = CachedFp8Weight(plan.quant, self.weight.shape, self.weight.device)
         self._fp8_weight.wire = self.wire
+        self._connect()
+
+    def cast_weight_in_forward(self) -> None:
+        """Cast the weight in every forward from now on, multiplied by that call's ``columns``, and keep no
+        FP8 copy beyond backward."""
+        assert self.plan is not None and not self.fp8_weight_is_resident, f"{self.name}: call use_fp8() first"
+        self.casts_in_forward, self._fp8_weight = True, None
         self._connect()
 
     @property
@@ -222,18 +232,21 @@ class Linear(nn.Module):
         recorder, state, weight = self._recorder, self._scale_state, self._fp8_weight
         if recorder is not None:
             self._rows = StatisticsRows(
-                recorder.row(f"{self.name}/x"), recorder.row(f"{self.name}/grad_output")
+                recorder.row(f"{self.name}/x"),
+                recorder.row(f"{self.name}/grad_output"),
+                recorder.row(f"{self.name}/w") if self.casts_in_forward else None,
             )
         if weight is not None:
             weight.recorder = None if recorder is None else (recorder, f"{self.name}/w")
-        if weight is None or state is None:
+        if state is None:
             return
         uses = [name.removeprefix(f"{self.name}/") for name in self.scale_slots()]
         quiet, recording = (
             {use: state.slot(f"{self.name}/{use}", record=record) for use in uses} for record in (False, True)
         )
         self._slots, self._recording_slots = _cast_slots(quiet), _cast_slots(recording)
-        weight.slots = recording
+        if weight is not None:
+            weight.slots = recording
 
     @torch.no_grad()
     def quantize_weight(self) -> None:
@@ -276,10 +289,14 @@ class Linear(nn.Module):
         self.quantize_weight()
         return self._fp8_weight.dequantized(dtype or self.weight.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """Shapes: x [.., in_features] -> [.., out_features]. With tensor parallelism x is [B, S,
         in_features], where column-parallel linears take a part of S and row-parallel ones return a part of
-        it."""
+        it. ``columns``, powers of two [in_features] that the weight is multiplied by before its cast, are
+        given where ``casts_in_forward``, and nowhere else."""
+        assert (columns is not None) == (self.casts_in_forward and not self.leaves_fp8), (
+            f"{self.name}: columns belong to a weight that is cast in forward"
+        )
         if not torch.compiler.is_compiling():
             self.quantize_weight()
             self.await_weight()
@@ -292,14 +309,14 @@ class Linear(nn.Module):
             y = _HighPrecisionLinear.apply(flat, self.weight, buffer, index, call)
         else:
             w_forward, w_backward = self._w_forward, self._w_backward
-            assert w_forward is not None, (
+            assert w_forward is not None or columns is not None, (
                 f"{self.name}: no FP8 weight; call quantize_weight() before a compiled forward, or write the "
                 "weight if it is resident in FP8"
             )
             state, recorder = self._scale_state, self._recorder
             slots = self._recording_slots if state is not None and state.active else self._slots
             rows = self._rows if recorder is not None and recorder.active else StatisticsRows()
-            y = fp8_linear(flat, self.weight, (w_forward, w_backward), slot, slots, rows, call)
+            y = fp8_linear(flat, self.weight, (w_forward, w_backward), slot, slots, rows, call, columns)
         if self.bias is not None:
             y = y + scale_backward(self.bias, self.alphas.grad_bias)
         shape = x.shape[:-1] if self.wire.kind == "none" else (batch, -1)

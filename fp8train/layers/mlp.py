@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.layers.factors import Factors, scale
 from fp8train.layers.linear import Linear
-from fp8train.layers.smooth import token_scale
+from fp8train.layers.smooth import Smoothing, channel_scale, token_scale
 from fp8train.layers.swiglu import swiglu
 from fp8train.layers.wire import wire
 from fp8train.numerics.scale import inverse_power_of_two
@@ -38,8 +38,8 @@ class MLP(nn.Module):
     """``down(activation(up(x)))``; with SwiGLU ``down(silu(gate(x)) · up(x))``.
 
     Attributes:
-        smooth: scale SwiGLU's output token by token around the down projection
-            (:mod:`fp8train.layers.smooth`).
+        smooth: narrow the range of SwiGLU's output for the down projection (:mod:`fp8train.layers.smooth`);
+            set by :meth:`use_smooth_swiglu`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class MLP(nn.Module):
             assert ffn_hidden_size // unit % parallel.size == 0, f"{ffn_hidden_size} over {parallel.size}"
             ffn_hidden_size //= parallel.size
         self.around_activation, self.parallel = around_activation, parallel
-        self.smooth = False
+        self.smooth: Smoothing = "off"
         width = 2 * ffn_hidden_size if activation == "swiglu" else ffn_hidden_size
         self.up = Linear(
             hidden_size, width, bias=bias, dtype=dtype, device=device, wire=wire("column", parallel)
@@ -78,13 +78,24 @@ class MLP(nn.Module):
             ffn_hidden_size, hidden_size, bias=bias, dtype=dtype, device=device, wire=wire("row", parallel)
         )
 
+    def use_smooth_swiglu(self, smooth: Smoothing) -> None:
+        """Narrow the range of SwiGLU's output from now on; the down projection runs in FP8 already."""
+        assert self.activation == "swiglu" and self.down.plan is not None
+        self.smooth = smooth
+        if smooth == "channel":
+            self.down.cast_weight_in_forward()
+
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [B, S, H] -> [B, S, H]; with tensor parallelism S is this rank's part."""
         up = self.up(x)
         around = self.around_activation
         activated = self._activate(up) if around is None else around(self._activate, up)
-        if not self.smooth:
+        if self.smooth == "off" or self.down.leaves_fp8:
             return self.down(activated)
+        if self.smooth == "channel":
+            factors = channel_scale(activated, self.parallel)
+            inverse = inverse_power_of_two(factors).to(up.dtype)
+            return self.down(activated * inverse, columns=factors.to(up.dtype))
         scale = token_scale(up.unflatten(-1, (-1, 2, self.unit))[..., 1, :].flatten(-2), self.parallel)
         inverse = inverse_power_of_two(scale).to(up.dtype)
         return self.down(activated * inverse) * self._part(scale).to(up.dtype)

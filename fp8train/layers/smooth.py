@@ -2,18 +2,22 @@
 
 Over long FP8 training the gate and up rows of some channels align, so that their product grows with the
 square of the input: a few values are hundreds of times the rest, and one scale per tensor leaves little
-precision for the rest (Fishman et al. 2024, arXiv 2409.12517). Per token, the activation is divided by ``s``
-before the down projection casts it, and the projection's output is multiplied by ``s``: the function is
-unchanged, the operand's range is that of one token. ``s`` is the largest magnitude of the token's up half,
-rounded down to a power of two, so both multiplications are exact (overflow of the exponent apart); it is a
-constant to the backward pass, as scales are.
+precision for the rest (Fishman et al. 2024, arXiv 2409.12517). Two variants leave the function unchanged and
+narrow the range of the operand. Both factors are powers of two, so multiplying by them is exact (overflow of
+the exponent apart), and constants to the backward pass, as scales are.
 
-This is the variant of the authors' published code; with scales per row or block of the operand itself it is
-not needed. (The variant of their paper, a factor per channel that the next weight absorbs, would have to be
-undone inside the weight's own cast.)
+* ``token``, of the authors' published code: a token's activation is divided by ``s`` before the down
+  projection casts it, the projection's output is multiplied by ``s``. ``s`` is the largest magnitude of the
+  token's up half. With scales per row or block of the operand itself it is not needed.
+* ``channel``, of their paper: channel k of the activation is divided by ``s[k]``, the largest magnitude that
+  the channel has in this micro-batch, and column k of the down projection's weight is multiplied by it. The
+  weight is therefore cast anew for every micro-batch, and a channel that is large burdens the weight's scale
+  instead of the activation's.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from fp8train.comm.sequence_parallel import TensorParallel
 
+Smoothing = Literal["off", "token", "channel"]
 _EXPONENT = 0x7F800000
 
 
@@ -38,5 +43,24 @@ def token_scale(up: Tensor, parallel: TensorParallel | None) -> Tensor:
     if parallel is not None and parallel.size > 1:
         amax = amax.nan_to_num(nan=torch.inf, posinf=torch.inf)
         parallel.group.all_reduce(amax, purpose="amax", op=dist.ReduceOp.MAX)()
+    return _largest_power(amax)
+
+
+def channel_scale(activated: Tensor, parallel: TensorParallel | None) -> Tensor:
+    """``2^floor(log2(max |activated|))`` of every channel, 1 where that is 0 or not finite.
+
+    Args:
+        activated: [B, S, F], all of this rank's tokens and this rank's channels.
+        parallel: tells which ranks have other tokens of the same sequences; None if none.
+
+    Returns:
+        FP32 [F], the same on ranks with the same channels.
+    """
+    amax = activated.detach().abs().amax(dim=(0, 1)).float()
+    others = None if parallel is None else parallel.agreement(tp=False, cp=True)
+    return _largest_power(amax if others is None else others.largest(amax))
+
+
+def _largest_power(amax: Tensor) -> Tensor:
     power = (amax.view(torch.int32) & _EXPONENT).view(torch.float32)  # the mantissa cleared
     return torch.where((power > 0) & torch.isfinite(amax), power, torch.ones_like(power))

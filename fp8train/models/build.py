@@ -15,6 +15,7 @@ from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
 from fp8train.layers.fp8_weight import ResidentFp8Weight
+from fp8train.layers.smooth import Smoothing
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan, linear_quant
 from fp8train.models.mus import MuS
@@ -111,8 +112,8 @@ def build_model(
             num_layers=config.model.num_layers,
             all_linears=outline(config, vocab_size).linears() if in_parts else None,
         )
-        if config.precision.gemm.smooth_swiglu:
-            _smooth_swiglu(model, report)
+        if config.precision.gemm.smooth_swiglu != "off":
+            _smooth_swiglu(model, report, config.precision.gemm.smooth_swiglu)
         in_plan = {f"{path}.weight" for path in report.converted}
         model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
         if config.precision.weights == "fp8":
@@ -124,14 +125,15 @@ def build_model(
     return BuiltModel(model, report, backend, targets)
 
 
-def _smooth_swiglu(model: Decoder, report: PlanReport) -> None:
+def _smooth_swiglu(model: Decoder, report: PlanReport, smooth: Smoothing) -> None:
     if not any(path.endswith(".mlp.down") for path in report.converted):
         raise ConfigError(
             "precision.gemm.smooth_swiglu is about down projections in FP8, but all of them are left in high "
             "precision (precision.gemm.exclude, which recipe: umup fills; or min_dim); remove one of the two"
         )
     for block in model.held_blocks():
-        block.mlp.smooth = block.mlp.down.plan is not None
+        if block.mlp.down.plan is not None:
+            block.mlp.use_smooth_swiglu(smooth)
 
 
 def outline(config: Config, vocab_size: int) -> Decoder:
