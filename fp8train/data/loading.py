@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from fp8train.config.schema import DataConfig
+from fp8train.config.data_schema import DataConfig
 from fp8train.data.batches import GlobalBatches, check_batch_sizes
 from fp8train.data.blend import Blend
 from fp8train.data.errors import DataError

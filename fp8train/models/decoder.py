@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
-from fp8train.config.schema import DecayRule
+from fp8train.config.optimizer_schema import DecayRule
 from fp8train.layers.attention import KVCache
 from fp8train.layers.embedding import Embedding, OutputHead
 from fp8train.layers.factors import scale, scale_backward

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fp8train.config.schema import DecayRule
+from fp8train.config.optimizer_schema import DecayRule
 
 Role = Literal["embedding", "position", "hidden", "residual_out", "head", "norm", "bias"]
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 from math import log2
 
 from fp8train.config.model_schema import ModelConfig
+from fp8train.config.optimizer_schema import DecayRule
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.schema import DecayRule
 from fp8train.layers.factors import Factors
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.residual import ResidualRule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fp8train.config.schema import ScheduleConfig
+from fp8train.config.optimizer_schema import ScheduleConfig
 
 
 def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup, alone
 from fp8train.comm.processes import Processes
-from fp8train.config.schema import DataConfig
+from fp8train.config.data_schema import DataConfig
 from fp8train.data.batches import GlobalBatches
 from fp8train.data.indexed_dataset import IndexedDataset, idx_path
 from fp8train.data.loading import SplitName, open_split, prefixes_of

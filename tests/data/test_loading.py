@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from fp8train.config.data_schema import BlendEntry, DataConfig
 from fp8train.config.errors import ConfigError
-from fp8train.config.schema import BlendEntry, DataConfig
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from fp8train.data.inspection import inspect_dataset

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fp8train.cli import run_command
+from fp8train.config.data_schema import DataConfig
 from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import resolve_mapping
-from fp8train.config.schema import DataConfig
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
 from fp8train.data.loading import Data, open_data

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from fp8train.config.schema import ScheduleConfig
+from fp8train.config.optimizer_schema import ScheduleConfig
 from fp8train.optim.schedule import lr_factor, warmup_steps
 
 

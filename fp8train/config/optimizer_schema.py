@@ -1,0 +1,72 @@
+"""The ``optimizer`` and ``schedule`` sections.
+
+See :mod:`fp8train.config.schema` for how sections work.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fp8train.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Section,
+    contradiction,
+)
+
+DecayRule = Literal["lr_times_lambda", "independent", "fully_decoupled"]
+MAX_DECAY_PER_STEP = 0.01
+"""Share of every weight that a step may remove; more is a λ meant for another decay rule."""
+
+
+class OptimizerConfig(Section):
+    """AdamW or Lion, both with decoupled weight decay."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    """Update rule. ``lion`` has no second moment and takes a third to a tenth of AdamW's learning rate."""
+    lr: PositiveFloat = Field(examples=[3.0e-4])
+    """Peak learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment (AdamW)."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decay λ of matrices; 1-D parameters (norms, biases) are not decayed, but for the norm gains of ``mus``.
+    0.1, or 1e-4 where ``decay_rule`` does not multiply it by the learning rate."""
+    decay_rule: DecayRule = "lr_times_lambda"
+    """``lr_times_lambda``: ``w -= lr·λ·w`` (torch's AdamW); ``independent``: ``λ`` times the schedule,
+    without the peak rate (``umup``); ``fully_decoupled``: ``w -= λ·w`` at every step (``mus``)."""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0 = never."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape after warm-up; ``wsd``: constant, then a linear decay over the last ``decay_fraction`` of the
+    run."""
+    warmup_steps: NonNegativeInt | None = None
+    """Linear warm-up from 0. At most one of ``warmup_steps`` and ``warmup_fraction``."""
+    warmup_fraction: Fraction | None = None
+    """Warm-up as a share of all steps."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate divided by the peak."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of all steps that ``wsd`` decays over."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> ScheduleConfig:
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
+            raise contradiction(
+                "set at most one of schedule.warmup_steps and schedule.warmup_fraction",
+                "warmup_steps",
+                "warmup_fraction",
+            )
+        return self

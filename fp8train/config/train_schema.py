@@ -1,0 +1,76 @@
+"""The ``train`` section: length, batch and execution.
+
+See :mod:`fp8train.config.schema` for how sections work.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fp8train.config.batch_sizes import BatchSizes
+from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
+
+
+class RampStage(Section):
+    """Smaller batches for some steps."""
+
+    steps: PositiveInt = Field(examples=[500])
+    """Optimizer steps of this stage."""
+    global_batch_size: PositiveInt = Field(examples=[16])
+    """Samples of each of them, over all ranks."""
+
+
+class TrainConfig(Section):
+    """Length, batch and execution of training."""
+
+    steps: PositiveInt | None = Field(default=None, examples=[1000])
+    """Optimizer steps. Exactly one of ``steps`` and ``tokens``."""
+    tokens: PositiveInt | None = None
+    """Training tokens; rounded up to whole steps."""
+    global_batch_size: PositiveInt = Field(examples=[64])
+    """Samples per optimizer step over all ranks."""
+    batch_size_ramp: tuple[RampStage, ...] = Field(default=(), strict=False)
+    """Smaller batches at the start, stage after stage, before ``global_batch_size``."""
+    micro_batch_size: PositiveInt = Field(examples=[4])
+    """Samples per forward pass on one rank."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """``selective`` recomputes norms, activations and attention; ``full`` recomputes whole blocks."""
+    compile: Literal["off", "block"] = "off"
+    """``block``: ``torch.compile`` each decoder block."""
+    consistency_interval: NonNegativeInt = 1000
+    """Compare, every this many steps, the bits of tensors that several ranks hold; 0 = never."""
+    eval_interval: NonNegativeInt = 0
+    """Evaluate every this many steps and at the end; 0 = never."""
+    eval_batches: PositiveInt = 16
+    """Global batches per evaluation, always the same ones; fewer if the validation set is smaller."""
+
+    @model_validator(mode="after")
+    def _batch(self) -> TrainConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise contradiction("set exactly one of train.steps and train.tokens", "steps", "tokens")
+        if self.global_batch_size % self.micro_batch_size:
+            below = self.global_batch_size // self.micro_batch_size * self.micro_batch_size
+            legal = [value for value in (below, below + self.micro_batch_size) if value]
+            raise contradiction(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size}); nearest legal values: {', '.join(map(str, legal))}",
+                "global_batch_size",
+                "micro_batch_size",
+            )
+        sizes = self.batch_sizes.all
+        if sizes != sorted(set(sizes)) or any(size % self.micro_batch_size for size in sizes):
+            raise contradiction(
+                f"batch_size_ramp must grow, up to global_batch_size, in multiples of micro_batch_size "
+                f"({self.micro_batch_size}); its sizes are {', '.join(map(str, sizes))}",
+                "batch_size_ramp",
+                "global_batch_size",
+            )
+        return self
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of each step."""
+        ramp = [(stage.steps, stage.global_batch_size) for stage in self.batch_size_ramp]
+        return BatchSizes(self.global_batch_size, ramp)
