@@ -119,7 +119,7 @@ def read_config(folder: Path) -> ConfigJson:
         raise HuggingFaceError(
             f"{path}: {error.strerror or error}; give the folder of a model, with its config.json"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HuggingFaceError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise HuggingFaceError(f"{path}: not a JSON object")

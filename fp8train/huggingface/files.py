@@ -82,7 +82,7 @@ def _file_names(folder: Path) -> list[str]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise HuggingFaceError(f"{index}: not an index of safetensors files: {error}") from None
         wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if wrong:

@@ -6,6 +6,7 @@ run itself is new: step 0, its own schedule, its own order of samples.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from fp8train.checkpoint import CheckpointError, open_checkpoint
@@ -13,6 +14,8 @@ from fp8train.comm.processes import Processes
 from fp8train.config.changes import changes, is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
+from fp8train.data.tokenizer import Tokenizer
+from fp8train.inference.load import TOKENIZER_FILES
 from fp8train.training.reporter import Reporter
 from fp8train.training.restore import restore
 from fp8train.training.trainer import Trainer
@@ -22,7 +25,13 @@ _MAY_DIFFER = ("model.family", "model.vocab_size", "model.vocab_multiple", "mode
 
 
 def initialise_from(
-    path: Path, config: Config, *, processes: Processes, trainer: Trainer, reporter: Reporter
+    path: Path,
+    config: Config,
+    *,
+    processes: Processes,
+    trainer: Trainer,
+    reporter: Reporter,
+    tokenizer: Tokenizer | None,
 ) -> None:
     """Take weights (``init_mode: model``), or moments and count of updates too (``warm``), from a verified
     checkpoint; collective over all ranks.
@@ -33,6 +42,7 @@ def initialise_from(
         processes: this process's place in the job.
         trainer: filled in place.
         reporter: told what happened.
+        tokenizer: of the new run's data; a warning tells if the weights were trained with another.
 
     Raises:
         ConfigError: the weights belong to another model or parametrisation; ``warm`` from another optimizer.
@@ -72,6 +82,22 @@ def initialise_from(
         reporter.say(line)
     what = "weights and moments" if warm else "weights"
     reporter.say(f"{what} taken from {path} (step {opened.manifest.step}); training starts at step 0")
+    _compare_tokenizers(path, tokenizer, reporter)
+
+
+def _compare_tokenizers(path: Path, tokenizer: Tokenizer | None, reporter: Reporter) -> None:
+    """Equal sizes hide that every row of the embedding means another token."""
+    folder = path.resolve().parent.parent
+    files = [file for name in TOKENIZER_FILES if (file := folder / name).is_file()]
+    if tokenizer is None or not files:
+        return
+    before = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if before != tokenizer.sha256:
+        reporter.warn(
+            f"checkpoint.init_from: the weights were trained with the tokenizer {files[0]} (sha256 "
+            f"{before[:12]}), the data was made with another, {tokenizer.path} ({tokenizer.sha256[:12]}); "
+            f"unless that is meant, make it again: fp8train data prepare --tokenizer {files[0]}"
+        )
 
 
 def _check_same_model(saved: dict | None, config: Config, path: Path) -> None:

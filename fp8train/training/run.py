@@ -141,7 +141,14 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
             )
             run_dir.truncate_after(step or None)
             if source is not None:
-                initialise_from(source, config, processes=procs, trainer=trainer, reporter=reporter)
+                initialise_from(
+                    source,
+                    config,
+                    processes=procs,
+                    trainer=trainer,
+                    reporter=reporter,
+                    tokenizer=data.tokenizer,
+                )
             run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
             run_dir.write_status("running", step=step)
             outcome = loop.run()

@@ -285,6 +285,8 @@ def test_files_that_are_not_what_they_should_be(saved: Path, tmp_path: Path) -> 
     assert "holds neither model.safetensors nor" in refused()
     (saved / "config.json").write_text("{")
     assert "not JSON" in refused()
+    (saved / "config.json").write_text("[" * 100_000)
+    assert "not JSON" in refused()
     (saved / "config.json").unlink()
     assert "give the folder of a model" in refused()
 

@@ -155,7 +155,14 @@ def test_continued_training_at_o2(folders: tuple[Path, Path], novel: list[int]) 
     told: list[str] = []
     reporter = SimpleNamespace(say=told.append, event=lambda *_, **__: None)
     source = folders[1] / "checkpoints/step_00000000"
-    initialise_from(source, config, processes=processes, trainer=trainer, reporter=cast(Any, reporter))
+    initialise_from(
+        source,
+        config,
+        processes=processes,
+        trainer=trainer,
+        reporter=cast(Any, reporter),
+        tokenizer=open_run(folders[1]).tokenizer(),
+    )
     assert any(line.startswith("recast master: fp32 -> fp16_scaled") for line in told), told
     held_out, training = samples[:WINDOWS], samples[WINDOWS:].view(STEPS, 2, 1, SEQUENCE + 1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +31,16 @@ class Listener:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.warnings: list[str] = []
         self.events: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         """A line."""
         self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        """A warning."""
+        self.warnings.append(text)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """An event."""
@@ -86,11 +93,18 @@ def go_on(path: Path, overrides: list[str], processes: Any = None) -> tuple[Trai
     return trainer, data, listener
 
 
-def begin(path: Path, overrides: list[str]) -> tuple[Trainer, Any, Listener]:
+def begin(path: Path, overrides: list[str], tokenizer: Any = None) -> tuple[Trainer, Any, Listener]:
     """A new run from a checkpoint's weights."""
     config, trainer, data = start([*overrides, f"checkpoint.init_from={path}"])
     listener = Listener()
-    initialise_from(path, config, processes=alone(), trainer=trainer, reporter=listener)  # type: ignore[arg-type]
+    initialise_from(
+        path,
+        config,
+        processes=alone(),
+        trainer=trainer,
+        reporter=listener,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+    )
     return trainer, data, listener
 
 
@@ -213,6 +227,18 @@ def test_weights_alone_start_a_new_run(run) -> None:
         assert listener.lines[-1] == f"weights taken from {path} (step {STEP}); training starts at step 0"
         assert listener.events[-1]["kind"] == "initialised"
         assert train(trainer, data, 0, 1)[0] < 4.1 < 4.16  # ln 64 is 4.16
+
+
+def test_weights_that_know_other_tokens_are_told(run, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoints" / run[0].name
+    shutil.copytree(run[0], path)
+    beside = path.parent.parent / "tokenizer.model"
+    beside.write_bytes(b"tokens")
+    same = SimpleNamespace(path=tmp_path / "same.model", sha256=hashlib.sha256(b"tokens").hexdigest())
+    other = SimpleNamespace(path=tmp_path / "other.model", sha256="0" * 64)
+    assert begin(path, O0, same)[2].warnings == [] == begin(path, O0)[2].warnings
+    (warning,) = begin(path, O0, other)[2].warnings
+    assert f"trained with the tokenizer {beside}" in warning and f"another, {other.path}" in warning
 
 
 def test_a_warm_start_takes_moments_and_updates(run) -> None:
