@@ -103,7 +103,7 @@ class TrainingLoop:
         began = time.perf_counter()
         batch = self.data.train.batch(step)
         fetched = time.perf_counter()
-        recorder, interval = self.trainer.recorder, self.config.logging.cast_statistics_interval
+        recorder, interval = self.trainer.monitors.recorder, self.config.logging.cast_statistics_interval
         sampled = interval > 0 and (step == 0 or (step + 1) % interval == 0)
         if recorder is not None:
             recorder.active = sampled
@@ -112,16 +112,16 @@ class TrainingLoop:
             recorder.active = False
             if sampled:
                 optimizer = self.trainer.optimizer_metrics() if result.applied else {}
-                self.reporter.casts(step + 1, self.trainer.cast_rows(), optimizer)
+                self.reporter.casts(step + 1, self.trainer.monitors.cast_rows(), optimizer)
                 self._guard(step + 1)
         if sampled:
             with self.reporter.outside_throughput():
-                self.reporter.monitor(self.trainer.attention_metrics())
+                self.reporter.monitor(self.trainer.monitors.attention_metrics())
         self._watch_skips(step + 1, result)
         self.reporter.step(step + 1, result, data_seconds=fetched - began)
 
     def _guard(self, done: int) -> None:
-        for flag in self.trainer.watch(done):
+        for flag in self.trainer.monitors.watch(done):
             numbers = {name: strict(getattr(flag, name)) for name in ("value", "usual")}
             self.reporter.event(
                 "guard", step=done, site=flag.site, reading=flag.reading, until=flag.until, **numbers

@@ -25,13 +25,12 @@ from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel, build_model, initialise, make_scale_state, outline
-from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradient_store import GradientStore
 from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, PipelineLayout
 from fp8train.parallel.stages import part_of, plan_stages
-from fp8train.training.guard import Flag, Guard, agreed_readings
+from fp8train.training.monitors import Monitors
 from fp8train.training.precision import (
     all_reduce_max,
     make_gradient_plan,
@@ -101,8 +100,7 @@ class Trainer:
         optimizer: master weights and moments.
         scales: state of delayed scales; None if there are none.
         updates: optimizer steps applied (skipped ones do not count).
-        recorder: FP8 cast statistics; None without FP8 or with statistics off.
-        guard: which linears are out of FP8 for a while; None if it is off.
+        monitors: what is watched, and the guard.
     """
 
     def __init__(
@@ -126,10 +124,7 @@ class Trainer:
         self._unscale = 1 / rule.gradient_scale if rule.true_gradients else 1.0
         self.updates = 0
         contributions = accumulation_steps(config, processes.dp.size)
-        self.recorder = self._attach_recorder()
-        self.guard: Guard | None = None
-        if config.precision.guard.action != "off" and self.built.fp8 is not None:
-            self.guard = Guard(config.precision.guard, self.built.fp8.converted)
+        self.monitors = Monitors(config, processes, self.built)
         owners = make_partition(config, processes, self.built)
         self.gradients = make_gradient_plan(
             config,
@@ -138,7 +133,7 @@ class Trainer:
             outline=self.outline,
             owners=owners,
             contributions=contributions,
-            recorder=self.recorder,
+            recorder=self.monitors.recorder,
         )
         self.pipeline: Pipeline | None = None
         if layout is None:
@@ -146,6 +141,7 @@ class Trainer:
         else:
             check_pipeline(config, contributions)
             self.store, self.pipeline = self._make_pipeline(layout)
+            self.monitors.pipeline = self.pipeline
         self.sharding = None if owners is None else Sharding(config, processes, self.built, owners)
         self.optimizer = make_run_optimizer(config, self.built, processes, self.sharding)
         self.scales = make_scale_state(self.model, processes.device)
@@ -186,20 +182,6 @@ class Trainer:
         """Parameters that every tensor-parallel rank holds whole."""
         return [fqn for fqn, spec in self.model.specs.items() if spec.shard is None]
 
-    def _attach_recorder(self) -> CastRecorder | None:
-        if self.built.fp8 is None or self.config.logging.cast_statistics_interval == 0:
-            return None
-        paths = self.built.fp8.converted
-        operands = ["x", "w", "grad_output"]
-        if self.config.precision.gradient.format != "high_precision":
-            operands.append("grad_weight")
-        sites = [f"{path}/{operand}" for path in paths for operand in operands]
-        recorder = CastRecorder(sites, self.processes.device)
-        for path, linear in self.model.linears().items():  # sites of the whole model, rows of what is here
-            if path in paths:
-                linear.recorder = recorder
-        return recorder
-
     def step(self, step: int, micro_batches: Tensor) -> StepResult:
         """Run optimizer step ``step`` (0-based).
 
@@ -207,8 +189,7 @@ class Trainer:
             step: position in the schedule.
             micro_batches: this rank's int64 [A, B, S+1], on the CPU.
         """
-        if self.guard is not None and self.guard.release(step + 1):
-            self._apply_guard()
+        self.monitors.before_step(step + 1)
         inputs, targets = inputs_and_targets(micro_batches, self.ignore_after)
         inputs, targets = (self._part(t) for t in (inputs, targets))
         num_tokens = self._global_token_count(targets)
@@ -233,7 +214,7 @@ class Trainer:
                 step=self.updates,
                 lr_factor=factor,
                 grad_multiplier=clip_multiplier(norm, self.config.optimizer.clip_grad_norm) * self._unscale,
-                count_flushed=self.recorder is not None and self.recorder.active,
+                count_flushed=self.monitors.sampled,
             )
             self._distribute()
         self.store.release()
@@ -320,10 +301,9 @@ class Trainer:
 
     def state_meta(self) -> dict[str, Any]:
         """Host state of a checkpoint."""
-        guard = {} if self.guard is None else {"guard": self.guard.state()}
         return {
             "updates": self.updates,
-            **guard,
+            **self.monitors.state(),
             **self.optimizer.state_meta(),
             **self.gradients.state_meta(),
         }
@@ -345,75 +325,18 @@ class Trainer:
         """Finish loading after :meth:`state_tensors` were filled in place. ``meta``: with ``updates``, which
         the moments have seen."""
         self.updates = meta["updates"]
-        if self.guard is not None and "guard" in meta:
-            self.guard.load_state(meta["guard"])
-            self._apply_guard()
+        self.monitors.load_state(meta)
         self.gradients.restored()
         self._publish()
 
     def precision_metrics(self) -> dict[str, float]:
         """State of the reduction and of the guard for the log; waits for the device. Collective over the
         pipeline's ranks."""
-        guard = {} if self.guard is None else {"fp8/guarded_linears": float(len(self.guard.locked))}
-        return self.gradients.metrics(self.processes.pp) | guard
-
-    def cast_rows(self) -> dict[str, dict[str, float]]:
-        """Cast statistics of the last sampled step, of the whole model: ``{site: {field: value}}``; waits for
-        the device. Collective over the pipeline's ranks."""
-        assert self.recorder is not None
-        if self.pipeline is None:
-            return self.recorder.collect()
-        return self.recorder.collect(self.pipeline.combine_rows(self.recorder.rows, self.recorder.recorded()))
-
-    def watch(self, done: int) -> list[Flag]:
-        """Show the guard the statistics of step ``done`` (1-based), which was sampled; nothing without a
-        guard. Collective over all ranks; waits for the device."""
-        if self.guard is None:
-            return []
-        assert self.recorder is not None
-        rows = self.recorder.rows
-        if self.pipeline is not None:
-            rows = self.pipeline.combine_rows(rows, self.recorder.recorded())
-        table = agreed_readings(self.recorder.sites, rows, self.processes.everyone)
-        flags = self.guard.observe(done, table)
-        self._apply_guard()
-        return flags
-
-    def _apply_guard(self) -> None:
-        assert self.guard is not None
-        for path, linear in self.model.linears().items():
-            linear.leaves_fp8 = path in self.guard.locked
-        if self.recorder is not None:  # what is not cast must not be logged as if it were
-            self.recorder.forget(
-                f"{path}/{operand}" for path in self.guard.locked for operand in ("x", "grad_output")
-            )
+        return self.gradients.metrics(self.processes.pp) | self.monitors.guard_metrics()
 
     def optimizer_metrics(self) -> dict[str, float]:
-        """Shares of optimizer states that the last applied step flushed to zero, if it was sampled; waits for
-        the device. Collective over the pipeline's ranks."""
-        shares, elements = self.optimizer.statistics(), self.optimizer.num_elements(in_plan_only=True)
-        if self.processes.pp.size > 1:
-            shares = self._shares_of_all_stages(shares, elements)
-        return {f"optim/{name.replace('/', '_')}": float(value) for name, value in shares.items()}
-
-    def _shares_of_all_stages(self, shares: dict[str, Tensor], elements: int) -> dict[str, Tensor]:
-        formats = self.optimizer.plan.formats()
-        names = [f"flushed/{role}" for role, fmt in formats.items() if not fmt.is_exact]
-        counts = torch.tensor(
-            [*(float(shares.get(name, 0.0)) * elements for name in names), elements],
-            dtype=torch.float64,
-            device=self.processes.device,
-        )
-        self.processes.pp.all_reduce(counts, purpose="statistics")()
-        return {name: count / counts[-1] for name, count in zip(names, counts[:-1], strict=True)}
-
-    def attention_metrics(self) -> dict[str, float]:
-        """``train/query_norm_max``: the largest spectral norm of a query head's projection in the model;
-        waits for the device. Collective over all ranks."""
-        norms = [block.attention.query_norms().max() for block in self.model.held_blocks()]
-        largest = torch.stack(norms).max()
-        self.processes.everyone.all_reduce(largest, purpose="statistics", op=torch.distributed.ReduceOp.MAX)()
-        return {"train/query_norm_max": float(largest)}
+        """:meth:`~fp8train.training.monitors.Monitors.optimizer_metrics` of this optimizer."""
+        return self.monitors.optimizer_metrics(self.optimizer)
 
     def sent_bytes(self) -> dict[str, int]:
         """Bytes this rank has sent since the start, by collective and purpose, over all axes."""

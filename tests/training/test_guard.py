@@ -122,13 +122,13 @@ def guarded_trainer(processes: Processes, *overrides: str) -> Trainer:
 
 def run(trainer: Trainer, steps: range) -> list[list[Flag]]:
     """Flags of each step, all of them sampled."""
-    assert trainer.recorder is not None
-    trainer.recorder.active = True
+    assert trainer.monitors.recorder is not None
+    trainer.monitors.recorder.active = True
     data = batches(trainer.config, trainer.processes)
     flags = []
     for step in steps:
         assert trainer.step(step, data.batch(0)).applied
-        flags.append(trainer.watch(step + 1))
+        flags.append(trainer.monitors.watch(step + 1))
     return flags
 
 
@@ -152,16 +152,16 @@ MARKED = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) fo
 def test_an_outlier_channel_is_localised_under_every_recipe(recipe: str) -> None:
     everywhere = ["precision.gemm.exclude=[]"] if recipe == "umup" else []  # it leaves down in BF16
     trainer = guarded_trainer(alone(), f"precision.recipe={recipe}", *everywhere)
-    assert trainer.guard is not None
+    assert trainer.monitors.guard is not None
     before = run(trainer, range(4))
     assert before == [[], [], [], []]
     put_outlier(trainer)
     flags = run(trainer, range(4, 5))[0]
     watched = DOWN
     assert flags[0].unit == watched, flags
-    assert watched in trainer.guard.locked and len(trainer.guard.locked) <= 2
+    assert watched in trainer.monitors.guard.locked and len(trainer.monitors.guard.locked) <= 2
     linears = trainer.model.linears()
-    assert {name for name, one in linears.items() if one.leaves_fp8} == set(trainer.guard.locked)
+    assert {name for name, one in linears.items() if one.leaves_fp8} == set(trainer.monitors.guard.locked)
     later = run(trainer, range(5, 8))
     assert all(flag.unit != watched for flags in later for flag in flags), "it is out of FP8 for 3 steps"
     trainer.step(8, batches(trainer.config, alone()).batch(0))
@@ -183,8 +183,8 @@ def biased_on_rank_one(
     if rank == 1:
         biased(trainer, "layers.2.attention.out")
     flags = run(trainer, range(4, 5))[0]
-    assert trainer.guard is not None
-    return [str(flag) for flag in flags], trainer.guard.locked
+    assert trainer.monitors.guard is not None
+    return [str(flag) for flag in flags], trainer.monitors.guard.locked
 
 
 @pytest.mark.parametrize("overrides", [[], ["parallel.pp=2"]], ids=["dp", "pp"])
@@ -217,14 +217,15 @@ def test_out_of_fp8_a_linear_has_no_rows() -> None:
     """Not those of its last step in FP8 either."""
     trainer = guarded_trainer(alone())
     run(trainer, range(1))
-    assert trainer.guard is not None
-    trainer.guard.locked = {DOWN: 3}
-    trainer._apply_guard()
+    assert trainer.monitors.guard is not None
+    trainer.monitors.guard.locked = {DOWN: 3}
+    trainer.monitors._apply_guard()
     run(trainer, range(1, 2))
-    assert not {f"{DOWN}/x", f"{DOWN}/grad_output"} & trainer.cast_rows().keys()
-    assert f"{DOWN}/w" in trainer.cast_rows() and "layers.0.mlp.down/x" in trainer.cast_rows()
+    sites = trainer.monitors.cast_rows().keys()
+    assert not {f"{DOWN}/x", f"{DOWN}/grad_output"} & sites
+    assert f"{DOWN}/w" in sites and "layers.0.mlp.down/x" in sites
     run(trainer, range(3, 4))
-    assert {f"{DOWN}/x", f"{DOWN}/grad_output"} <= trainer.cast_rows().keys()
+    assert {f"{DOWN}/x", f"{DOWN}/grad_output"} <= trainer.monitors.cast_rows().keys()
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,17 @@ def trainer_of(*overrides: str) -> Trainer:
 def test_an_outlier_channel_has_the_largest_kurtosis(recipe: str) -> None:
     """Gate and up rows of one channel of one block aligned and large, as weight decay does to SwiGLU."""
     trainer = trainer_of(f"precision.recipe={recipe}", "precision.gemm.exclude=[layers.0.attention.qkv]")
-    assert trainer.recorder is not None
+    assert trainer.monitors.recorder is not None
     mlp = trainer.model.held_blocks()[1].mlp
     with torch.no_grad():
         gate, up = mlp.up.weight.unflatten(0, (-1, 2, mlp.unit))[0].unbind(0)
         gate[3] *= 8
         up[3] = gate[3]
-    trainer.recorder.active = True
+    trainer.monitors.recorder.active = True
     trainer.step(0, batches(trainer.config, alone()).batch(0))
-    kurtosis = {site: row["kurtosis"] for site, row in trainer.cast_rows().items() if site.endswith("/x")}
+    kurtosis = {
+        site: row["kurtosis"] for site, row in trainer.monitors.cast_rows().items() if site.endswith("/x")
+    }
     assert max(kurtosis, key=lambda site: kurtosis[site]) == "layers.1.mlp.down/x", kurtosis
     others = max(value for site, value in kurtosis.items() if site != "layers.1.mlp.down/x")
     assert kurtosis["layers.1.mlp.down/x"] > 1.5 * others
@@ -40,7 +42,7 @@ def test_an_outlier_channel_has_the_largest_kurtosis(recipe: str) -> None:
 @pytest.mark.parametrize("overrides", [[], ["precision.recipe=mus"], ["precision.level=O3"]])
 def test_the_query_norm_of_a_head_that_grew_is_logged(overrides: list[str]) -> None:
     trainer = trainer_of(*overrides)
-    before = trainer.attention_metrics()["train/query_norm_max"]
+    before = trainer.monitors.attention_metrics()["train/query_norm_max"]
     qkv = trainer.model.held_blocks()[2].attention.qkv
     grown = qkv.dequantized_weight(torch.float32).clone()
     grown[: trainer.model.config.head_dim] *= 10
@@ -49,7 +51,7 @@ def test_the_query_norm_of_a_head_that_grew_is_logged(overrides: list[str]) -> N
     else:
         with torch.no_grad():
             qkv.weight.copy_(grown)
-    assert trainer.attention_metrics()["train/query_norm_max"] > 5 * before
+    assert trainer.monitors.attention_metrics()["train/query_norm_max"] > 5 * before
 
 
 @pytest.mark.parametrize(

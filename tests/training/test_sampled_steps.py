@@ -25,8 +25,8 @@ def sampled_trainer(*overrides: str) -> Trainer:
     """After one step of which statistics were taken."""
     config = tiny_config(["precision.level=O2", "logging.cast_statistics_interval=1", *overrides])
     trainer = Trainer(config, alone(), vocab_size=VOCAB)
-    assert trainer.recorder is not None
-    trainer.recorder.active = True
+    assert trainer.monitors.recorder is not None
+    trainer.monitors.recorder.active = True
     trainer.step(0, batches(config, alone()).batch(0))
     return trainer
 
@@ -34,9 +34,9 @@ def sampled_trainer(*overrides: str) -> Trainer:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_linear_in_the_plan_has_a_row_of_its_gradient(reduction: str) -> None:
     trainer = sampled_trainer(*REDUCTIONS[reduction])
-    assert trainer.recorder is not None
+    assert trainer.monitors.recorder is not None
     assert trainer.built.fp8 is not None
-    rows = trainer.recorder.collect()
+    rows = trainer.monitors.recorder.collect()
     paths = trainer.built.fp8.converted
     assert {site for site in rows if site.endswith("/grad_weight")} == {f"{p}/grad_weight" for p in paths}
     for path in paths:
@@ -71,8 +71,8 @@ def test_flushed_shares_are_those_of_the_states(clip: float) -> None:
 
 def test_steps_that_are_not_sampled_count_nothing() -> None:
     trainer = sampled_trainer()
-    assert trainer.recorder is not None
-    trainer.recorder.active = False
+    assert trainer.monitors.recorder is not None
+    trainer.monitors.recorder.active = False
     trainer.step(1, batches(trainer.config, alone()).batch(1))
     assert trainer.optimizer_metrics() == {}
 

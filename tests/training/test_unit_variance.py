@@ -37,11 +37,13 @@ def cast_rows(
         ]
     )
     trainer = Trainer(config, alone(), vocab_size=VOCAB)
-    assert trainer.recorder is not None
-    trainer.recorder.active = True
+    assert trainer.monitors.recorder is not None
+    trainer.monitors.recorder.active = True
     tokens = torch.randint(VOCAB, (2, 2, LENGTH + 1), generator=torch.Generator().manual_seed(7))
     assert trainer.step(0, tokens).applied
-    return {site: row for site, row in trainer.cast_rows().items() if not site.endswith("grad_weight")}
+    return {
+        site: row for site, row in trainer.monitors.cast_rows().items() if not site.endswith("grad_weight")
+    }
 
 
 def check(recipe: str, family: str, layers: int, width: int) -> None:
