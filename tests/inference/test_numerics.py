@@ -110,6 +110,14 @@ def test_matched_has_the_codes_and_the_loss_of_training(tmp_path: Path, recipe: 
         assert loss(built.model, run.config) != trainers_loss(trainer)
 
 
+def test_a_weight_that_takes_the_size_of_its_channels_is_cast_with_them(tmp_path: Path) -> None:
+    trainer, run = trained(tmp_path, FP8, "precision.gemm.smooth_swiglu=channel")
+    model = run.load("matched", device=CPU).model
+    assert all(block.mlp.down.casts_in_forward for block in model.held_blocks())
+    assert loss(model, run.config) == trainers_loss(trainer)
+
+
+
 def test_a_partial_plan_is_kept(tmp_path: Path) -> None:
     overrides = (FP8, "precision.gemm.exclude=[layers.0.*, '*.down']")
     trainer, run = trained(tmp_path, *overrides)
