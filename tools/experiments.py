@@ -56,10 +56,11 @@ STATIC_RATES = {"mus": "0.125", "umup": "1.0", "unit_scaling": "0.125"}
 """Learning rates of recipes whose weights have unit variance, from tools/sweep_lr.py."""
 MEASURED = (
     *("fp8_amax", "te_delayed", "te_current", "te_delayed_recent", "mse", "cscale"),
-    *("rowwise", "rowwise_gw_hp", "blockwise", "mxfp8"),
+    *("rowwise", "rowwise_gw_hp", "blockwise", "mxfp8", "coat_act", "nvfp4_simulated"),
 )
 """Recipes of the standard parametrisation: their BF16 run is O0."""
 RUNS |= {name: ["precision.level=O1", f"precision.recipe={name}"] for name in MEASURED}
+RUNS["cscale"] += [f"precision.gemm.{use}.x.constant_exponent=0" for use in ("output", "grad_weight")]
 for _name, _rate in STATIC_RATES.items():
     _own = [f"precision.recipe={_name}", "model.tie_embeddings=false", f"optimizer.lr={_rate}"]
     RUNS |= {f"{_name} BF16": _own, _name: [*_own, "precision.level=O1"]}
@@ -195,18 +196,16 @@ def table(out: Path, found: Outcomes, names: list[str], seeds: list[int]) -> str
         other = BASES.get(name, "O0")
         gaps = [o.loss - b.loss for s, o in done.items() if (b := found.get((other, s))) is not None]
         interval = ""
-        if len(gaps) > 1 and name != "O0":
+        compared = name != other and not name.endswith(" BF16")
+        if compared and len(gaps) > 1:
             half = _T95[min(len(gaps) - 1, 9)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
             interval = f"{statistics.fmean(gaps) - half:+.4f} to {statistics.fmean(gaps) + half:+.4f}"
-        gap = (
-            f"{other} | {statistics.fmean(gaps):+.4f}"
-            if gaps and name != other and not name.endswith(" BF16")
-            else " | "
-        )
+        gap = f"{other} | {statistics.fmean(gaps):+.4f}" if gaps and compared else " | "
         mean = statistics.fmean(o.loss for o in done.values())
         skipped = sum(o.skipped for o in done.values())
         counted = [o.spikes for o in done.values() if o.spikes is not None]
-        spiked = str(sum(counted)) if len(counted) == len(done) else ""
+        among = "" if len(counted) == len(done) else f" in {len(counted)}"
+        spiked = f"{sum(counted)}{among}" if counted else ""
         lines.append(f"| {name} | {mean:.4f} | {gap} | {interval} | {len(done)} | {skipped} | {spiked} |")
     return "\n".join(lines)
 

@@ -51,8 +51,8 @@ def check(recipe: str, family: str, layers: int, width: int) -> None:
     assert len(rows) == layers * 3 * (2 if recipe == "umup" else 4)
     for site, row in rows.items():
         # True gradients of a deep SwiGLU model grow towards the input: each MLP's Jacobian has a gain above
-        # 1, as its output is quadratic. E5M2 has room for it: 2^8 and more on both sides.
-        low, high = (2**-8, 2**8) if recipe == "mus" and site.endswith("grad_output") else (0.1, 10)
+        # 1, as its output is quadratic. One constant S cannot level that; E5M2 has room for it.
+        low, high = (2**-8, 2**10) if recipe == "mus" and site.endswith("grad_output") else (0.1, 10)
         assert low < row["rms"] < high, f"{site}: rms {row['rms']}"
         assert row["flushed"] < 0.01, f"{site}: {row['flushed']:.2%} flushed"
         assert row["saturated"] == 0, f"{site}: {row['saturated']:.2%} saturated"
