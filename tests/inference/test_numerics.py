@@ -117,7 +117,6 @@ def test_a_weight_that_takes_the_size_of_its_channels_is_cast_with_them(tmp_path
     assert loss(model, run.config) == trainers_loss(trainer)
 
 
-
 def test_a_partial_plan_is_kept(tmp_path: Path) -> None:
     overrides = (FP8, "precision.gemm.exclude=[layers.0.*, '*.down']")
     trainer, run = trained(tmp_path, *overrides)
