@@ -162,6 +162,7 @@ def _touch(marker: Path) -> dict[str, bytes]:
         "eval": pickle.dumps(_Attack(eval, code)),
         "nested in a list": pickle.dumps([1, {"a": _Attack(exec, code)}]),
         "getattr chain": pickle.dumps(_Attack(getattr, _Attack(__import__, "os"), "getpid")),
+        "getattr of a record": b"cbuiltins\ngetattr\n(ctorch\nSize\nV__subclasses__\ntR(tR.",
         "torch function": pickle.dumps(_Attack(torch.load, str(marker))),
         "not a pickle": b"hello",
         "empty": b"",

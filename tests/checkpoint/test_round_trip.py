@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from fp8train.checkpoint import (
     CheckpointError,
@@ -50,6 +51,23 @@ def test_every_bit_pattern_survives(tmp_path: Path, dtype: torch.dtype) -> None:
     loaded = torch.zeros(6, 5, dtype=torch.uint8).to(dtype)
     load_checkpoint(path, {"x": loaded}, group=None)
     assert _bytes(loaded) == raw.numpy().tobytes()
+
+
+def test_an_index_by_any_python_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.0 to 3.11.3 pickle a member of an enum as ``getattr(enum, name)``, others by its value."""
+    x = torch.arange(6.0)
+    for number, reduced in enumerate(
+        (
+            lambda member, _: (getattr, (type(member), member.name)),
+            lambda member, _: (type(member), (member.value,)),
+        )
+    ):
+        monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+        path = _save(tmp_path, {"x": x}, step=number + 1)
+        assert (b"getattr" in (path / ".metadata").read_bytes()) == (number == 0)
+        loaded = torch.zeros(6)
+        load_checkpoint(path, {"x": loaded}, group=None)
+        assert torch.equal(loaded, x)
 
 
 def test_all_256_float8_codes_survive_in_both_formats(tmp_path: Path) -> None:
