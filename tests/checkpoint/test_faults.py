@@ -54,6 +54,7 @@ def _in_child(action: Callable[[], None]) -> int:
     if pid == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # OpenMP's threads of the parent are not in the child: it would wait
             action()
             code = 0
         finally:
