@@ -15,6 +15,7 @@ import numpy as np
 
 from fp8train.checkpoint import candidates
 from fp8train.data.indexed_dataset import IndexedDatasetWriter
+from fp8train.training.metrics import read_metrics
 
 STEPS = 40
 
@@ -96,11 +97,11 @@ def weights(directory: Path, steps: int = STEPS) -> str:
 
 
 def wait_for_step(processes: list[subprocess.Popen], metrics: Path, step: int) -> None:
-    """Return once ``step`` is logged."""
+    """Return once ``step`` is logged. The last line may be one that is being written."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if lines and json.loads(lines[-1])["step"] >= step:
+        records = read_metrics(metrics) if metrics.exists() else []
+        if records and records[-1]["step"] >= step:
             return
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         time.sleep(0.002)
