@@ -243,6 +243,7 @@ def two_ranks(group: dist.ProcessGroup, rank: int, world_size: int, root: Path) 
     assert polls == 2
     assert saver.step is None
     assert sorted(entry.name for entry in (root / "async").iterdir()) == ["latest", "step_00000001"]
+    dist.barrier(group)  # until both have looked: the next save makes a folder of its own
 
     def bug(phase: str) -> None:
         if rank == 0 and phase == "manifest":
