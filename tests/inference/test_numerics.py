@@ -23,10 +23,15 @@ from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 
 CPU = torch.device("cpu")
 FP8 = "precision.gemm.fp8=true"
-DIFFERENT_BACKWARD = ("precision.gemm.grad_weight.x.margin=1", "precision.gemm.grad_input.w.margin=1")
-DIFFERENT_CONSTANTS = tuple(
-    override.replace("margin", "constant_exponent") for override in DIFFERENT_BACKWARD
-)
+BACKWARD = ("precision.gemm.grad_weight.x", "precision.gemm.grad_input.w")
+DIFFERENT_BACKWARD = tuple(f"{operand}.margin=1" for operand in BACKWARD)
+DIFFERENT_CONSTANTS = tuple(f"{operand}.constant_exponent=1" for operand in BACKWARD)
+DIFFERENT_BY_RECIPE: dict[str, tuple[str, ...]] = {  # margins mean nothing to them
+    **dict.fromkeys((*STATIC, "cscale"), DIFFERENT_CONSTANTS),
+    "mse": tuple(f"{operand}.scale_source=current" for operand in BACKWARD),
+    "rowwise_gw_hp": DIFFERENT_BACKWARD[1:],  # its weight gradients take what is unquantised
+    "nvfp4_simulated": (f"{BACKWARD[0]}.rounding=stochastic", f"{BACKWARD[1]}.granularity=nv_1x16"),
+}
 PLANS: dict[str, tuple[str, ...]] = {
     "FP8 GEMMs": (FP8,),
     "O1": ("precision.level=O1",),
@@ -92,15 +97,22 @@ USUAL = [*((recipe, "O1") for recipe in IN_CI), *(("te_delayed", plan) for plan 
 ALL = [(recipe, plan) for plan in PLANS for recipe in RECIPES]
 
 
+def plan_with(recipe: str, plan: str) -> tuple[str, ...]:
+    """``PLANS[plan]`` as far as ``recipe`` has such a thing."""
+    overrides = PLANS[plan]
+    if set(DIFFERENT_BACKWARD) <= set(overrides):
+        usual = tuple(override for override in overrides if override not in DIFFERENT_BACKWARD)
+        overrides = (*usual, *DIFFERENT_BY_RECIPE.get(recipe, DIFFERENT_BACKWARD))
+    if recipe == "rowwise_gw_hp":
+        overrides = tuple(override for override in overrides if "keep_x" not in override)
+    return overrides
+
+
 @pytest.mark.parametrize(
     ("recipe", "plan"), [*USUAL, *(pytest.param(*c, marks=pytest.mark.slow) for c in ALL if c not in USUAL)]
 )
 def test_matched_has_the_codes_and_the_loss_of_training(tmp_path: Path, recipe: str, plan: str) -> None:
-    overrides = PLANS[plan]
-    if recipe in STATIC:  # constant scales have no margin
-        constants = dict(zip(DIFFERENT_BACKWARD, DIFFERENT_CONSTANTS, strict=True))
-        overrides = tuple(constants.get(override, override) for override in overrides)
-    trainer, run = trained(tmp_path, *overrides, *RECIPES[recipe])
+    trainer, run = trained(tmp_path, *plan_with(recipe, plan), *RECIPES[recipe])
     built = run.load("matched", device=CPU)
     check_codes(trainer, built)
     assert loss(built.model, run.config) == trainers_loss(trainer)
