@@ -35,10 +35,12 @@ class OptimizerConfig(Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment (AdamW)."""
+    """Added to the root of the second moment (AdamW); under ``mus`` to that of gradients times their scale
+    S (``parametrization.gradient_scale_exponent``), so that it means the same at every width and batch."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decay λ of matrices; 1-D parameters (norms, biases) are not decayed, but for the norm gains of ``mus``.
-    0.1, or 1e-4 where ``decay_rule`` does not multiply it by the learning rate."""
+    """Decay λ of matrices; 1-D parameters (norms, biases) are not decayed, but for those of ``mus``. 0.1, or
+    1e-4 with ``parametrization.kind: mus`` or ``umup``, whose ``decay_rule`` does not multiply it by the
+    learning rate."""
     decay_rule: DecayRule = "lr_times_lambda"
     """``lr_times_lambda``: ``w -= lr·λ·w`` (torch's AdamW); ``independent``: ``λ`` times the schedule,
     without the peak rate (``umup``); ``fully_decoupled``: ``w -= λ·w`` at every step (``mus``)."""

@@ -48,8 +48,12 @@ class ParametrizationConfig(Section):
     gradient_scale_exponent: Annotated[int, Field(ge=-60, le=60)] | None = None
     """Multiply the loss by 2^this before backward and divide the gradients by it afterwards, so that output
     gradients fit E5M2 without scales of their own. Default: ``standard`` 0; ``mus``
-    3 + round(log2(tokens of a step · hidden_size)). Not with ``unit_scaling`` and ``umup``, whose gradients
-    have unit scale already."""
+    3 + round(log2(tokens of a step · hidden_size)), less half the binades by which SwiGLU's gradients grow
+    with depth. Not with ``unit_scaling`` and ``umup``, whose gradients have unit scale already."""
+    attention_length: PositiveInt | None = None
+    """``unit_scaling`` and ``umup`` only: length of sequences for which attention's output has unit variance;
+    its factor is part of the model. Default: ``data.seq_length``. Weights that go on with sequences of
+    another length need the one they began with."""
 
     @model_validator(mode="after")
     def _fits(self) -> ParametrizationConfig:
@@ -61,6 +65,7 @@ class ParametrizationConfig(Section):
             ("constraint", unit, "kind: unit_scaling or umup"),
             ("base_width", self.kind == "mus", "kind: mus"),
             ("gradient_scale_exponent", not unit, "kind: standard or mus"),
+            ("attention_length", unit, "kind: unit_scaling or umup"),
         ):
             if getattr(self, key) != type(self).model_fields[key].default and not legal:
                 other = needs.split(":")[0]

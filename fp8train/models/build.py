@@ -60,7 +60,8 @@ _PARAMETRIZATIONS = {
 
 def parametrization(config: Config, vocab_size: int) -> Parametrization:
     """The parametrisation of a run; ``vocab_size`` as for :func:`build_model`."""
-    batch = Batch(config.train.global_batch_size * config.data.seq_length, config.data.seq_length)
+    length = config.data.seq_length
+    batch = Batch(config.train.global_batch_size * length, config.parametrization.attention_length or length)
     model = with_vocab_size(config.model, vocab_size)
     return _PARAMETRIZATIONS[config.parametrization.kind](model, config.parametrization, batch)
 

@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
         tokens: target tokens of an optimizer step.
-        seq_length: tokens of a sequence.
+        seq_length: tokens of a sequence, for attention's factor.
     """
 
     tokens: int
@@ -132,6 +132,11 @@ class Parametrization:
         """Whether every parameter's gradient is S times the true one, so that dividing by S restores it.
         Otherwise each has a constant of its own, which the optimizer must not see undone."""
         return True
+
+    @property
+    def eps_unit(self) -> float:
+        """What AdamW's ε is multiplied by to be in the units of the gradients that the optimizer gets."""
+        return 1.0
 
     def _residual(self, branch: int, *, delayed: bool) -> ResidualRule:
         rule = self.settings.residual

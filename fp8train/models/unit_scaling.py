@@ -23,9 +23,9 @@ width D and L(a, lo, hi) = hi^a · lo^(1-a)::
     cross-entropy        1                                    V / (V-1)^½, of the sum over tokens
 
 (constants of GELU, SwiGLU and u-μP's attention: empirical fits published with u-μP's library, here verified
-against simulation in the tests. Biases are added after the multiplication and not multiplied by α, as that
-library does; their gradients are the same.) α of attention comes from the configured sequence length, not
-from the tensor at hand: generation token by token computes what training did.
+against simulation in the tests. Biases are added after the multiplication and not multiplied by α; that
+library multiplies both.) α of attention comes from the configured sequence length, not from the tensor at
+hand: generation token by token computes what training did.
 
 u-μP adds learning rates (AdamW and Lion; H the width, L the number of blocks)::
 
@@ -38,6 +38,7 @@ rescaled.
 
 from __future__ import annotations
 
+from functools import cache
 from math import log, pi
 
 import torch
@@ -67,6 +68,7 @@ def gelu_factors(mult: float) -> Factors:
     return Factors(interpolate(share, 2.0, (2 / (1 - 1 / pi)) ** 0.5), interpolate(share, 2.0, 2**0.5))
 
 
+@cache
 def attention_variance(seq_length: int) -> float:
     """Mean output variance of causal attention with unit normal logits and unit normal, independent values.
 

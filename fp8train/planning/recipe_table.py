@@ -151,6 +151,8 @@ def _operation_rows(model: Decoder) -> Iterator[Row]:
     )
     whose = "divided out before clipping" if rule.true_gradients else "kept: each parameter has its constant"
     yield "mean loss", "1", f"{_number(rule.gradient_scale)} ({whose})"
+    if rule.eps_unit != 1:
+        yield "AdamW's eps", "", f"of gradients times {_number(1 / rule.eps_unit)}"
 
 
 def _number(value: float) -> str:

@@ -22,6 +22,7 @@ from fp8train.training.trainer import Trainer
 
 _MAY_DIFFER = ("model.family", "model.vocab_size", "model.vocab_multiple", "model.init_std")
 """Of the model: names and sizes whose effect shows in the shapes of the weights."""
+_ATTENTION_LENGTH = "parametrization.attention_length"
 
 
 def initialise_from(
@@ -110,9 +111,24 @@ def _check_same_model(saved: dict | None, config: Config, path: Path) -> None:
         if is_in(change.key, ("model", "parametrization"))
         and not is_in(change.key, _MAY_DIFFER)
         and not (change.key == "model.max_seq_len" and config.model.positions == "rope")
+        and change.key != _ATTENTION_LENGTH
     ]
     if found:
         raise ConfigError(
             f"checkpoint.init_from: {path} holds another model (saved -> now): {listed(found)}\n"
             "write the model and parametrisation that it was trained with"
+        )
+    _check_same_attention(saved, config, path)
+
+
+def _check_same_attention(saved: dict, config: Config, path: Path) -> None:
+    """With unit scaling, attention's factor depends on a length of sequences, which the data may change."""
+    if config.parametrization.kind not in ("unit_scaling", "umup"):
+        return
+    before = saved["parametrization"].get("attention_length") or saved["data"]["seq_length"]
+    now = config.parametrization.attention_length or config.data.seq_length
+    if before != now:
+        raise ConfigError(
+            f"checkpoint.init_from: attention in {path} has its factor for sequences of {before} tokens, "
+            f"this run's would be for {now}; write {_ATTENTION_LENGTH}: {before}"
         )

@@ -68,7 +68,8 @@ class Monitors:
 
     def cast_rows(self) -> dict[str, dict[str, float]]:
         """Cast statistics of the last sampled step, of the whole model: ``{site: {field: value}}``; waits for
-        the device. Collective over the pipeline's ranks."""
+        the device. Collective over the pipeline's ranks. Of a tensor that other data-, tensor- or
+        context-parallel ranks hold parts of, they are those of this rank's part."""
         assert self.recorder is not None
         if self.pipeline is None:
             return self.recorder.collect()

@@ -234,9 +234,8 @@ def make_run_optimizer(
     o = config.optimizer
     settings: OptimizerSettings
     if o.name == "adamw":
-        settings = AdamWSettings(
-            lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=o.eps
-        )
+        eps = o.eps * built.model.parametrization.eps_unit
+        settings = AdamWSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=eps)
     else:
         settings = OptimizerSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay)
     parameters: Mapping[str, Tensor] = dict(built.model.named_parameters())

@@ -15,6 +15,7 @@ from fp8train.config.schema import Config
 from fp8train.models.build import build_model, initialise, parametrization
 from fp8train.models.decoder import Decoder
 from fp8train.models.parametrization import default_tau
+from fp8train.training.trainer import Trainer
 from tests.models.settings import VOCAB_SIZE, gradients, random_tokens, tiny_config, tiny_model
 from tests.training.tiny import alone, batches, losses
 from tests.training.tiny import tiny_config as training_config
@@ -135,10 +136,38 @@ def test_tau_of_the_depths_in_the_table_and_between() -> None:
 def test_the_gradient_scale_comes_from_the_configuration(recipe: str) -> None:
     config = training_config([f"precision.recipe={recipe}"])
     tokens = 8 * 16  # global batch, whatever the micro-batch
-    expected = 2.0 ** (3 + round(math.log2(tokens * 32))) if recipe == "mus" else tokens
+    # less half of 2 blocks' growth, log2(1 + 1.4 · 0.4) / 2 each
+    expected = 2.0 ** (3 + round(math.log2(tokens * 32)) - round(0.32)) if recipe == "mus" else tokens
     assert parametrization(config, 64).gradient_scale == expected
     more = training_config([f"precision.recipe={recipe}", "train.micro_batch_size=4"])
     assert parametrization(more, 64).gradient_scale == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "less"), [("llama", 4, 1), ("llama", 24, 3), ("llama", 100, 5), ("gpt", 100, 0)]
+)
+def test_the_gradient_scale_leaves_room_for_what_swiglu_adds(family: str, layers: int, less: int) -> None:
+    overrides = ["precision.recipe=mus", f"model.family={family}", f"model.num_layers={layers}"]
+    found = parametrization(training_config(overrides), 64).gradient_scale
+    assert found == 2.0 ** (3 + round(math.log2(8 * 16 * 32)) - less)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+@pytest.mark.parametrize("batch", [8, 64])
+def test_eps_damps_no_updates_of_wide_models_and_large_batches(width: int, batch: int) -> None:
+    """AdamW's first update is g / (|g| + eps): true gradients fall by width^1.5 and more with the batch, S
+    times them do not."""
+    overrides = ["precision.recipe=mus", "precision.compute=fp32", "optimizer.eps=1e-2"]
+    overrides += [f"model.hidden_size={width}", f"train.global_batch_size={batch}"]
+    overrides += ["optimizer.lr=0.01", "optimizer.weight_decay=0", "schedule.kind=constant"]
+    overrides += ["schedule.warmup_steps=0", "optimizer.clip_grad_norm=0"]
+    config = training_config(overrides)
+    trainer = Trainer(config, alone(), vocab_size=64)
+    weight = trainer.model.get_parameter("layers.0.mlp.up.weight")
+    before = weight.detach().clone()
+    trainer.step(0, batches(config, alone()).batch(0))
+    moved = (weight.detach() - before).abs() / (0.01 * trainer.model.specs["layers.0.mlp.up.weight"].lr_mult)
+    assert 0.9 < float(moved.mean()) <= 1
 
 
 def test_dividing_by_a_power_of_two_changes_nothing_but_what_rounds_to_zero() -> None:
@@ -150,6 +179,7 @@ def test_dividing_by_a_power_of_two_changes_nothing_but_what_rounds_to_zero() ->
                 "precision.recipe=mus",
                 "precision.compute=fp64",
                 f"parametrization.gradient_scale_exponent={exponent}",
+                f"optimizer.eps={1e-8 * 2.0**exponent}",
                 "optimizer.lr=0.03",
                 "optimizer.clip_grad_norm=0.05",
             ]
@@ -159,8 +189,6 @@ def test_dividing_by_a_power_of_two_changes_nothing_but_what_rounds_to_zero() ->
 
 
 def test_the_logged_norm_is_that_of_the_true_gradients() -> None:
-    from fp8train.training.trainer import Trainer
-
     norms = {}
     for exponent in (0, 15):
         config = training_config(

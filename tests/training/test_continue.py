@@ -275,3 +275,26 @@ def test_another_model_is_refused(run) -> None:
         begin(run[0], [*O0, "parametrization.kind=mus", "optimizer.weight_decay=0.0001"])
     with pytest.raises(CheckpointError, match=r"embedding\.weight: checkpoint has \(128, 32\), run has"):
         begin(run[0], [*O0, "model.vocab_multiple=192"])
+
+
+@pytest.mark.parametrize("recipe", ["umup", "unit_scaling", "mus"])
+def test_another_length_of_sequences_keeps_attention_s_factor(tmp_path: Path, recipe: str) -> None:
+    """It is part of a unit-scaled model, and depends on nothing that the weights' shapes show."""
+    unit = [f"precision.recipe={recipe}"]
+    config, trainer, data = start([*unit, "data.seq_length=16"])
+    path = save(config, trainer, data, tmp_path)
+    longer = [*unit, "data.seq_length=32"]
+    if recipe == "mus":  # has no such factor
+        begin(path, longer)
+        return
+    with pytest.raises(ConfigError, match=r"for sequences of 16 tokens.* 32; write .*attention_length: 16"):
+        begin(path, longer)
+    kept, _, _ = begin(path, [*longer, "parametrization.attention_length=16"])
+    factors = trainer.model.parametrization.attention()
+    assert kept.model.parametrization.attention() == factors
+    assert start(longer)[1].model.parametrization.attention() != factors
+    tokens = data.batch(0)[0, :, :-1]
+    assert torch.equal(kept.model.logits(tokens), trainer.model.logits(tokens))
+    # and once more, from the run that was told
+    again = save(kept.config, kept, batches(kept.config, alone()), tmp_path / "told")
+    begin(again, [*unit, "data.seq_length=8", "parametrization.attention_length=16"])
