@@ -236,7 +236,7 @@ def test_pieces_and_neighbours_matter_to_current_scales_only(tmp_path: Path, rec
 
 @pytest.mark.parametrize("recipe", MARKED)
 def test_one_token_prompts_generate(tmp_path: Path, recipe: str) -> None:
-    _, run = trained(tmp_path, FP8, *RECIPES[recipe], steps=20)
+    _, run = trained(tmp_path, FP8, "train.steps=40", *RECIPES[recipe], steps=40)
     model = run.load("matched", device=CPU).model
     for samples in (1, 3):
         tokens = generate(
@@ -252,7 +252,7 @@ def test_one_token_prompts_generate(tmp_path: Path, recipe: str) -> None:
         )
         assert all(row == tokens[0] and len(row) == 12 for row in tokens)
         pairs = zip([7, *tokens[0]], tokens[0], strict=False)
-        assert sum((b - 5 * a - 3) % VOCAB in (0, 1) for a, b in pairs) >= 10, tokens  # what it has learnt
+        assert sum((b - 5 * a - 3) % VOCAB in (0, 1) for a, b in pairs) >= 11, tokens  # what it has learnt
 
 
 def test_one_token_has_its_own_amax(tmp_path: Path) -> None:
