@@ -60,6 +60,7 @@ class QuantConfig(Section):
                     key,
                     "scale_source",
                 )
+        self._fp4_only()
         self._granularity_fits_the_source()
         if self.scale_source == "mse":
             self._refuse_margin_and_fp32_scales()
@@ -72,6 +73,16 @@ class QuantConfig(Section):
                 )
             self._refuse_margin_and_fp32_scales()
         return self
+
+    def _fp4_only(self) -> None:
+        for key, given in (("rounding", self.rounding != "nearest"), ("hadamard", self.hadamard)):
+            if given and self.format != "e2m1":
+                raise contradiction(
+                    f"{key}: {str(getattr(self, key)).lower()} is built for format: e2m1 only, but format is "
+                    f"{self.format}; remove it",
+                    key,
+                    "format",
+                )
 
     def _granularity_fits_the_source(self) -> None:
         if self.granularity != "tensor" and self.scale_source != "current":

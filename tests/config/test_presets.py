@@ -405,6 +405,14 @@ REFUSED = {
         {"level": "O1", "gemm": {"output": {"x": {"scale_source": "constant"}}}},
         "scale_source: constant needs constant_exponent",
     ),
+    "random rounding of FP8": (
+        {"level": "O1", "gemm": {"output": {"x": {"rounding": "stochastic"}}}},
+        "rounding: stochastic is built for format: e2m1 only, but format is e4m3; remove it",
+    ),
+    "a transform of FP8 operands": (
+        {"level": "O1", "gemm": {"grad_weight": {"x": {"hadamard": True}}}},
+        "hadamard: true is built for format: e2m1 only, but format is e4m3; remove it",
+    ),
     "codes of simulated operands": (
         {"level": "O1", "recipe": "nvfp4_simulated", "traffic": {"activations": "fp8"}},
         "e2m1 operands are simulated and have none; write traffic.activations: compute",
