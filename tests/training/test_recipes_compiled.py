@@ -21,5 +21,6 @@ def test_compiled_blocks_train_as_eager_ones(recipe: str) -> None:
     found, _ = losses(tiny_config([*overrides, "train.compile=block"]), alone(), 3)
     assert found[0] == pytest.approx(expected[0], rel=2e-4)
     # The last bit of a gradient decides the random bits of its block: other noise from the second step on.
-    assert found == pytest.approx(expected, rel=3e-3 if recipe == "nvfp4_simulated" else 2e-4)
+    # Six runs without compilation, whose norm gains differ by a millionth, end within 0.4 % of each other.
+    assert found == pytest.approx(expected, rel=1e-2 if recipe == "nvfp4_simulated" else 2e-4)
     assert expected[-1] < expected[0]
