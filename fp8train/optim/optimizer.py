@@ -61,11 +61,13 @@ class StepScalars:
         step: 1-based count of updates.
         lr: learning rate, schedule and the parameter's multiplier included.
         decay: share of the weight to remove.
+        rounded: whether moments come back from their storage rounded.
     """
 
     step: int
     lr: float
     decay: float
+    rounded: bool
 
 
 class Optimizer(ABC):
@@ -121,6 +123,7 @@ class Optimizer(ABC):
         self._targets = dict(weight_targets or {})
         assert self._targets.keys() <= specs.keys(), "a weight target of an unknown parameter"
         self._position = {fqn: i for i, fqn in enumerate(specs)}
+        self._device = device or next((parameter.device for parameter in parameters.values()), None)
         formats = plan.formats()
         self._states = {
             fqn: allocate(
@@ -287,8 +290,7 @@ class Optimizer(ABC):
         ranks that hold other parts."""
         if self._agree is None:
             return amaxes
-        device = next(iter(self._states.values())).master.layout.device if self._states else None
-        vector = torch.zeros(len(self._position), device=device)
+        vector = torch.zeros(len(self._position), device=self._device)
         for fqn, amax in amaxes.items():
             vector[self._position[fqn]] = amax
         self._agree(vector)
@@ -327,7 +329,8 @@ class Optimizer(ABC):
 
     def _update_of(self, state: ParameterState, step: int, lr_factor: float) -> StepScalars:
         lr = self.settings.lr * lr_factor * state.spec.lr_mult
-        return StepScalars(step, lr, self._decay(state.spec, lr, lr_factor))
+        rounded = any(not fmt.is_exact for role, fmt in state.formats.items() if role != "master")
+        return StepScalars(step, lr, self._decay(state.spec, lr, lr_factor), rounded)
 
     def _update(
         self, state: ParameterState, reader: GradientReader, scalars: StepScalars, multiplier: Tensor

@@ -80,6 +80,16 @@ def _compare(group: CountedGroup, tensors: Mapping[str, Tensor], axis: str) -> N
     if (table == table[0]).all():
         return
     names, majority = list(tensors), table.mode(dim=0).values
+    differ = (table != table[0]).any(dim=0)
+    if (2 * (table == majority).sum(dim=0) <= group.size)[differ].any():
+        which = differ.nonzero().flatten().tolist()
+        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
+        raise InconsistentError(
+            f"tensors that must be equal on all {axis} ranks are not: {names[which[0]]}{more}; no majority "
+            f"of the {group.size} ranks agrees, so it cannot be told which are wrong\n"
+            "a bit flipped or a collective went wrong; resume from a checkpoint of before, and watch the "
+            "machines of these ranks"
+        )
     odd = {rank: (row != majority).nonzero().flatten().tolist() for rank, row in enumerate(table)}
     found = [
         f"{axis} rank {rank}: {names[which[0]]}" + (f" and {len(which) - 1} more" if len(which) > 1 else "")

@@ -107,10 +107,11 @@ def test_drift_from_fp64(name: str, training: tuple[Tensor, list[Tensor], Refere
 @pytest.mark.parametrize(
     ("plan", "at_least"),
     [
-        (StatePlan(exp_avg_sq=F("e4m3", granularity="tensor")), 5.0),  # measured 19: 70 % of v flushed
-        (StatePlan(exp_avg_sq=F("e4m3")), 2.0),  # measured 5.9: 12 % flushed
-        (StatePlan(exp_avg_sq=F("e5m2", granularity="tensor")), 1.0),  # measured 1.9: 4 % flushed
-        (E4M3_E5M2, 1.0),  # measured 1.9: the same second moment
+        # In brackets: without AdamW's bound on m over the root of v.
+        (StatePlan(exp_avg_sq=F("e4m3", granularity="tensor")), 0.75),  # measured 1.5 (19): 70 % of v flushed
+        (StatePlan(exp_avg_sq=F("e4m3")), 0.3),  # measured 0.58 (5.9): 12 % flushed
+        (StatePlan(exp_avg_sq=F("e5m2", granularity="tensor")), 0.2),  # measured 0.39 (1.9): 4 % flushed
+        (E4M3_E5M2, 0.2),  # measured 0.35 (1.9): the same second moment
         (StatePlan(master=F("e4m3", granularity="tensor")), 0.9),  # measured 0.96: nearly every update lost
     ],
     ids=lambda value: str(value) if isinstance(value, StatePlan) else "",
