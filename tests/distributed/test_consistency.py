@@ -68,3 +68,22 @@ def test_one_flipped_bit_is_named_on_every_rank(gloo_pool, level: str) -> None:
         assert "data-parallel rank 1: layers.1.mlp.down.weight" in flipped
         assert "rank 0" not in flipped
         assert ("data-parallel rank 1: scale state" in scale) == (level == "O2")
+
+
+def one_of_two(group: dist.ProcessGroup, rank: int, world_size: int, damaged_rank: int) -> str:
+    """Runs in the pool: the message where one of two replicas is damaged."""
+    trainer = Trainer(tiny_config(), joined_processes(torch.device("cpu")), vocab_size=VOCAB)
+    check_replicas(trainer)
+    if rank == damaged_rank:
+        trainer.model.linears()["layers.1.mlp.down"].weight.detach().view(torch.uint8).view(-1)[5] ^= 1
+    with pytest.raises(InconsistentError) as caught:
+        check_replicas(trainer)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("damaged_rank", [0, 1])
+def test_two_replicas_accuse_nobody(gloo_pool, damaged_rank: int) -> None:
+    messages = gloo_pool.run(one_of_two, 2, damaged_rank)
+    assert messages[0] == messages[1]
+    assert "layers.1.mlp.down.weight; no majority of the 2 ranks agrees" in messages[0]
+    assert "rank 0:" not in messages[0] and "rank 1:" not in messages[0]
