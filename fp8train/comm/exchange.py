@@ -131,7 +131,8 @@ class Exchange:
 
 
 class HierarchicalExchange:
-    """The same all-reduce in two levels; bit-identical on all ranks like :class:`Exchange`.
+    """The same in two levels, all-reduce or reduce-scatter; bit-identical on all ranks like
+    :class:`Exchange`.
 
     Inside the node FP8 always; between nodes ``between`` chooses FP8 (three roundings in all) or BF16 (the
     sums of a node travel with 8 bits of mantissa, two roundings to FP8).
@@ -155,15 +156,24 @@ class HierarchicalExchange:
         """As :meth:`Exchange.start`; ``blocks`` a multiple of local size · nodes."""
         self._inside.start(payload, scales)
 
-    def advance(self) -> None:
-        """Add inside the node, then between nodes, and post the gather inside the node."""
+    def advance(self, *, gather: bool = True) -> Tensor:
+        """Add inside the node, then between nodes; with ``gather``, send the quantised sums to everyone.
+
+        Returns:
+            FP32 sums of this rank's part [blocks / N, block]. Parts lie by place in the node first, then by
+            node.
+        """
         total = self._inside.advance(gather=False)
         if self._between == "fp8":
             self._across.start(*quantize_blocks(total, self._format))
-            self._across.advance()
+            total = self._across.advance(gather=gather)
         else:
-            self._across.gather(*quantize_blocks(self._add_in_bf16(total), self._format))
-        self._inside.gather(*self._across.finish())
+            total = self._add_in_bf16(total)
+            if gather:
+                self._across.gather(*quantize_blocks(total, self._format))
+        if gather:
+            self._inside.gather(*self._across.finish())
+        return total
 
     def _add_in_bf16(self, total: Tensor) -> Tensor:
         """This rank's part of the sum over nodes, FP32 from BF16 contributions in node order."""

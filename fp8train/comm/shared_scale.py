@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,29 @@ class ReducedBucket:
         return uncast(self.payload(index), self.scale_inv[index], dtype)
 
 
+class PayloadOrder(Protocol):
+    """How the elements of a bucket are dealt out to the ranks of a reduce-scatter.
+
+    Attributes:
+        held: for each tensor, the place of its elements in this rank's chunk.
+        starts: for each tensor, the first of its elements that is there.
+    """
+
+    @property
+    def held(self) -> Sequence[slice]:
+        """See the class."""
+        ...
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """See the class."""
+        ...
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Elements [n] of all tensors in turn -> chunks of one length, by rank [N · length]."""
+        ...
+
+
 class SharedScaleReduction:
     """One bucket on its way over the ranks.
 
@@ -108,6 +132,8 @@ class SharedScaleReduction:
         scatter: bool = False,
         purpose: str = "gradient",
         on_cast: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+        agree: CountedGroup | None = None,
+        order: PayloadOrder | None = None,
     ) -> None:
         """Describe the reduction; nothing is sent yet.
 
@@ -124,6 +150,9 @@ class SharedScaleReduction:
             purpose: name in the byte counters; the scales count as ``<purpose>_scale``.
             on_cast: called by :meth:`send` with each tensor's index, its flat values, their codes before any
                 are added, and ``scale_inv``; must not change them.
+            agree: ranks whose largest amax sets the scales; by default those that are summed over. More of
+                them where ranks hold parts of the tensors.
+            order: which elements a chunk of a reduce-scatter has; by default those of equal parts.
 
         Raises:
             ValueError: no gradients, ``mus`` of another shape or dtype, an unknown algorithm, or ``native``
@@ -145,6 +174,8 @@ class SharedScaleReduction:
         self._mus, self._group, self._fmt = mus, group, fmt
         self._average, self._scatter, self._purpose = average, scatter, purpose
         self._sum, self._on_cast = _SUMS[algorithm][scatter], on_cast
+        self._agree, self._order = group if agree is None else agree, order
+        assert order is None or scatter, "an order of chunks belongs to a reduce-scatter"
         self._wait_for_amax: Callable[[], None] | None = None
         self._wait_for_sum: Callable[[], Tensor] | None = None
 
@@ -154,7 +185,7 @@ class SharedScaleReduction:
         assert self._wait_for_amax is None, "started twice"
         amax = torch.stack([amax_of(gradient) for gradient in self._gradients])
         self._amax = torch.where(amax.isfinite(), amax, torch.inf)
-        self._wait_for_amax = self._group.all_reduce(
+        self._wait_for_amax = self._agree.all_reduce(
             self._amax, purpose=f"{self._purpose}_scale", op=dist.ReduceOp.MAX
         )
 
@@ -176,6 +207,8 @@ class SharedScaleReduction:
                 self._on_cast(index, gradient.reshape(-1), codes[begin:end], self._scale_inv[index])
             begin = end
         self._gradients = ()
+        if self._order is not None:
+            codes = self._order.arrange(codes[:begin].view(torch.uint8)).view(self._fmt.dtype)
         self._wait_for_sum = self._sum(codes, self._group, self._purpose)
 
     @torch.no_grad()
@@ -188,7 +221,11 @@ class SharedScaleReduction:
         if not self._scatter:
             codes = codes[: sum(self._numels)]  # without the padding
         offset = self._group.rank * len(codes) if self._scatter else 0
-        starts, bounds = _overlap(self._numels, offset, len(codes))
+        if self._order is None:
+            starts, bounds = _overlap(self._numels, offset, len(codes))
+        else:
+            bounds = tuple((place.start, place.stop) for place in self._order.held)
+            starts = tuple(self._order.starts)
         scale_inv = self._scale_inv / self._group.size if self._average else self._scale_inv
         counts = torch.stack([count_at_maximum(codes[begin:end]) for begin, end in bounds])
         return ReducedBucket(codes, scale_inv, counts, offset, starts, bounds)

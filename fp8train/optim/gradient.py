@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.parallel.buckets import GradientReader
+from fp8train.parallel.gradients.held import GradientReader
 
 __all__ = ["GradientReader", "TensorGradient"]
 

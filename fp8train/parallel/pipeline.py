@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.stage_wire import StageWire
 from fp8train.models.decoder import Decoder
-from fp8train.parallel.gradient_store import GradientStore
+from fp8train.parallel.gradients.store import GradientStore
 from fp8train.parallel.stages import Stage, stages_of_rank
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ class Pipeline:
         if not self._tied or self._group.rank not in (first, last):
             return
         is_first = self._group.rank == first
-        for ours in self._store.buffer(TIED).view(-1).split(_SWAP_ELEMENTS):
+        for ours in self._store.values(TIED).split(_SWAP_ELEMENTS):
             theirs = torch.empty_like(ours)
             self._group.swap(theirs, ours, last if is_first else first, purpose="tied_gradient")
             ours.copy_(ours + theirs if is_first else theirs + ours)

@@ -33,6 +33,10 @@ class DivergedError(UserError):
     exit_status = 3
 
 
+class NoTargetsError(UserError):
+    """The data has nothing to learn from for many steps."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. ``state`` and ``reason`` as in status.json."""
@@ -138,12 +142,25 @@ class TrainingLoop:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
+        why = "no_targets" if result.no_targets else "not_finite"
         self.reporter.event(
-            "step_skipped", step=done, grad_norm=str(result.grad_norm), loss=str(float(result.loss))
+            "step_skipped", step=done, why=why, grad_norm=str(result.grad_norm), loss=str(float(result.loss))
         )
-        self.reporter.say(
-            f"step {done}: gradient is not finite (norm {result.grad_norm}); weights left unchanged"
-        )
+        if result.no_targets:
+            self.reporter.say(
+                f"step {done}: not one target token in the global batch; weights left unchanged"
+            )
+        else:
+            self.reporter.say(
+                f"step {done}: gradient is not finite (norm {result.grad_norm}); weights left unchanged"
+            )
+        if self._skipped_in_a_row >= MAX_SKIPPED and result.no_targets:
+            raise NoTargetsError(
+                f"step {done}: {MAX_SKIPPED} steps in a row were skipped, the last one because its global "
+                f"batch had no target token; the weights are those of step {done - MAX_SKIPPED}\n"
+                "check what the data leaves out of the loss: data.kind: sft trains on answers only, and "
+                "conversations that are cut at data.seq_length may end before theirs"
+            )
         if self._skipped_in_a_row >= MAX_SKIPPED:
             raise DivergedError(
                 f"step {done}: gradients were not finite for {MAX_SKIPPED} steps in a row; "

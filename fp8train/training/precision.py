@@ -24,8 +24,8 @@ from fp8train.optim.adamw import AdamWSettings
 from fp8train.optim.from_config import state_plan
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer, OptimizerSettings
-from fp8train.parallel.exact import MAX_MICRO_BATCHES
-from fp8train.parallel.gradient_plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.parallel.gradients.grids import MAX_MICRO_BATCHES
+from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
 from fp8train.parallel.zero import Partition
 from fp8train.training.sharding import Sharding
 
@@ -58,11 +58,6 @@ def make_gradient_plan(
             ranks that differ in it.
     """
     gradient = config.precision.gradient
-    if owners is not None and gradient.format != "high_precision" and gradient.fp8.node_size is not None:
-        raise ConfigError(
-            "precision.gradient.fp8.node_size with parallel.zero: 1 is not built: a reduction to owners has "
-            "one level; remove one of them"
-        )
     in_fp64 = COMPUTE_DTYPES[config.precision.compute] == torch.float64
     fp8 = None if gradient.format == "high_precision" else _fp8_gradients(config)
     exact = fp8 is not None and fp8.reduce == "exact"
@@ -78,7 +73,7 @@ def make_gradient_plan(
         groups=_groups(gradient.fp8.node_size if fp8 is not None else None, processes),
         device=processes.device,
         fp8=fp8,
-        agree=processes.replicas if processes.pp.size == 1 else processes.everyone,
+        agree=processes.stage if processes.pp.size == 1 else processes.everyone,
         in_fp8_plan=() if built.fp8 is None else [f"{path}.weight" for path in built.fp8.converted],
         contributions=contributions,
         recorder=None if recorder is None else _GradientSites(recorder),
@@ -139,16 +134,16 @@ def _fp8_gradients(config: Config) -> Fp8Gradients:
 
 def _groups(node_size: int | None, processes: Processes) -> Groups:
     size = processes.replicas.size
-    over_parts = processes.stage if processes.tp.size > 1 else None
+    in_parts = {"parts": processes.tp, "partial": processes.stage} if processes.tp.size > 1 else {}
     if node_size is None or node_size == size:
-        return Groups(processes.replicas, partial=over_parts)
+        return Groups(processes.replicas, **in_parts)
     if size % node_size:
         legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise ConfigError(
             f"precision.gradient.fp8.node_size ({node_size}) must divide the data-parallel ranks ({size}); "
             f"legal: {legal}"
         )
-    return Groups(processes.replicas, *two_levels(processes.replicas, node_size), over_parts)
+    return Groups(processes.replicas, *two_levels(processes.replicas, node_size), **in_parts)
 
 
 def _check_exact(config: Config, processes: Processes) -> None:
@@ -168,12 +163,13 @@ def _check_exact(config: Config, processes: Processes) -> None:
             "precision.gradient.fp8.reduce: exact needs kernels whose result does not depend on timing; "
             "set run.deterministic=true"
         )
-    micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+    micro_batches = config.train.global_batch_size // config.train.micro_batch_size * processes.cp.size
     if micro_batches > MAX_MICRO_BATCHES:
+        parts = f" in {processes.cp.size} parts each (parallel.cp)" if processes.cp.size > 1 else ""
         raise ConfigError(
             f"precision.gradient.fp8.reduce: exact adds at most {MAX_MICRO_BATCHES} micro-batches a step in "
             f"INT32; train.global_batch_size ({config.train.global_batch_size}) of train.micro_batch_size "
-            f"({config.train.micro_batch_size}) are {micro_batches}; raise train.micro_batch_size"
+            f"({config.train.micro_batch_size}){parts} are {micro_batches}; raise train.micro_batch_size"
         )
     _check_ranks_agree(_settings_of_exact(config, processes.device) | _machine(processes.device), processes)
 

@@ -4,8 +4,13 @@ A step, for this rank's micro-batches: forward gives the summed loss, divided by
 tokens; backward fills the gradient store, which reduces while backward goes on; the norm of all gradients
 gives one clip factor; the optimizer reads gradient and state and writes new weights. A step whose gradient is
 not finite changes nothing, on all ranks together (the norm is of the reduced gradients, so all ranks see the
-same one). With pipeline stages, micro-batches run under the pipeline's schedule
-(:mod:`fp8train.parallel.pipeline`) instead of one after the other; the rest is the same.
+same one); nor does one without a single target token, which has no gradient.
+
+What the *next* step starts from (scale state, residuals) moves only with an applied step. Nothing that this
+step's values were made with is changed by that: they carry their scales with them.
+
+With pipeline stages, micro-batches run under the pipeline's schedule (:mod:`fp8train.parallel.pipeline`)
+instead of one after the other; the rest is the same.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel, build_model, initialise, make_scale_state, outline
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
-from fp8train.parallel.gradient_store import GradientStore
+from fp8train.parallel.gradients.store import GradientStore
 from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, PipelineLayout
 from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.training.monitors import Monitors
@@ -48,13 +53,17 @@ class StepResult:
         loss: global mean loss in nats per token, device scalar.
         grad_norm: norm before clipping, host number.
         lr: learning rate used.
-        applied: False if the gradient was not finite and the step was skipped.
+        applied: False if the step was skipped and changed nothing: its gradient was not finite, or there was
+            none.
+        no_targets: whether the global batch had no target token, so that there was no gradient; the loss is
+            NaN then.
     """
 
     loss: Tensor
     grad_norm: float
     lr: float
     applied: bool
+    no_targets: bool = False
 
 
 def inputs_and_targets(tokens: Tensor, ignore_after: int | None) -> tuple[Tensor, Tensor]:
@@ -192,39 +201,47 @@ class Trainer:
         self.monitors.before_step(step + 1)
         inputs, targets = inputs_and_targets(micro_batches, self.ignore_after)
         inputs, targets = (self._part(t) for t in (inputs, targets))
-        num_tokens = self._global_token_count(targets)
+        num_targets = self._global_token_count(targets)
+        num_tokens = num_targets if isinstance(num_targets, int) else num_targets.clamp(min=1)
         scale = self.model.parametrization.gradient_scale
-        divisor = num_tokens if scale == 1.0 else num_tokens / scale
-        if self.gradients.needs_calibration:
-            with self.gradients.calibration():
-                self._accumulate(inputs, targets, divisor)
-        with nullcontext() if self.scales is None else self.scales.recording():
-            total = self._accumulate(inputs, targets, divisor)
+        total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale)
         self.processes.replicas.all_reduce(total, purpose="loss")()
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
         norm = self.store.global_norm() if self.pipeline is None else self.pipeline.global_norm()
         norm = norm * self._unscale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
-        applied = bool(torch.isfinite(norm))  # the one host sync of a step
-        self._move_scales(applied)  # first: new weights are cast with the next step's scales
+        applied = bool(torch.isfinite(norm) & (num_targets > 0))  # the one host sync of a step
+        if self.scales is not None:  # first: new weights are cast with the next step's scales
+            self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
         if applied:
             self.updates += 1
+            clip = clip_multiplier(norm, self.config.optimizer.clip_grad_norm)
             self.optimizer.step(
                 self.store.reader,
                 step=self.updates,
                 lr_factor=factor,
-                grad_multiplier=clip_multiplier(norm, self.config.optimizer.clip_grad_norm) * self._unscale,
+                grad_multiplier=clip * self._unscale,
                 count_flushed=self.monitors.sampled,
             )
+            self.store.commit(clip)
             self._distribute()
         self.store.release()
-        return StepResult(total / num_tokens, float(norm), self.config.optimizer.lr * factor, applied)
+        no_targets = not applied and not num_targets > 0
+        loss = total * torch.nan if no_targets else total / num_tokens
+        return StepResult(loss, float(norm), self.config.optimizer.lr * factor, applied, no_targets)
+
+    def _gradients(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
+        """Forward and backward of all micro-batches into the store, reduced; again where the gradients'
+        scales turn out not to fit. Returns this rank's summed loss, an FP64 scalar. Gradients are those of
+        the loss over ``num_tokens``."""
+        with nullcontext() if self.scales is None else self.scales.recording():
+            total = self._accumulate(inputs, targets, num_tokens)
+            while self.store.must_repeat():
+                total = self._accumulate(inputs, targets, num_tokens)
+        return total
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
-        """Forward and backward of all micro-batches into the store, reduced. Returns this rank's summed loss,
-        an FP64 scalar. Gradients are those of the loss over ``num_tokens``."""
         self.store.begin_step(len(inputs))
-        self.gradients.begin_step()
         if self.pipeline is None:
             total = self._one_after_the_other(inputs, targets, num_tokens)
             self.store.finish()
@@ -232,7 +249,6 @@ class Trainer:
             total = self.pipeline.run(inputs, targets, num_tokens)
             self.store.finish()
             self.pipeline.add_tied_gradients()
-        self.gradients.end_step()
         return total
 
     def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
@@ -254,13 +270,6 @@ class Trainer:
             total += self.model(x, y)
         return total
 
-    def _move_scales(self, applied: bool) -> None:
-        """The only moment at which scale state changes, and only if the optimizer step is applied."""
-        if applied:
-            self.gradients.commit()
-        if self.scales is not None:
-            self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
-
     def _part(self, tokens: Tensor) -> Tensor:
         """This rank's tokens of each sequence, on its device."""
         context = self.model.context
@@ -269,12 +278,13 @@ class Trainer:
         )
 
     def _global_token_count(self, targets: Tensor) -> Tensor | int:
-        """Target tokens of the whole global batch; known without communication unless some are left out."""
+        """Target tokens of the whole global batch; known without communication unless some are left out, and
+        then an FP64 scalar, perhaps zero."""
         if self.ignore_after is None and self.config.data.kind == "pretrain":
             return targets.numel() * self.processes.replicas.size
         count = (targets != IGNORE).sum().double()
         self.processes.replicas.all_reduce(count, purpose="loss")()
-        return count.clamp(min=1)
+        return count
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint: master weights, moments and scale state. The model's own weights are
@@ -297,7 +307,7 @@ class Trainer:
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint that belong to this rank alone; usually none."""
-        return self.gradients.rank_tensors()
+        return self.store.rank_tensors()
 
     def state_meta(self) -> dict[str, Any]:
         """Host state of a checkpoint."""

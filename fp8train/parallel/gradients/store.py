@@ -1,14 +1,16 @@
 """The gradient store: where weight gradients live between backward and the optimizer.
 
 Each parameter owns a slot; slots are grouped into buckets in the order in which backward produces them
-(:mod:`fp8train.parallel.buckets` says what a bucket stores and how it is reduced). Micro-batches add up in
-the bucket (the first one overwrites, nothing is zeroed). The store knows how many contributions a parameter
-gets per
-step: when the last one of a bucket is in, the bucket is reduced over the data-parallel ranks while backward
-    goes on. Buckets are launched in index order on every rank, whatever order they filled in, so
-    collectives match; a bucket's second half (if its reduction has one) follows the launch of the next
-    bucket, so there is always one transfer in flight. Too many or too few contributions is an error that
-    names the parameter.
+(:mod:`fp8train.parallel.gradients` says how a bucket stores and reduces them). Micro-batches add up in the
+bucket (the first one overwrites, nothing is zeroed). The store knows how many contributions a parameter gets
+per step: when the last one of a bucket is in, the bucket is reduced over the data-parallel ranks while
+backward goes on. Buckets are launched in index order on every rank, whatever order they filled in, so
+collectives match; a bucket's second half (if its reduction has one) follows the launch of the next bucket, so
+there is always one transfer in flight. Too many or too few contributions is an error that names the
+parameter.
+
+A step is ``begin_step``, the contributions, ``finish``; if its scales did not fit, ``must_repeat`` and all of
+it again; then the optimizer reads; ``commit`` if the step was applied, ``release`` in any case.
 
 Two entrances: linears of ours contribute through their sink (:mod:`fp8train.layers.linear`); parameters that
 autograd serves (embedding, norms, biases, head) through a post-accumulate hook, which moves ``.grad`` out at
@@ -24,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +34,13 @@ from torch import Tensor, nn
 from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.grad_sink import register_sink
-from fp8train.parallel.buckets import Bucket, GradientReader, Member
+from fp8train.parallel.gradients.block_storage import BlockStorage
+from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.grids import HeldSums
+from fp8train.parallel.gradients.held import GradientReader
+from fp8train.parallel.gradients.receivers import Member
+from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.zero import Partition
-from fp8train.parallel.zero_buckets import OwnedFp8Bucket, OwnedPlainBucket
 
 
 class BucketMaker(Protocol):
@@ -58,6 +64,11 @@ class BucketMaker(Protocol):
         ...
 
     @property
+    def scales(self) -> GradientScales:
+        """Scale state of all of them."""
+        ...
+
+    @property
     def owners(self) -> Partition | None:
         """Under ZeRO, who needs which rows of the sum."""
         ...
@@ -66,22 +77,6 @@ class BucketMaker(Protocol):
     def replicas(self) -> CountedGroup:
         """The ranks that reduce."""
         ...
-
-
-def is_scattered(bucket: Bucket) -> TypeGuard[OwnedFp8Bucket | OwnedPlainBucket]:
-    """Whether each owner gets its rows of the sum, and nothing else."""
-    return isinstance(bucket, OwnedFp8Bucket | OwnedPlainBucket)
-
-
-@dataclass(frozen=True)
-class _FromRow:
-    """A reader of the rest of a tensor."""
-
-    whole: GradientReader
-    offset: int
-
-    def chunk(self, start: int, stop: int) -> Tensor:
-        return self.whole.chunk(self.offset + start, self.offset + stop)
 
 
 @dataclass
@@ -132,7 +127,7 @@ class GradientStore:
             whole: parameters that each of them holds whole.
         """
         self._parts, self._whole = parts, frozenset(whole)
-        self._owners, self._group = maker.owners, maker.replicas
+        self._owners, self._group, self._scales = maker.owners, maker.replicas, maker.scales
         self._expected = 0
         self._group_of, self._uses = group_of, dict(uses or {})
         self._deferred: list[tuple[int, Callable[[], Tensor]]] | None = [] if defer else None
@@ -217,8 +212,10 @@ class GradientStore:
             self._deferred.clear()
         for slot in self._slots:
             slot.count = 0
+        self._scales.begin_step()  # first: buckets take what holds for this step
         for bucket in self._buckets:
             bucket.pending = len(bucket.slots)
+            bucket.storage.begin()
 
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
         """Add one micro-batch's gradient of the parameter in ``slot``, or keep it for
@@ -286,23 +283,43 @@ class GradientStore:
         self._buckets[-1].storage.advance()
         for bucket in self._buckets:
             bucket.storage.finish()
+        self._scales.end_step()
+
+    def must_repeat(self) -> bool:
+        """Whether the scales of the step did not fit its gradients: run it again, from :meth:`begin_step`.
+        The same on all ranks; after :meth:`finish`."""
+        return self._scales.must_repeat()
+
+    @torch.no_grad()
+    def commit(self, clip: Tensor | None = None) -> None:
+        """The optimizer step was applied: what the next one starts from moves, here only.
+
+        Args:
+            clip: device scalar that its gradients were multiplied by beyond what every step is; None: 1.
+        """
+        self._scales.commit()
+        for bucket in self._buckets:
+            bucket.storage.commit(clip)
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """What this rank alone knows from step to step: residuals of error feedback."""
+        storages = [bucket.storage.storage for bucket in self._buckets]
+        found = [s.residual for s in storages if isinstance(s, BlockStorage) and s.residual is not None]
+        return {f"gradient_residual/{i}": residual for i, residual in enumerate(found)}
 
     def reader(self, fqn: str) -> GradientReader:
         """The parameter's reduced gradient in pieces, for the optimizer; under ZeRO of this rank's rows."""
         slot = self._index[fqn]
         bucket, member = self._bucket(slot), self._slots[slot].member
-        reader = bucket.reader(member)
-        if self._owners is None or is_scattered(bucket):
-            return reader
-        rows = self._owners.owners[fqn][self._group.rank]
-        shape = bucket.members[member].shape
-        return _FromRow(reader, rows.start * (math.prod(shape) // shape[0]))
+        if self._owners is None or bucket.scattered:
+            return bucket.reader(member)
+        shape, rows = bucket.members[member].shape, self._owners.owners[fqn][self._group.rank]
+        return bucket.reader(member, offset=rows.start * math.prod(shape[1:]))
 
     def release(self) -> None:
         """The optimizer has read the gradients: free what is not kept between steps."""
         for bucket in self._buckets:
-            if is_scattered(bucket.storage):
-                bucket.storage.release()
+            bucket.storage.release()
 
     def grad(self, fqn: str) -> Tensor:
         """The parameter's gradient: local sum before :meth:`finish`, global after. Shape of the parameter."""
@@ -324,41 +341,70 @@ class GradientStore:
         Returns:
             FP64 [parameters] on the device.
         """
+        if self._norm_is_exact:
+            return self._exact_norms(fqns)
         buffer = self._bucket(0).buffer(0)
-        on_cpu = buffer.device.type == "cpu"
-        exact = on_cpu or self._norm_is_exact or buffer.dtype == torch.float64
-        wide = torch.float64 if exact else torch.float32
-        zero = torch.zeros((), dtype=wide, device=buffer.device)
+        wide = buffer.device.type == "cpu" or buffer.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        zero = torch.zeros((), dtype=dtype, device=buffer.device)
         norms = [
-            self._bucket(self._index[fqn]).norm(self._slots[self._index[fqn]].member, wide)
+            self._bucket(self._index[fqn]).norm(self._slots[self._index[fqn]].member, dtype)
             if fqn in self._index
             else zero
             for fqn in fqns
         ]
         return self._over_parts(self._over_owners(torch.stack(norms).double(), fqns), fqns)
 
+    def _exact_norms(self, fqns: Sequence[str]) -> Tensor:
+        """From sums of squares that are integers, so that it does not matter which rank holds what."""
+        device = self._bucket(0).buffer(0).device
+        sums = torch.zeros(len(fqns), dtype=torch.int64, device=device)
+        units = torch.zeros(len(fqns), dtype=torch.float64, device=device)
+        for i, fqn in enumerate(fqns):
+            if fqn in self._index:
+                slot = self._slots[self._index[fqn]]
+                held = self._bucket(self._index[fqn]).held
+                assert isinstance(held, HeldSums), fqn
+                sums[i], units[i] = held.square(slot.member)
+        if self._owners is not None and self._group.size > 1:
+            sums *= self._counted_by_owners(fqns)
+            self._group.all_reduce(sums, purpose="norm")()
+        if self._parts is not None and self._parts.size > 1:
+            sums *= self._counted_by_parts(fqns, self._parts)
+            self._parts.all_reduce(sums, purpose="norm")()
+        return (sums.double() * units).sqrt()
+
+    def _scattered(self, fqns: Sequence[str]) -> Tensor:
+        found = [fqn in self._index and self._bucket(self._index[fqn]).scattered for fqn in fqns]
+        return torch.tensor(found, device=self._bucket(0).buffer(0).device)
+
+    def _counted_by_owners(self, fqns: Sequence[str]) -> Tensor:
+        """Bool: what this rank counts in a sum over the owners. What is not scattered counts once."""
+        return self._scattered(fqns) | (self._group.rank == 0)
+
+    def _counted_by_parts(self, fqns: Sequence[str], parts: CountedGroup) -> Tensor:
+        """Bool: likewise in a sum over tensor-parallel ranks, some of whose parameters each holds whole."""
+        counted = [fqn not in self._whole or parts.rank == 0 for fqn in fqns]
+        return torch.tensor(counted, device=self._bucket(0).buffer(0).device)
+
     def _over_owners(self, norms: Tensor, fqns: Sequence[str]) -> Tensor:
         """Norms of whole gradients from those of the rows that each rank owns."""
         if self._owners is None or self._group.size == 1:
             return norms
-        scattered = [fqn in self._index and is_scattered(self._bucket(self._index[fqn])) for fqn in fqns]
-        counted = [one or self._group.rank == 0 for one in scattered]
-        squares = norms.square() * torch.tensor(counted, device=norms.device)
+        squares = norms.square() * self._counted_by_owners(fqns)
         self._group.all_reduce(squares, purpose="norm")()
-        return torch.where(torch.tensor(scattered, device=norms.device), squares.sqrt(), norms)
+        return torch.where(self._scattered(fqns), squares.sqrt(), norms)
 
     def _over_parts(self, norms: Tensor, fqns: Sequence[str]) -> Tensor:
         """Norms of logical tensors from those of this rank's parts."""
         if self._parts is None or self._parts.size == 1:
             return norms
-        counted_once = [fqn not in self._whole or self._parts.rank == 0 for fqn in fqns]
-        squares = norms.square() * torch.tensor(counted_once, device=norms.device)
+        squares = norms.square() * self._counted_by_parts(fqns, self._parts)
         self._parts.all_reduce(squares, purpose="norm")()
         return squares.sqrt()
 
-    def buffer(self, fqn: str) -> Tensor:
-        """Where the parameter's contributions add up, of its shape, as its bucket stores them: to add other
-        ranks' to it after :meth:`finish`. Only for parameters outside the FP8 plan."""
+    def values(self, fqn: str) -> Tensor:
+        """Memory of a parameter's reduced gradient, flat, of this rank's rows: to add other ranks' to it
+        after :meth:`finish`. Only for parameters in high precision."""
         slot = self._index[fqn]
-        bucket, member = self._bucket(slot), self._slots[slot].member
-        return bucket.own(member) if isinstance(bucket, OwnedPlainBucket) else bucket.buffer(member)
+        return self._bucket(slot).values(self._slots[slot].member)

@@ -1,0 +1,182 @@
+"""A bucket: parameters whose gradients are stored alike and reduced together.
+
+It owns consecutive parameters of one kind. The gradient store decides *when* (it counts contributions and
+launches buckets in one order on all ranks); the storage decides how contributions add up, the reduction how
+the sum over ranks is formed, and the :class:`~fp8train.parallel.gradients.held.Held` that it returns is what
+the optimizer reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues
+from fp8train.parallel.gradients.receivers import Member, Places
+
+
+class Storage(Protocol):
+    """How one rank's contributions add up. ``member`` is a position in ``places.members``."""
+
+    places: Places
+
+    @property
+    def stored_bytes(self) -> int:
+        """What is kept between steps, scales included."""
+        ...
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """What is needed beside that while micro-batches add up."""
+        ...
+
+    def begin(self) -> None:
+        """A step begins; what an unfinished one left is forgotten."""
+        ...
+
+    def buffer(self, member: int) -> Tensor:
+        """What a contribution mutates, of the parameter's shape: declared to the compiler, never read."""
+        ...
+
+    def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
+        """Take one micro-batch's gradient; ``first`` of the step overwrites."""
+        ...
+
+    def local(self, member: int) -> Tensor:
+        """This rank's sum, of the parameter's shape, before it is reduced."""
+        ...
+
+    def commit(self, clip: Tensor | None) -> None:
+        """The step was applied, its gradient multiplied by ``clip`` (None: by 1)."""
+        ...
+
+
+class Reduction(Protocol):
+    """How the sum over ranks is formed. Ranks call the three in the same order for all buckets."""
+
+    def start(self) -> None:
+        """Every contribution of this rank is in: post the first communication."""
+        ...
+
+    def advance(self) -> None:
+        """Do what it enables and post the next; called once."""
+        ...
+
+    def finish(self) -> Held:
+        """Wait for the result."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Reader:
+    held: Held
+    member: int
+    offset: int
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        return self.held.chunk(self.member, self.offset + start, self.offset + stop)
+
+
+class Bucket:
+    """One storage, one reduction."""
+
+    def __init__(self, storage: Storage, reduction: Reduction) -> None:
+        """Args: ``reduction``: of what is in ``storage``."""
+        self._storage, self._reduction = storage, reduction
+        self._held: Held | None = None
+        self._reduced = False
+
+    @property
+    def members(self) -> list[Member]:
+        """Its parameters."""
+        return self._storage.places.members
+
+    @property
+    def storage(self) -> Storage:
+        """How contributions add up."""
+        return self._storage
+
+    @property
+    def scattered(self) -> bool:
+        """Whether each owner gets its rows of the sum, and nothing else."""
+        return self._storage.places.scattered
+
+    @property
+    def stored_bytes(self) -> int:
+        """See :class:`Storage`."""
+        return self._storage.stored_bytes
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """See :class:`Storage`."""
+        return self._storage.accumulator_bytes
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._held, self._reduced = None, False
+        self._storage.begin()
+
+    def buffer(self, member: int) -> Tensor:
+        """See :class:`Storage`."""
+        return self._storage.buffer(member)
+
+    def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
+        """See :class:`Storage`."""
+        self._held, self._reduced = None, False
+        self._storage.add(member, gradient, first=first)
+
+    def launch(self) -> None:
+        """See :meth:`Reduction.start`."""
+        self._reduction.start()
+
+    def advance(self) -> None:
+        """See :meth:`Reduction.advance`."""
+        self._reduction.advance()
+
+    def finish(self) -> None:
+        """See :meth:`Reduction.finish`."""
+        self._held, self._reduced = self._reduction.finish(), True
+
+    @property
+    def held(self) -> Held:
+        """The reduced gradients; after :meth:`finish`, and where they are scattered until :meth:`release`."""
+        assert self._held is not None, "not reduced, or released"
+        return self._held
+
+    def reader(self, member: int, *, offset: int = 0) -> GradientReader:
+        """The reduced gradient in pieces, of this rank's rows; from element ``offset`` of them on."""
+        return _Reader(self.held, member, offset)
+
+    def grad(self, member: int) -> Tensor:
+        """The whole gradient: local sum before :meth:`finish`, then global; zero in rows of other owners."""
+        if not self._reduced:
+            return self._storage.local(member)
+        places, values = self._storage.places, self.held.values(member)
+        part = values.view(places.held_shape(member))
+        if not places.scattered:
+            return part
+        whole = part.new_zeros(places.members[member].shape)
+        rows = places.rows[member]
+        whole[rows.start : rows.stop] = part
+        return whole
+
+    def values(self, member: int) -> Tensor:
+        """Memory of a reduced gradient in high precision, flat: writing changes it."""
+        assert isinstance(self._held, HeldValues), "only gradients in high precision are values in memory"
+        return self._held.values(member)
+
+    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of this rank's rows, scalar in ``dtype``; NaN if the gradient is not finite."""
+        return self.held.norm(member, dtype)
+
+    def release(self) -> None:
+        """The optimizer has read the gradients: free what is not kept between steps."""
+        if self.scattered:
+            self._held = None
+
+    def commit(self, clip: Tensor | None = None) -> None:
+        """See :class:`Storage`."""
+        self._storage.commit(clip)

@@ -1,0 +1,139 @@
+"""Reduced gradients as the optimizer reads them.
+
+A *held* object is what a reduction leaves on this rank: codes together with everything they were made with.
+It looks nothing up later, so scale state may move before, while or after it is read. One class per form:
+values, FP8 blocks, FP8 tensors; sums on a grid are in :mod:`fp8train.parallel.gradients.grids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8train.numerics.blocks import dequantize_blocks, from_blocks
+from fp8train.numerics.cast import uncast
+from fp8train.parallel.gradients.receivers import Places
+
+
+class GradientReader(Protocol):
+    """A reduced gradient as the optimizer reads it, a piece at a time: FP8 is never widened as a whole."""
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Elements ``start .. stop`` of the local tensor in row-major order; not to be written to.
+
+        Returns:
+            FP32, or FP64 in FP64 runs, [stop - start].
+        """
+        ...
+
+
+class Held(Protocol):
+    """The reduced gradients of a bucket; of each member the rows that this rank receives."""
+
+    def chunk(self, member: int, start: int, stop: int) -> Tensor:
+        """See :class:`GradientReader`."""
+        ...
+
+    def values(self, member: int) -> Tensor:
+        """All of a member's elements that are here, flat."""
+        ...
+
+    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of a member's part, scalar in ``dtype``; NaN if the gradient is not finite."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldValues:
+    """In high precision.
+
+    Attributes:
+        parts: of each member, any shape; contiguous.
+    """
+
+    parts: Sequence[Tensor]
+
+    def chunk(self, member: int, start: int, stop: int) -> Tensor:
+        """See :class:`Held`."""
+        values = self.values(member)[start:stop]
+        return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+    def values(self, member: int) -> Tensor:
+        """See :class:`Held`; memory of the gradient itself: writing changes it."""
+        return self.parts[member].view(-1)
+
+    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`Held`."""
+        return torch.linalg.vector_norm(self.parts[member], dtype=dtype)
+
+
+@dataclass(frozen=True)
+class HeldBlocks:
+    """FP8 codes with block scales.
+
+    Attributes:
+        payload: FP8 [blocks, block].
+        scales: E8M0 bytes uint8 [blocks].
+        places: in blocks.
+    """
+
+    payload: Tensor
+    scales: Tensor
+    places: Places
+
+    def stored(self, member: int) -> tuple[Tensor, Tensor]:
+        """The member's (payload [blocks, block], scales [blocks])."""
+        rows = self.places.held[member]
+        return self.payload[rows], self.scales[rows]
+
+    def chunk(self, member: int, start: int, stop: int) -> Tensor:
+        """Decode the blocks that hold the elements; rows that end in a short block are cut out of it."""
+        payload, scales = self.stored(member)
+        block, length = payload.shape[1], self.places.members[member].shape[-1]
+        if length % block == 0:
+            first, last = start // block, -(-stop // block)
+            values = dequantize_blocks(payload[first:last], scales[first:last]).view(-1)
+            return values[start - first * block : stop - first * block]
+        per_row = -(-length // block)
+        first, last = start // length, -(-stop // length)
+        rows = slice(first * per_row, last * per_row)
+        values = from_blocks(dequantize_blocks(payload[rows], scales[rows]), (last - first, length))
+        return values.reshape(-1)[start - first * length : stop - first * length]
+
+    def values(self, member: int) -> Tensor:
+        """See :class:`Held`; FP32."""
+        shape = self.places.held_shape(member)
+        return from_blocks(dequantize_blocks(*self.stored(member)), shape).reshape(-1)
+
+    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`Held`. Padding is zero and does not count."""
+        return torch.linalg.vector_norm(dequantize_blocks(*self.stored(member)), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class HeldTensors:
+    """FP8 codes with one scale per member.
+
+    Attributes:
+        payloads: FP8, flat, of each member.
+        scale_inv: FP32 [members]; NaN where the gradient was not finite.
+    """
+
+    payloads: Sequence[Tensor]
+    scale_inv: Tensor
+
+    def chunk(self, member: int, start: int, stop: int) -> Tensor:
+        """See :class:`Held`."""
+        return uncast(self.payloads[member][start:stop], self.scale_inv[member])
+
+    def values(self, member: int) -> Tensor:
+        """See :class:`Held`; FP32."""
+        return uncast(self.payloads[member], self.scale_inv[member])
+
+    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`Held`."""
+        return torch.linalg.vector_norm(self.values(member), dtype=dtype)

@@ -1,0 +1,368 @@
+"""Which gradients are stored, reduced and received how: the one place that chooses.
+
+Weights of linears that multiply in FP8 may have FP8 gradients; everything else (embedding, head, norms,
+biases, linears outside the plan) keeps high precision, or under ``exact`` a fixed-point grid. Whether a
+tensor is quantised is decided by its name in the plan, never by the part of it that a rank happens to hold.
+
+Under ZeRO the owners of rows receive sums. Parameters that tensor-parallel ranks apply to parts of sequences
+(norms) are summed over those ranks too, and everyone receives them: they are small.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fp8train.comm.auto_scale import PAPER_WINDOW, Criterion, MuController
+from fp8train.comm.collectives import CountedGroup
+from fp8train.comm.exchange import Exchange, HierarchicalExchange
+from fp8train.comm.fp8_all_reduce import Algorithm
+from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.blocks import MAX_BLOCK, block_size
+from fp8train.numerics.formats import E4M3, Format
+from fp8train.parallel.gradients.auto_scales import AutoScales
+from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
+from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.exchange_sum import ExchangeSum
+from fp8train.parallel.gradients.grids import GridScales
+from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
+from fp8train.parallel.gradients.integer_sum import CodeSum, IntegerSum
+from fp8train.parallel.gradients.receivers import (
+    Everyone,
+    Member,
+    Owners,
+    Receiver,
+    by_place_in_node,
+    in_rank_order,
+    row_elements,
+)
+from fp8train.parallel.gradients.recorder import GradientRecorder
+from fp8train.parallel.gradients.scales import GradientScales, NoScales
+from fp8train.parallel.gradients.shared_scale_sum import SharedScaleSum
+from fp8train.parallel.gradients.tensor_storage import TensorStorage
+from fp8train.parallel.gradients.wide_storage import WideStorage
+from fp8train.parallel.gradients.wide_sum import WideSum
+from fp8train.parallel.zero import Partition
+
+PURPOSE = "gradient_fp8_plan"
+"""Name of FP8-plan gradients in the byte counters; the others are ``gradient``."""
+
+
+@dataclass(frozen=True)
+class Fp8Gradients:
+    """How gradients of the FP8 plan are kept.
+
+    Attributes:
+        format: of the codes.
+        accumulate: dtype in which micro-batches add up.
+        reduce: the sum over ranks; a dtype reduces in it.
+        block: most elements that share a scale.
+        error_feedback: carry what the cast lost into the next step.
+        between_nodes: type between nodes of a hierarchical exchange.
+        algorithm: who adds in ``shared_scale``.
+        mu_criterion: what halves its auto-scaling factor.
+        mu_threshold: share of entries at the maximum, for criterion ``count``.
+        mu_window: quiet steps that double it.
+    """
+
+    format: Format = E4M3
+    accumulate: torch.dtype = torch.bfloat16
+    reduce: Literal["exchange", "shared_scale", "exact"] | torch.dtype = "exchange"
+    block: int = MAX_BLOCK
+    error_feedback: bool = False
+    between_nodes: Literal["fp8", "bf16"] = "fp8"
+    algorithm: Algorithm = "ring"
+    mu_criterion: Criterion = "count"
+    mu_threshold: float | None = None
+    mu_window: int = PAPER_WINDOW
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The ranks among which gradients travel.
+
+    Attributes:
+        all: every data-parallel rank.
+        local: those of this node; None for a sum on one level.
+        cross: those of all nodes with this one's place in its node.
+        parts: tensor-parallel ranks, which hold other parts of the parameters; None for one.
+        partial: all of these and the data-parallel ranks, over which gradients of parameters add up that are
+            applied to parts of sequences; None without tensor parallelism.
+    """
+
+    all: CountedGroup
+    local: CountedGroup | None = None
+    cross: CountedGroup | None = None
+    parts: CountedGroup | None = None
+    partial: CountedGroup | None = None
+
+    @property
+    def stage(self) -> CountedGroup:
+        """Every rank that holds gradients of the same parameters, or parts of them."""
+        return self.partial or self.all
+
+
+class GradientPlan:
+    """Makes the buckets of a gradient store (a
+    :class:`~fp8train.parallel.gradients.store.BucketMaker`) and keeps what they share from step to step.
+
+    Attributes:
+        fp8: how FP8 gradients are kept; None if none are.
+        scales: scale state: auto-scaling factors of ``shared_scale``, grids of ``exact``.
+        owners: under ZeRO, who needs which rows of the sum.
+        replicas: the ranks that reduce.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        accumulate: torch.dtype,
+        reduce: torch.dtype,
+        bucket_bytes: float,
+        groups: Groups,
+        device: torch.device,
+        fp8: Fp8Gradients | None = None,
+        agree: CountedGroup | None = None,
+        in_fp8_plan: Collection[str] = (),
+        contributions: int = 0,
+        recorder: GradientRecorder | None = None,
+        unchanged: Mapping[str, int | str | None] | None = None,
+        specs: Mapping[str, ParamSpec] | None = None,
+        owners: Partition | None = None,
+    ) -> None:
+        """Decide.
+
+        Args:
+            parameters: everything that will have a gradient; for ``exact`` of the whole model, whatever part
+                a rank holds.
+            accumulate: dtype of high-precision buffers.
+            reduce: their dtype on the wire.
+            bucket_bytes: size of a bucket in the accumulation dtype, approximately.
+            groups: ranks.
+            device: where buffers live.
+            fp8: how FP8 gradients are kept; None stores all in high precision.
+            agree: ranks whose gradients determine the grids of ``exact``; by default those of ``groups``.
+            in_fp8_plan: names whose gradients are FP8.
+            contributions: micro-batches of a step; with one, FP8 gradients need no accumulator.
+            recorder: takes statistics of casts to FP8.
+            unchanged: settings that a checkpoint must have been written with, by key: those that the bits of
+                ``exact`` depend on.
+            specs: of the parameters, where this rank holds parts of them.
+            owners: under ZeRO, who of ``groups.all`` needs which rows of the sum.
+        """
+        self.owners, self.replicas, self.fp8 = owners, groups.all, fp8
+        self._specs = specs or {}
+        self._accumulate, self._reduce, self._bucket_bytes = accumulate, reduce, bucket_bytes
+        self._groups, self._device = groups, device
+        self._in_fp8_plan = frozenset(in_fp8_plan) if fp8 is not None else frozenset()
+        self._contributions, self._recorder = contributions, recorder
+        self._unchanged = dict(unchanged or {})
+        self._receiver: Receiver = Everyone()
+        if owners is not None:
+            self._receiver = Owners(owners, groups.all.rank, in_rank_order(groups.all.size))
+        self.scales: GradientScales = NoScales()
+        if fp8 is not None and fp8.reduce == "shared_scale":
+            self.scales = self._auto_scales(parameters, fp8)
+        elif fp8 is not None and fp8.reduce == "exact":
+            self.scales = GridScales(
+                [fqn in self._in_fp8_plan for fqn in parameters],
+                [parameter.numel() for parameter in parameters.values()],
+                position={fqn: i for i, fqn in enumerate(parameters)},
+                micro_batches=contributions * groups.all.size,
+                parts=groups.stage.size // groups.all.size,
+                group=groups.stage if agree is None else agree,
+                device=device,
+            )
+
+    def _auto_scales(self, parameters: Mapping[str, Tensor], fp8: Fp8Gradients) -> AutoScales:
+        names = [fqn for fqn in parameters if fqn in self._in_fp8_plan]
+        controller = MuController(
+            names,
+            world_size=self._groups.all.size,
+            device=self._device,
+            criterion=fp8.mu_criterion,
+            threshold=fp8.mu_threshold,
+            window=fp8.mu_window,
+        )
+        return AutoScales(
+            controller,
+            position={fqn: i for i, fqn in enumerate(names)},
+            numels=[torch.Size(self._global_shape(fqn, parameters[fqn].shape)).numel() for fqn in names],
+            counted_over=self._groups.parts if self.owners is None else self._groups.stage,
+        )
+
+    def _global_shape(self, fqn: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self._specs[fqn].global_shape if fqn in self._specs else shape
+
+    def kind(self, fqn: str, shape: tuple[int, ...]) -> str:
+        """``wide``, ``partial`` (wide, and to be added over tensor-parallel ranks too), ``fp8``, or
+        ``fp8/BLOCK`` (a bucket has one block size)."""
+        spec = self._specs.get(fqn)
+        if fqn not in self._in_fp8_plan:
+            return "partial" if spec is not None and spec.sequence_partial else "wide"
+        assert self.fp8 is not None
+        if self.fp8.reduce in ("shared_scale", "exact"):
+            return "fp8"
+        return f"fp8/{block_size(self._global_shape(fqn, shape)[-1], self.fp8.block)}"
+
+    def capacity(self, kind: str) -> int:
+        """Elements of a bucket."""
+        dtype = self._accumulate
+        if kind.startswith("fp8"):
+            assert self.fp8 is not None
+            dtype = self.fp8.accumulate
+        return max(1, int(self._bucket_bytes / dtype.itemsize))
+
+    def make(self, kind: str, members: Sequence[Member]) -> Bucket:
+        """A bucket of these members."""
+        receiver: Receiver = Everyone() if kind == "partial" else self._receiver
+        group = self._groups.stage if kind == "partial" else self._groups.all
+        fp8 = self.fp8
+        if isinstance(self.scales, GridScales):
+            return self._integers(members, receiver, group, in_fp8=kind == "fp8")
+        if not kind.startswith("fp8"):
+            return self._wide(members, receiver, group, self._accumulate, self._reduce, "gradient")
+        assert fp8 is not None
+        if isinstance(self.scales, AutoScales):
+            return self._tensors(members, receiver, self.scales, fp8)
+        if isinstance(fp8.reduce, torch.dtype) and self.owners is not None:
+            # What travels wide is not cast at all: its owner reads the sum.
+            return self._wide(members, receiver, group, fp8.accumulate, fp8.reduce, PURPOSE)
+        return self._blocks(members, receiver, int(kind.partition("/")[2]), fp8)
+
+    def _wide(
+        self,
+        members: Sequence[Member],
+        receiver: Receiver,
+        group: CountedGroup,
+        accumulate: torch.dtype,
+        reduce: torch.dtype,
+        purpose: str,
+    ) -> Bucket:
+        places = receiver.places(members, row_elements(members))
+        storage = WideStorage(places, dtype=accumulate, device=self._device)
+        return Bucket(storage, WideSum(storage, places, group, dtype=reduce, purpose=purpose))
+
+    def _integers(
+        self, members: Sequence[Member], receiver: Receiver, group: CountedGroup, *, in_fp8: bool
+    ) -> Bucket:
+        assert isinstance(self.scales, GridScales)
+        places = receiver.places(members, row_elements(members), pad_to=group.size)
+        points = Fp8Points(self._recorder) if in_fp8 else FixedPoints()
+        storage = IntegerStorage(places, points, scales=self.scales, device=self._device)
+        codes = in_fp8 and self._contributions == 1 and group.size > 1
+        return Bucket(storage, CodeSum(storage, group) if codes else IntegerSum(storage, group))
+
+    def _tensors(
+        self, members: Sequence[Member], receiver: Receiver, scales: AutoScales, fp8: Fp8Gradients
+    ) -> Bucket:
+        places = receiver.places(members, row_elements(members))
+        storage = TensorStorage(places, fmt=fp8.format, accumulate=fp8.accumulate, device=self._device)
+        reduction = SharedScaleSum(
+            storage,
+            self._groups.all,
+            scales=scales,
+            agree=self._groups.stage,
+            algorithm=fp8.algorithm,
+            purpose=PURPOSE,
+            recorder=self._recorder,
+        )
+        return Bucket(storage, reduction)
+
+    def _blocks(self, members: Sequence[Member], receiver: Receiver, block: int, fp8: Fp8Gradients) -> Bucket:
+        group, wide = self._groups.all, fp8.reduce if isinstance(fp8.reduce, torch.dtype) else None
+        pad_to = group.size if wide is None else 1
+        if self.owners is not None and self._groups.local is not None:  # this sum is formed in two levels
+            order = by_place_in_node(group.size, self._groups.local.size)
+            receiver = Owners(self.owners, group.rank, order)
+        places = receiver.places(members, row_blocks(members, block), pad_to=pad_to)
+        storage = BlockStorage(
+            places,
+            block=block,
+            fmt=fp8.format,
+            accumulate=None if self._contributions == 1 and wide is None else fp8.accumulate,
+            error_feedback=fp8.error_feedback,
+            recorder=self._recorder,
+            device=self._device,
+        )
+        if wide is not None:
+            return Bucket(storage, WideSum(storage, places, group, dtype=wide, purpose=PURPOSE))
+        return Bucket(storage, ExchangeSum(storage, self._exchange(fp8)))
+
+    def _exchange(self, fp8: Fp8Gradients) -> Exchange | HierarchicalExchange | None:
+        groups = self._groups
+        if groups.all.size == 1:
+            return None
+        if groups.local is None or groups.cross is None:
+            return Exchange(groups.all, fp8.format, purpose=PURPOSE)
+        return HierarchicalExchange(
+            groups.local, groups.cross, fp8.format, between=fp8.between_nodes, purpose=PURPOSE
+        )
+
+    @property
+    def norm_is_exact(self) -> bool:
+        """Whether the norm must not depend on buckets, ranks or device; see
+        :meth:`~fp8train.parallel.gradients.store.GradientStore.global_norm`."""
+        return isinstance(self.scales, GridScales)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Scale state for checkpoints, equal on all ranks."""
+        return dict(self.scales.state_tensors())
+
+    def restored(self) -> None:
+        """:meth:`state_tensors` were filled from a checkpoint."""
+        self.scales.restored()
+
+    def state_meta(self) -> dict[str, Any]:
+        """Which reduction the scale state belongs to, and the settings that must not change."""
+        return {"reduction": self.scales.name, "unchanged": self._unchanged}
+
+    def check_meta(
+        self, meta: Mapping[str, Any], accepted: Callable[[str], bool] = lambda key: False
+    ) -> None:
+        """Whether a checkpoint with this host state keeps the promise of ``exact``, if it was ``exact`` too.
+
+        Args:
+            meta: the checkpoint's :meth:`state_meta`.
+            accepted: keys that the user changes knowingly.
+
+        Raises:
+            ValueError: a setting that the bits depend on has another value.
+        """
+        ours, saved = self.scales.name, meta.get("reduction", "stateless")
+        saved_settings = meta.get("unchanged", {}) if ours == saved else self._unchanged
+        changed = [
+            f"{key}={saved_settings.get(key, 'unknown')} (now {value})"
+            for key, value in self._unchanged.items()
+            if saved_settings.get(key, "unknown") != value and not accepted(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"precision.gradient.fp8.reduce: {ours} gives the same bits only if what they depend on "
+                f"stays; restore {', '.join(changed)}; the number of ranks may change. To go on with other "
+                "bits, name them in checkpoint.accept_changes"
+            )
+
+    def metrics(self, stages: CountedGroup) -> dict[str, float]:
+        """``fp8/...`` numbers about gradients; waits for the device. ``stages``: ranks with the other
+        parameters of the model."""
+        return self.scales.metrics(stages)
+
+    def sent_bytes(self, others: Iterable[CountedGroup] = ()) -> Counter[str]:
+        """Bytes this rank has sent since the start, by collective and purpose.
+
+        Args:
+            others: groups to count too; one that gradients use is not counted twice.
+        """
+        ours = (self._groups.all, self._groups.local, self._groups.cross, self._groups.partial)
+        groups = {id(group): group for group in (*ours, *others) if group is not None}
+        total: Counter[str] = Counter()
+        for group in groups.values():
+            total.update(group.sent)
+        return total

@@ -1,0 +1,164 @@
+"""Who receives the sum of a bucket's gradients, and where each parameter lies on the way there.
+
+A bucket's memory is counted in *units*: elements, or blocks of a row. A rank's own contribution holds all
+rows of all members, one after the other. :class:`Everyone` receives the same; of :class:`Owners` (ZeRO) each
+receives the rows that it owns, so a message is arranged by owner first, and parts are padded to the longest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8train.parallel.zero import Partition, Rows
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter in a bucket: fully qualified name and local shape."""
+
+    fqn: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return torch.Size(self.shape).numel()
+
+
+class Places:
+    """Where the members of a bucket lie, in units.
+
+    Attributes:
+        members: of the bucket, all rows of each.
+        whole: place of each member in a rank's own contribution.
+        total: units of that, padding included.
+        held: place of the rows of each member that this rank receives, in what it receives.
+        rows: which rows those are.
+        starts: first unit of them within its member.
+        scattered: whether ranks receive different rows.
+    """
+
+    scattered = False
+
+    def __init__(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> None:
+        """Everyone receives everything.
+
+        Args:
+            members: parameters.
+            row_units: units of one row (of the first dimension) of each.
+            pad_to: the total becomes a multiple of it.
+        """
+        self.members, self.whole = list(members), list[slice]()
+        end = 0
+        for member, unit in zip(members, row_units, strict=True):
+            self.whole.append(slice(end, end + member.shape[0] * unit))
+            end += member.shape[0] * unit
+        self.total = -(-end // pad_to) * pad_to
+        self.held: list[slice] = self.whole
+        self.rows = [Rows(0, member.shape[0]) for member in members]
+        self.starts = [0] * len(members)
+
+    def held_shape(self, member: int) -> tuple[int, ...]:
+        """Shape of the part of a member that this rank receives."""
+        return (len(self.rows[member]), *self.members[member].shape[1:])
+
+    def arrange(self, x: Tensor, fill: int = 0) -> Tensor:
+        """What a rank sends, from its own contribution [total, ..]; padding is ``fill``."""
+        return x
+
+
+class OwnedPlaces(Places):
+    """Each owner receives its rows.
+
+    Attributes:
+        part: units of one owner's part of a message.
+    """
+
+    scattered = True
+
+    def __init__(self, members: Sequence[Member], row_units: Sequence[int], owners: Owners) -> None:
+        """See :class:`Places`."""
+        super().__init__(members, row_units)
+        self._parts: list[list[slice]] = []
+        self.held, lengths = [], []
+        for owner in owners.order:
+            slices, places, end = [], [], 0
+            for member, whole, unit in zip(members, self.whole, row_units, strict=True):
+                rows = owners.partition.owners[member.fqn][owner]
+                slices.append(slice(whole.start + rows.start * unit, whole.start + rows.stop * unit))
+                places.append(slice(end, end + len(rows) * unit))
+                end += len(rows) * unit
+            self._parts.append(slices)
+            lengths.append(end)
+            if owner == owners.rank:
+                self.held = places
+        self.part = max(lengths)
+        self.rows = [owners.partition.owners[member.fqn][owners.rank] for member in members]
+        self.starts = [rows.start * unit for rows, unit in zip(self.rows, row_units, strict=True)]
+
+    def arrange(self, x: Tensor, fill: int = 0) -> Tensor:
+        """[total, ..] -> [owners · part, ..]."""
+        message = x.new_full((len(self._parts), self.part, *x.shape[1:]), fill)
+        for row, slices in zip(message, self._parts, strict=True):
+            pieces = [x[piece] for piece in slices if piece.stop > piece.start]
+            if pieces:
+                joined = torch.cat(pieces)
+                row[: len(joined)] = joined
+        return message.view(-1, *x.shape[1:])
+
+
+class Receiver(Protocol):
+    """Who gets the sum."""
+
+    def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
+        """Of a bucket; see :class:`Places`."""
+        ...
+
+
+class Everyone:
+    """All ranks receive all rows."""
+
+    def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
+        """See :class:`Receiver`."""
+        return Places(members, row_units, pad_to=pad_to)
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Each rank receives the rows whose optimizer states it keeps.
+
+    Attributes:
+        partition: who owns what.
+        rank: this one's number among the owners.
+        order: in which the owners' parts lie in a message. Not theirs by number where a sum is formed in two
+            levels: there all nodes' ranks of one place lie together, as each place reduces for them first.
+    """
+
+    partition: Partition
+    rank: int
+    order: Sequence[int]
+
+    def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
+        """See :class:`Receiver`; parts are of one length anyway, so ``pad_to`` asks nothing more."""
+        return OwnedPlaces(members, row_units, self)
+
+
+def in_rank_order(ranks: int) -> tuple[int, ...]:
+    """The order of a reduction on one level."""
+    return tuple(range(ranks))
+
+
+def by_place_in_node(ranks: int, node_size: int) -> tuple[int, ...]:
+    """The order of a reduction in two levels over nodes of consecutive ranks: places in the node first."""
+    return tuple(rank for place in range(node_size) for rank in range(place, ranks, node_size))
+
+
+def row_elements(members: Sequence[Member]) -> list[int]:
+    """Elements of one row of each member."""
+    return [math.prod(member.shape[1:]) for member in members]

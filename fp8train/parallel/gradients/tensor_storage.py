@@ -1,0 +1,89 @@
+"""Sums that will be cast to FP8 with one scale per tensor.
+
+Micro-batches add up in BF16 or FP32, or, for fidelity to MS-AMP, in FP8 with a new scale at every addition
+(which loses small contributions when there are many micro-batches). The cast itself needs all ranks' amax, so
+:mod:`fp8train.parallel.gradients.shared_scale_sum` makes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8train.numerics.cast import quantize, uncast
+from fp8train.numerics.formats import Format
+from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.parallel.gradients.receivers import Places
+
+
+@dataclass
+class _Accumulator:
+    """One tensor's sum over micro-batches; ``scale_inv`` is None in high precision."""
+
+    payload: Tensor
+    scale_inv: Tensor | None
+
+    def add(self, gradient: Tensor, spec: QuantSpec, *, first: bool) -> None:
+        if self.scale_inv is None:
+            self.payload.copy_(gradient) if first else self.payload.add_(gradient)
+            return
+        total = gradient if first else gradient.float() + uncast(self.payload, self.scale_inv)
+        payload, scale_inv = quantize(total, spec)
+        self.payload.view(torch.uint8).copy_(payload.view(torch.uint8))
+        self.scale_inv.copy_(scale_inv)
+
+    def values(self) -> Tensor:
+        return self.payload if self.scale_inv is None else uncast(self.payload, self.scale_inv)
+
+
+class TensorStorage:
+    """See the module and :class:`~fp8train.parallel.gradients.bucket.Storage`."""
+
+    def __init__(self, places: Places, *, fmt: Format, accumulate: torch.dtype, device: torch.device) -> None:
+        """Allocate. Args: ``places``: in elements; ``accumulate``: BF16, FP32, or ``fmt.dtype``."""
+        self.places, self.format, self._spec = places, fmt, QuantSpec(fmt)
+        in_fp8 = accumulate == fmt.dtype
+        self._accumulators = [
+            _Accumulator(
+                torch.zeros(m.shape, dtype=torch.uint8, device=device).view(fmt.dtype)
+                if in_fp8
+                else torch.zeros(m.shape, dtype=accumulate, device=device),
+                torch.ones((), device=device) if in_fp8 else None,
+            )
+            for m in places.members
+        ]
+
+    @property
+    def stored_bytes(self) -> int:
+        """The reduced codes and a scale per tensor."""
+        return sum(place.stop - place.start + 4 for place in self.places.held)
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(accumulator.payload.nbytes for accumulator in self._accumulators)
+
+    def begin(self) -> None:
+        """Nothing: the first contribution overwrites."""
+
+    def buffer(self, member: int) -> Tensor:
+        """The accumulator; uint8 codes if it is FP8."""
+        payload = self._accumulators[member].payload
+        return payload.view(torch.uint8) if payload.element_size() == 1 else payload
+
+    def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
+        """Add up."""
+        self._accumulators[member].add(gradient, self._spec, first=first)
+
+    def local(self, member: int) -> Tensor:
+        """What has added up, FP32."""
+        return self._accumulators[member].values().float()
+
+    def tensors(self) -> list[Tensor]:
+        """This rank's sums, of the members' shapes."""
+        return [accumulator.values() for accumulator in self._accumulators]
+
+    def commit(self, clip: Tensor | None) -> None:
+        """Nothing outlives the step."""

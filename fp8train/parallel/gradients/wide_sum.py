@@ -1,0 +1,65 @@
+"""Sums over ranks in high precision: an all-reduce, or a reduce-scatter to the owners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8train.comm.collectives import CountedGroup
+from fp8train.parallel.gradients.held import Held, HeldValues
+from fp8train.parallel.gradients.receivers import Places
+
+
+class WideSource(Protocol):
+    """A storage whose sums can travel in high precision."""
+
+    def wide(self) -> Tensor:
+        """This rank's sums [total, ..]."""
+        ...
+
+    def hold(self, sums: Tensor) -> Held:
+        """Keep the sums over ranks, of the same shape."""
+        ...
+
+
+class WideSum:
+    """See :class:`~fp8train.parallel.gradients.bucket.Reduction`."""
+
+    def __init__(
+        self, storage: WideSource, places: Places, group: CountedGroup, *, dtype: torch.dtype, purpose: str
+    ) -> None:
+        """Args: ``dtype``: on the wire; ``purpose``: name in the byte counters."""
+        self._storage, self._places, self._group = storage, places, group
+        self._dtype, self._purpose = dtype, purpose
+        self._wire: Tensor | None = None
+        self._received: Tensor | None = None
+        self._wait: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Send the sums."""
+        sums = self._storage.wide()
+        wire = sums if sums.dtype == self._dtype else sums.to(self._dtype)
+        if self._places.scattered:
+            self._wire = self._places.arrange(wire).view(self._group.size, -1)
+            self._received = torch.empty_like(self._wire[0])
+            self._wait = self._group.reduce_scatter(self._received, self._wire, purpose=self._purpose)
+        else:
+            self._wire = wire
+            self._wait = self._group.all_reduce(wire, purpose=self._purpose)
+
+    def advance(self) -> None:
+        """Nothing: one collective does it all."""
+
+    def finish(self) -> Held:
+        """Everyone keeps the sums as the storage does; owners in the type on the wire."""
+        assert self._wait is not None
+        assert self._wire is not None
+        self._wait()
+        wire, received = self._wire, self._received
+        self._wire = self._received = self._wait = None
+        if received is None:
+            return self._storage.hold(wire)
+        return HeldValues([received[place] for place in self._places.held])
