@@ -163,12 +163,6 @@ def _gradient_reduction(config: Config) -> Iterator[LayoutProblem]:
     reduce = gradient.fp8.reduce
     if gradient.format == "high_precision":
         return
-    if parallel.tp > 1 and reduce in ("shared_scale", "exact"):
-        yield LayoutProblem(
-            f"reduce: {reduce} with parallel.tp > 1 is not built: its scales are of whole tensors; write "
-            "reduce: exchange, bf16 or fp32",
-            ("precision.gradient.fp8.reduce", "parallel.tp"),
-        )
     if parallel.pp > 1 and reduce == "exact" and config.model.tie_embeddings:
         yield LayoutProblem(
             "reduce: exact rounds a parameter's gradient once per micro-batch, but with parallel.pp the "

@@ -10,7 +10,7 @@ costs ``n·(N-1)/N`` as an all-gather, all-to-all or reduce-scatter and twice th
 
 Left out: what is small (amaxes, norms, the loss, scales of whole tensors), padding (parts of a ZeRO message
 are as long as the longest, messages of blocks are filled up to equal parts; ``zero_partition: whole_tensor``
-on many ranks pads a lot), the calibration that precedes the first step of ``exact``, evaluation and
+on many ranks pads a lot), steps that ``exact`` runs twice (its first, and at jumps), evaluation and
 checkpoints.
 """
 
@@ -331,14 +331,18 @@ def gradients(step: RankStep) -> Volume:
     for parameter in others:
         elements[step.tp > 1 and split_dim(parameter.fqn) is None] += parameter.elements(step.tp)
     nbytes = _wide(step, gradient.reduce)
+    stage = step.axis("dp", "cp", "tp")
     if in_fp8 and gradient.fp8.reduce == "exact":
-        found[Flow(axis, "all_reduce/gradient_exact")] += all_reduced(8 * elements[False], step.replicas)
-    elif step.zero:
+        name, sent = ("reduce_scatter", scattered) if step.zero else ("all_reduce", all_reduced)
+        found[Flow(axis, f"{name}/gradient_exact")] += sent(8 * elements[False], step.replicas)
+        both = all_reduced(8 * elements[True], step.replicas * step.tp)
+        found[Flow(stage, "all_reduce/gradient_exact")] += both
+        return found
+    if step.zero:
         found[Flow(axis, "reduce_scatter/gradient")] += scattered(nbytes * elements[False], step.replicas)
     else:
         found[Flow(axis, "all_reduce/gradient")] += all_reduced(nbytes * elements[False], step.replicas)
-    stage = Flow(step.axis("dp", "cp", "tp"), "all_reduce/gradient")
-    found[stage] += all_reduced(nbytes * elements[True], step.replicas * step.tp)
+    found[Flow(stage, "all_reduce/gradient")] += all_reduced(nbytes * elements[True], step.replicas * step.tp)
     return found
 
 
@@ -350,9 +354,11 @@ def fp8_plan_gradients(step: RankStep) -> Volume:
         shared_scale  all-reduce of bytes, 2·n·(R-1)/R
         exact         codes, then INT32 sums, (1 + 4)·n·(R-1)/R; with several micro-batches an all-reduce of
                       INT32, 2·4·n·(R-1)/R
+                      (both, under ZeRO: a reduce-scatter, the first half of this)
 
     ``exchange`` in two levels, X nodes of S ranks: ``(S-1)/S`` of the blocks each way inside, and of 1/S of
-    them ``(X-1)/X`` each way between (``between_nodes: bf16``: 2 bytes an element on the way there).
+    them ``(X-1)/X`` each way between (``between_nodes: bf16``: 2 bytes an element on the way there); under
+    ZeRO the way there alone.
     """
     fp8, ranks, found = step.config.precision.gradient.fp8, step.replicas, _nothing()
     plan = [parameter for parameter in step.held() if parameter.in_fp8_plan]
@@ -364,17 +370,22 @@ def fp8_plan_gradients(step: RankStep) -> Volume:
 
     if fp8.reduce == "exchange":
         nbytes = sum(in_blocks(*sizes) for sizes in blocks)
-        if fp8.node_size not in (None, ranks) and not step.zero:
+        if fp8.node_size not in (None, ranks):
             _two_levels(step, nbytes, elements, add)
             return found
         add("all_to_all/gradient_fp8_plan", scattered(nbytes, ranks))
         if not step.zero:
             add("all_gather/gradient_fp8_plan", scattered(nbytes, ranks))
+    elif fp8.reduce == "shared_scale" and step.zero:
+        add("reduce_scatter/gradient_fp8_plan", scattered(elements, ranks))
     elif fp8.reduce == "shared_scale":
         add("all_reduce/gradient_fp8_plan", all_reduced(elements, ranks))
     elif fp8.reduce == "exact" and step.micro_batches == 1:
         add("all_to_all/gradient_exact", scattered(elements, ranks))
-        add("all_gather/gradient_exact", scattered(4 * elements, ranks))
+        if not step.zero:
+            add("all_gather/gradient_exact", scattered(4 * elements, ranks))
+    elif fp8.reduce == "exact" and step.zero:
+        add("reduce_scatter/gradient_exact", scattered(4 * elements, ranks))
     elif fp8.reduce == "exact":
         add("all_reduce/gradient_exact", all_reduced(4 * elements, ranks))
     elif step.zero:
@@ -391,10 +402,11 @@ def _two_levels(step: RankStep, nbytes: int, elements: int, add: Callable[[str, 
     assert fp8.node_size is not None
     size, nodes = fp8.node_size, step.replicas // fp8.node_size
     add("all_to_all/gradient_fp8_plan_in_node", scattered(nbytes, size))
-    add("all_gather/gradient_fp8_plan_in_node", scattered(nbytes, size))
     sent = (nbytes if fp8.between_nodes == "fp8" else 2 * elements) / size
     add("all_to_all/gradient_fp8_plan_between_nodes", scattered(sent, nodes))
-    add("all_gather/gradient_fp8_plan_between_nodes", scattered(nbytes / size, nodes))
+    if not step.zero:
+        add("all_gather/gradient_fp8_plan_in_node", scattered(nbytes, size))
+        add("all_gather/gradient_fp8_plan_between_nodes", scattered(nbytes / size, nodes))
 
 
 def weights(step: RankStep) -> Volume:
@@ -441,7 +453,7 @@ def _parameters(config: Config, vocab_size: int) -> tuple[Parameter, ...]:
 
 def rank_steps(config: Config, *, dp: int) -> list[RankStep]:
     """One step as each pipeline rank sees it (ranks along other axes send the same). What only the start of a
-    run refuses (``exact`` with tp > 1, ``node_size`` under ZeRO) is not checked here.
+    run refuses is not checked here.
 
     Args:
         config: a validated configuration with ``model.vocab_size``.

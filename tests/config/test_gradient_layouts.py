@@ -13,25 +13,15 @@ from tests.training.tiny import tiny_config
 
 O2 = ["precision.level=O2", "model.tie_embeddings=true"]
 REFUSED = {
-    "shared scales of parts": (
-        [*O2, "precision.gradient.fp8.reduce=shared_scale", "parallel.tp=2"],
-        "precision.gradient.fp8.reduce, parallel.tp: reduce: shared_scale with parallel.tp > 1 is not built: "
-        "its scales are of whole tensors; write reduce: exchange, bf16 or fp32",
-    ),
-    "the paper's profile has shared scales": (
-        [*O2, "precision.profile=paper", "parallel.tp=2"],
-        "reduce: shared_scale with parallel.tp > 1",
-    ),
-    "exact sums of parts": (
-        [*O2, "precision.gradient.fp8.reduce=exact", "parallel.tp=2"],
-        "reduce: exact with parallel.tp > 1",
-    ),
     "exact sums of a tied embedding's two gradients": (
         [*O2, "precision.gradient.fp8.reduce=exact", "parallel.pp=2"],
         "tied embedding's alone; write model.tie_embeddings: false, or another reduction",
     ),
 }
 ALLOWED = {
+    "shared scales of parts": [*O2, "precision.gradient.fp8.reduce=shared_scale", "parallel.tp=2"],
+    "the paper's profile on parts": [*O2, "precision.profile=paper", "parallel.tp=2"],
+    "exact sums of parts": [*O2, "precision.gradient.fp8.reduce=exact", "parallel.tp=2"],
     "gradients in high precision are never cast": [
         *("precision.gemm.fp8=true", "precision.profile=paper", "parallel.tp=2"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fp8train.checkpoint import load_checkpoint, save_checkpoint
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes, joined_processes
 from fp8train.config.errors import ConfigError
-from fp8train.parallel.exact import GridScales
+from fp8train.parallel.gradients.grids import GridScales
 from fp8train.training.trainer import Trainer
 from tests.distributed.test_levels import EXACT, digest
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
@@ -93,13 +94,18 @@ def test_more_micro_batches_than_int32_holds_are_refused() -> None:
 def count_saturated(group: dist.ProcessGroup, rank: int, world_size: int) -> list[int]:
     """Runs in the pool: the count after an applied step, one that was not, and another applied one."""
     scales = GridScales(
-        [True], [9], micro_batches=world_size, group=CountedGroup(group), device=torch.device("cpu")
+        [True],
+        [9],
+        position={"w": 0},
+        micro_batches=world_size,
+        group=CountedGroup(group),
+        device=torch.device("cpu"),
     )
     counts = []
     for outside, applied in ((3 + rank, True), (5, False), (2 * rank, True)):
         scales.begin_step()
-        scales.count_saturated(torch.arange(9) < outside)
-        scales.agree()
+        scales.step.count_outside(torch.arange(9) < outside)
+        scales.end_step()
         if applied:
             scales.commit()
         counts.append(int(scales.saturated))
@@ -112,8 +118,9 @@ def test_saturated_elements_are_those_of_all_ranks(gloo_pool) -> None:
 
 def train_with_a_jump(
     processes: Processes, first: int, last: int, folder: Path, load: bool
-) -> tuple[str, float]:
-    """Steps from and to a checkpoint; in step 2 the loss is 100 times as large: (digest, saturated)."""
+) -> tuple[str, list[float], float]:
+    """Steps from and to a checkpoint; in step 2 the loss is 100 times as large: (digest, which steps were
+    repeated, elements that saturated)."""
     config = tiny_config(EXACT)
     trainer, data = Trainer(config, processes, vocab_size=VOCAB), batches(config, processes)
     if load:
@@ -123,10 +130,12 @@ def train_with_a_jump(
         trainer.check_meta(loaded.meta)
         trainer.restored(loaded.meta)
     forward = trainer.model.forward
+    repeated = [0.0]
     for step in range(first, last):
         factor = 100 if step == 2 else 1
         trainer.model.forward = lambda *args, f=factor: forward(*args) * f  # type: ignore[method-assign]
         assert trainer.step(step, data.batch(step)).applied
+        repeated.append(trainer.precision_metrics()["fp8/gradient_repeated_steps"])
     save_checkpoint(
         folder,
         last,
@@ -136,22 +145,26 @@ def train_with_a_jump(
         group=processes.control,
         keep_last=5,
     )
-    return digest(trainer), trainer.precision_metrics()["fp8/gradient_saturated_elements"]
+    saturated = trainer.precision_metrics()["fp8/gradient_saturated_elements"]
+    return digest(trainer), [after - before for before, after in pairwise(repeated)], saturated
 
 
 def jump_in_pool(
     group: dist.ProcessGroup, rank: int, world_size: int, first: int, last: int, folder: Path, load: bool
-) -> tuple[str, float]:
+) -> tuple[str, list[float], float]:
     """Runs in the pool."""
     return train_with_a_jump(joined_processes(torch.device("cpu")), first, last, folder, load)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_count_is_the_same_on_any_number_of_ranks_and_survives_a_resume(
+def test_a_jump_repeats_its_step_on_any_number_of_ranks_and_nothing_saturates(
     gloo_pool, tmp_path: Path
 ) -> None:
-    whole = train_with_a_jump(alone(), 0, 6, tmp_path / "whole", False)
-    assert whole[1] > 100
-    gloo_pool.run(jump_in_pool, 2, 0, 4, tmp_path / "moved", False)
+    final, repeated, saturated = train_with_a_jump(alone(), 0, 6, tmp_path / "whole", False)
+    assert repeated[:2] == [1.0, 0.0], "the first step has no grids, the second has"
+    assert repeated[2] == 1.0, "gradients of 100 times the size do not fit"
+    assert saturated == 0.0
+    for _, before, _ in gloo_pool.run(jump_in_pool, 2, 0, 4, tmp_path / "moved", False):
+        assert before == repeated[:4]
     for result in gloo_pool.run(jump_in_pool, 4, 4, 6, tmp_path / "moved", True):
-        assert result == whole
+        assert result == (final, repeated[4:], saturated)

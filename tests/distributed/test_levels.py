@@ -36,6 +36,13 @@ CASES: dict[str, list[str]] = {
         *("precision.level=O2", "precision.gradient.fp8.node_size=2"),
         "precision.gradient.fp8.between_nodes=bf16",
     ],
+    "O2-two-nodes-zero": [
+        *("precision.level=O2", "precision.gradient.fp8.node_size=2", "parallel.zero=1"),
+    ],
+    "O2-two-nodes-bf16-zero": [
+        *("precision.level=O2", "precision.gradient.fp8.node_size=2", "parallel.zero=1"),
+        *("precision.gradient.fp8.between_nodes=bf16", "parallel.zero_partition=whole_tensor"),
+    ],
     "O2-lion": ["precision.level=O2", "optimizer.name=lion", "optimizer.lr=0.002"],
     "O2-fp32-weights": ["precision.level=O2", "precision.weights=compute", "precision.compute=fp32"],
 }

@@ -34,6 +34,7 @@ FP8 = "precision.gemm.fp8=true"
 PLAIN_WIRE = [
     f"precision.traffic.{name}=compute" for name in ("activations", "grad_output", "grad_input", "weights")
 ]
+EXACT = ["precision.gradient.fp8.reduce=exact", "run.threads=1"]
 FP8_WIRE = ["precision.traffic.activations=fp8", "precision.traffic.grad_output=fp8"]
 CASES: dict[str, tuple[list[str], float]] = {
     "fp64": ([FP64], 1e-9),
@@ -46,6 +47,9 @@ CASES: dict[str, tuple[list[str], float]] = {
     "fp32": (["precision.compute=fp32"], 1e-5),
     # BF16 partial sums of two ranks are rounded twice, one process rounds once.
     "bf16": ([], 2e-3),
+    # Scales are of whole tensors, so every code is that of one process.
+    "fp64-O2-exact": ([FP64, "precision.level=O2", *EXACT], 1e-9),
+    "fp64-O1-paper": ([FP64, "precision.level=O1", "precision.profile=paper"], 1e-9),
     "O2": (["precision.level=O2"], 5e-3),
     "O2-lossy-wire": (
         ["precision.level=O2", *FP8_WIRE, "precision.traffic.grad_input=fp8", "precision.traffic.output=fp8"],
@@ -86,7 +90,10 @@ def check(
 
 
 # In every run; the others when asked for slow tests.
-QUICK = ["fp64-gpt-tied", "fp64-fp8-wire", "fp64-batch-2", "bf16", "O2-lossy-wire"]
+QUICK = [
+    *("fp64-gpt-tied", "fp64-fp8-wire", "fp64-batch-2", "bf16", "O2-lossy-wire"),
+    *("fp64-O2-exact", "fp64-O1-paper"),
+]
 
 
 @pytest.mark.parametrize(

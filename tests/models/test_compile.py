@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from fp8train.comm.collectives import CountedGroup
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.parallel.gradient_plan import GradientPlan, Groups
-from fp8train.parallel.gradient_store import GradientStore
+from fp8train.parallel.gradients.plan import GradientPlan, Groups
+from fp8train.parallel.gradients.store import GradientStore
 from tests.models.settings import FAMILIES, gradients, random_tokens, tiny_config, tiny_model
 
 LAYERS = 3

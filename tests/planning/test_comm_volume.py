@@ -18,7 +18,7 @@ from fp8train.training.trainer import Trainer
 from tests.training.tiny import batches, tiny_config
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("amax", "gradient_fp8_plan_scale", "loss", "norm", "saturated")
+SMALL = ("amax", "gradient_fp8_plan_scale", "loss", "norm", "saturated", "saturation")
 VOCAB = 200  # padded to 256
 FFN = 512
 
@@ -39,8 +39,11 @@ TP: dict[str, tuple[str, list[str]]] = {
     "O3-gpt-lossy-recompute": ("gpt", ["precision.level=O3", *FP8_WIRE]),
     "O3-rows": ("llama", ["precision.level=O3", "precision.recipe=rowwise"]),
     "O3-blocks": ("gpt", ["precision.level=O3", "precision.recipe=mxfp8", "data.seq_length=64"]),
+    "O2-paper": ("llama", ["precision.level=O2", "precision.profile=paper"]),
 }
 EXACT = ["precision.level=O2", "precision.gradient.fp8.reduce=exact", "run.threads=1"]
+TP["O2-exact"] = ("gpt", EXACT)
+ZERO = "parallel.zero=1"
 NODES = ["precision.level=O2", "precision.gradient.fp8.node_size=1"]
 DP: dict[str, tuple[str, list[str]]] = {
     "O0-zero": ("llama", ["parallel.zero=1"]),
@@ -50,6 +53,11 @@ DP: dict[str, tuple[str, list[str]]] = {
     "O2-paper": ("llama", ["precision.level=O2", "precision.profile=paper"]),
     "O2-exact": ("llama", [*EXACT, "train.global_batch_size=2"]),
     "O2-exact-accumulated": ("gpt", EXACT),
+    "O2-exact-zero": ("llama", [*EXACT, ZERO, "train.global_batch_size=2"]),
+    "O2-exact-accumulated-zero": ("gpt", [*EXACT, ZERO]),
+    "O2-paper-zero": ("llama", ["precision.level=O2", "precision.profile=paper", ZERO]),
+    "O2-nodes-zero": ("gpt", [*NODES, ZERO]),
+    "O2-nodes-bf16-zero": ("llama", [*NODES, "precision.gradient.fp8.between_nodes=bf16", ZERO]),
     "O2-nodes-of-one": ("llama", [*NODES, "precision.gradient.fp8.between_nodes=bf16"]),
     "O3": ("llama", ["precision.level=O3"]),
     "O3-compute-weights": ("gpt", ["precision.level=O3", "precision.traffic.weights=compute"]),
@@ -68,14 +76,17 @@ def counted(
     cases: dict[str, tuple[str, list[str]]],
     layout: Layout,
 ) -> dict[str, dict[str, int]]:
-    """Runs in the pool: bytes of the first step by collective and purpose, of each case."""
+    """Runs in the pool: bytes of the second step by collective and purpose, of each case (``exact`` runs its
+    first one twice)."""
     processes = joined_processes(torch.device("cpu"), layout)
     found = {}
     for name, case in cases.items():
         config = config_of(case, layout)
         trainer = Trainer(config, processes, vocab_size=VOCAB)
+        data = batches(config, processes)
+        trainer.step(0, data.batch(0))
         before = trainer.sent_bytes()
-        assert trainer.step(0, batches(config, processes).batch(0)).applied
+        assert trainer.step(1, data.batch(1)).applied
         found[name] = {key: n - before.get(key, 0) for key, n in trainer.sent_bytes().items()}
         found[name] = {key: n for key, n in found[name].items() if n}
     return found

@@ -28,8 +28,11 @@ from fp8train.optim.adamw import AdamWSettings
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer
 from fp8train.optim.state_plan import StateFormat, StatePlan
-from fp8train.parallel.buckets import GradientReader, Member
-from fp8train.parallel.fp8_buckets import Fp8Bucket
+from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
+from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.exchange_sum import ExchangeSum
+from fp8train.parallel.gradients.held import GradientReader
+from fp8train.parallel.gradients.receivers import Everyone, Member
 
 _SR = StateFormat("fp16_scaled", rounding="stochastic")
 _TENSOR = StateFormat("fp16_scaled", granularity="tensor")
@@ -85,16 +88,15 @@ class PeakMemory(TorchDispatchMode):
 def gradient_reader(size: int, device: torch.device) -> GradientReader:
     """A random gradient in FP8 blocks."""
     torch.manual_seed(0)
-    bucket = Fp8Bucket(
-        [Member("w", (size, size))],
-        block=128,
-        fmt=E4M3,
-        accumulate=None,
-        reduction=None,
-        parts=1,
-        device=device,
-    )
+    members = [Member("w", (size, size))]
+    places = Everyone().places(members, row_blocks(members, 128))
+    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=None, device=device)
+    bucket = Bucket(storage, ExchangeSum(storage, None))
+    bucket.begin()
     bucket.add(0, torch.randn(size, size, device=device) * 1e-4, first=True)
+    bucket.launch()
+    bucket.advance()
+    bucket.finish()
     return bucket.reader(0)
 
 

@@ -28,8 +28,11 @@ from fp8train.comm.exchange import Exchange
 from fp8train.comm.shared_scale import shared_scale_all_reduce
 from fp8train.numerics.blocks import quantize_blocks
 from fp8train.numerics.formats import E4M3
-from fp8train.parallel.buckets import Member
-from fp8train.parallel.exact import ExactFp8Bucket, GridScales
+from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.grids import GridScales
+from fp8train.parallel.gradients.integer_storage import Fp8Points, IntegerStorage
+from fp8train.parallel.gradients.integer_sum import CodeSum, IntegerSum
+from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
 
 BLOCK = 128
 
@@ -63,20 +66,19 @@ def exact(gradient: Tensor, group: CountedGroup, contributions: int) -> None:
     scales = GridScales(
         [True],
         [gradient.numel()],
+        position={"w": 0},
         micro_batches=contributions * group.size,
         group=group,
         device=gradient.device,
     )
-    bucket = ExactFp8Bucket(
-        [Member("w", tuple(gradient.shape))],
-        scales=scales,
-        parameters=[0],
-        group=group,
-        contributions=contributions,
-        device=gradient.device,
-    )
+    members = [Member("w", tuple(gradient.shape))]
+    places = Everyone().places(members, row_elements(members), pad_to=group.size)
+    storage = IntegerStorage(places, Fp8Points(), scales=scales, device=gradient.device)
+    bucket = Bucket(storage, CodeSum(storage, group) if contributions == 1 else IntegerSum(storage, group))
+    bucket.begin()
     bucket.add(0, gradient, first=True)
     bucket.launch()
+    bucket.advance()
     bucket.finish()
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear
 from fp8train.models.build import build_model, initialise
-from fp8train.parallel.gradient_plan import GradientPlan, Groups
-from fp8train.parallel.gradient_store import GradientStore
+from fp8train.parallel.gradients.plan import GradientPlan, Groups
+from fp8train.parallel.gradients.store import GradientStore
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 

@@ -12,10 +12,12 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear
 from fp8train.numerics.blocks import as_blocks, block_size, dequantize_blocks, from_blocks, quantize_blocks
 from fp8train.numerics.formats import E4M3
-from fp8train.parallel.buckets import Member
-from fp8train.parallel.fp8_buckets import Fp8Bucket
-from fp8train.parallel.gradient_plan import Fp8Gradients, GradientPlan, Groups
-from fp8train.parallel.gradient_store import GradientStore
+from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
+from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.exchange_sum import ExchangeSum
+from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.parallel.gradients.receivers import Everyone, Member
+from fp8train.parallel.gradients.store import GradientStore
 from tests.numerics.fp8_table import E4M3_TABLE
 
 CPU = torch.device("cpu")
@@ -112,7 +114,7 @@ def test_micro_batches_add_up_before_the_one_cast(accumulate: torch.dtype) -> No
 def test_a_single_micro_batch_is_cast_as_it_is_produced() -> None:
     net = Net()
     store = store_of(net, 1)
-    fp8 = [bucket for bucket in store.buckets if isinstance(bucket, Fp8Bucket)]
+    fp8 = [bucket for bucket in store.buckets if isinstance(bucket.storage, BlockStorage)]
     assert sum(bucket.accumulator_bytes for bucket in fp8) == 0
     elements = sum(16 * width for width in WIDTHS)
     padding = 16 * (256 - 131)  # rows of 131 end in a short block of 128
@@ -144,11 +146,11 @@ def test_the_optimizer_reads_pieces_of_what_is_stored() -> None:
     assert float(store.global_norm()) == pytest.approx(squares**0.5, rel=1e-12)
 
 
-def bucket_of(accumulate: torch.dtype | None, **changes: Any) -> Fp8Bucket:
-    arguments: dict[str, Any] = dict(
-        block=128, fmt=E4M3, accumulate=accumulate, reduction=None, parts=1, device=CPU
-    )
-    return Fp8Bucket([Member("w", (4, 256))], **{**arguments, **changes})
+def bucket_of(accumulate: torch.dtype | None, **changes: Any) -> Bucket:
+    members = [Member("w", (4, 256))]
+    places = Everyone().places(members, row_blocks(members, 128))
+    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, device=CPU, **changes)
+    return Bucket(storage, ExchangeSum(storage, None))
 
 
 def test_many_small_contributions_are_not_swamped() -> None:
@@ -180,14 +182,50 @@ def test_error_feedback_loses_nothing_over_time() -> None:
     for bucket in (plain, corrected):
         total = torch.zeros(4, 256)
         for _ in range(32):
-            bucket.add(0, value, first=True)
-            bucket.launch()
-            bucket.advance()
-            bucket.finish()
+            run_step(bucket, value)
+            bucket.commit()
             total += bucket.grad(0)
         totals.append(float((total / 32 - value).abs().max()))
     assert totals[0] == 0.0625
     assert totals[1] < 0.0625 / 16
+
+
+def residual_of(bucket: Bucket) -> Tensor:
+    assert isinstance(bucket.storage, BlockStorage)
+    assert bucket.storage.residual is not None
+    return bucket.storage.residual.float()
+
+
+@pytest.mark.parametrize("accumulate", [None, torch.bfloat16])
+def test_error_feedback_keeps_what_applied_steps_lost_as_far_as_they_were_applied(
+    accumulate: torch.dtype | None,
+) -> None:
+    """Beside arithmetic in FP64: the loss of a cast, times the clip factor, and nothing of skipped steps."""
+    bucket = bucket_of(accumulate, error_feedback=True)
+    value = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    run_step(bucket, value)
+    lost = (value.double() - bucket.grad(0).double()).view(-1, 128)
+    assert float(residual_of(bucket).abs().max()) == 0.0, "the step is not yet known to be applied"
+    bucket.commit(torch.tensor(0.25, dtype=torch.float64))
+    assert float(lost.abs().max()) > 0.01
+    torch.testing.assert_close(residual_of(bucket).double(), lost * 0.25, rtol=2**-7, atol=0)
+    before = residual_of(bucket).clone()
+    for spike in (1e6, float("nan")):  # never committed: skipped
+        run_step(bucket, value * spike)
+        assert torch.equal(residual_of(bucket), before)
+    run_step(bucket, value)
+    arrived = (value.double().view(-1, 128) + before.double()).view(4, 256)
+    coefficient = (bucket.grad(0).double() * arrived).sum() / arrived.square().sum()
+    assert float(coefficient) == pytest.approx(1.0, abs=0.01)
+
+
+def run_step(bucket: Bucket, value: Tensor) -> None:
+    """One contribution, cast and reduced."""
+    bucket.begin()
+    bucket.add(0, value, first=True)
+    bucket.launch()
+    bucket.advance()
+    bucket.finish()
 
 
 def test_a_gradient_that_is_not_finite_makes_the_norm_not_finite() -> None:
