@@ -65,6 +65,11 @@ class OpenCheckpoint:
             if name.startswith(prefix)
         }
 
+    def rank_state_names(self) -> set[str]:
+        """Names of what ranks alone had saved, of any rank and for any number of them."""
+        saved = (name for name in self.metadata.state_dict_metadata if name.startswith(RANK_STATE_PREFIX))
+        return {name.removeprefix(RANK_STATE_PREFIX).partition("/")[2] for name in saved}
+
     @property
     def _rank_prefix(self) -> str:
         return f"{RANK_STATE_PREFIX}{self.ranks.rank}/"

@@ -176,8 +176,10 @@ def _check_exact(config: Config, processes: Processes) -> None:
 
 def _settings_of_exact(config: Config, device: torch.device) -> dict[str, int | str | None]:
     """What the user sets and the bits of a micro-batch's gradient, or their grid, depend on. Threads do not
-    count on CUDA."""
+    count on CUDA. Ranks that hold parts of matrices or sequences round parts of its sums."""
     return {
+        "parallel.tp": config.parallel.tp,
+        "parallel.cp": config.parallel.cp,
         "run.device": device.type,
         "run.threads": torch.get_num_threads() if device.type == "cpu" else None,
         "train.micro_batch_size": config.train.micro_batch_size,

@@ -19,6 +19,7 @@ from fp8train.config.changes import Change, changes, check_accepted, is_in, list
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
+from fp8train.parallel.gradients.store import RESIDUAL_PREFIX
 from fp8train.training.reporter import Reporter
 from fp8train.training.restore import restore
 from fp8train.training.trainer import Trainer
@@ -65,7 +66,7 @@ def resume(
         rank_state=own,
     )
     trainer.restored(meta["trainer"])
-    anew = _restore_own(own, trainer, processes)
+    anew = _restore_own(own, opened, trainer, processes)
     reporter.event(
         "resumed",
         step=step,
@@ -108,15 +109,20 @@ def _rank_state(opened: OpenCheckpoint, config: Config) -> dict[str, Tensor] | N
     return opened.rank_state() if same else None
 
 
-def _restore_own(own: Mapping[str, Tensor] | None, trainer: Trainer, processes: Processes) -> list[str]:
-    """Put back what is this rank's alone; what starts anew instead, in words."""
+def _restore_own(
+    own: Mapping[str, Tensor] | None, opened: OpenCheckpoint, trainer: Trainer, processes: Processes
+) -> list[str]:
+    """Put back what is this rank's alone; what starts anew or is lost instead, in words."""
     residuals = trainer.rank_tensors()
+    saved = any(name.startswith(RESIDUAL_PREFIX) for name in opened.rank_state_names())
     if own is None:
-        lost = ", residuals of error feedback" if residuals else ""
+        lost = ", residuals of error feedback" if saved or residuals else ""
         return [f"another layout: random states{lost} start anew (weights and data order do not need them)"]
     restore_rng(dict(own), processes.device)
+    if not residuals:
+        return ["residuals of error feedback are dropped: this run has none"] if saved else []
     fits = all(name in own and own[name].shape == tensor.shape for name, tensor in residuals.items())
-    if not fits:
+    if not fits or len(residuals) != sum(name.startswith(RESIDUAL_PREFIX) for name in own):
         return ["residuals of error feedback start anew"]
     for name, tensor in residuals.items():
         tensor.copy_(own[name])

@@ -1,4 +1,5 @@
-"""``exact`` reduction: the same bits under data parallelism, ZeRO and pipelines as in one process."""
+"""``exact`` reduction: the same bits under data parallelism, ZeRO and pipelines as in one process, and with
+matrices cut in parts as on the ranks of one copy of them."""
 
 from __future__ import annotations
 
@@ -24,6 +25,11 @@ EXACT = [
     "model.num_layers=4",
     "model.tie_embeddings=false",
 ]
+# Rows of 256 have blocks of 128, which a cut in two leaves whole.
+PARTS = [
+    *("parallel.tp=2", "model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=32"),
+    "model.ffn_hidden_size=256",
+]
 ROWS, WHOLE = ["parallel.zero=1"], ["parallel.zero=1", "parallel.zero_partition=whole_tensor"]
 INTERLEAVED = ["parallel.pipeline.schedule=interleaved_1f1b"]
 ZBV = ["parallel.pipeline.schedule=zbv"]
@@ -36,6 +42,10 @@ LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
     "pp2-dp2-rows": (4, 2, [*ROWS, *ZBV]),
     "pp2-dp4-whole": (8, 2, WHOLE),
     "pp4-dp2-rows": (8, 4, ROWS),
+    "tp2": (2, 1, PARTS),
+    "tp2-dp2": (4, 1, PARTS),
+    "tp2-dp2-rows": (4, 1, [*PARTS, *ROWS]),
+    "tp2-pp2-dp2-whole": (8, 2, [*PARTS, *WHOLE]),
 }
 
 
@@ -48,16 +58,17 @@ def train(
 ) -> list[float]:
     """Runs in the pool: losses; the final state is left in ``folder``."""
     _, pp, overrides = LAYOUTS[name]
-    processes = joined_processes(torch.device("cpu"), Layout(pp, 1, 1))
+    processes = joined_processes(torch.device("cpu"), Layout(pp, 1, 2 if PARTS[0] in overrides else 1))
     found, trainer = losses(exact_config(level, [f"parallel.pp={pp}", *overrides]), processes, STEPS)
     tensors, control = trainer.checkpoint_tensors(), processes.control
     save_checkpoint(folder, STEPS, tensors, meta={}, rank_state={}, group=control, keep_last=1)
     return found
 
 
-def loaded_alone(level: str, folder: Path) -> str:
+def loaded_alone(level: str, folder: Path, sizes: list[str] | None = None) -> str:
     """Digest of a checkpoint, read by one process."""
-    trainer = Trainer(exact_config(level, ["parallel.zero=none"]), alone(), vocab_size=VOCAB)
+    config = exact_config(level, ["parallel.zero=none", *(sizes or [])])
+    trainer = Trainer(config, alone(), vocab_size=VOCAB)
     load_checkpoint(folder / f"step_{STEPS:08d}", trainer.checkpoint_tensors(), group=None)
     return digest(trainer)
 
@@ -67,10 +78,8 @@ def loaded_alone(level: str, folder: Path) -> str:
     ("level", "names"),
     [
         ("O2", ["dp2-whole", "pp2-dp2-rows"]),
-        pytest.param("O2", list(LAYOUTS), marks=pytest.mark.slow),
-        pytest.param(
-            "O3", [n for n, (_, _, o) in LAYOUTS.items() if "zero" in str(o)], marks=pytest.mark.slow
-        ),
+        pytest.param("O2", [n for n in LAYOUTS if "tp" not in n], marks=pytest.mark.slow),
+        pytest.param("O3", ["dp2-whole", "dp4-rows", "pp2-dp2-rows", "pp4-dp2-rows"], marks=pytest.mark.slow),
     ],
     ids=["O2", "O2-all", "O3-all"],
 )
@@ -87,3 +96,27 @@ def test_the_same_bits_on_every_layout(gloo_pool, tmp_path: Path, level: str, na
         per_rank = gloo_pool.run(train, LAYOUTS[name][0], level, name, folder, timeout=300.0)
         assert per_rank == [expected] * len(per_rank), f"{name}: losses differ"
         assert loaded_alone(level, folder) == digest(trainer), f"{name}: the state differs"
+
+
+@pytest.mark.parametrize(
+    ("level", "names"),
+    [
+        ("O2", ["tp2-dp2-rows"]),
+        pytest.param("O2", ["tp2-dp2", "tp2-pp2-dp2-whole"], marks=pytest.mark.slow),
+        pytest.param("O3", ["tp2-dp2-rows", "tp2-pp2-dp2-whole"], marks=pytest.mark.slow),
+    ],
+    ids=["O2", "O2-all", "O3-all"],
+)
+def test_with_matrices_in_parts_other_ranks_change_no_bit(
+    gloo_pool, tmp_path: Path, level: str, names: list[str]
+) -> None:
+    """Partial sums of two tensor-parallel ranks round otherwise than one process: they are the reference."""
+    found, states = {}, {}
+    for name in ["tp2", *names]:
+        folder = tmp_path / name
+        per_rank = gloo_pool.run(train, LAYOUTS[name][0], level, name, folder, timeout=300.0)
+        assert all(one == per_rank[0] for one in per_rank), f"{name}: ranks disagree"
+        found[name], states[name] = per_rank[0], loaded_alone(level, folder, PARTS[1:])
+    for name in names:
+        assert found[name] == found["tp2"], f"{name}: losses differ"
+        assert states[name] == states["tp2"], f"{name}: the state differs"

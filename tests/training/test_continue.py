@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fp8train.checkpoint import CheckpointError, capture_rng, save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
@@ -211,6 +212,25 @@ def test_residuals_belong_to_a_layout(tmp_path: Path) -> None:
     anew, _, listener = go_on(path, other)
     assert "residuals of error feedback start anew" in listener.lines
     assert not any(bool(tensor.any()) for tensor in anew.rank_tensors().values())
+    _, _, listener = go_on(path, [*O2, "checkpoint.accept_changes=[precision]"])
+    assert "residuals of error feedback are dropped: this run has none" in listener.lines
+
+
+def save_in_pool(group: dist.ProcessGroup, rank: int, world_size: int, root: Path) -> Path:
+    """Runs in the pool: a checkpoint with residuals of two ranks."""
+    config, trainer, data = start(FEEDBACK, joined_processes(torch.device("cpu")))
+    train(trainer, data, 0, STEP)
+    assert trainer.rank_tensors()
+    return save(config, trainer, data, root)
+
+
+@pytest.mark.parametrize("overrides", [FEEDBACK, [*O2, "checkpoint.accept_changes=[precision]"]])
+def test_residuals_that_fewer_ranks_cannot_take_are_told(
+    gloo_pool, tmp_path: Path, overrides: list[str]
+) -> None:
+    path = gloo_pool.run(save_in_pool, 2, tmp_path)[0]
+    _, _, listener = go_on(path, overrides)
+    assert any("random states, residuals of error feedback start anew" in line for line in listener.lines)
 
 
 def test_weights_alone_start_a_new_run(run) -> None:

@@ -345,8 +345,8 @@ class GradientPlan:
         if changed:
             raise ValueError(
                 f"precision.gradient.fp8.reduce: {ours} gives the same bits only if what they depend on "
-                f"stays; restore {', '.join(changed)}; the number of ranks may change. To go on with other "
-                "bits, name them in checkpoint.accept_changes"
+                f"stays; restore {', '.join(changed)}; the number of data-parallel ranks and pipeline stages "
+                "may change. To go on with other bits, name them in checkpoint.accept_changes"
             )
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:

@@ -42,6 +42,9 @@ from fp8train.parallel.gradients.receivers import Member
 from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.zero import Partition
 
+RESIDUAL_PREFIX = "gradient_residual/"
+"""Of the names of residuals of error feedback, in checkpoints."""
+
 
 class BucketMaker(Protocol):
     """Decides the kind of bucket of each parameter, and makes them."""
@@ -305,7 +308,7 @@ class GradientStore:
         """What this rank alone knows from step to step: residuals of error feedback."""
         storages = [bucket.storage.storage for bucket in self._buckets]
         found = [s.residual for s in storages if isinstance(s, BlockStorage) and s.residual is not None]
-        return {f"gradient_residual/{i}": residual for i, residual in enumerate(found)}
+        return {f"{RESIDUAL_PREFIX}{i}": residual for i, residual in enumerate(found)}
 
     def reader(self, fqn: str) -> GradientReader:
         """The parameter's reduced gradient in pieces, for the optimizer; under ZeRO of this rank's rows."""
