@@ -5,7 +5,8 @@
     python tools/layouts.py --out runs/layouts --limit 24
 
 A configuration is a value for each factor below (tensor-, pipeline-, data-, context-parallel ranks, ZeRO
-and its partition, level, family, tied embeddings, schedule, recomputation, accumulation, carrier). All
+and its partition, level, gradient reduction, family, tied embeddings, schedule, recomputation, accumulation,
+carrier). All
 pairs of values that are legal together appear in some configuration; the array is built greedily from a
 fixed seed. Each is trained for a few steps and its losses are compared with those of one process, as are
 the FP8 codes that the GEMMs of the first step read. Tensor-parallel ranks round partial sums where one
@@ -55,13 +56,15 @@ FACTORS: dict[str, list[Any]] = {
     "cp": [1, 2],
     "zero": ["none", "rows", "whole_tensor"],
     "level": ["O0", "O1", "O2", "O3"],
+    "reduce": ["wide", "bf16", "exchange", "two_level", "shared_scale", "exact"],
     "compute": ["fp64", "fp32", "bf16"],
     "model": ["gpt-tied", "gpt-untied", "llama-tied", "llama-untied"],
     "schedule": ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"],
     "recompute": ["none", "selective", "full"],
     "micro_batches": [4, 8],
 }
-"""``micro_batches``: of a step on one rank without data parallelism."""
+"""``reduce``: of the FP8 plan's gradients; ``wide`` keeps them in high precision, ``two_level`` exchanges in
+nodes of two ranks first. ``micro_batches``: of a step on one rank without data parallelism."""
 Configuration = Mapping[str, Any]
 # Cut in 8 by tp 4 x cp 2. Rows of 512 are whole blocks of 128 when cut in 4. Llama's queries share keys.
 HEADS = {
@@ -89,11 +92,13 @@ class Bounds:
     def of(cls, c: Configuration) -> Bounds:
         """Of a configuration. FP64 and FP32 differ by the order of sums; every rounding to BF16 in another
         place than in one process may move the loss by 2^-9 in each step; and with FP8 gradients each rank
-        casts the gradients of its own samples, where one process casts their sum once. In FP32 too an
-        FP8 code may fall on the other side of its rounding boundary."""
+        casts the gradients of its own samples, where one process casts their sum once (``exact`` casts each
+        micro-batch's, but context-parallel ranks have parts of one). In FP32 too an FP8 code may fall on the
+        other side of its rounding boundary."""
         order = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-5}[c["compute"]]
         in_steps = STEPS * 2**-9
-        ranks_cast = c["compute"] != "fp64" and c["level"] != "O0" and c["dp"] * c["cp"] > 1
+        one_cast = c["reduce"] == "wide" or (c["reduce"] == "exact" and c["cp"] == 1)
+        ranks_cast = not one_cast and c["dp"] * c["cp"] > 1
         gradients = order
         if c["compute"] == "fp32" and c["level"] != "O0" and c["tp"] > 1:
             gradients = 1e-3
@@ -116,6 +121,10 @@ def legal(c: Configuration) -> bool:
         and (c["dp"] * c["cp"] > 1 or c["zero"] == "none")
         and c["micro_batches"] % c["dp"] == 0
         and not (c["level"] == "O3" and c["zero"] == "none" and c["dp"] * c["cp"] > 1)
+        and (c["level"] != "O0" or c["reduce"] == "wide")
+        and (c["dp"] * c["cp"] == 4 or c["reduce"] != "two_level")
+        # Both ends of a pipeline round their parts of a tied gradient.
+        and not (c["reduce"] == "exact" and c["pp"] > 1 and c["model"].endswith("-tied"))
         # One micro-batch for each pipeline rank, at least.
         and c["micro_batches"] // c["dp"] >= c["pp"]
     )
@@ -161,15 +170,17 @@ def to_config(c: Configuration, steps: int, *, parallel: bool) -> Config:
         f"model.tie_embeddings={str(tied == 'tied').lower()}",
         f"train.activation_checkpointing={c['recompute']}",
     ]
-    if c["compute"] == "fp64" and c["level"] != "O0":
-        # Equal to the last digit: integer sums, where they can be had; else nothing that rounds by rank.
-        exact = c["tp"] == 1 and c["cp"] == 1 and not (c["pp"] > 1 and tied == "tied")
+    if c["level"] != "O0":
+        reduce = "exchange" if c["reduce"] == "two_level" else c["reduce"]
         overrides += (
-            ["precision.gradient.fp8.reduce=exact", "run.threads=1"]
-            if exact
-            else ["precision.gradient.format=high_precision"]
+            ["precision.gradient.format=high_precision"]
+            if reduce == "wide"
+            else [f"precision.gradient.fp8.reduce={reduce}", "run.threads=1"]
         )
-        overrides += ["precision.traffic.grad_input=compute"]
+        if c["reduce"] == "two_level" and parallel:
+            overrides += ["precision.gradient.fp8.node_size=2"]
+        if c["compute"] == "fp64":  # equal to the last digit: nothing that rounds by rank
+            overrides += ["precision.traffic.grad_input=compute"]
     if parallel:
         overrides += [f"parallel.{axis}={c[axis]}" for axis in ("tp", "pp", "cp")]
         overrides += ["parallel.zero=" + ("none" if c["zero"] == "none" else "1")]

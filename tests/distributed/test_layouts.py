@@ -12,6 +12,7 @@ ONE: dict[str, Any] = {
     **{name: values[0] for name, values in FACTORS.items()},
     "compute": "bf16",
     "level": "O1",
+    "reduce": "exchange",
 }
 STEPS = 2
 CASES: dict[str, dict[str, Any]] = {
@@ -24,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tp": {"tp": 2, "level": "O3", "model": "llama-untied", "recompute": "selective"},
     "tp4": {"tp": 4, "level": "O2", "model": "gpt-tied"},
     # ... or of any process, where nothing is rounded.
-    "tp-fp64": {"tp": 2, "level": "O2", "compute": "fp64", "model": "llama-tied"},
+    "tp-fp64": {"tp": 2, "level": "O2", "compute": "fp64", "model": "llama-tied", "reduce": "exact"},
     "all": {"tp": 2, "pp": 2, "dp": 2, "zero": "rows", "level": "O3", "schedule": "interleaved_1f1b"},
 }
 
