@@ -29,19 +29,22 @@ def contradiction(
         given = {"weight": weight, "recorder": recorder, "arrived": arrived}
         useless = ", ".join(name for name, value in given.items() if value is not None)
         return f"multiplies in high precision, which has no use for {useless}" if useless else None
-    kind = FP8_WEIGHTS.get(plan.weight)
+    kind = FP8_WEIGHTS.get(plan.holding)
     if (weight is None) != (kind is None) or (kind is not None and not isinstance(weight, kind)):
         got = "no FP8 weight" if weight is None else f"a {type(weight).__name__}"
-        return f"has a plan with weight: {plan.weight}, but got {got}; use make_fp8_weight() with this plan"
+        return (
+            f"has a plan with a weight that is {plan.holding}, but got {got}; "
+            "use make_fp8_weight() with this plan"
+        )
     if weight is not None:
         if weight.quant != plan.quant or weight.shape != shape:
             return "got an FP8 weight of another plan or shape; use make_fp8_weight() with this plan"
         if (None if weight.site is None else weight.site[0]) is not recorder:
             return "got an FP8 weight whose statistics go to another recorder than those of x and grad_output"
-    if sink_slot is not None and plan.weight == "loaded":
+    if sink_slot is not None and plan.holding == "loaded":
         return "holds a loaded weight, which is for a model without backward, but got a gradient sink"
-    if arrived is not None and plan.weight != "resident":
-        return f"waits for rows from other ranks, but they send rows of resident weights, not {plan.weight}"
+    if arrived is not None and plan.holding != "resident":
+        return f"waits for rows from other ranks, but they send rows of resident weights, not {plan.holding}"
     return None
 
 

@@ -141,11 +141,11 @@ class Linear(nn.Module):
             ValueError: the weight is to be resident, but the plan keeps it in BF16 for backward, or gives its
                 rows or blocks scales of their own.
         """
-        if plan.weight == "in_forward":
+        if plan.holding == "in_forward":
             return None
         slots = slots_by_use(self.name, plan, scale_state, record=True)
         site = None if recorder is None else (recorder, f"{self.name}/w")
-        kind, weight = FP8_WEIGHTS[plan.weight], self.weight
+        kind, weight = FP8_WEIGHTS[plan.holding], self.weight
         return kind(plan.quant, weight.shape, weight.device, wire=self.wire, slots=slots, site=site)
 
     def connect(
@@ -197,7 +197,7 @@ class Linear(nn.Module):
     @property
     def casts_in_forward(self) -> bool:
         """Whether every forward casts the weight, times factors per column."""
-        return self.plan is not None and self.plan.weight == "in_forward"
+        return self.plan is not None and self.plan.holding == "in_forward"
 
     @property
     def fp8_weight_is_resident(self) -> bool:

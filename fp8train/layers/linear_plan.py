@@ -35,7 +35,7 @@ class Fp8Plan:
 
     quant: LinearQuant
     backend: GemmBackend
-    weight: Holding = "cached"
+    holding: Holding = "cached"
 
 
 def scale_slots(name: str, plan: Fp8Plan) -> dict[str, QuantSpec]:
