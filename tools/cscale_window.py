@@ -194,7 +194,8 @@ def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.devic
     parameters = dict(model.named_parameters())
     opened = open_checkpoint(checkpoint, group=None, verify="size")
     master = state_format(config.precision.state.master)
-    masters = MasterWeights(parameters, model.specs, master, opened.tensors)
+    stored = as_trained(config, vocab_size)  # the plan decides in which format a master is stored
+    masters = MasterWeights(parameters, stored.specs, master, opened.tensors)
     opened.read(masters.state_tensors())
     for fqn, parameter in parameters.items():
         parameter.copy_(masters.values(fqn))
