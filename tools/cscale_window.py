@@ -27,6 +27,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ from fp8train.config.errors import UserError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
 from fp8train.inference.load import resolve_checkpoint
+from fp8train.inference.weights import as_trained
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.linear import Fp8Plan
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model
+from fp8train.models.decoder import Decoder
 from fp8train.numerics.formats import E4M3
 from fp8train.numerics.quant_spec import MAX_CONSTANT, LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
@@ -65,7 +68,8 @@ class Evaluator:
     Attributes:
         checkpoint: its directory.
         step: optimizer steps of training.
-        linears: those that FP8 covers, by module path.
+        model: in high precision, with the checkpoint's weights.
+        linears: those of it that FP8 covers, by module path.
         tokens: target tokens of an evaluation; 0 before the first.
     """
 
@@ -81,21 +85,24 @@ class Evaluator:
             self.backend = choose_gemm_backend(device, COMPUTE_DTYPES[self.config.precision.compute])
         except ValueError as error:  # the device cannot multiply in FP8
             raise UserError(str(error)) from None
-        self.built, self.step = _load(self.checkpoint, self.config, int(meta["vocab_size"]), device)
-        linears, fp8 = self.built.model.linears(), self.built.fp8
-        self.linears = {path: linears[path] for path in (linears if fp8 is None else fp8.converted)}
+        self.vocab_size = int(meta["vocab_size"])
+        self.model, self.step = _load(self.checkpoint, self.config, self.vocab_size, device)
+        specs, fp8 = as_trained(self.config, self.vocab_size).specs, self.config.precision.gemm.fp8
+        self.linears = {
+            path: linear
+            for path, linear in self.model.linears().items()
+            if specs[f"{path}.weight"].in_fp8_plan or not fp8
+        }
         self.tokens = 0
 
-    def loss(self, quant: LinearQuant | None) -> float:
-        """Mean nats per token with all linears quantised by ``quant``; None: in high precision."""
-        for linear in self.linears.values():
-            linear.use_fp8(Fp8Plan(quant or LinearQuant(), self.backend))
-            if quant is None:
-                linear.plan = None
+    def loss(self, quant: LinearQuant | None, recorder: CastRecorder | None = None) -> float:
+        """Mean nats per token with all linears quantised by ``quant``; None: in high precision. ``recorder``:
+        for statistics of the casts."""
+        model = self.model if quant is None else self._quantised(quant, recorder)
         ignore_after = self.data.eod_id if self.config.data.mask_end_of_document else None
         assert self.data.valid is not None
         result = evaluate(
-            self._summed_loss,
+            partial(self._summed_loss, model),
             self.data.valid,
             num_batches=self.batches,
             processes=Processes(self.device, 1, 0, alone(), None),
@@ -105,20 +112,35 @@ class Evaluator:
         self.tokens = result.tokens
         return result.loss
 
-    def _summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _quantised(self, quant: LinearQuant, recorder: CastRecorder | None) -> Decoder:
+        """A model of the same weights that runs like this: linears are connected once, so each plan has its
+        own."""
+        built = _build(self.config, self.vocab_size, self.device, fp8=self.config.precision.gemm.fp8)
+        for path, linear in built.model.linears().items():
+            if path not in self.linears:
+                continue
+            holding = "cached" if built.fp8 is None else built.fp8.plans[path].holding
+            plan = Fp8Plan(quant, self.backend, holding)
+            weight = linear.make_fp8_weight(plan, scale_state=None, recorder=recorder)
+            linear.connect(plan=plan, weight=weight, recorder=recorder)
+        own = dict(self.model.named_parameters())
+        for fqn, parameter in built.model.named_parameters():
+            parameter.copy_(own[fqn])
+        return built.model
+
+    def _summed_loss(self, model: Decoder, inputs: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for x, y in zip(inputs, targets, strict=True):
-            total += self.built.model(x, y)
+            total += model(x, y)
         return total
 
     def amax_loss(self) -> tuple[float, dict[str, dict[str, float]]]:
         """Loss with a scale per tensor, and the statistics of the last micro-batch's casts by site."""
         sites = [f"{path}/{operand}" for path in self.linears for operand in ("x", "w", "grad_output")]
         recorder = CastRecorder(sites, self.device)
-        for linear in self.linears.values():
-            linear.recorder = recorder
         recorder.active = True
-        loss = self.loss(LinearQuant())
+        loss = self.loss(LinearQuant(), recorder)
         recorder.active = False
         return loss, recorder.collect()
 
@@ -156,21 +178,28 @@ def _open(config: Config, vocab_size: int, prefix: str | None) -> Data:
     return data
 
 
-@torch.no_grad()
-def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.device) -> tuple[BuiltModel, int]:
-    """The model with its master weights rounded to the compute type, and its step."""
-    precision = config.precision.model_copy(update={"weights": "compute"})
+def _build(config: Config, vocab_size: int, device: torch.device, *, fp8: bool) -> BuiltModel:
+    """The model without values; with ``fp8`` the run's FP8 plan is made."""
+    gemm = config.precision.gemm.model_copy(update={"fp8": fp8})
+    precision = config.precision.model_copy(update={"weights": "compute", "gemm": gemm})
     train = config.train.model_copy(update={"compile": "off", "activation_checkpointing": "none"})
     plain = config.model_copy(update={"precision": precision, "train": train})
-    built = build_model(plain, vocab_size=vocab_size, device=device)
-    parameters = dict(built.model.named_parameters())
+    return build_model(plain, vocab_size=vocab_size, device=device)
+
+
+@torch.no_grad()
+def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.device) -> tuple[Decoder, int]:
+    """The model in high precision with its master weights rounded to the compute type, and its step."""
+    model = _build(config, vocab_size, device, fp8=False).model
+    parameters = dict(model.named_parameters())
     opened = open_checkpoint(checkpoint, group=None, verify="size")
     master = state_format(config.precision.state.master)
-    masters = MasterWeights(parameters, built.model.specs, master, opened.tensors)
+    stored = as_trained(config, vocab_size)  # the plan decides in which format a master is stored
+    masters = MasterWeights(parameters, stored.specs, master, opened.tensors)
     opened.read(masters.state_tensors())
     for fqn, parameter in parameters.items():
         parameter.copy_(masters.values(fqn))
-    return built, opened.manifest.step
+    return model, opened.manifest.step
 
 
 def constant_quant(exponent: int, operands: str) -> LinearQuant:

@@ -114,14 +114,16 @@ def plan_export(run: TrainedRun, name: FormatName) -> Export:
             f"{architecture.name} has other ones (Conv1D, or q, k, v whose rows engines reorder); write bf16"
         )
     maps = tuple(architecture.tensors(model))
-    linears = masters.decoder.linears()
+    specs = masters.decoder.specs
     fp8 = run.config.precision.gemm.fp8
     export = Export(run, architecture, maps, masters, Multipliers(masters.decoder), ExportFormat("bf16"))
     chosen = choose_format(
         name,
         maps,
         export.shapes,
-        planned={path for path, linear in linears.items() if not fp8 or linear.plan is not None},
+        planned={
+            path for path in masters.decoder.linears() if not fp8 or specs[f"{path}.weight"].in_fp8_plan
+        },
     )
     return Export(run, architecture, maps, masters, export.multipliers, chosen)
 

@@ -29,9 +29,10 @@ from torch import Tensor
 from fp8train.checkpoint import open_checkpoint
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend
-from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, make_scale_state, outline
+from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, outline
+from fp8train.models.connect import Fp8Parts, connect_linears, make_fp8_parts
 from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import apply_fp8_plan
+from fp8train.models.fp8_plan import plan_fp8
 from fp8train.optim.from_config import state_format
 from fp8train.optim.master_weights import MasterWeights
 
@@ -47,7 +48,7 @@ def inference_config(config: Config, numerics: Numerics) -> Config:
     """
     # Every generated token has another length, and nothing is kept for backward: neither setting would help.
     train = config.train.model_copy(update={"compile": "off", "activation_checkpointing": "none"})
-    precision = config.precision.model_copy(update={"weights": "compute"})  # FP8 copies: see fill()
+    precision = config.precision
     if numerics == "bf16":
         gemm = precision.gemm.model_copy(update={"fp8": False})
         precision = precision.model_copy(update={"compute": "bf16", "gemm": gemm})
@@ -70,8 +71,12 @@ def build_trained(
         CheckpointError: the files are not those of this model.
         ValueError: the device cannot multiply in FP8.
     """
-    built = build_model(inference_config(config, numerics), vocab_size=vocab_size, device=device)
-    _fill(built.model, config, checkpoint, vocab_size)
+    built = build_model(
+        inference_config(config, numerics), vocab_size=vocab_size, device=device, forward_only=True
+    )
+    parts = make_fp8_parts(built)
+    connect_linears(built, parts)
+    _fill(built.model, parts, config, checkpoint, vocab_size)
     built.model.requires_grad_(False)
     return built
 
@@ -81,9 +86,9 @@ def as_trained(config: Config, vocab_size: int) -> Decoder:
     checkpoint stores what."""
     model = outline(config, vocab_size)
     if config.precision.gemm.fp8:
-        report = apply_fp8_plan(
+        report = plan_fp8(
             model.linears(),
-            config.precision.gemm,
+            config.precision,
             GemmBackend("decode", "never multiplies"),
             num_layers=config.model.num_layers,
         )
@@ -93,9 +98,9 @@ def as_trained(config: Config, vocab_size: int) -> Decoder:
 
 
 @torch.no_grad()
-def _fill(model: Decoder, config: Config, checkpoint: Path, vocab_size: int) -> None:
-    """Read master weights and scale state, and write the weights: rounded, and cast to FP8 where ``model``
-    multiplies in FP8."""
+def _fill(model: Decoder, parts: Fp8Parts, config: Config, checkpoint: Path, vocab_size: int) -> None:
+    """Read master weights and scale state, then write the weights: rounded, and cast to FP8 where they exist
+    in FP8 alone."""
     stored = as_trained(config, vocab_size)
     opened = open_checkpoint(checkpoint, group=None, verify="size")
     masters = MasterWeights(
@@ -104,21 +109,15 @@ def _fill(model: Decoder, config: Config, checkpoint: Path, vocab_size: int) -> 
         state_format(config.precision.state.master),
         opened.tensors,
     )
-    parameters = dict(model.named_parameters())
-    device = next(iter(parameters.values())).device
-    scales = make_scale_state(model, device)  # before any weight is cast
-    tensors: dict[str, Tensor] = masters.state_tensors() | ({} if scales is None else scales.state_tensors())
+    scales = {} if parts.scales is None else parts.scales.state_tensors()
+    tensors: dict[str, Tensor] = masters.state_tensors() | scales
     opened.read(tensors)
-    planned = {f"{path}.weight": linear for path, linear in model.linears().items() if linear.plan}
-    compute = COMPUTE_DTYPES[config.precision.compute]
-    for fqn, parameter in parameters.items():
+    loaded = parts.loaded
+    for fqn, parameter in model.named_parameters():
         values = masters.values(fqn)
-        if fqn not in planned:
+        if fqn not in loaded:
             parameter.copy_(values)
             continue
         if config.precision.weights == "compute":
-            values = values.to(compute)
-        if planned[fqn].casts_in_forward:
-            parameter.copy_(values)
-            continue
-        planned[fqn].load_fp8_weight(values.to(device))
+            values = values.to(COMPUTE_DTYPES[config.precision.compute])
+        loaded[fqn].load(values.to(parameter.device))

@@ -15,11 +15,12 @@ from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.matmul import scaled_dot_product_attention
 from fp8train.layers.factors import Factors, scale_backward, scale_forward
-from fp8train.layers.linear import Linear
+from fp8train.layers.linear import Alphas, Linear
 from fp8train.layers.qkv import split_heads
 from fp8train.layers.wire import wire
 
 _NONE = Factors()
+_STANDARD = Alphas()
 
 
 class KVCache:
@@ -74,10 +75,14 @@ class Attention(nn.Module):
         factors: Factors = _NONE,
         qk_norm: tuple[nn.Module, nn.Module] | None = None,
         in_fp32: bool = False,
+        name: str = "attention",
+        qkv_alphas: Alphas = _STANDARD,
+        out_alphas: Alphas = _STANDARD,
     ) -> None:
         """``recompute(fn, *args)`` runs ``fn`` under activation checkpointing; None keeps activations.
         Numbers of heads are the model's; with ``parallel`` this rank gets its share. ``context``: ranks with
-        the other tokens of each sequence."""
+        the other tokens of each sequence. ``name``: path in the model; ``qkv_alphas`` and ``out_alphas``: the
+        linears' multipliers."""
         super().__init__()
         ways = 1 if parallel is None else parallel.size
         assert num_heads % ways == 0 and num_kv_heads % ways == 0, f"{num_heads}/{num_kv_heads} heads, {ways}"
@@ -95,6 +100,8 @@ class Attention(nn.Module):
             bias=bias,
             dtype=dtype,
             device=device,
+            name=f"{name}.qkv",
+            alphas=qkv_alphas,
             wire=wire("column", parallel),
         )
         self.out = Linear(
@@ -103,6 +110,8 @@ class Attention(nn.Module):
             bias=bias,
             dtype=dtype,
             device=device,
+            name=f"{name}.out",
+            alphas=out_alphas,
             wire=wire("row", parallel),
         )
 

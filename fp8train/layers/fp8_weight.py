@@ -19,14 +19,14 @@ evaluation came across the new weight first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fp8train.layers.fp8_operand import Operand, aligned, cropped, quantize_operand
-from fp8train.layers.wire import UNSPLIT
+from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, uncast
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
@@ -39,25 +39,32 @@ _CONTRACTED = {"output.w": 1, "grad_input.w": 0}
 
 
 class Fp8Weight:
-    """What both kinds have in common.
+    """What all kinds have in common.
 
     Attributes:
+        quant: how the linear's operands are quantised.
+        shape: [N, K] of the weight.
+        site: where cast statistics go, and under which name; None keeps none.
         forward: operand of the output GEMM, [N, K] padded; None before the first cast.
         backward: operand of the grad_input GEMM; None where backward casts the high-precision weight.
-        slots: ``{use: slot}`` of the delayed ones among ``output.w`` and ``grad_input.w``.
-        recorder: where cast statistics go, and under which name; None keeps none.
-        wire: how the weight is cut, and so with whom to agree on scales.
-        ready: waits until other ranks' rows of a new weight have arrived; None if none are awaited.
     """
 
-    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
-        self.quant, self.shape = quant, shape
+    def __init__(
+        self,
+        quant: LinearQuant,
+        shape: torch.Size,
+        device: torch.device,
+        *,
+        wire: Wire = UNSPLIT,
+        slots: Mapping[str, ScaleSlot] | None = None,
+        site: tuple[CastRecorder, str] | None = None,
+    ) -> None:
+        """Args: ``wire``: how the weight is cut, and so with whom to agree on scales; ``slots``: ``{use:
+        slot}`` of at least the delayed ones among the copies' uses, with running maxima."""
+        self.quant, self.shape, self.site = quant, shape, site
         self.forward: Operand | None = None
         self.backward: Operand | None = None
-        self.slots: Mapping[str, ScaleSlot] = {}
-        self.recorder: tuple[CastRecorder, str] | None = None
-        self.wire = UNSPLIT
-        self.ready: Callable[[], None] | None = None
+        self._wire, self._slots = wire, dict(slots or {})
         self._amax = torch.zeros((), device=device)
 
     def _uses(self) -> dict[str, QuantSpec]:
@@ -68,7 +75,7 @@ class Fp8Weight:
         )
 
     def _delayed_scale(self, use: str, spec: QuantSpec) -> Tensor | None:
-        return self.slots[use].scale if spec.scale_source == "delayed" else None
+        return self._slots[use].scale if spec.scale_source == "delayed" else None
 
     @property
     def nbytes(self) -> int:
@@ -80,14 +87,12 @@ class Fp8Weight:
         """Tell the weight's delayed scales its amax; for training forwards while amaxes are recorded."""
         for use, spec in self._uses().items():
             if spec.scale_source == "delayed":
-                running = self.slots[use].amax
+                running = self._slots[use].amax
                 assert running is not None
                 record_amax(self._amax, running)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The values that the output GEMM multiplies: [N, K]."""
-        if self.ready is not None:
-            self.ready()
         assert self.forward is not None, "the FP8 weight was not written yet"
         payload, scale_inv = self.forward
         payload, scale_inv = cropped((payload, scale_inv), *self.shape)
@@ -95,17 +100,15 @@ class Fp8Weight:
 
     def _active_row(self) -> Tensor | None:
         """Where this step's statistics go; None if it is not sampled."""
-        if self.recorder is None or not self.recorder[0].active:
+        if self.site is None or not self.site[0].active:
             return None
-        return self.recorder[0].row(self.recorder[1])
+        return self.site[0].row(self.site[1])
 
 
 class CachedFp8Weight(Fp8Weight):
     """Copies of a weight that the layer holds in the compute dtype."""
 
-    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
-        super().__init__(quant, shape, device)
-        self._key: tuple[int, int] | None = None
+    _key: tuple[int, int] | None = None
 
     def forget(self) -> None:
         """Cast again at the next :meth:`refresh`."""
@@ -123,7 +126,7 @@ class CachedFp8Weight(Fp8Weight):
             slot = None if scale is None else ScaleSlot(scale, self._amax)
             row = self._active_row() if use == "output.w" else None
             contracted = _CONTRACTED[use]
-            agree = self.wire.agreement("w", spec, contracted)
+            agree = self._wire.agreement("w", spec, contracted)
             copies[use] = quantize_operand(weight, spec, slot, row, agree, contracted=contracted)
         self.forward = copies["output.w"]
         self.backward = None if self.quant.keep_w == "bf16" else copies.get("grad_input.w", self.forward)
@@ -170,7 +173,16 @@ class _Copy:
 class ResidentFp8Weight(Fp8Weight):
     """The only copies of a weight. The optimizer writes them: ``begin``, ``write`` each piece, ``end``."""
 
-    def __init__(self, quant: LinearQuant, shape: torch.Size, device: torch.device) -> None:
+    def __init__(
+        self,
+        quant: LinearQuant,
+        shape: torch.Size,
+        device: torch.device,
+        *,
+        wire: Wire = UNSPLIT,
+        slots: Mapping[str, ScaleSlot] | None = None,
+        site: tuple[CastRecorder, str] | None = None,
+    ) -> None:
         """Allocates the payloads.
 
         Raises:
@@ -182,7 +194,7 @@ class ResidentFp8Weight(Fp8Weight):
                 "precision.gemm.keep_w: bf16 keeps a high-precision weight for backward, "
                 "but this weight is resident in FP8; use same, requantise or second_copy"
             )
-        super().__init__(quant, shape, device)
+        super().__init__(quant, shape, device, wire=wire, slots=slots, site=site)
         for use, spec in self._uses().items():
             if spec.granularity != "tensor" or spec.scale_source == "mse":
                 raise ValueError(
@@ -270,6 +282,14 @@ class ResidentFp8Weight(Fp8Weight):
             copy.scale_inv = copy.scale_inv.to(device)
         if self.forward is not None:
             self.end()
+
+
+FP8_WEIGHTS: Mapping[str, type[Fp8Weight]] = {
+    "cached": CachedFp8Weight,
+    "resident": ResidentFp8Weight,
+    "loaded": LoadedFp8Weight,
+}
+"""The kind for each way of having a weight (:data:`fp8train.layers.linear_plan.Holding`) that has copies."""
 
 
 def _store(payload: Tensor, columns: int, start: int, codes: Tensor) -> None:

@@ -7,8 +7,8 @@ With input x [.., K], weight w [N, K] and incoming gradient grad_output [.., N]:
     grad_weight = alpha_grad_weight · grad_output.T @ x   [N, K]
 
 In FP8 the operands are quantised as the layer's plan says (:mod:`fp8train.layers.fp8_linear`), the weight
-once per optimizer step and not once per micro-batch. It can even exist in FP8 alone
-(:meth:`Linear.hold_fp8_weight`).
+once per optimizer step and not once per micro-batch. It can even exist in FP8 alone. What a linear of a model
+runs with is handed to it once (:meth:`Linear.connect`, called by :mod:`fp8train.models.connect`).
 
 The weight gradient does not go to ``.grad`` but to a :class:`~fp8train.numerics.grad_sink.GradSink`, through
 an operator that lets the sink decide when to multiply (:mod:`fp8train.layers.grad_weight_op`). Without a sink
@@ -17,22 +17,28 @@ an operator that lets the sink decide when to multiply (:mod:`fp8train.layers.gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp8train.kernels.matmul import matmul
+from fp8train.layers.connection import cast_slots, contradiction, slots_by_use
 from fp8train.layers.factors import scale_backward
 from fp8train.layers.fp8_linear import CastSlots, StatisticsRows, fp8_linear
 from fp8train.layers.fp8_operand import Operand
-from fp8train.layers.fp8_weight import CachedFp8Weight, Fp8Weight, LoadedFp8Weight, ResidentFp8Weight
+from fp8train.layers.fp8_weight import (
+    FP8_WEIGHTS,
+    CachedFp8Weight,
+    Fp8Weight,
+    LoadedFp8Weight,
+    ResidentFp8Weight,
+)
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
 from fp8train.layers.wire import UNSPLIT, Wire
-from fp8train.numerics.quant_spec import QuantSpec
-from fp8train.numerics.scale_state import ScaleSlot, ScaleState
+from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
 
 __all__ = ["Alphas", "Fp8Plan", "Linear", "SinkSlot"]
@@ -77,18 +83,19 @@ class _HighPrecisionLinear(torch.autograd.Function):
 class Linear(nn.Module):
     """``y = alpha_output · x @ weight.T + bias``.
 
+    As it is constructed it multiplies in high precision and returns its weight gradient to autograd.
+    Everything else is decided before its first use, in one call: :meth:`connect`.
+
     Attributes:
-        weight: [out_features, in_features] in the compute dtype. Without values of its own once
-            :meth:`hold_fp8_weight` was called.
+        name: its path in the model; scale slots and statistics are named after it.
+        weight: [out_features, in_features] in the compute dtype. Without values of its own if it exists in
+            FP8 alone.
         bias: [out_features] or None.
         alphas: multipliers of the three GEMMs.
-        plan: None in high precision, else how the GEMMs run in FP8. Set by :meth:`use_fp8`.
-        sink_slot: where weight gradients go; None returns them to autograd.
         wire: how the weight is cut over tensor-parallel ranks, and what travels for it. ``in_features``,
             ``out_features`` and ``weight`` are this rank's.
-        recorder: where cast statistics go; None keeps none. Set it after ``name``.
-        casts_in_forward: cast the weight in every forward, times factors per column. Set by
-            :meth:`cast_weight_in_forward`.
+        plan: None in high precision, else how the GEMMs run in FP8.
+        sink_slot: where weight gradients go; None returns them to autograd.
         leaves_fp8: multiply in the compute type for now although there is a plan; needs ``weight`` with
             values, and no delayed scales, whose history would have a hole.
     """
@@ -101,35 +108,96 @@ class Linear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        name: str = "linear",
         alphas: Alphas = _STANDARD,
         wire: Wire = UNSPLIT,
     ) -> None:
         super().__init__()
-        self.wire = wire
+        self.name, self.alphas, self.wire = name, alphas, wire
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.alphas = alphas
-        self.name = "linear"
         self.plan: Fp8Plan | None = None
         self.leaves_fp8 = False
-        self.casts_in_forward = False
         self.sink_slot: SinkSlot | None = None
+        self._connected = False
         self._recorder: CastRecorder | None = None
         self._scale_state: ScaleState | None = None
         self._fp8_weight: Fp8Weight | None = None
+        self._arrived: Callable[[], None] | None = None
         self._rows = StatisticsRows()
         self._slots = self._recording_slots = CastSlots()
 
-    @property
-    def recorder(self) -> CastRecorder | None:
-        """Where cast statistics go."""
-        return self._recorder
+    def make_fp8_weight(
+        self, plan: Fp8Plan, *, scale_state: ScaleState | None, recorder: CastRecorder | None
+    ) -> Fp8Weight | None:
+        """The FP8 copies for :meth:`connect`, which come first because optimizer and ZeRO write into their
+        memory. Changes nothing here. None if the plan casts the weight in forward.
 
-    @recorder.setter
-    def recorder(self, recorder: CastRecorder | None) -> None:
-        self._recorder = recorder
-        self._connect()
+        Args:
+            plan: as for :meth:`connect`, and so are the others.
+
+        Raises:
+            ValueError: the weight is to be resident, but the plan keeps it in BF16 for backward, or gives its
+                rows or blocks scales of their own.
+        """
+        if plan.holding == "in_forward":
+            return None
+        slots = slots_by_use(self.name, plan, scale_state, record=True)
+        site = None if recorder is None else (recorder, f"{self.name}/w")
+        kind, weight = FP8_WEIGHTS[plan.holding], self.weight
+        return kind(plan.quant, weight.shape, weight.device, wire=self.wire, slots=slots, site=site)
+
+    def connect(
+        self,
+        *,
+        plan: Fp8Plan | None = None,
+        weight: Fp8Weight | None = None,
+        scale_state: ScaleState | None = None,
+        recorder: CastRecorder | None = None,
+        sink_slot: SinkSlot | None = None,
+        arrived: Callable[[], None] | None = None,
+    ) -> None:
+        """Say how the layer runs and what it is connected to: once, before its first forward.
+
+        A weight that exists in FP8 alone drops its values here. The parameter keeps its name, shape, dtype
+        and ``requires_grad``, so gradients and optimizer find it, but all its elements are one stored NaN:
+        reading it by mistake poisons the result, copying into it raises. :meth:`dequantized_weight` gives the
+        values. Nothing can run before the first weight is written.
+
+        Args:
+            plan: all three GEMMs run in FP8, like this; None: in high precision.
+            weight: the FP8 copies, from :meth:`make_fp8_weight` with the same plan, scale state and recorder.
+            scale_state: has the slots of the plan's delayed casts
+                (:func:`~fp8train.layers.linear_plan.scale_slots`); None without any.
+            recorder: where statistics of casts go; None keeps none.
+            sink_slot: where weight gradients go; None returns them to autograd.
+            arrived: waits until all rows of a new resident weight are here, where other ranks write some.
+        """
+        assert not self._connected, f"{self.name} is connected already; a linear is connected once"
+        problem = contradiction(plan, weight, self.weight.shape, recorder, sink_slot, arrived)
+        assert problem is None, f"{self.name} {problem}"
+        quiet, recording = (slots_by_use(self.name, plan, scale_state, record=r) for r in (False, True))
+        self._connected = True
+        self.plan, self.sink_slot = plan, sink_slot
+        self._fp8_weight, self._arrived = weight, arrived
+        self._scale_state, self._recorder = scale_state, recorder
+        if self.fp8_weight_is_resident:
+            self._drop_values()
+        # Forward passes rows and slots as tensors. By its name each linear would get a compiled graph of its
+        # own.
+        self._slots, self._recording_slots = cast_slots(quiet), cast_slots(recording)
+        if recorder is not None:
+            self._rows = StatisticsRows(
+                recorder.row(f"{self.name}/x"),
+                recorder.row(f"{self.name}/grad_output"),
+                recorder.row(f"{self.name}/w") if self.casts_in_forward else None,
+            )
+
+    @property
+    def casts_in_forward(self) -> bool:
+        """Whether every forward casts the weight, times factors per column."""
+        return self.plan is not None and self.plan.holding == "in_forward"
 
     @property
     def fp8_weight_is_resident(self) -> bool:
@@ -155,98 +223,15 @@ class Linear(nn.Module):
     def _w_backward(self) -> Operand | None:
         return None if self._fp8_weight is None else self._fp8_weight.backward
 
-    def use_fp8(self, plan: Fp8Plan) -> None:
-        """Run all three GEMMs in FP8 from now on; delayed scales need :meth:`use_scale_state` too."""
-        assert not self.fp8_weight_is_resident, (
-            f"{self.name}: its weight exists in FP8 as another plan made it"
-        )
-        self.plan = plan
-        self._fp8_weight = CachedFp8Weight(plan.quant, self.weight.shape, self.weight.device)
-        self._fp8_weight.wire = self.wire
-        self._connect()
-
-    def cast_weight_in_forward(self) -> None:
-        """Cast the weight in every forward from now on, multiplied by that call's ``columns``, and keep no
-        FP8 copy beyond backward."""
-        assert self.plan is not None and not self.fp8_weight_is_resident, f"{self.name}: call use_fp8() first"
-        self.casts_in_forward, self._fp8_weight = True, None
-        self._connect()
-
     @property
     def weight_bytes(self) -> int:
         """What the weight takes as the GEMMs read it: the parameter's values, and its FP8 copies."""
         own = 0 if self.fp8_weight_is_resident else self.weight.nbytes
         return own + (0 if self._fp8_weight is None else self._fp8_weight.nbytes)
 
-    def scale_slots(self) -> dict[str, QuantSpec]:
-        """``{slot name: spec}`` of the delayed casts, ``{self.name}/{use}``: what a
-        :class:`~fp8train.numerics.scale_state.ScaleState` is made of."""
-        casts = {} if self.plan is None else self.plan.quant.casts()
-        return {f"{self.name}/{use}": spec for use, spec in casts.items() if spec.scale_source == "delayed"}
-
-    def use_scale_state(self, state: ScaleState) -> None:
-        """Take delayed scales from ``state``, which has the slots of :meth:`scale_slots`."""
-        self._scale_state = state
-        if isinstance(self._fp8_weight, CachedFp8Weight):
-            self._fp8_weight.forget()
-        self._connect()
-
-    def hold_fp8_weight(self) -> ResidentFp8Weight:
-        """Keep the weight in FP8 alone from now on: drop its values, allocate the FP8 copies.
-
-        ``weight`` keeps its name, shape, dtype and ``requires_grad``, so gradients and optimizer find it, but
-        all its elements are one stored NaN: reading it by mistake poisons the result, copying into it raises.
-        :meth:`dequantized_weight` gives the values. Nothing can run before the first weight is written.
-
-        Returns:
-            what the optimizer writes new weights to.
-
-        Raises:
-            ValueError: the plan keeps the weight in BF16 for backward, or gives its rows or blocks scales of
-                their own.
-        """
-        assert self.plan is not None, f"{self.name}: call use_fp8() first"
-        resident = ResidentFp8Weight(self.plan.quant, self.weight.shape, self.weight.device)
-        self._fp8_weight = resident
-        self._drop_values()
-        self._connect()
-        return resident
-
-    def load_fp8_weight(self, values: Tensor) -> None:
-        """For a model that only runs forward: cast ``values`` [out_features, in_features] once and keep
-        nothing else, as :meth:`hold_fp8_weight`. Needs the scale state first where scales are delayed."""
-        assert self.plan is not None, f"{self.name}: call use_fp8() first"
-        loaded = LoadedFp8Weight(self.plan.quant, self.weight.shape, self.weight.device)
-        self._fp8_weight = loaded
-        self._drop_values()
-        self._connect()
-        loaded.load(values)
-
     def _drop_values(self) -> None:
         one = torch.full((1, 1), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
         self.weight.data = one.expand(self.weight.shape)
-
-    def _connect(self) -> None:
-        """Look up statistics rows and scale slots: forward passes them as tensors. By its name each linear
-        would get a compiled graph of its own."""
-        recorder, state, weight = self._recorder, self._scale_state, self._fp8_weight
-        if recorder is not None:
-            self._rows = StatisticsRows(
-                recorder.row(f"{self.name}/x"),
-                recorder.row(f"{self.name}/grad_output"),
-                recorder.row(f"{self.name}/w") if self.casts_in_forward else None,
-            )
-        if weight is not None:
-            weight.recorder = None if recorder is None else (recorder, f"{self.name}/w")
-        if state is None:
-            return
-        uses = [name.removeprefix(f"{self.name}/") for name in self.scale_slots()]
-        quiet, recording = (
-            {use: state.slot(f"{self.name}/{use}", record=record) for use in uses} for record in (False, True)
-        )
-        self._slots, self._recording_slots = _cast_slots(quiet), _cast_slots(recording)
-        if weight is not None:
-            weight.slots = recording
 
     @torch.no_grad()
     def quantize_weight(self) -> None:
@@ -254,9 +239,6 @@ class Linear(nn.Module):
 
         The model calls it before its blocks run.
         """
-        assert self._scale_state is not None or not self.scale_slots(), (
-            f"{self.name} has delayed scales but no scale state; call use_scale_state()"
-        )
         if isinstance(self._fp8_weight, CachedFp8Weight):
             self._fp8_weight.refresh(self.weight)
         if self._fp8_weight is not None and self._scale_state is not None and self._scale_state.active:
@@ -264,8 +246,8 @@ class Linear(nn.Module):
 
     def await_weight(self) -> None:
         """Wait until all of a new FP8 weight has arrived from the ranks that keep its master."""
-        if self._fp8_weight is not None and self._fp8_weight.ready is not None:
-            self._fp8_weight.ready()
+        if self._arrived is not None:
+            self._arrived()
 
     @torch.no_grad()
     def record_weight(self) -> None:
@@ -287,6 +269,7 @@ class Linear(nn.Module):
         if self._fp8_weight is None:
             return self.weight.detach().to(dtype or self.weight.dtype)
         self.quantize_weight()
+        self.await_weight()
         return self._fp8_weight.dequantized(dtype or self.weight.dtype)
 
     def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -354,9 +337,3 @@ class Linear(nn.Module):
             f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}, "
             f"{precision}{resident}{split}"
         )
-
-
-def _cast_slots(slots: Mapping[str, ScaleSlot]) -> CastSlots:
-    """The slots that forward and backward use, from ``{use: slot}`` of all."""
-    fields = {use.replace(".", "_"): slot for use, slot in slots.items()}
-    return CastSlots(**{name: slot for name, slot in fields.items() if name in CastSlots._fields})

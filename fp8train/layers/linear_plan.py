@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.wire import UNSPLIT, Wire
-from fp8train.numerics.quant_spec import LinearQuant
+from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
+
+Holding = Literal["cached", "in_forward", "resident", "loaded"]
+"""How a linear in FP8 has its weight: in the compute type with FP8 copies of it, cast when it changed; in the
+compute type alone, cast in every forward times factors per column; in FP8 alone, written by the optimizer; in
+FP8 alone, cast once from a checkpoint, for a model without backward."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,19 @@ class Alphas:
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """How one linear runs in FP8: the quantisation of its operands and the GEMM implementation."""
+    """How one linear runs in FP8: the quantisation of its operands, the GEMM implementation, and how it has
+    its weight."""
 
     quant: LinearQuant
     backend: GemmBackend
+    holding: Holding = "cached"
+
+
+def scale_slots(name: str, plan: Fp8Plan) -> dict[str, QuantSpec]:
+    """``{slot name: spec}`` of the delayed casts of the linear of this name, ``{name}/{use}``: what a
+    :class:`~fp8train.numerics.scale_state.ScaleState` is made of."""
+    casts = plan.quant.casts().items()
+    return {f"{name}/{use}": spec for use, spec in casts if spec.scale_source == "delayed"}
 
 
 @dataclass(frozen=True)

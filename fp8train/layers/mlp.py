@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.layers.factors import Factors, scale
-from fp8train.layers.linear import Linear
+from fp8train.layers.linear import Alphas, Linear
 from fp8train.layers.smooth import Smoothing, channel_scale, token_scale
 from fp8train.layers.swiglu import swiglu
 from fp8train.layers.wire import wire
@@ -26,6 +26,7 @@ from fp8train.numerics.scale import inverse_power_of_two
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 _LARGEST_UNIT = 128
 _NONE = Factors()
+_STANDARD = Alphas()
 
 
 def shard_unit(ffn_hidden_size: int) -> int:
@@ -55,11 +56,15 @@ class MLP(nn.Module):
         parallel: TensorParallel | None = None,
         activation_mult: float = 1.0,
         factors: Factors = _NONE,
+        name: str = "mlp",
+        up_alphas: Alphas = _STANDARD,
+        down_alphas: Alphas = _STANDARD,
     ) -> None:
         """``around_activation(fn, x)`` is ``fn(x)`` that keeps something else for backward than autograd
         would: nothing (activation checkpointing), or FP8 codes. None leaves it to autograd.
         ``ffn_hidden_size`` is the model's; with ``parallel`` this rank gets its share. The non-linearity is
-        ``f(m·x)/m`` with m = ``activation_mult``, its result and gradient times ``factors``."""
+        ``f(m·x)/m`` with m = ``activation_mult``, its result and gradient times ``factors``. ``name``: path
+        in the model; ``up_alphas`` and ``down_alphas``: the linears' multipliers."""
         super().__init__()
         self.activation: Activation = activation
         self.activation_mult, self.factors = activation_mult, factors
@@ -72,18 +77,31 @@ class MLP(nn.Module):
         self.smooth: Smoothing = "off"
         width = 2 * ffn_hidden_size if activation == "swiglu" else ffn_hidden_size
         self.up = Linear(
-            hidden_size, width, bias=bias, dtype=dtype, device=device, wire=wire("column", parallel)
+            hidden_size,
+            width,
+            bias=bias,
+            dtype=dtype,
+            device=device,
+            name=f"{name}.up",
+            alphas=up_alphas,
+            wire=wire("column", parallel),
         )
         self.down = Linear(
-            ffn_hidden_size, hidden_size, bias=bias, dtype=dtype, device=device, wire=wire("row", parallel)
+            ffn_hidden_size,
+            hidden_size,
+            bias=bias,
+            dtype=dtype,
+            device=device,
+            name=f"{name}.down",
+            alphas=down_alphas,
+            wire=wire("row", parallel),
         )
 
     def use_smooth_swiglu(self, smooth: Smoothing) -> None:
-        """Narrow the range of SwiGLU's output from now on; the down projection runs in FP8 already."""
-        assert self.activation == "swiglu" and self.down.plan is not None
+        """Narrow the range of SwiGLU's output from now on, for a down projection that runs in FP8 (and with
+        ``channel`` casts its weight in forward)."""
+        assert self.activation == "swiglu"
         self.smooth = smooth
-        if smooth == "channel":
-            self.down.cast_weight_in_forward()
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [B, S, H] -> [B, S, H]; with tensor parallelism S is this rank's part."""

@@ -81,6 +81,9 @@ class Block(nn.Module):
         inner = recompute if selective_recompute else None
         around = from_fp8_input if fp8_saved else inner
         model, attention = parametrization.model, parametrization.attention()
+        heads = model.num_heads * model.head_dim
+        gated = 2 if model.activation == "swiglu" else 1
+        alphas, hidden, ffn = parametrization.linear, model.hidden_size, model.ffn_hidden_size
         self.attention_residual = parametrization.residual(2 * index)
         self.mlp_residual = parametrization.residual(2 * index + 1)
         self.pre_norm = model.norm_placement == "pre"
@@ -101,6 +104,9 @@ class Block(nn.Module):
             factors=attention.factors,
             qk_norm=_qk_norms(parametrization, dtype, device),
             in_fp32=model.attention_in_fp32,
+            name=f"layers.{index}.attention",
+            qkv_alphas=alphas("hidden", hidden, heads + 2 * model.num_kv_heads * model.head_dim),
+            out_alphas=alphas("residual_out", heads, hidden),
         )
         self.mlp_norm = make_norm(parametrization, dtype, device)
         self.mlp = MLP(
@@ -114,6 +120,9 @@ class Block(nn.Module):
             parallel=parallel,
             activation_mult=parametrization.settings.activation_mult,
             factors=parametrization.activation(),
+            name=f"layers.{index}.mlp",
+            up_alphas=alphas("hidden", hidden, gated * ffn),
+            down_alphas=alphas("residual_out", ffn, hidden),
         )
 
     def forward(

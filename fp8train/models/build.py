@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,35 +14,31 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
-from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.layers.smooth import Smoothing
 from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import PlanReport, apply_fp8_plan, linear_quant
+from fp8train.models.fp8_plan import PlanReport, linear_quant, plan_fp8
 from fp8train.models.mus import MuS
 from fp8train.models.param_spec import initial_value
 from fp8train.models.parametrization import Batch, Parametrization
 from fp8train.models.part import ModelPart
 from fp8train.models.unit_scaling import UnitMaximalUpdate, UnitScaling
-from fp8train.numerics.scale_state import ScaleState
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model and how its GEMMs run.
+    """A model and how its GEMMs are to run; :mod:`fp8train.models.connect` makes them.
 
     Attributes:
         model: on its device, parameters uninitialised; perhaps a part of the model.
         fp8: what is in FP8, of the whole model; None if nothing was asked to be.
         backend: the FP8 GEMM in use; None without FP8.
-        weight_targets: weights that exist in FP8 only, by FQN: what writes them.
     """
 
     model: Decoder
     fp8: PlanReport | None
     backend: GemmBackend | None
-    weight_targets: Mapping[str, ResidentFp8Weight] = field(default_factory=dict)
 
 
 def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -74,8 +70,10 @@ def build_model(
     part: ModelPart | None = None,
     parallel: TensorParallel | None = None,
     context: ContextParallel | None = None,
+    forward_only: bool = False,
 ) -> BuiltModel:
-    """Construct the decoder, or a part of it. The FP8 plan is made for the whole model either way.
+    """Construct the decoder, or a part of it. The FP8 plan is made for the whole model either way, and
+    awaits :func:`fp8train.models.connect.connect_linears`.
 
     Args:
         config: a validated configuration.
@@ -84,6 +82,7 @@ def build_model(
         part: what to hold of the model; by default everything.
         parallel: ranks among which matrices are cut.
         context: ranks with the other tokens of each sequence.
+        forward_only: FP8 weights come from a checkpoint and nothing trains them.
 
     Raises:
         ConfigError: the FP8 plan is contradictory or selects nothing.
@@ -103,27 +102,24 @@ def build_model(
     )
     in_parts = part is not None or model.parallel is not None
     report = backend = None
-    targets: dict[str, ResidentFp8Weight] = {}
     if config.precision.gemm.fp8:
         backend = choose_gemm_backend(device, dtype, linear_quant(config.precision.gemm))
-        report = apply_fp8_plan(
-            model.linears(),
-            config.precision.gemm,
+        report = plan_fp8(
+            (outline(config, vocab_size) if in_parts else model).linears(),
+            config.precision,
             backend,
             num_layers=config.model.num_layers,
-            all_linears=outline(config, vocab_size).linears() if in_parts else None,
+            held=model.linears(),
+            forward_only=forward_only,
         )
         if config.precision.gemm.smooth_swiglu != "off":
             _smooth_swiglu(model, report, config.precision.gemm.smooth_swiglu)
         in_plan = {f"{path}.weight" for path in report.converted}
         model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
-        if config.precision.weights == "fp8":
-            linears = model.linears()
-            targets = {f"{path}.weight": linears[path].hold_fp8_weight() for path in report.held}
     if config.train.compile == "block":
         for block in model.held_blocks():
             block.compile(fullgraph=True)
-    return BuiltModel(model, report, backend, targets)
+    return BuiltModel(model, report, backend)
 
 
 def _smooth_swiglu(model: Decoder, report: PlanReport, smooth: Smoothing) -> None:
@@ -133,7 +129,7 @@ def _smooth_swiglu(model: Decoder, report: PlanReport, smooth: Smoothing) -> Non
             "precision (precision.gemm.exclude, which recipe: umup fills; or min_dim); remove one of the two"
         )
     for block in model.held_blocks():
-        if block.mlp.down.plan is not None:
+        if block.mlp.down.name in report.plans:
             block.mlp.use_smooth_swiglu(smooth)
 
 
@@ -149,34 +145,16 @@ def outline(config: Config, vocab_size: int) -> Decoder:
     )
 
 
-def make_scale_state(model: Decoder, device: torch.device) -> ScaleState | None:
-    """The state of all delayed scales, connected to the model's linears; None if there are none.
-
-    Call it before the first FP8 weight is written.
-    """
-    linears = model.linears().values()
-    slots = {name: spec for linear in linears for name, spec in linear.scale_slots().items()}
-    if not slots:
-        return None
-    state = ScaleState(slots, device)
-    for linear in linears:
-        if linear.scale_slots():
-            linear.use_scale_state(state)
-    return state
-
-
 @torch.no_grad()
 def initialise(model: Decoder, seed: int, seed_master: Callable[[str, Tensor], None] | None = None) -> None:
     """Fill the parameters with their values at step 0.
 
     Args:
-        model: where to write; values are rounded to its compute dtype. Weights that exist in FP8 only are
-            left to
-            the optimizer.
+        model: where to write, its linears connected; values are rounded to its compute dtype. Weights that
+            exist in FP8 only are left to the optimizer.
         seed: ``run.seed``.
         seed_master: receives each (fqn, FP32 logical value) before rounding, so that master weights start
-            from
-            the true values.
+            from the true values.
     """
     resident = {f"{path}.weight" for path, linear in model.linears().items() if linear.fp8_weight_is_resident}
     for fqn, parameter in model.named_parameters():

@@ -132,10 +132,6 @@ class Decoder(nn.Module):
         self.specs: dict[str, ParamSpec] = {
             fqn: self._spec(fqn, parameter) for fqn, parameter in self.named_parameters()
         }
-        for name, linear in self.linears().items():
-            spec = self.specs[f"{name}.weight"]
-            linear.name = name
-            linear.alphas = parametrization.linear(spec.role, spec.fan_in, spec.fan_out)
 
     def _spec(self, fqn: str, parameter: Tensor) -> ParamSpec:
         shape, dim = list(parameter.shape), split_dim(fqn)
@@ -164,7 +160,10 @@ class Decoder(nn.Module):
 
     def prepare(self) -> None:
         """Quantise the weights that changed since the last forward, outside any compiled region."""
-        for linear in self.linears().values():
+        for name, linear in self.linears().items():
+            assert linear.plan is not None or not self.specs[f"{name}.weight"].in_fp8_plan, (
+                f"{name} is in the FP8 plan but not connected; see fp8train.models.connect"
+            )
             linear.quantize_weight()
             linear.record_weight()
 

@@ -1,42 +1,55 @@
-"""Which linears multiply in FP8, and why the others do not.
+"""Which linears multiply in FP8 and how they have their weights, and why the others do not.
 
-Every linear of the model is either converted or listed with a reason; nothing is left out silently.
-Embedding, head and norms are never in the plan (Peng et al. 2023, and every recipe since, keep them in high
-precision).
+Every linear of the model is either in the plan or listed with a reason; nothing is left out silently. This is
+a decision and changes nothing: :mod:`fp8train.models.connect` carries it out. Embedding, head and norms are
+never in the plan (Peng et al. 2023, and every recipe since, keep them in high precision).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fp8train.config.errors import ConfigError
 from fp8train.config.gemm_schema import GemmConfig, QuantConfig
+from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.kernels.gemm import GemmBackend
-from fp8train.layers.linear import Fp8Plan, Linear
+from fp8train.layers.linear import Linear
+from fp8train.layers.linear_plan import Fp8Plan, Holding, scale_slots
 from fp8train.numerics.formats import format_by_name
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What was converted, in the whole model.
+    """What is in FP8, in the whole model.
 
     Attributes:
-        converted: module paths in FP8.
+        plans: how each linear in FP8 runs, by module path.
         skipped: reason -> module paths in high precision.
-        held: those of ``converted`` that this process holds.
+        held: paths of ``plans`` that this process holds.
     """
 
-    converted: tuple[str, ...]
+    plans: Mapping[str, Fp8Plan]
     skipped: Mapping[str, tuple[str, ...]]
     held: tuple[str, ...]
+
+    @property
+    def converted(self) -> tuple[str, ...]:
+        """Module paths in FP8, in order."""
+        return tuple(self.plans)
 
     @property
     def total(self) -> int:
         """Linears of the model, the head included."""
         return len(self.converted) + sum(map(len, self.skipped.values()))
+
+    def scale_slots(self) -> dict[str, QuantSpec]:
+        """``{slot name: spec}`` of all delayed casts of the linears that this process holds."""
+        return {
+            slot: spec for path in self.held for slot, spec in scale_slots(path, self.plans[path]).items()
+        }
 
     def __str__(self) -> str:
         line = f"FP8: {len(self.converted)} of {self.total} linears"
@@ -82,52 +95,62 @@ def linear_quant(gemm: GemmConfig) -> LinearQuant:
         raise ConfigError(str(error)) from None
 
 
-def apply_fp8_plan(
+def plan_fp8(
     linears: Mapping[str, Linear],
-    gemm: GemmConfig,
+    precision: PrecisionConfig,
     backend: GemmBackend,
     *,
     num_layers: int,
-    all_linears: Mapping[str, Linear] | None = None,
+    held: Collection[str] | None = None,
+    forward_only: bool = False,
 ) -> PlanReport:
-    """Convert what ``gemm`` selects.
+    """What ``precision.gemm`` selects, and how each of those has its weight.
 
     Args:
-        linears: hidden linears by module path (``layers.{i}....``).
-        gemm: ``precision.gemm`` with ``fp8: true``.
+        linears: hidden linears of the whole model by module path (``layers.{i}....``); only looked at.
+        precision: with ``gemm.fp8: true``.
         backend: how FP8 GEMMs run here.
         num_layers: L, for ``last_layers_bf16``.
-        all_linears: those of the whole model, if ``linears`` are a part of them; only looked at.
+        held: paths of those that this process holds; None for all.
+        forward_only: the weights come from a checkpoint and nothing trains them.
 
     Raises:
         ConfigError: an ``exclude`` pattern matches nothing, or nothing is left to convert.
     """
-    plan = Fp8Plan(linear_quant(gemm), backend)
-    whole = linears if all_linears is None else all_linears
+    gemm, quant = precision.gemm, linear_quant(precision.gemm)
     for pattern in gemm.exclude:
-        if not any(_matches(path, pattern) for path in whole):
+        if not any(_matches(path, pattern) for path in linears):
             raise ConfigError(
-                f"precision.gemm.exclude: {pattern!r} matches no linear; paths look like {next(iter(whole))}"
+                f"precision.gemm.exclude: {pattern!r} matches no linear; "
+                f"paths look like {next(iter(linears))}"
             )
-    converted: list[str] = []
+    plans: dict[str, Fp8Plan] = {}
     skipped: dict[str, list[str]] = {}
-    for path, linear in whole.items():
+    for path, linear in linears.items():
         reason = _reason_to_skip(path, linear, gemm, num_layers)
         if reason is None:
-            converted.append(path)
+            plans[path] = Fp8Plan(quant, backend, _holding(path, precision, forward_only=forward_only))
         else:
             skipped.setdefault(reason, []).append(path)
     skipped["head"] = ["head"]
-    if not converted:
+    if not plans:
         raise ConfigError(
             "precision.gemm.fp8 is true but every linear is excluded; relax exclude/min_dim/*_layers_bf16"
         )
-    held = tuple(path for path in converted if path in linears)
-    for path in held:
-        linears[path].use_fp8(plan)
     return PlanReport(
-        tuple(converted), {reason: tuple(paths) for reason, paths in skipped.items()}, held=held
+        plans,
+        {reason: tuple(paths) for reason, paths in skipped.items()},
+        held=tuple(path for path in plans if held is None or path in held),
     )
+
+
+def _holding(path: str, precision: PrecisionConfig, *, forward_only: bool) -> Holding:
+    """Smooth-SwiGLU's factors of channels are those of a micro-batch, so its weights are cast with them."""
+    if precision.gemm.smooth_swiglu == "channel" and path.endswith(".mlp.down"):
+        return "in_forward"
+    if forward_only:
+        return "loaded"
+    return "resident" if precision.weights == "fp8" else "cached"
 
 
 def _matches(path: str, pattern: str) -> bool:

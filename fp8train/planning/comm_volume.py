@@ -32,7 +32,7 @@ from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.build import COMPUTE_DTYPES, outline
 from fp8train.models.decoder import split_dim
-from fp8train.models.fp8_plan import apply_fp8_plan, linear_quant
+from fp8train.models.fp8_plan import linear_quant, plan_fp8
 from fp8train.models.part import ModelPart
 from fp8train.numerics.granularity import scale_tile
 from fp8train.numerics.quant_spec import QuantSpec
@@ -446,7 +446,7 @@ def _parameters(config: Config, vocab_size: int) -> tuple[Parameter, ...]:
     if config.precision.gemm.fp8:
         backend = choose_gemm_backend(torch.device("cpu"), COMPUTE_DTYPES[config.precision.compute])
         linears, layers = model.linears(), config.model.num_layers
-        report = apply_fp8_plan(linears, config.precision.gemm, backend, num_layers=layers)
+        report = plan_fp8(linears, config.precision, backend, num_layers=layers)
         in_plan = {f"{path}.weight" for path in report.converted}
     return tuple(Parameter(fqn, spec.global_shape, fqn in in_plan) for fqn, spec in model.specs.items())
 

@@ -18,11 +18,10 @@ from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
 from fp8train.data.sidecar import read_sidecar
 from fp8train.kernels.gemm import GemmBackend
-from fp8train.layers.linear import Linear
+from fp8train.layers.linear_plan import Fp8Plan
 from fp8train.models.build import outline
 from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import apply_fp8_plan
-from fp8train.numerics.quant_spec import LinearQuant
+from fp8train.models.fp8_plan import PlanReport, plan_fp8
 
 Row = tuple[str, ...]
 _LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
@@ -68,37 +67,36 @@ def recipe_tables(config: Config, vocab_size: int) -> str:
         ConfigError: the FP8 plan selects nothing or names what is not there.
     """
     model = outline(config, vocab_size)
+    plan = None
     header = f"recipe {config.precision.recipe}, parametrization {config.parametrization.kind}"
     if config.precision.gemm.fp8:
         backend = GemmBackend("decode", "not chosen")
-        plan = apply_fp8_plan(
-            model.linears(), config.precision.gemm, backend, num_layers=config.model.num_layers
-        )
+        plan = plan_fp8(model.linears(), config.precision, backend, num_layers=config.model.num_layers)
         header += f"; {plan}"
     else:
         header += "; FP8 GEMMs off"
-    linears = [("linear", "gemm", "operands", "multiplier"), *_compressed(_linear_rows(model))]
+    linears = [("linear", "gemm", "operands", "multiplier"), *_compressed(_linear_rows(model, plan))]
     parameters = [("parameter", "init", "lr", "decay"), *_compressed(_parameter_rows(model))]
     operations = [("operation", "multiplier", "of the gradient"), *_compressed(_operation_rows(model))]
     return "\n\n".join([header, *(_table(rows) for rows in (linears, parameters, operations))]) + "\n"
 
 
-def _linear_rows(model: Decoder) -> Iterator[Row]:
+def _linear_rows(model: Decoder, report: PlanReport | None) -> Iterator[Row]:
     for name, linear in model.linears().items():
-        alphas = linear.alphas
+        alphas, plan = linear.alphas, None if report is None else report.plans.get(name)
         for gemm, alpha in (
             ("output", alphas.output),
             ("grad_input", alphas.grad_input),
             ("grad_weight", alphas.grad_weight),
         ):
-            yield name, gemm, _operands(linear, gemm), _number(alpha)
+            yield name, gemm, _operands(plan, gemm), _number(alpha)
 
 
-def _operands(linear: Linear, gemm: str) -> str:
-    if linear.plan is None:
+def _operands(plan: Fp8Plan | None, gemm: str) -> str:
+    if plan is None:
         return "high precision"
     first, second = _USES[gemm]
-    quant: LinearQuant = linear.plan.quant
+    quant = plan.quant
     if gemm == "grad_weight" and not quant.grad_weight_fp8:
         return "high precision"
     specs = {

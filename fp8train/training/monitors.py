@@ -31,30 +31,23 @@ class Monitors:
     """
 
     def __init__(self, config: Config, processes: Processes, built: BuiltModel) -> None:
-        """Connects the model's linears to the recorder."""
+        """``built``: the model, whose linears are connected to the recorder later."""
         self.config, self.processes, self.built = config, processes, built
         self.pipeline: Pipeline | None = None
-        self.recorder = self._attach_recorder()
+        self.recorder = self._make_recorder()
         self.guard: Guard | None = None
         if config.precision.guard.action != "off" and built.fp8 is not None:
             self.guard = Guard(config.precision.guard, built.fp8.converted)
 
-    def _attach_recorder(self) -> CastRecorder | None:
+    def _make_recorder(self) -> CastRecorder | None:
+        """With sites of the whole model; this process records those that it holds."""
         if self.built.fp8 is None or self.config.logging.cast_statistics_interval == 0:
             return None
-        paths = self.built.fp8.converted
         operands = ["x", "w", "grad_output"]
         if self.config.precision.gradient.format != "high_precision":
             operands.append("grad_weight")
-        sites = [f"{path}/{operand}" for path in paths for operand in operands]
-        recorder = CastRecorder(sites, self.processes.device)
-        for (
-            path,
-            linear,
-        ) in self.built.model.linears().items():  # sites of the whole model, rows of what is here
-            if path in paths:
-                linear.recorder = recorder
-        return recorder
+        sites = [f"{path}/{operand}" for path in self.built.fp8.converted for operand in operands]
+        return CastRecorder(sites, self.processes.device)
 
     @property
     def sampled(self) -> bool:

@@ -16,6 +16,7 @@ from fp8train.comm.processes import Processes, two_levels
 from fp8train.comm.sequence_parallel import TensorParallel, Traffic
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
+from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.formats import format_by_name
@@ -222,9 +223,13 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def make_run_optimizer(
-    config: Config, built: BuiltModel, processes: Processes, sharding: Sharding | None = None
+    config: Config,
+    built: BuiltModel,
+    processes: Processes,
+    resident: Mapping[str, ResidentFp8Weight],
+    sharding: Sharding | None = None,
 ) -> Optimizer:
-    """The optimizer of a model; it writes FP8-resident weights itself.
+    """The optimizer of a model; it writes the ``resident`` FP8 weights itself.
 
     Raises:
         ConfigError: state formats that do not fit.
@@ -248,7 +253,7 @@ def make_run_optimizer(
             settings,
             state_plan(config),
             seed=config.run.seed,
-            weight_targets=built.weight_targets if sharding is None else sharding.targets,
+            weight_targets=resident if sharding is None else sharding.targets,
             regions=None if sharding is None else sharding.regions,
             agree=None if group.size == 1 else partial(_all_reduce_max, group),
             device=processes.device,

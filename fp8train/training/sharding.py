@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,6 +51,30 @@ class _FromElement:
         self.target.end()
 
 
+def make_gather(
+    config: Config,
+    processes: Processes,
+    built: BuiltModel,
+    owners: Partition,
+    resident: Mapping[str, ResidentFp8Weight],
+) -> WeightGather:
+    """What brings new weights from :func:`make_partition`'s owners to all ranks, into the parameters and the
+    ``resident`` FP8 weights."""
+    model = dict(built.model.named_parameters())
+    in_fp8 = config.precision.traffic.weights == "fp8"
+    return WeightGather(
+        [
+            matrix
+            for fqn, parameter in model.items()
+            for matrix in _matrices(fqn, parameter.detach(), resident.get(fqn), in_fp8=in_fp8)
+        ],
+        owners,
+        processes.replicas,
+        bucket_bytes=config.precision.gradient.bucket_mib * 2**20,
+        purposes={fqn: "weights_fp8_plan" if fqn in resident else "weights" for fqn in model},
+    )
+
+
 class Sharding:
     """This rank's share of the optimizer.
 
@@ -60,10 +85,18 @@ class Sharding:
         gather: brings new weights to all ranks.
     """
 
-    def __init__(self, config: Config, processes: Processes, built: BuiltModel, owners: Partition) -> None:
-        """Args: ``owners``: from :func:`make_partition`."""
+    def __init__(
+        self,
+        processes: Processes,
+        built: BuiltModel,
+        owners: Partition,
+        gather: WeightGather,
+        resident: Mapping[str, ResidentFp8Weight],
+    ) -> None:
+        """Args: ``built``: the model, connected: resident weights have dropped their values; ``owners`` and
+        ``gather``: from :func:`make_partition` and :func:`make_gather`."""
         specs, model = built.model.specs, dict(built.model.named_parameters())
-        resident = built.weight_targets
+        self.gather = gather
         self.parameters: dict[str, Tensor] = {}
         self.regions: dict[str, Region] = {}
         self.targets: dict[str, WeightTarget] = dict(resident)
@@ -75,20 +108,6 @@ class Sharding:
             if fqn in resident:
                 self.targets[fqn] = _FromElement(resident[fqn], rows.start * spec.local_shape[1])
         self._others = [fqn for fqn in model if fqn not in resident]
-        in_fp8 = config.precision.traffic.weights == "fp8"
-        self.gather = WeightGather(
-            [
-                matrix
-                for fqn, parameter in model.items()
-                for matrix in _matrices(fqn, parameter.detach(), resident.get(fqn), in_fp8=in_fp8)
-            ],
-            owners,
-            processes.replicas,
-            bucket_bytes=config.precision.gradient.bucket_mib * 2**20,
-            purposes={fqn: "weights_fp8_plan" if fqn in resident else "weights" for fqn in model},
-        )
-        for fqn, weight in resident.items():
-            weight.ready = partial(self.gather.wait, fqn)
 
     def distribute(self, *, wait: bool) -> None:
         """The optimizer wrote new weights of what this rank owns: send them. Those in FP8 are waited for

@@ -29,12 +29,14 @@ from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.layers.loss import IGNORE
-from fp8train.models.build import BuiltModel, build_model, initialise, make_scale_state, outline
+from fp8train.models.build import BuiltModel, build_model, initialise, outline
+from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradients.store import GradientStore
 from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, PipelineLayout
 from fp8train.parallel.stages import part_of, plan_stages
+from fp8train.parallel.zero import Partition
 from fp8train.training.monitors import Monitors
 from fp8train.training.precision import (
     all_reduce_max,
@@ -42,7 +44,7 @@ from fp8train.training.precision import (
     make_run_optimizer,
     tensor_parallel,
 )
-from fp8train.training.sharding import Sharding, make_partition
+from fp8train.training.sharding import Sharding, make_gather, make_partition
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Trainer:
         pipeline: None with one stage.
         gradients: how gradients are stored and reduced, and the scale state of that.
         store: gradients.
+        parts: recorder, scale state and FP8 weights of the linears.
         sharding: this rank's share of the optimizer; None without ZeRO.
         optimizer: master weights and moments.
         scales: state of delayed scales; None if there are none.
@@ -151,11 +154,22 @@ class Trainer:
             check_pipeline(config, contributions)
             self.store, self.pipeline = self._make_pipeline(layout)
             self.monitors.pipeline = self.pipeline
-        self.sharding = None if owners is None else Sharding(config, processes, self.built, owners)
-        self.optimizer = make_run_optimizer(config, self.built, processes, self.sharding)
-        self.scales = make_scale_state(self.model, processes.device)
+        self.parts = make_fp8_parts(self.built, recorder=self.monitors.recorder)
+        self.scales = self.parts.scales
+        self.sharding = self._connect(owners)
+        self.optimizer = make_run_optimizer(config, self.built, processes, self.parts.resident, self.sharding)
         initialise(self.model, config.run.seed, self.optimizer.seed_master)
         self._publish()
+
+    def _connect(self, owners: Partition | None) -> Sharding | None:
+        """Connect the linears to what was made for them; what ZeRO owns is cut from the weights after."""
+        if owners is None:
+            connect_linears(self.built, self.parts, sink_slot=self.store.sink_slot)
+            return None
+        resident = self.parts.resident
+        gather = make_gather(self.config, self.processes, self.built, owners, resident)
+        connect_linears(self.built, self.parts, sink_slot=self.store.sink_slot, arrived=gather.wait)
+        return Sharding(self.processes, self.built, owners, gather, resident)
 
     def _make_pipeline(self, layout: PipelineLayout) -> tuple[GradientStore, Pipeline]:
         store = GradientStore(

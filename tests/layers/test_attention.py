@@ -103,11 +103,16 @@ def test_cache_continues_the_sequence(kv_heads: int, pieces: list[int]) -> None:
 
 def test_query_norms_are_the_largest_singular_values() -> None:
     attention = Attention(
-        hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=4, bias=False, dtype=torch.float32
+        hidden_size=24,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=4,
+        bias=False,
+        dtype=torch.float32,
+        qkv_alphas=Alphas(output=0.5),
     )
     with torch.no_grad():
         attention.qkv.weight.copy_(torch.randn(40, 24, generator=torch.Generator().manual_seed(1)))
-    attention.qkv.alphas = Alphas(output=0.5)
     rows = attention.qkv.weight.detach().double().view(2, 5, 4, 24)[:, :3].reshape(6, 4, 24)
     expected = 0.5 * torch.linalg.svdvals(rows)[:, 0]
     torch.testing.assert_close(attention.query_norms().double(), expected, rtol=1e-5, atol=0)

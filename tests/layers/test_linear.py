@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers import fp8_linear, fp8_operand
 from fp8train.layers.fp8_operand import Operand, quantize_matrix
-from fp8train.layers.linear import Alphas, Fp8Plan, Linear, SinkSlot
+from fp8train.layers.linear import Alphas, Linear, SinkSlot
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.grad_sink import register_sink
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
+from tests.layers.connecting import CPU, connect
 
-CPU = torch.device("cpu")
 STANDARD = Alphas()
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -71,11 +70,11 @@ class ListSink:
         self.queue: list[tuple[int, Callable[[], Tensor]]] = []
         self.buffers: list[Tensor] = []
 
-    def attach(self, layer: Linear) -> Tensor:
+    def slot_of(self, layer: Linear) -> SinkSlot:
+        """A place for the layer, with the next of ``buffers``."""
         buffer = torch.zeros(layer.weight.shape, dtype=layer.weight.dtype)
-        layer.sink_slot = SinkSlot(self.number, torch.tensor(len(self.buffers)), buffer)
         self.buffers.append(buffer)
-        return buffer
+        return SinkSlot(self.number, torch.tensor(len(self.buffers) - 1), buffer)
 
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
         self.queue.append((slot, compute))
@@ -105,6 +104,9 @@ def make(
     quant: LinearQuant | None = None,
     bias: bool = False,
     alphas: Alphas = STANDARD,
+    name: str = "linear",
+    sink: ListSink | None = None,
+    recorder: CastRecorder | None = None,
 ) -> Case:
     leading, in_features, out_features = shape
     generator = torch.Generator().manual_seed(11)
@@ -112,13 +114,16 @@ def make(
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return (torch.randn(*size, generator=generator, dtype=torch.float64) * std).to(dtype)
 
-    layer = Linear(in_features, out_features, bias=bias, dtype=dtype, alphas=alphas)
+    layer = Linear(in_features, out_features, bias=bias, dtype=dtype, name=name, alphas=alphas)
     with torch.no_grad():
         layer.weight.copy_(normal(out_features, in_features, std=0.02))
         if layer.bias is not None:
             layer.bias.copy_(normal(out_features))
+    sink_slot = None if sink is None else sink.slot_of(layer)
     if quant is not None:
-        layer.use_fp8(Fp8Plan(quant, choose_gemm_backend(CPU, dtype, quant)))
+        connect(layer, quant, recorder=recorder, sink_slot=sink_slot)
+    elif sink_slot is not None:
+        layer.connect(sink_slot=sink_slot)
     x = normal(*leading, in_features).requires_grad_()
     return Case(layer, x, normal(*leading, out_features, std=1e-4))
 
@@ -187,9 +192,9 @@ def test_fp8_equals_float64_of_the_operands(
     name: str, dtype: torch.dtype, shape: tuple[tuple[int, ...], int, int], with_sink: bool
 ) -> None:
     quant = QUANTS[name]
-    case = make(dtype, shape, quant=quant, bias=with_sink)
     sink = ListSink()
-    buffer = sink.attach(case.layer) if with_sink else None
+    case = make(dtype, shape, quant=quant, bias=with_sink, sink=sink if with_sink else None)
+    buffer = sink.buffers[0] if with_sink else None
     output, grad_input, grad_weight = run(case)
     assert output.dtype == grad_input.dtype == dtype
     if buffer is not None:
@@ -209,9 +214,9 @@ def test_fp8_equals_float64_of_the_operands(
 def test_alphas_of_each_gemm(dtype: torch.dtype, with_sink: bool, bias: bool) -> None:
     alphas = Alphas(output=0.125, grad_input=3.0, grad_weight=-0.7)
     for quant in (QUANTS["same"], QUANTS["requantise"]):
-        case = make(dtype, quant=quant, alphas=alphas, bias=bias)
         sink = ListSink()
-        buffer = sink.attach(case.layer) if with_sink else None
+        case = make(dtype, quant=quant, alphas=alphas, bias=bias, sink=sink if with_sink else None)
+        buffer = sink.buffers[0] if with_sink else None
         output, grad_input, grad_weight = run(case)
         result = grad_weight if buffer is None else buffer
         assert result is not None
@@ -235,9 +240,9 @@ def test_the_quantisation_is_really_there() -> None:
 def test_high_precision_equals_f_linear(
     dtype: torch.dtype, shape: tuple[tuple[int, ...], int, int], bias: bool, with_sink: bool
 ) -> None:
-    case = make(dtype, shape, bias=bias)
     sink = ListSink()
-    buffer = sink.attach(case.layer) if with_sink else None
+    case = make(dtype, shape, bias=bias, sink=sink if with_sink else None)
+    buffer = sink.buffers[0] if with_sink else None
     output, grad_input, grad_weight = run(case)
     layer = case.layer
     x, w = case.x.detach().double().requires_grad_(), layer.weight.detach().double().requires_grad_()
@@ -280,9 +285,9 @@ def test_high_precision_alphas() -> None:
 @pytest.mark.parametrize("deferred", [False, True])
 def test_sink_takes_micro_batches_in_any_order(quant: LinearQuant | None, deferred: bool) -> None:
     """Forwards before backwards (a pipeline), the layer used twice, contributions multiplied later."""
-    case, alone = make(torch.float64, quant=quant), make(torch.float64, quant=quant)
     sink = ListSink(deferred=deferred)
-    buffer = sink.attach(case.layer)
+    case, alone = make(torch.float64, quant=quant, sink=sink), make(torch.float64, quant=quant)
+    (buffer,) = sink.buffers
     inputs = [case.x.detach() * factor for factor in (1.0, -0.5, 2.0)]
     outputs = [case.layer(x) for x in inputs]
     for output in outputs[:2]:
@@ -315,10 +320,8 @@ def saved_by(layer: Linear, x: Tensor) -> list[Tensor]:
 def test_backward_keeps_fp8_operands(dtype: torch.dtype, with_sink: bool) -> None:
     """x of 21 x 40 pads to 32 x 48 bytes, the weight to 80 x 48; two FP32 scales. No input, no buffer."""
     for name in ("same", "requantise"):
-        case = make(dtype, quant=QUANTS[name], bias=True)
         sink = ListSink()
-        if with_sink:
-            sink.attach(case.layer)
+        case = make(dtype, quant=QUANTS[name], bias=True, sink=sink if with_sink else None)
         saved = saved_by(case.layer, case.x)
         assert sorted((str(t.dtype), tuple(t.shape)) for t in saved) == [
             ("torch.float32", ()),
@@ -407,16 +410,6 @@ def test_weight_is_quantised_once_per_version(casts: list[Tensor]) -> None:
     )
 
 
-def test_a_new_plan_quantises_again() -> None:
-    case = make(torch.float64, quant=LinearQuant())
-    case.layer(case.x)
-    quant = QUANTS["e5m2 weights"]
-    case.layer.use_fp8(Fp8Plan(quant, choose_gemm_backend(CPU, torch.float64)))
-    output, grad_input, grad_weight = run(case)
-    assert grad_weight is not None
-    check_fp8(case, quant, output, grad_input, grad_weight)
-
-
 def test_each_operand_is_cast_as_often_as_needed(casts: list[Tensor]) -> None:
     """Per forward and backward: x and grad_output once where their specs allow it."""
     expected = {"same": 2, "requantise": 4, "second copy": 3, "bf16": 4, "e5m2 weights": 4}
@@ -465,9 +458,9 @@ def test_non_finite_operands_poison_what_they_enter(
     }
     for operand, expected in poisoned.items():
         for name in ("same", "requantise", "bf16"):
-            case = make(dtype, quant=QUANTS[name])
             sink = ListSink()
-            buffer = sink.attach(case.layer) if with_sink else None
+            case = make(dtype, quant=QUANTS[name], sink=sink if with_sink else None)
+            buffer = sink.buffers[0] if with_sink else None
             source = {"x": case.x, "weight": case.layer.weight, "grad_output": case.grad_output}[operand]
             with torch.no_grad():
                 source.view(-1)[3] = value
@@ -508,8 +501,7 @@ def test_no_tokens(quant: LinearQuant | None) -> None:
 
 
 def test_conversion_is_refused_in_fp8() -> None:
-    layer = make(torch.float32, quant=LinearQuant()).layer
-    layer.name = "layers.3.mlp.down"
+    layer = make(torch.float32, quant=LinearQuant(), name="layers.3.mlp.down").layer
     block = nn.Sequential(layer)
     converters: list[Callable[[], object]] = [block.bfloat16, block.half, block.double]
     converters += [lambda: block.to(torch.bfloat16), lambda: layer.to(torch.float64)]
@@ -526,23 +518,22 @@ def test_conversion_is_refused_in_fp8() -> None:
 def test_print_shows_the_live_recipe() -> None:
     layer = make(torch.bfloat16, bias=True).layer
     assert repr(layer) == "Linear(40 -> 72, bias=True, bfloat16)"
-    layer.use_fp8(Fp8Plan(LinearQuant(), choose_gemm_backend(CPU, torch.bfloat16)))
+    connect(layer, LinearQuant())
     recipe = "x=e4m3:cur/tensor/pow2 w=e4m3:cur/tensor/pow2 grad_output=e5m2:cur/tensor/pow2"
     assert repr(layer) == f"Linear(40 -> 72, bias=True, fp8[{recipe}])"
 
 
 def test_cast_statistics_of_each_operand() -> None:
-    case = make(torch.float32, quant=LinearQuant())
+    recorder = CastRecorder([f"layers.0.mlp.up/{use}" for use in ("x", "w", "grad_output")], CPU)
+    case = make(torch.float32, quant=LinearQuant(), name="layers.0.mlp.up", recorder=recorder)
     layer = case.layer
-    layer.name = "layers.0.mlp.up"
-    layer.recorder = CastRecorder([f"layers.0.mlp.up/{use}" for use in ("x", "w", "grad_output")], CPU)
     run(case)
-    assert layer.recorder.collect() == {}  # not active
-    layer.recorder.active = True
+    assert recorder.collect() == {}  # not active
+    recorder.active = True
     run(case)
-    assert set(layer.recorder.collect()) == {"layers.0.mlp.up/x", "layers.0.mlp.up/grad_output"}
+    assert set(recorder.collect()) == {"layers.0.mlp.up/x", "layers.0.mlp.up/grad_output"}
     layer.record_weight()
-    rows = layer.recorder.collect()
+    rows = recorder.collect()
     for use, source, fmt in (
         ("x", case.x, E4M3),
         ("w", layer.weight, E4M3),
@@ -557,6 +548,6 @@ def test_cast_statistics_of_each_operand() -> None:
     with torch.no_grad():
         layer.weight.mul_(4)
     layer.quantize_weight()  # a cast of a sampled step records itself
-    assert layer.recorder.collect()["layers.0.mlp.up/w"]["amax"] == pytest.approx(
+    assert recorder.collect()["layers.0.mlp.up/w"]["amax"] == pytest.approx(
         4 * rows["layers.0.mlp.up/w"]["amax"]
     )

@@ -8,33 +8,27 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.fp8_weight import ResidentFp8Weight
-from fp8train.layers.linear import Fp8Plan, Linear, SinkSlot
+from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.grad_sink import register_sink
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
-from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
-
-CPU = torch.device("cpu")
+from tests.layers.connecting import CPU, connect, connect_resident, state_of
 
 
 class Mlp(nn.Module):
     """Two linears, a nonlinearity and a residual; in and out features need padding."""
 
-    def __init__(self, dtype: torch.dtype, *, fp8: bool) -> None:
+    def __init__(self, dtype: torch.dtype, prefix: str = "") -> None:
         super().__init__()
-        self.up = Linear(40, 72, bias=True, dtype=dtype)
-        self.down = Linear(72, 40, bias=False, dtype=dtype)
+        self.up = Linear(40, 72, bias=True, dtype=dtype, name=f"{prefix}up")
+        self.down = Linear(72, 40, bias=False, dtype=dtype, name=f"{prefix}down")
         generator = torch.Generator().manual_seed(2)
-        for name, layer in (("up", self.up), ("down", self.down)):
-            layer.name = name
+        for layer in self.linears:
             with torch.no_grad():
                 for parameter in layer.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            if fp8:
-                layer.use_fp8(Fp8Plan(LinearQuant(), choose_gemm_backend(CPU, dtype)))
 
     @property
     def linears(self) -> tuple[Linear, Linear]:
@@ -50,12 +44,24 @@ class BufferSink:
     def __init__(self, layers: tuple[Linear, ...]) -> None:
         number = register_sink(self)
         self.buffers = [torch.zeros_like(layer.weight, requires_grad=False) for layer in layers]
-        for slot, (layer, buffer) in enumerate(zip(layers, self.buffers, strict=True)):
-            layer.sink_slot = SinkSlot(number, torch.tensor(slot), buffer)
+        self.slots = [SinkSlot(number, torch.tensor(i), buffer) for i, buffer in enumerate(self.buffers)]
 
     @torch.no_grad()
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
         self.buffers[slot].add_(compute())
+
+
+def build(
+    dtype: torch.dtype, *, fp8: bool, with_sink: bool, recorder: CastRecorder | None = None
+) -> tuple[Mlp, BufferSink | None]:
+    model = Mlp(dtype)
+    sink = BufferSink(model.linears) if with_sink else None
+    for layer, slot in zip(model.linears, [None, None] if sink is None else sink.slots, strict=True):
+        if fp8:
+            connect(layer, LinearQuant(), recorder=recorder, sink_slot=slot)
+        elif slot is not None:
+            layer.connect(sink_slot=slot)
+    return model, sink
 
 
 def step(
@@ -84,8 +90,7 @@ def step(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled_gradients_equal_eager_ones(dtype: torch.dtype, fp8: bool, with_sink: bool) -> None:
     torch._dynamo.reset()
-    model = Mlp(dtype, fp8=fp8)
-    sink = BufferSink(model.linears) if with_sink else None
+    model, sink = build(dtype, fp8=fp8, with_sink=with_sink)
     expected = step(model, model, sink, dtype)
     assert len(expected) == 5
     got = step(model, torch.compile(model, fullgraph=True), sink, dtype)
@@ -98,8 +103,7 @@ def test_compiled_gradients_equal_eager_ones(dtype: torch.dtype, fp8: bool, with
 def test_compiled_layer_follows_the_weight_without_new_graphs() -> None:
     """A step changes the weight and its payload; the graph of the first step serves them all."""
     torch._dynamo.reset()
-    model = Mlp(torch.float64, fp8=True)
-    sink = BufferSink(model.linears)
+    model, sink = build(torch.float64, fp8=True, with_sink=True)
     compiled = torch.compile(model, fullgraph=True)
     step(model, compiled, sink, torch.float64)
     graphs = counters["stats"]["unique_graphs"]
@@ -116,12 +120,9 @@ def test_compiled_layer_follows_the_weight_without_new_graphs() -> None:
 def test_compiled_layer_records_cast_statistics() -> None:
     """A sampled step takes one more graph and writes the rows that eager mode writes."""
     torch._dynamo.reset()
-    model = Mlp(torch.float64, fp8=True)
-    sink = BufferSink(model.linears)
     sites = [f"{name}/{use}" for name in ("up", "down") for use in ("x", "w", "grad_output")]
     recorder = CastRecorder(sites, CPU)
-    for layer in model.linears:
-        layer.recorder = recorder
+    model, sink = build(torch.float64, fp8=True, with_sink=True, recorder=recorder)
     compiled = torch.compile(model, fullgraph=True)
     step(model, compiled, sink, torch.float64)
     assert recorder.collect() == {}
@@ -154,20 +155,15 @@ def _delayed() -> LinearQuant:
 
 def _steps(compile_it: bool, *, resident: bool, interleaved: bool) -> list[Tensor]:
     """Three steps with delayed scales; outputs, gradients and the scale state after each."""
-    model = Mlp(torch.float64, fp8=False)
+    model = Mlp(torch.float64)
     masters = [layer.weight.detach().float() for layer in model.linears]
-    for layer in model.linears:
-        layer.use_fp8(Fp8Plan(_delayed(), choose_gemm_backend(CPU, torch.float64)))
-    state = ScaleState({k: v for layer in model.linears for k, v in layer.scale_slots().items()}, CPU)
-    for layer, master in zip(model.linears, masters, strict=True):
-        layer.use_scale_state(state)
-        if resident:
-            layer.hold_fp8_weight().fill(master)
+    state = state_of({layer.name: _delayed() for layer in model.linears})
     sink = BufferSink(model.linears)
-    sink.buffers = [torch.zeros(layer.weight.shape, dtype=torch.float64) for layer in model.linears]
-    for layer, buffer in zip(model.linears, sink.buffers, strict=True):
-        assert layer.sink_slot is not None
-        layer.sink_slot = SinkSlot(layer.sink_slot.sink, layer.sink_slot.slot, buffer)
+    for layer, master, slot in zip(model.linears, masters, sink.slots, strict=True):
+        if resident:
+            connect_resident(layer, _delayed(), scale_state=state, sink_slot=slot).fill(master)
+        else:
+            connect(layer, _delayed(), scale_state=state, sink_slot=slot)
     call = torch.compile(model, fullgraph=True) if compile_it else model
     found: list[Tensor] = []
     for number in range(3):
@@ -217,14 +213,11 @@ def test_compiled_delayed_scales(resident: bool, interleaved: bool) -> None:
 def test_blocks_with_delayed_scales_share_a_graph() -> None:
     """Slots are tensors, so another block's slots are no reason to compile again."""
     torch._dynamo.reset()
-    models = [Mlp(torch.float64, fp8=False) for _ in range(3)]
+    models = [Mlp(torch.float64, f"layers.{i}.") for i in range(3)]
     layers = [layer for model in models for layer in model.linears]
-    for i, layer in enumerate(layers):
-        layer.name = f"layers.{i}"
-        layer.use_fp8(Fp8Plan(_delayed(), choose_gemm_backend(CPU, torch.float64)))
-    state = ScaleState({k: v for layer in layers for k, v in layer.scale_slots().items()}, CPU)
+    state = state_of({layer.name: _delayed() for layer in layers})
     for layer in layers:
-        layer.use_scale_state(state)
+        connect(layer, _delayed(), scale_state=state)
         layer.quantize_weight()
     for model in models:
         model.compile(fullgraph=True)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fp8train.kernels.gemm import choose_gemm_backend
-from fp8train.layers.linear import Fp8Plan, Linear
+from fp8train.layers.linear import Linear
+from fp8train.layers.linear_plan import scale_slots
 from fp8train.numerics.formats import E4M3, E5M2, Format
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
+from tests.layers.connecting import CPU, connect, plan_of, state_of
 
-CPU = torch.device("cpu")
 K, N, ROWS = 40, 24, 21
 
 
@@ -58,21 +58,27 @@ def alone(tensor: Tensor) -> None:
     """The MAX all-reduce of one rank."""
 
 
-def make(quant: LinearQuant, *, dtype: torch.dtype = torch.float32, name: str = "up") -> Linear:
-    layer = Linear(K, N, bias=False, dtype=dtype)
+def make(
+    quant: LinearQuant,
+    *,
+    dtype: torch.dtype = torch.float32,
+    name: str = "up",
+    state: ScaleState | None = None,
+    recorder: CastRecorder | None = None,
+) -> Linear:
+    layer = Linear(K, N, bias=False, dtype=dtype, name=name)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(N, K, generator=generator) * 0.02)
-    layer.name = name
-    layer.use_fp8(Fp8Plan(quant, choose_gemm_backend(CPU, dtype)))
+    connect(layer, quant, scale_state=state, recorder=recorder)
     return layer
 
 
-def with_state(quant: LinearQuant, *, dtype: torch.dtype = torch.float32) -> tuple[Linear, ScaleState]:
-    layer = make(quant, dtype=dtype)
-    state = ScaleState(layer.scale_slots(), CPU)
-    layer.use_scale_state(state)
-    return layer, state
+def with_state(
+    quant: LinearQuant, *, dtype: torch.dtype = torch.float32, recorder: CastRecorder | None = None
+) -> tuple[Linear, ScaleState]:
+    state = state_of({"up": quant})
+    return make(quant, dtype=dtype, state=state, recorder=recorder), state
 
 
 def inputs(seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -148,8 +154,10 @@ def test_slots_are_the_delayed_casts(name: str) -> None:
         "mixed": ["grad_input.grad_output"],
     }
     uses["second copy"] = uses["bf16"] = uses["requantise"]
-    assert list(make(QUANTS[name]).scale_slots()) == [f"up/{use}" for use in uses[name]]
-    assert make(LinearQuant()).scale_slots() == {}
+    slots = scale_slots("up", plan_of(QUANTS[name], torch.float32))
+    assert list(slots) == [f"up/{use}" for use in uses[name]]
+    assert all(slots[f"up/{use}"] == QUANTS[name].casts()[use] for use in uses[name])
+    assert scale_slots("up", plan_of(LinearQuant(), torch.float32)) == {}
 
 
 def test_constant_scales_equal_float64_of_the_operands() -> None:
@@ -316,13 +324,13 @@ def test_a_weights_amax_is_recorded_whoever_met_it_first() -> None:
 
 
 def test_values_beyond_the_delayed_scale_saturate_and_are_counted() -> None:
-    layer, state = with_state(STANDARD)
-    layer.recorder = CastRecorder([f"up/{operand}" for operand in ("x", "w", "grad_output")], CPU)
+    recorder = CastRecorder([f"up/{operand}" for operand in ("x", "w", "grad_output")], CPU)
+    layer, state = with_state(STANDARD, recorder=recorder)
     train(layer, state, [inputs(1)])
-    layer.recorder.active = True
+    recorder.active = True
     x, grad_output = inputs(2, 64.0)
     output, *_ = gradients(layer, x, grad_output)
-    rows = layer.recorder.collect()
+    rows = recorder.collect()
     for use, operand, source, fmt in (
         ("output.x", "x", x, E4M3),
         ("grad_input.grad_output", "grad_output", grad_output, E5M2),
@@ -335,7 +343,7 @@ def test_values_beyond_the_delayed_scale_saturate_and_are_counted() -> None:
     assert output.isfinite().all()
     train(layer, state, [inputs(2, 64.0)])
     gradients(layer, *inputs(2, 64.0))
-    assert layer.recorder.collect()["up/x"]["saturated"] == 0
+    assert recorder.collect()["up/x"]["saturated"] == 0
 
 
 @pytest.mark.parametrize("source", ["delayed", "constant"])
@@ -360,11 +368,6 @@ def test_non_finite_operands_poison_the_product_and_no_scale(source: str, value:
     if source == "delayed":
         use = {"x": "output.x", "weight": "output.w", "grad_output": "grad_input.grad_output"}[operand]
         assert state.event_counts() == {f"up/{use}": {"zero": 0, "non_finite": 1}}
-
-
-def test_delayed_scales_need_a_state() -> None:
-    with pytest.raises(AssertionError, match=r"up has delayed scales but no scale state"):
-        make(STANDARD)(inputs(1)[0])
 
 
 def test_resume_in_the_middle() -> None:
@@ -394,10 +397,9 @@ def test_resume_in_the_middle() -> None:
 
 def test_two_layers_share_one_state() -> None:
     """Slots are by name; specs in common are advanced together, each slot with its own amax."""
-    first, second = make(STANDARD, name="first"), make(QUANTS["mixed"], name="second")
-    state = ScaleState(first.scale_slots() | second.scale_slots(), CPU)
-    for layer in (first, second):
-        layer.use_scale_state(state)
+    state = state_of({"first": STANDARD, "second": QUANTS["mixed"]})
+    first = make(STANDARD, name="first", state=state)
+    second = make(QUANTS["mixed"], name="second", state=state)
     x, grad_output = inputs(1)
     with state.recording():
         first(x).backward(grad_output)
@@ -414,6 +416,6 @@ def test_two_layers_share_one_state() -> None:
 
 
 def test_print_shows_the_sources() -> None:
-    block = nn.Sequential(make(replace(STANDARD, keep_w="bf16")))
+    block = nn.Sequential(with_state(replace(STANDARD, keep_w="bf16"))[0])
     recipe = "x=e4m3:delayed16max/tensor/pow2 w=e4m3:delayed16max/tensor/pow2 grad_output=e5m2:delayed16max"
     assert recipe in repr(block)

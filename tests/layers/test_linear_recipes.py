@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.fp8_operand import cropped, padded, quantize_matrix, transposed
 from fp8train.layers.fp8_weight import ResidentFp8Weight
-from fp8train.layers.linear import Fp8Plan, Linear
+from fp8train.layers.linear import Linear
 from fp8train.models.fp8_plan import linear_quant
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.formats import E4M3, E5M2
@@ -24,6 +23,7 @@ from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import FIELDS, CastRecorder
+from tests.layers.connecting import connect
 from tests.layers.test_linear import CPU, DTYPES, Case, ListSink, assert_product, make, run, saved_by
 from tests.training.tiny import tiny_config
 
@@ -101,9 +101,9 @@ def check(case: Case, quant: LinearQuant, output: Tensor, grad_input: Tensor, gr
 def test_equals_float64_of_the_operands(name: str, dtype: torch.dtype, with_sink: bool) -> None:
     quant = quant_of(name)
     for shape in SHAPES:
-        case = make(dtype, shape, quant=quant)
         sink = ListSink()  # alive until backward has run
-        buffer = sink.attach(case.layer) if with_sink else None
+        case = make(dtype, shape, quant=quant, sink=sink if with_sink else None)
+        buffer = sink.buffers[0] if with_sink else None
         output, grad_input, grad_weight = run(case)
         if buffer is not None:
             assert grad_weight is None
@@ -137,23 +137,22 @@ def test_what_backward_keeps_under_each_recipe() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_compiled_equals_eager(name: str) -> None:
-    def layers() -> tuple[nn.Module, Linear]:
-        case = make(torch.float32, ((40,), 48, 72), quant=recipe(name))
+    def layers(sink: ListSink) -> tuple[nn.Module, Linear]:
+        case = make(torch.float32, ((40,), 48, 72), quant=recipe(name), sink=sink)
         return nn.Sequential(case.layer, nn.SiLU()), case.layer
 
     torch._dynamo.reset()
     case = make(torch.float32, ((40,), 48, 72))
     results = []
     for compiled in (False, True):
-        module, layer = layers()
-        layer.quantize_weight()
         sink = ListSink()
-        buffer = sink.attach(layer)
+        module, layer = layers(sink)
+        layer.quantize_weight()
         call = torch.compile(module, fullgraph=True) if compiled else module
         x = case.x.detach().clone().requires_grad_()
         output = call(x)
         output.backward(case.grad_output)
-        results.append((output.detach(), x.grad, buffer))
+        results.append((output.detach(), x.grad, *sink.buffers))
     for eager, other in zip(*results, strict=True):
         assert eager.abs().max() > 0
         # The nonlinearity's last bit may differ in compiled code; a wrong code or scale is off by 2^-4.
@@ -162,10 +161,8 @@ def test_compiled_equals_eager(name: str) -> None:
 
 def test_statistics_of_every_cast() -> None:
     """Rows of the recorder: log2 of the scale is the mean over rows, and a row's amax the tensor's."""
-    case = make(torch.float32, ((40,), 48, 72), quant=recipe("rowwise"))
-    case.layer.name = "layer"
     recorder = CastRecorder(["layer/x", "layer/w", "layer/grad_output"], CPU)
-    case.layer.recorder = recorder
+    case = make(torch.float32, ((40,), 48, 72), quant=recipe("rowwise"), name="layer", recorder=recorder)
     recorder.active = True
     run(case)
     found = recorder.collect()
@@ -228,7 +225,7 @@ def test_a_constant_equal_to_the_current_scale_changes_nothing() -> None:
 
 def test_the_plan_prints() -> None:
     layer = Linear(32, 32, bias=False, dtype=torch.bfloat16)
-    layer.use_fp8(Fp8Plan(recipe("mxfp8"), choose_gemm_backend(CPU, torch.bfloat16)))
+    connect(layer, recipe("mxfp8"))
     assert "x=e4m3:cur/mx_1x32/pow2" in repr(layer)
     assert "keep_x=second_copy(e4m3:cur/mx_1x32/pow2)" in repr(layer)
     assert F.silu(layer(torch.ones(2, 32, dtype=torch.bfloat16))).shape == (2, 32)

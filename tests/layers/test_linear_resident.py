@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.fp8_operand import aligned, pad_to
 from fp8train.layers.fp8_weight import ResidentFp8Weight
-from fp8train.layers.linear import Fp8Plan, Linear, SinkSlot
+from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.cast import amax_of, quantize
 from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.grad_sink import register_sink
@@ -21,8 +20,8 @@ from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import FIELDS, CastRecorder, cast_statistics
 from fp8train.optim.weight_target import WeightTarget
+from tests.layers.connecting import CPU, connect, connect_resident, state_of
 
-CPU = torch.device("cpu")
 SHAPES = [(48, 32), (24, 40), (33, 17), (3, 5)]  # [N, K]: aligned, and three that need padding
 SPACED = QuantSpec(E4M3, margin=1)
 QUANTS = {
@@ -45,20 +44,26 @@ def normal(*shape: int, seed: int, std: float = 1.0, dtype: torch.dtype = torch.
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(dtype)
 
 
-def make(shape: tuple[int, int], quant: LinearQuant, *, dtype: torch.dtype, bias: bool = False) -> Linear:
-    layer = Linear(shape[1], shape[0], bias=bias, dtype=dtype)
-    layer.name = "layers.0.mlp.up"
+NAME = "layers.0.mlp.up"
+
+
+def make(shape: tuple[int, int], *, dtype: torch.dtype, bias: bool = False) -> Linear:
+    layer = Linear(shape[1], shape[0], bias=bias, dtype=dtype, name=NAME)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-    layer.use_fp8(Fp8Plan(quant, choose_gemm_backend(CPU, dtype)))
     return layer
 
 
 def resident(
-    shape: tuple[int, int], quant: LinearQuant, *, dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, int],
+    quant: LinearQuant,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_state: ScaleState | None = None,
+    recorder: CastRecorder | None = None,
 ) -> tuple[Linear, ResidentFp8Weight]:
-    layer = make(shape, quant, dtype=dtype)
-    return layer, layer.hold_fp8_weight()
+    layer = make(shape, dtype=dtype)
+    return layer, connect_resident(layer, quant, scale_state=scale_state, recorder=recorder)
 
 
 def publish(target: WeightTarget, master: Tensor, cuts: Sequence[int] = ()) -> None:
@@ -130,13 +135,15 @@ def test_forward_and_backward_equal_a_quantised_weight(
     master = normal(*shape, seed=5, std=0.05).to(torch.bfloat16).to(torch.float32)
     found = []
     for held in (False, True):
-        layer = make(shape, QUANTS[name], dtype=dtype, bias=True)
+        layer = make(shape, dtype=dtype, bias=True)
+        sink = Sink(layer) if with_sink else None
+        slot = None if sink is None else sink.slot
         if held:
-            publish(layer.hold_fp8_weight(), master, [7, 100])
+            publish(connect_resident(layer, QUANTS[name], sink_slot=slot), master, [7, 100])
         else:
+            connect(layer, QUANTS[name], sink_slot=slot)
             with torch.no_grad():
                 layer.weight.copy_(master)
-        sink = Sink(layer) if with_sink else None
         x = normal(3, 7, shape[1], seed=6, dtype=dtype).requires_grad_()
         output = layer(x)
         output.backward(normal(3, 7, shape[0], seed=7, std=1e-3, dtype=dtype))
@@ -156,8 +163,7 @@ class Sink:
 
     def __init__(self, layer: Linear) -> None:
         self.buffer = torch.zeros(layer.weight.shape, dtype=layer.weight.dtype)
-        self.number = register_sink(self)
-        layer.sink_slot = SinkSlot(self.number, torch.tensor(0), self.buffer)
+        self.slot = SinkSlot(register_sink(self), torch.tensor(0), self.buffer)
 
     @torch.no_grad()
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
@@ -165,9 +171,9 @@ class Sink:
 
 
 def test_the_parameter_has_no_storage_and_no_values() -> None:
-    layer = make((48, 32), LinearQuant(), dtype=torch.bfloat16)
+    layer = make((48, 32), dtype=torch.bfloat16)
     before = layer.weight
-    target = layer.hold_fp8_weight()
+    target = connect_resident(layer, LinearQuant())
     assert layer.weight is before
     assert dict(layer.named_parameters())["weight"] is before
     assert before.requires_grad and isinstance(before, nn.Parameter)
@@ -200,14 +206,12 @@ def test_nothing_runs_before_the_first_weight() -> None:
         layer(normal(2, 32, seed=1, dtype=torch.bfloat16))
 
 
-def test_refusals() -> None:
-    layer = make((48, 32), LinearQuant(keep_w="bf16"), dtype=torch.bfloat16)
+def test_a_weight_that_backward_needs_in_bf16_is_refused() -> None:
+    layer = make((48, 32), dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"precision\.gemm\.keep_w: bf16 .* resident in FP8; use same"):
-        layer.hold_fp8_weight()
+        connect_resident(layer, LinearQuant(keep_w="bf16"))
     assert not layer.fp8_weight_is_resident
     assert layer.weight.untyped_storage().nbytes() == 48 * 32 * 2
-    with pytest.raises(AssertionError, match="call use_fp8"):
-        Linear(32, 48, bias=False, dtype=torch.bfloat16).hold_fp8_weight()
 
 
 def test_a_new_weight_between_forward_and_backward_is_an_error() -> None:
@@ -234,10 +238,10 @@ def test_a_non_finite_master_poisons_the_product(value: float) -> None:
 def test_delayed_scale() -> None:
     """The scale comes from the weights of the steps before; training forwards report this one's amax."""
     spec = QuantSpec(E4M3, scale_source="delayed", history=2)
-    layer, target = resident((24, 40), replace(LinearQuant(), output_w=spec, grad_input_w=spec))
-    state = ScaleState(layer.scale_slots(), CPU)
+    quant = replace(LinearQuant(), output_w=spec, grad_input_w=spec)
+    state = state_of({NAME: quant})
     assert state.names == ["layers.0.mlp.up/output.w"]
-    layer.use_scale_state(state)
+    layer, target = resident((24, 40), quant, scale_state=state)
     masters = [normal(24, 40, seed=seed, std=std) for seed, std in enumerate((1.0, 8.0, 0.1, 0.1, 0.1))]
     amaxes = [float(master.abs().max()) for master in masters]
     x = normal(2, 40, seed=1, dtype=torch.bfloat16)
@@ -271,14 +275,15 @@ def test_statistics_of_a_weight_written_in_pieces(cuts: list[int], kind: str) ->
         spec = QuantSpec(E4M3, scale_source="constant", constant_exponent=9)
     elif kind == "nan":
         master[2, 2] = math.nan
-    layer, target = resident((24, 40), LinearQuant(output_w=spec, grad_input_w=spec))
-    layer.recorder = CastRecorder([f"{layer.name}/{operand}" for operand in ("x", "w", "grad_output")], CPU)
+    recorder = CastRecorder([f"{NAME}/{operand}" for operand in ("x", "w", "grad_output")], CPU)
+    quant = LinearQuant(output_w=spec, grad_input_w=spec)
+    layer, target = resident((24, 40), quant, recorder=recorder)
     publish(target, master, cuts)
-    assert layer.recorder.collect() == {}
-    layer.recorder.active = True
+    assert recorder.collect() == {}
+    recorder.active = True
     publish(target, master, cuts)
     layer.record_weight()  # changes nothing: the source is gone
-    row = layer.recorder.row(f"{layer.name}/w")
+    row = recorder.row(f"{NAME}/w")
     expected = cast_statistics(master, *quantize(master, spec))
     torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     if kind == "saturating":

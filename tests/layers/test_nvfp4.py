@@ -47,9 +47,9 @@ def transformed(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("with_sink", [False, True], ids=["autograd", "sink"])
 def test_the_three_gemms_multiply_what_the_recipe_says(dtype: torch.dtype, with_sink: bool) -> None:
     for shape in SHAPES:
-        case = make(dtype, shape, quant=recipe())
         sink = ListSink()
-        buffer = sink.attach(case.layer) if with_sink else None
+        case = make(dtype, shape, quant=recipe(), sink=sink if with_sink else None)
+        buffer = sink.buffers[0] if with_sink else None
         output, grad_input, grad_weight = run(case)
         grad_weight = grad_weight if buffer is None else buffer
         n, k = case.layer.weight.shape
@@ -115,16 +115,15 @@ def test_compiled_equals_eager() -> None:
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        case = make(torch.float32, ((40,), 48, 72), quant=recipe())
+        sink = ListSink()
+        case = make(torch.float32, ((40,), 48, 72), quant=recipe(), sink=sink)
         module = nn.Sequential(case.layer, nn.SiLU())
         case.layer.quantize_weight()
-        sink = ListSink()
-        buffer = sink.attach(case.layer)
         call = torch.compile(module, fullgraph=True) if compiled else module
         x = case.x.detach().clone().requires_grad_()
         output = call(x)
         output.backward(case.grad_output)
-        results.append((output.detach(), x.grad, buffer))
+        results.append((output.detach(), x.grad, *sink.buffers))
     (eager, *_), (other, *_) = results
     torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
     # The last bit of SiLU's gradient may differ in compiled code, and with it the random bits of a block:
@@ -134,10 +133,8 @@ def test_compiled_equals_eager() -> None:
 
 
 def test_statistics_of_casts() -> None:
-    case = make(torch.float32, ((40,), 48, 72), quant=recipe())
-    case.layer.name = "layer"
     recorder = CastRecorder(["layer/x", "layer/w", "layer/grad_output"], CPU)
-    case.layer.recorder = recorder
+    case = make(torch.float32, ((40,), 48, 72), quant=recipe(), name="layer", recorder=recorder)
     recorder.active = True
     run(case)
     for site, tensor in (("x", case.x), ("w", case.layer.weight), ("grad_output", case.grad_output)):

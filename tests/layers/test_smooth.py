@@ -11,17 +11,16 @@ from torch import Tensor
 
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.config.errors import ConfigError
-from fp8train.kernels.gemm import GemmBackend
-from fp8train.layers.linear import Fp8Plan, Linear
+from fp8train.layers.linear import Linear
 from fp8train.layers.mlp import MLP
 from fp8train.layers.smooth import Smoothing, channel_scale, token_scale
 from fp8train.numerics.quant_spec import E4M3, LinearQuant, QuantSpec
 from tests.distributed.test_tensor_parallel import WIDE
+from tests.layers.connecting import connect
 from tests.training.tiny import alone, losses, tiny_config
 
 PLAIN = ["precision.compute=fp64", "precision.gemm.fp8=true"]
 VARIANTS = ("token", "channel")
-DECODE = GemmBackend("decode", "test")
 
 
 def smoothed(variant: str) -> list[str]:
@@ -35,7 +34,7 @@ def make(dtype: torch.dtype, *, fp8: bool, smooth: Smoothing) -> MLP:
         for parameter in mlp.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
     if fp8:
-        mlp.down.use_fp8(Fp8Plan(LinearQuant(), DECODE))
+        connect(mlp.down, LinearQuant(), holding="in_forward" if smooth == "channel" else "cached")
         mlp.use_smooth_swiglu(smooth)
     else:
         mlp.smooth = smooth
@@ -96,8 +95,7 @@ def test_factors_of_columns_change_nothing_where_fp8_is_exact(quant: LinearQuant
     x, weight = integers(24, in_features, largest=7) * columns, integers(12, in_features, largest=3)
     grad_output = integers(24, 12, largest=2)
     linear = Linear(in_features, 12, bias=False, dtype=torch.float64)
-    linear.use_fp8(Fp8Plan(quant, DECODE))
-    linear.cast_weight_in_forward()
+    connect(linear, quant, holding="in_forward")
     with torch.no_grad():
         linear.weight.copy_(weight)
     source = x.clone().requires_grad_()

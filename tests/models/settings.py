@@ -8,7 +8,8 @@ import torch
 
 from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
-from fp8train.models.build import build_model, initialise
+from fp8train.models.build import BuiltModel, build_model, initialise
+from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.models.decoder import Decoder
 
 VOCAB_SIZE = 61  # padded to 64: three columns must never win
@@ -55,7 +56,19 @@ def tiny_model(config: Config, *, seed: int = 5, perturb: bool = True) -> Decode
 
     ``perturb`` adds noise to norms and biases (which start at 1 and 0), so that an error in using them shows.
     """
-    model = build_model(config, vocab_size=VOCAB_SIZE, device=torch.device("cpu")).model
+    built = tiny_built(config)
+    connect_linears(built, make_fp8_parts(built))
+    fill(built.model, seed=seed, perturb=perturb)
+    return built.model
+
+
+def tiny_built(config: Config) -> BuiltModel:
+    """The decoder of ``config`` without values, its linears not connected yet."""
+    return build_model(config, vocab_size=VOCAB_SIZE, device=torch.device("cpu"))
+
+
+def fill(model: Decoder, *, seed: int = 5, perturb: bool = True) -> None:
+    """Give a connected decoder the values of :func:`tiny_model`."""
     initialise(model, seed)
     if perturb:
         generator = torch.Generator().manual_seed(seed)
@@ -65,7 +78,6 @@ def tiny_model(config: Config, *, seed: int = 5, perturb: bool = True) -> Decode
                     parameter.add_(
                         torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1
                     )
-    return model
 
 
 def random_tokens(batch: int, length: int, *, seed: int = 3, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:

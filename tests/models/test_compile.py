@@ -10,26 +10,35 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.models.decoder import Decoder
+from fp8train.models.build import BuiltModel
+from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.parallel.gradients.plan import GradientPlan, Groups
 from fp8train.parallel.gradients.store import GradientStore
-from tests.models.settings import FAMILIES, gradients, random_tokens, tiny_config, tiny_model
+from tests.models.settings import FAMILIES, fill, gradients, random_tokens, tiny_built, tiny_config
 
 LAYERS = 3
 
 
-def build(family: str, *, compiled: bool, fp8: bool, compute: str, mode: str = "none") -> Decoder:
+def build(family: str, *, compiled: bool, fp8: bool, compute: str, mode: str = "none") -> BuiltModel:
     train: dict[str, Any] = {"activation_checkpointing": mode, "compile": "block" if compiled else "off"}
     precision = {"compute": compute, "gemm": {"fp8": fp8}}
     settings = {**FAMILIES[family], "num_layers": LAYERS, "hidden_size": 16, "num_heads": 2, "init_std": 0.2}
     if family == "llama":
         settings["num_kv_heads"] = 1
-    return tiny_model(tiny_config(settings, precision=precision, train=train))
+    return tiny_built(tiny_config(settings, precision=precision, train=train))
 
 
-def stored_gradients(model: Decoder, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def autograd_gradients(built: BuiltModel, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """:func:`gradients` without a gradient store."""
+    connect_linears(built, make_fp8_parts(built))
+    fill(built.model)
+    return gradients(built.model, tokens, targets)
+
+
+def stored_gradients(built: BuiltModel, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """As :func:`gradients`, of two equal micro-batches, through a gradient store."""
+    model = built.model
     plan = GradientPlan(
         dict(model.named_parameters()),
         accumulate=torch.float32,
@@ -40,6 +49,8 @@ def stored_gradients(model: Decoder, tokens: Tensor, targets: Tensor) -> dict[st
     )
     store = GradientStore(model, plan)
     assert store.num_buckets > 1
+    connect_linears(built, make_fp8_parts(built), sink_slot=store.sink_slot)
+    fill(model)
     store.begin_step(2)
     for _ in range(2):
         (model(tokens, targets) / (2 * targets.numel())).backward()
@@ -85,7 +96,7 @@ def test_gradients_equal_eager(family: str, mode: str, store: str, precision: st
     E5M2), so single elements may differ by that; the norm stays within 2 %.
     """
     tokens, targets = random_tokens(2, 16), random_tokens(2, 16, seed=4)
-    measure = stored_gradients if store == "store" else gradients
+    measure = stored_gradients if store == "store" else autograd_gradients
     settings: dict[str, Any] = {"fp8": precision == "fp8", "mode": mode}
     settings["compute"] = "fp64" if precision == "fp64" else "fp32"
     eager = measure(build(family, compiled=False, **settings), tokens, targets)
@@ -107,14 +118,14 @@ def test_sampling_of_cast_statistics_takes_one_more_graph() -> None:
     torch._dynamo.reset()
     counters.clear()
     for compiled in (True, False):
-        model = build("llama", compiled=compiled, fp8=True, compute="fp32")
-        sites = [f"{path}/{use}" for path in model.linears() for use in ("x", "w", "grad_output")]
+        built = build("llama", compiled=compiled, fp8=True, compute="fp32")
+        sites = [f"{path}/{use}" for path in built.model.linears() for use in ("x", "w", "grad_output")]
         recorder = CastRecorder(sites, torch.device("cpu"))
-        for linear in model.linears().values():
-            linear.recorder = recorder
+        connect_linears(built, make_fp8_parts(built, recorder=recorder))
+        fill(built.model)
         for active in (False, True):
             recorder.active = active
-            gradients(model, tokens, targets)
+            gradients(built.model, tokens, targets)
         assert list(recorder.collect()) == sites
         rows.append(recorder.rows)
     assert counters["stats"]["unique_graphs"] == 2

@@ -1,4 +1,4 @@
-"""Which linears run in FP8, and the line that says so."""
+"""Which linears run in FP8, the line that says so, and the connection that makes it true."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ import pytest
 import torch
 
 from fp8train.config.errors import ConfigError
+from fp8train.layers.linear_plan import Alphas
 from fp8train.models.build import BuiltModel, build_model
-from tests.models.settings import FAMILIES, VOCAB_SIZE, tiny_config
+from fp8train.models.connect import connect_linears, make_fp8_parts
+from tests.models.settings import FAMILIES, VOCAB_SIZE, random_tokens, tiny_config, tiny_model
 
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 
 
-def build(gemm: dict[str, Any], **model: Any) -> BuiltModel:
-    config = tiny_config({**FAMILIES["llama"], "num_layers": 4, **model}, precision={"gemm": gemm})
+def build(gemm: dict[str, Any], *, weights: str = "compute", **model: Any) -> BuiltModel:
+    precision = {"gemm": gemm, "weights": weights}
+    config = tiny_config({**FAMILIES["llama"], "num_layers": 4, **model}, precision=precision)
     return build_model(config, vocab_size=VOCAB_SIZE, device=torch.device("cpu"))
+
+
+def connected(gemm: dict[str, Any], **settings: Any) -> BuiltModel:
+    built = build(gemm, **settings)
+    connect_linears(built, make_fp8_parts(built))
+    return built
 
 
 @pytest.mark.parametrize(
@@ -41,8 +50,10 @@ def build(gemm: dict[str, Any], **model: Any) -> BuiltModel:
 )
 def test_report(gemm: dict[str, Any], line: str) -> None:
     built = build({"fp8": True, **gemm})
+    assert all(linear.plan is None for linear in built.model.linears().values())  # decided, not done
     assert built.fp8 is not None
     assert str(built.fp8) == line
+    connect_linears(built, make_fp8_parts(built))
     converted = {name for name, linear in built.model.linears().items() if linear.plan is not None}
     assert set(built.fp8.converted) == converted
     in_plan = {name.removesuffix(".weight") for name, spec in built.model.specs.items() if spec.in_fp8_plan}
@@ -63,7 +74,7 @@ def test_first_and_last_layers_by_name() -> None:
 
 
 def test_without_fp8_nothing_is_converted() -> None:
-    built = build({"fp8": False})
+    built = connected({"fp8": False})
     assert built.fp8 is None
     assert built.backend is None
     assert all(linear.plan is None for linear in built.model.linears().values())
@@ -89,3 +100,64 @@ def test_operands_that_do_not_fit_are_an_error() -> None:
     """``keep_x: same`` reuses the forward's payload, so the two specs must be equal."""
     with pytest.raises(ConfigError, match=r"keep_x: same reuses the payload of output.x"):
         build({"fp8": True, "grad_weight": {"x": {"margin": 1}}})
+
+
+@pytest.mark.parametrize(
+    ("weights", "gemm", "forward_only", "down", "others"),
+    [
+        ("compute", {}, False, "cached", "cached"),
+        ("fp8", {}, False, "resident", "resident"),
+        ("fp8", {}, True, "loaded", "loaded"),
+        ("compute", {}, True, "loaded", "loaded"),
+        ("compute", {"smooth_swiglu": "token"}, False, "cached", "cached"),
+        ("compute", {"smooth_swiglu": "channel"}, False, "in_forward", "cached"),
+        ("compute", {"smooth_swiglu": "channel"}, True, "in_forward", "loaded"),
+    ],
+)
+def test_how_each_weight_is_held(
+    weights: str, gemm: dict[str, Any], forward_only: bool, down: str, others: str
+) -> None:
+    precision = {"gemm": {"fp8": True, "exclude": ["layers.0.*"], **gemm}, "weights": weights}
+    config = tiny_config(FAMILIES["llama"], precision=precision)
+    built = build_model(config, vocab_size=VOCAB_SIZE, device=torch.device("cpu"), forward_only=forward_only)
+    assert built.fp8 is not None
+    assert {path: plan.holding for path, plan in built.fp8.plans.items()} == {
+        f"layers.1.{name}": down if name == "mlp.down" else others for name in LINEARS
+    }
+    parts = make_fp8_parts(built)
+    connect_linears(built, parts)
+    in_fp8_alone = {name for name in LINEARS if (down if name == "mlp.down" else others)[:2] in ("re", "lo")}
+    for path, linear in built.model.linears().items():
+        alone = path.startswith("layers.1.") and path.removeprefix("layers.1.") in in_fp8_alone
+        assert linear.fp8_weight_is_resident is alone
+        assert linear.weight.untyped_storage().nbytes() == (4 if alone else linear.weight.numel() * 4)
+    assert set(parts.resident) | set(parts.loaded) == {f"layers.1.{name}.weight" for name in in_fp8_alone}
+    assert (not parts.resident) if forward_only else (not parts.loaded)
+
+
+def test_a_model_is_connected_once_and_not_run_before() -> None:
+    built = build({"fp8": True})
+    with pytest.raises(AssertionError, match=r"layers\.0\.attention\.qkv is in .* plan but not connected"):
+        built.model.logits(random_tokens(1, 4))
+    connect_linears(built, make_fp8_parts(built))
+    with pytest.raises(AssertionError, match=r"layers\.0\.attention\.qkv is connected already"):
+        connect_linears(built, make_fp8_parts(built))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["standard", "mus", "umup"])
+def test_linears_know_their_path_and_multipliers(family: str, kind: str) -> None:
+    """As the parametrisation gives them for the role and the logical shape in the parameter's spec."""
+    settings = {**FAMILIES[family], "hidden_size": 32, "ffn_hidden_size": 48, "tie_embeddings": False}
+    if kind == "umup":
+        settings |= {"norm_gain": False}
+    model = tiny_model(tiny_config(settings, parametrization={"kind": kind}), perturb=False)
+    rule = model.parametrization
+    assert len(model.linears()) == 8
+    for path, linear in model.linears().items():
+        spec = model.specs[f"{path}.weight"]
+        assert linear.name == path
+        assert linear.alphas == rule.linear(spec.role, spec.fan_in, spec.fan_out)
+        if kind == "mus":
+            assert linear.alphas.output == linear.in_features**-0.5
+        assert (linear.alphas == Alphas()) is (kind == "standard")

@@ -47,7 +47,7 @@ def test_the_query_norm_of_a_head_that_grew_is_logged(overrides: list[str]) -> N
     grown = qkv.dequantized_weight(torch.float32).clone()
     grown[: trainer.model.config.head_dim] *= 10
     if qkv.fp8_weight_is_resident:
-        trainer.built.weight_targets["layers.2.attention.qkv.weight"].fill(grown)
+        trainer.parts.resident["layers.2.attention.qkv.weight"].fill(grown)
     else:
         with torch.no_grad():
             qkv.weight.copy_(grown)

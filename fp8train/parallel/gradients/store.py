@@ -117,7 +117,8 @@ class GradientStore:
         parts: CountedGroup | None = None,
         whole: Collection[str] = (),
     ) -> None:
-        """Attach to ``model``: linears get a sink slot, other parameters a hook.
+        """Attach a hook to every parameter of ``model`` but the weights of linears, which contribute through
+        the place that :meth:`sink_slot` gives them.
 
         Args:
             model: every parameter that requires a gradient is served.
@@ -174,17 +175,17 @@ class GradientStore:
                 self._slots.append(_Slot(fqn, bucket, slot - slots[0], uses=self._uses.get(fqn, 1)))
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        through_sink = set()
-        for path, module in model.named_modules():
-            fqn = f"{path}.weight"
-            if isinstance(module, Linear) and fqn in parameters:
-                slot = self._index[fqn]
-                buffer = self._bucket(slot).buffer(self._slots[slot].member)
-                module.sink_slot = SinkSlot(self._sink, torch.tensor(slot), buffer)
-                through_sink.add(fqn)
+        modules = model.named_modules()
+        through_sink = {f"{path}.weight" for path, module in modules if isinstance(module, Linear)}
         for fqn, parameter in parameters.items():
             if fqn not in through_sink:
                 parameter.register_post_accumulate_grad_hook(self._hook(self._index[fqn]))
+
+    def sink_slot(self, fqn: str) -> SinkSlot:
+        """Where a linear contributes the gradients of its weight ``fqn``."""
+        slot = self._index[fqn]
+        buffer = self._bucket(slot).buffer(self._slots[slot].member)
+        return SinkSlot(self._sink, torch.tensor(slot), buffer)
 
     def _bucket(self, slot: int) -> Bucket:
         return self._buckets[self._slots[slot].bucket].storage

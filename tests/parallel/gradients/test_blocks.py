@@ -52,7 +52,10 @@ def store_of(net: Net, contributions: int, **fp8: Any) -> GradientStore:
         in_fp8_plan=[f"linears.{i}.weight" for i in range(len(WIDTHS))],
         contributions=contributions,
     )
-    return GradientStore(net, plan)
+    store = GradientStore(net, plan)
+    for i, linear in enumerate(net.linears):
+        linear.connect(sink_slot=store.sink_slot(f"linears.{i}.weight"))
+    return store
 
 
 def inputs(seed: int) -> list[Tensor]:

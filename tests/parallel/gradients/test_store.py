@@ -9,6 +9,8 @@ from torch import nn
 from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear
 from fp8train.models.build import build_model, initialise
+from fp8train.models.connect import connect_linears, make_fp8_parts
+from fp8train.models.decoder import Decoder
 from fp8train.parallel.gradients.plan import GradientPlan, Groups
 from fp8train.parallel.gradients.store import GradientStore
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
@@ -38,7 +40,11 @@ def store_of(model: nn.Module, **changes) -> GradientStore:
         groups=Groups(CountedGroup(None)),
         device=torch.device("cpu"),
     )
-    return GradientStore(model, GradientPlan(dict(model.named_parameters()), **{**arguments, **changes}))
+    store = GradientStore(model, GradientPlan(dict(model.named_parameters()), **{**arguments, **changes}))
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and not isinstance(model, Decoder):
+            module.connect(sink_slot=store.sink_slot(f"{path}.weight"))
+    return store
 
 
 def reference(net: Net, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -118,14 +124,16 @@ def test_a_decoder_with_a_store_has_the_gradients_of_one_without(family: str, fp
     config = tiny_config([f"model.family={family}", f"precision.gemm.fp8={fp8}", "precision.compute=fp64"])
     tokens = batches(config, alone()).batch(0)[0]
 
-    def built():
-        model = build_model(config, vocab_size=VOCAB, device=torch.device("cpu")).model
-        initialise(model, 1)
-        return model
+    def built(*, with_store: bool):
+        built = build_model(config, vocab_size=VOCAB, device=torch.device("cpu"))
+        store = store_of(built.model) if with_store else None
+        connect_linears(built, make_fp8_parts(built), sink_slot=store and store.sink_slot)
+        initialise(built.model, 1)
+        return built.model, store
 
-    plain, stored = built(), built()
+    (plain, _), (stored, store) = built(with_store=False), built(with_store=True)
+    assert store is not None
     plain(tokens[:, :-1], tokens[:, 1:]).backward()
-    store = store_of(stored)
     store.begin_step(1)
     stored(tokens[:, :-1], tokens[:, 1:]).backward()
     store.finish()
