@@ -138,9 +138,9 @@ class Parametrization:
         clipping: it makes it the true gradient's with respect to the *effective* weight.
 
         That is the matrix that multiplies: α·W, where a parametrisation has W of unit variance and α beside
-        it. A standard model with these matrices computes the same function and has this gradient, so that a
-        threshold means one thing in all parametrisations. ``loss_mult``, attention's and residual weights are
-        the model's, not a weight's, and stay out.
+        it. A model with these matrices and without the α computes the same function and has this gradient,
+        so that a threshold means one thing in all parametrisations. ``loss_mult`` and the factors of
+        attention, non-linearities and residual joins are the model's, not a weight's, and stay out.
         """
         del spec
         return 1.0
