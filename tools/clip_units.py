@@ -2,7 +2,7 @@
 
 The norm that is logged and clipped is that of the gradients of effective weights
 (:meth:`fp8train.models.parametrization.Parametrization.norm_weight`): those of a model with the same matrices
-and no multipliers beside them. How close it is to the norm of a *standard* model trained for as many steps is a
+and no multipliers beside them. How close it is to the norm of a *standard* model trained as long is a
 question to measurement, which this tool answers: it trains Llamas of every shape in FP32 on the bytes of the
 Python standard library, unclipped, under each parametrisation, and prints for each
 
