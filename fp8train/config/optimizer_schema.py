@@ -45,7 +45,9 @@ class OptimizerConfig(Section):
     """``lr_times_lambda``: ``w -= lr·λ·w`` (torch's AdamW); ``independent``: ``λ`` times the schedule,
     without the peak rate (``umup``); ``fully_decoupled``: ``w -= λ·w`` at every step (``mus``)."""
     clip_grad_norm: NonNegativeFloat = 1.0
-    """Clip the global gradient norm to this; 0 = never."""
+    """Clip the global gradient norm to this; 0 = never (the default of ``umup``). The norm, also the logged
+    one, is that of the gradients of effective weights, multipliers included, so that 1.0 means the same in
+    every parametrisation: ``docs/recipes.md``."""
 
 
 class ScheduleConfig(Section):

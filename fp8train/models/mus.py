@@ -20,7 +20,8 @@ gradient would round to zero in E5M2 (its smallest number is 2^-16). As gradient
 the loss serves the whole model: S = 2^3 · 2^round(log2(tokens of a step · H)), from the configuration alone;
 with SwiGLU it is smaller by half the growth below. The division by S comes before clipping and the optimizer,
 whose ε is in the units of S times the gradient: true gradients of unit-variance weights shrink with width and
-batch, so that a fixed ε would damp the updates of wide models.
+batch, so that a fixed ε would damp the updates of wide models. For the same reason the norm that is logged
+and clipped is that of the gradients of effective weights, ``α·W``, which are 1/α times as large.
 
 **Llama.** The paper has GELU, LayerNorm and full attention. SwiGLU of unit inputs has RMS 0.6; it is
 multiplied by 1.68 (:func:`fp8train.models.unit_scaling.gated_factor`), forward and backward. RMSNorm stands
@@ -36,7 +37,7 @@ from math import log2
 
 from fp8train.layers.factors import Factors
 from fp8train.layers.linear_plan import Alphas
-from fp8train.models.param_spec import Role
+from fp8train.models.param_spec import ParamSpec, Role
 from fp8train.models.parametrization import Parametrization
 from fp8train.models.unit_scaling import gated_factor
 
@@ -94,6 +95,14 @@ class MuS(Parametrization):
             at_the_output = 3 + round(log2(self.batch.tokens * self.model.hidden_size))
             exponent = at_the_output - round(self._growth / 2)
         return 2.0**exponent
+
+    def norm_weight(self, spec: ParamSpec) -> float:
+        """1 / α: √fan_in of a hidden matrix, H of the head."""
+        if spec.role == "head":
+            return self.settings.loss_mult / self.head().output
+        if spec.role in ("hidden", "residual_out"):
+            return 1 / self.linear(spec.role, spec.fan_in, spec.fan_out).output
+        return 1.0
 
     @property
     def eps_unit(self) -> float:

@@ -133,6 +133,18 @@ class Parametrization:
         Otherwise each has a constant of its own, which the optimizer must not see undone."""
         return True
 
+    def norm_weight(self, spec: ParamSpec) -> float:
+        """What the norm of this parameter's gradient is multiplied by in the global norm, for logging and
+        clipping: it makes it the true gradient's with respect to the *effective* weight.
+
+        That is the matrix that multiplies: α·W, where a parametrisation has W of unit variance and α beside
+        it. A model with these matrices and without the α computes the same function and has this gradient,
+        so that a threshold means one thing in all parametrisations. ``loss_mult`` and the factors of
+        attention, non-linearities and residual joins are the model's, not a weight's, and stay out.
+        """
+        del spec
+        return 1.0
+
     @property
     def eps_unit(self) -> float:
         """What AdamW's ε is multiplied by to be in the units of the gradients that the optimizer gets."""

@@ -5,6 +5,8 @@ Every operation has a factor α on its output and β on its gradients (:mod:`fp8
 for unit-variance inputs. Where the edge into an operation is not a cut edge of the graph, α and β must be
 equal (``constraint``: the output's factor, or their geometric mean). Weights, the output head and the loss
 are cut edges: each weight's gradient is a constant times the true one, which AdamW and Lion do not notice.
+The constants are known (``norm_weight``), so that the norm that is logged and clipped is made of true
+gradients, those of effective weights ``α·W``.
 
 With fan_in = K, fan_out = N, B tokens in an optimizer step (of all ranks and micro-batches: a factor that
 depended on the local batch would make training depend on the layout), vocabulary V, sequence length S, head
@@ -48,7 +50,7 @@ from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.layers.factors import Factors
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.residual import ResidualRule
-from fp8train.models.param_spec import Role
+from fp8train.models.param_spec import ParamSpec, Role
 from fp8train.models.parametrization import AttentionFactors, Batch, Parametrization
 
 
@@ -139,6 +141,24 @@ class UnitScaling(Parametrization):
         """b's backward is delayed to the branch's start."""
         return self._residual(branch, delayed=True)
 
+    def norm_weight(self, spec: ParamSpec) -> float:
+        """The true gradient of the effective weight over the stored one, of the sum over tokens: the factors
+        β on the way from the loss undone (those that are equal to the operation's α are true), and α."""
+        head = self.head()
+        if spec.role == "head":
+            return self.settings.loss_mult / (self.gradient_scale * head.grad_weight)
+        stream = head.output / (self.gradient_scale * head.grad_input) * self._delayed(spec.fqn)
+        if spec.role in ("hidden", "residual_out"):
+            return stream / self.linear(spec.role, spec.fan_in, spec.fan_out).grad_weight
+        if spec.role == "embedding":
+            assert self.model.vocab_size is not None
+            return stream / self.lookup_grad(self.model.vocab_size)
+        if spec.role == "position":
+            return stream / self.lookup_grad(self.model.max_seq_len)
+        if spec.fqn.endswith(("query_norm.weight", "key_norm.weight")):
+            stream *= self.attention().factors.grad  # multiplies behind them, on the way to qkv
+        return stream / self.vector_grad()
+
     @property
     def gradient_scale(self) -> float:
         """B: the sum over tokens instead of their mean."""
@@ -148,6 +168,13 @@ class UnitScaling(Parametrization):
     def true_gradients(self) -> bool:
         """No: constants of their own, see the module."""
         return False
+
+    def _delayed(self, fqn: str) -> float:
+        """b of the branch that a parameter is in, which its gradient lacks; 1 outside the blocks."""
+        if not fqn.startswith("layers."):
+            return 1.0
+        _, layer, module, *_ = fqn.split(".")
+        return self.residual(2 * int(layer) + module.startswith("mlp")).b
 
     def _head(self, output: float) -> Alphas:
         vocab_size = self.model.vocab_size

@@ -149,6 +149,8 @@ def _operation_rows(model: Decoder) -> Iterator[Row]:
     )
     whose = "divided out before clipping" if rule.true_gradients else "kept: each parameter has its constant"
     yield "mean loss", "1", f"{_number(rule.gradient_scale)} ({whose})"
+    if any(rule.norm_weight(spec) != 1 for spec in model.specs.values()):
+        yield "clip_grad_norm", "", "of the true gradients of effective weights, multiplier · weight"
     if rule.eps_unit != 1:
         yield "AdamW's eps", "", f"of gradients times {_number(1 / rule.eps_unit)}"
 

@@ -53,7 +53,8 @@ class StepResult:
 
     Attributes:
         loss: global mean loss in nats per token, device scalar.
-        grad_norm: norm before clipping, host number.
+        grad_norm: norm before clipping, host number, of the gradients of effective weights
+            (:meth:`~fp8train.models.parametrization.Parametrization.norm_weight`).
         lr: learning rate used.
         applied: False if the step was skipped and changed nothing: its gradient was not finite, or there was
             none.
@@ -134,6 +135,10 @@ class Trainer:
         self.outline = outline(config, vocab_size) if in_parts else self.model
         rule = self.model.parametrization
         self._unscale = 1 / rule.gradient_scale if rule.true_gradients else 1.0
+        weights = [rule.norm_weight(spec) for spec in self.outline.specs.values()]
+        self._norm_weights: Tensor | None = None  # all 1: nothing to multiply
+        if any(weight != 1.0 for weight in weights):
+            self._norm_weights = torch.tensor(weights, dtype=torch.float64, device=processes.device)
         self.updates = 0
         contributions = accumulation_steps(config, processes.dp.size)
         self.monitors = Monitors(config, processes, self.built)
@@ -221,8 +226,7 @@ class Trainer:
         total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale)
         self.processes.replicas.all_reduce(total, purpose="loss")()
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
-        norm = self.store.global_norm() if self.pipeline is None else self.pipeline.global_norm()
-        norm = norm * self._unscale
+        norm = self._global_norm() * self._unscale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         applied = bool(torch.isfinite(norm) & (num_targets > 0))  # the one host sync of a step
         if self.scales is not None:  # first: new weights are cast with the next step's scales
@@ -253,6 +257,14 @@ class Trainer:
             while self.store.must_repeat():
                 total = self._accumulate(inputs, targets, num_tokens)
         return total
+
+    def _global_norm(self) -> Tensor:
+        """Norm of the gradients of effective weights, the same on all ranks: FP64 scalar, no host sync."""
+        if self._norm_weights is None:
+            return self.store.global_norm() if self.pipeline is None else self.pipeline.global_norm()
+        norms = self.store.norms(list(self.outline.specs))
+        self.processes.pp.all_reduce(norms, purpose="norm")()  # zero but on the rank that holds it
+        return torch.linalg.vector_norm(norms * self._norm_weights)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         self.store.begin_step(len(inputs))

@@ -35,6 +35,7 @@ def test_mus() -> None:
     assert found["layers.0-1.mlp joins"].startswith("0.7746 stream + 0.6325 branch")
     assert found["mean loss"].startswith(f"1 | {2.0**15:.4g}")
     assert found["head"].startswith("0.03125 | ")
+    assert "effective weights" in found["clip_grad_norm"]
 
 
 def test_blocks_that_differ_have_rows_of_their_own() -> None:
@@ -42,6 +43,7 @@ def test_blocks_that_differ_have_rows_of_their_own() -> None:
     assert found["layers.0.mlp.up output"] == "output | high precision | 1"
     assert "cur" in found["layers.1-4.mlp.up output"]
     assert found["layers.0-4.mlp.down.weight"] == "N(0, 0.006325²) | × 1 | lr_times_lambda"
+    assert "clip_grad_norm" not in found
 
 
 def test_umup_leaves_out_and_rates() -> None:
