@@ -20,6 +20,11 @@ from fp8train.config.section import (
 
 STATIC_RECIPES = ("mus", "unit_scaling", "umup")
 """Recipes that cast without scales: each is a parametrisation too, of the same name."""
+FP8_STATES = ("e4m3", "e5m2")
+SCALED_STATES = ("fp16_scaled", *FP8_STATES)
+"""Formats of optimizer states that have scales."""
+ROUNDED_STATES = ("bf16", *SCALED_STATES)
+"""Those that lose bits of FP32."""
 
 
 class Fp8GradientConfig(Section):
