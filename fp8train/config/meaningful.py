@@ -29,6 +29,21 @@ def _beside(name: str, *values: str) -> Condition:
     return holds
 
 
+def can_be_bounded(optimizer: object, *moments: object) -> bool:
+    """Whether ``precision.state.bounded_update`` has anything to bound: AdamW with a moment that is stored
+    rounded. Of a rule's name and the moments' formats."""
+    return optimizer == "adamw" and any(moment in ROUNDED_STATES for moment in moments)
+
+
+def _can_be_bounded(tree: Node, section: tuple[str, ...]) -> bool:
+    optimizer = tree.find(("optimizer", "name"))
+    moments = [tree.find((*section, role, "format")) for role in ("exp_avg", "exp_avg_sq")]
+    return can_be_bounded(
+        "adamw" if optimizer is None else optimizer.value,
+        *(None if moment is None else moment.value for moment in moments),
+    )
+
+
 class _Rule(NamedTuple):
     """Keys called ``name`` below ``prefix`` say something where ``condition`` holds."""
 
@@ -47,7 +62,19 @@ _RULES = (
     _Rule(_STATE, "granularity", _beside("format", *SCALED_STATES)),
     _Rule(_STATE, "expand", _beside("format", *FP8_STATES)),
     _Rule(_STATE, "expand", _beside("granularity", "block")),
+    _Rule(_STATE, "bounded_update", _can_be_bounded),
+    _Rule(("precision", "gradient", "fp8"), "mu_initial", _beside("reduce", "shared_scale")),
 )
+
+
+def says_something(tree: Node, *path: str) -> bool:
+    """Whether the key at ``path`` says anything beside the others."""
+    *section, name = path
+    return all(
+        rule.condition(tree, tuple(section))
+        for rule in _RULES
+        if rule.name == name and tuple(section[: len(rule.prefix)]) == rule.prefix
+    )
 
 
 def without_the_meaningless(tree: Node) -> Node:
@@ -61,14 +88,6 @@ def _pruned(node: Node, tree: Node, path: tuple[str, ...]) -> Node:
     children = {
         name: _pruned(child, tree, (*path, name))
         for name, child in node.value.items()
-        if child.origin.kind != "preset" or _says_something(tree, path, name)
+        if child.origin.kind != "preset" or says_something(tree, *path, name)
     }
     return Node(children, node.origin, 1 + sum(child.size for child in children.values()))
-
-
-def _says_something(tree: Node, section: tuple[str, ...], name: str) -> bool:
-    return all(
-        rule.condition(tree, section)
-        for rule in _RULES
-        if rule.name == name and section[: len(rule.prefix)] == rule.prefix
-    )

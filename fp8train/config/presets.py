@@ -128,8 +128,10 @@ _PROFILES: dict[str, Values] = {
     "paper": {
         **{f"precision.gemm.{operand}.scale_source": "delayed" for operand in _DELAYED_OPERANDS},
         "precision.gradient.fp8.reduce": "shared_scale",
+        "precision.gradient.fp8.mu_initial": "one_over_root_ranks",
         **{f"precision.state.{role}.granularity": "tensor" for role in ("master", "exp_avg", "exp_avg_sq")},
         "precision.state.master.rounding": "nearest",
+        "precision.state.bounded_update": False,
     },
 }
 

@@ -23,7 +23,12 @@ from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.console import Console, format_count, format_duration
-from fp8train.training.describe import describe_layout, describe_precision, stored_bytes
+from fp8train.training.describe import (
+    describe_layout,
+    describe_precision,
+    precision_warnings,
+    stored_bytes,
+)
 from fp8train.training.evaluation import Evaluation
 from fp8train.training.metrics import metrics_record, strict
 from fp8train.training.run_dir import RunDir
@@ -119,6 +124,8 @@ class Reporter:
             self.say(f"layout: {describe_layout(self.trainer)}")
         for line in describe_precision(self.trainer):
             self.say(line)
+        for line in precision_warnings(self.trainer):
+            self.warn(line)
         for line in data.summary():
             self.say(f"data: {line}")
 
