@@ -179,6 +179,7 @@ def test_constant_scales_equal_float64_of_the_operands() -> None:
     torch.testing.assert_close(grad_weight, q["grad_output"].t() @ q["x"], **tight)
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", QUANTS)
 def test_delayed_equals_constant_at_the_rules_scales(name: str, dtype: torch.dtype) -> None:
