@@ -25,6 +25,7 @@ from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel, build_model, initialise, make_scale_state, outline
+from fp8train.models.fp8_plan import linear_quant
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradient_store import GradientStore
@@ -37,6 +38,7 @@ from fp8train.training.precision import (
     make_run_optimizer,
     tensor_parallel,
 )
+from fp8train.training.scale_events import ScaleEvents
 from fp8train.training.sharding import Sharding, make_partition
 
 
@@ -145,8 +147,20 @@ class Trainer:
         self.sharding = None if owners is None else Sharding(config, processes, self.built, owners)
         self.optimizer = make_run_optimizer(config, self.built, processes, self.sharding)
         self.scales = make_scale_state(self.model, processes.device)
+        self._scale_events = self._watch_scales()
         initialise(self.model, config.run.seed, self.optimizer.seed_master)
         self._publish()
+
+    def _watch_scales(self) -> ScaleEvents | None:
+        fp8 = self.built.fp8
+        if fp8 is None:
+            return None
+        casts = linear_quant(self.config.precision.gemm).casts()
+        delayed = [use for use, spec in casts.items() if spec.scale_source == "delayed"]
+        slots = [f"{path}/{use}" for path in fp8.converted for use in delayed]
+        if not slots:
+            return None
+        return ScaleEvents(slots, self.scales, self.processes.pp, self.processes.device)
 
     def _make_pipeline(self, layout: PipelineLayout) -> tuple[GradientStore, Pipeline]:
         store = GradientStore(
@@ -327,12 +341,19 @@ class Trainer:
         self.updates = meta["updates"]
         self.monitors.load_state(meta)
         self.gradients.restored()
+        if self._scale_events is not None:
+            self._scale_events.forget()
         self._publish()
 
     def precision_metrics(self) -> dict[str, float]:
         """State of the reduction and of the guard for the log; waits for the device. Collective over the
         pipeline's ranks."""
         return self.gradients.metrics(self.processes.pp) | self.monitors.guard_metrics()
+
+    def new_scale_events(self) -> dict[str, dict[str, int]] | None:
+        """Amaxes since the last call that gave no delayed scale, by slot; None without delayed scales. Waits
+        for the device; collective over the pipeline's ranks."""
+        return None if self._scale_events is None else self._scale_events.take()
 
     def optimizer_metrics(self) -> dict[str, float]:
         """:meth:`~fp8train.training.monitors.Monitors.optimizer_metrics` of this optimizer."""
