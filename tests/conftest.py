@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+from fp8train.kernels import matmul
 from tests.distributed.pool import GlooPool
 
 # Shared machines make single examples slow; the seed of a failure is printed.
@@ -27,6 +28,15 @@ def gloo_pool() -> Iterator[GlooPool]:
     pool = GlooPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(params=[False, True], ids=["cpu_without_bf16", "cpu_with_bf16"])
+def each_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both answers to "does this CPU multiply BF16", whatever the machine says: products that are widened to
+    FP32, and torch's own. What is compiled keeps the answer that it was compiled with."""
+    multiplies: bool = request.param
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: multiplies)
+    return multiplies
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ What the paper leaves open, and what is done here:
 * *Absolute or relative.* Relative, as MS-AMP's unmerged implementation: "set to 1/2" would raise a small μ.
 * *Bounds.* [1/(2N), 1]. Above 1 a rank's own payload would saturate; 1/N fits any sum, and 1/(2N) leaves a
   factor of two for partial sums that were rounded up.
-* *Start.* 1/N, which cannot overflow by more than rounding. On simulated lognormal gradients its SNR is as
-  good as that of 1/√N (MS-AMP's constant) or better at nearly every N and correlation of the ranks.
+* *Start.* 1/N by default, which cannot overflow by more than rounding. On simulated lognormal gradients its
+  SNR is as good as that of 1/√N (MS-AMP's constant, and where its unmerged implementation starts) or better
+  at nearly every N and correlation of the ranks.
 * *Criterion.* A count is blind to how much was lost: in a tensor of 131,072 entries one clipped outlier is
   below 0.001 %, but may hold most of the energy (it cost 9 dB in a simulation of four ranks). Criterion
   ``any`` halves μ when a single entry sits at ±max.
@@ -24,6 +25,7 @@ What the paper leaves open, and what is done here:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,9 +35,17 @@ from torch import Tensor
 from fp8train.comm.collectives import CountedGroup
 
 Criterion = Literal["count", "any"]
+Start = Literal["one_over_ranks", "one_over_root_ranks", "one"]
 
 PAPER_THRESHOLD = 1e-5
 PAPER_WINDOW = 1000
+
+
+def initial_mu(start: Start, world_size: int) -> float:
+    """The first μ of ``world_size`` ranks by its name in the configuration."""
+    if start == "one":
+        return 1.0
+    return 1.0 / world_size if start == "one_over_ranks" else 1.0 / math.sqrt(world_size)
 
 
 class MuController:

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from fp8train.config.meaningful import can_be_bounded
 from fp8train.config.precision_schema import STATIC_RECIPES
 from fp8train.config.scalars import needs_quotes
 from fp8train.config.schema import Config, to_plain
@@ -35,8 +36,8 @@ def effective(config: Config) -> dict[str, Any]:
     """``config`` as nested plain values, without what has no effect.
 
     How FP8 GEMMs (or the one of weight gradients) and FP8 gradients would be done is left out where they are
-    off: it has no effect, and a file that sets it is refused as contradictory. Loading fills the same presets
-    again.
+    off, and the bound on AdamW's steps where none is bounded: it has no effect, and a file that sets it is
+    refused as contradictory. Loading fills the same presets again.
     """
     plain = to_plain(config)
     precision = plain["precision"]
@@ -47,9 +48,17 @@ def effective(config: Config) -> dict[str, Any]:
         precision["gemm"] = {"fp8": False}
     elif not config.precision.gemm.grad_weight.fp8:
         precision["gemm"]["grad_weight"] = {"fp8": False}
+    if config.precision.gemm.fp8 and not bounds_updates(config):
+        del precision["state"]["bounded_update"]
     if config.precision.gradient.format == "high_precision":
         del precision["gradient"]["fp8"]
     return plain
+
+
+def bounds_updates(config: Config) -> bool:
+    """Whether ``precision.state.bounded_update`` has any effect."""
+    state = config.precision.state
+    return can_be_bounded(config.optimizer.name, state.exp_avg.format, state.exp_avg_sq.format)
 
 
 def dump_yaml(config: Config) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from fp8train.config.dump import effective
+from fp8train.config.dump import bounds_updates, effective
 from fp8train.config.keys import describe, key_table
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.scalars import needs_quotes
+from fp8train.config.schema import Config
 
 
 def explain(resolved: ResolvedConfig) -> str:
@@ -32,13 +34,27 @@ def explain(resolved: ResolvedConfig) -> str:
         lines.append(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
     if len(rows) < len(resolved.origins):
         hidden = len(resolved.origins) - len(rows)
-        gemm = resolved.config.precision.gemm.fp8
-        why = "precision.gradient.format is high_precision" if gemm else "precision.gemm.fp8 is false"
-        lines += ["", f"# {hidden} settings without effect are not shown: {why}"]
+        settings, are = ("setting", "is") if hidden == 1 else ("settings", "are")
+        why = "; ".join(_reasons(resolved.config))
+        lines += ["", f"# {hidden} {settings} without effect {are} not shown: {why}"]
     return "\n".join(lines) + "\n"
 
 
 _HIDDEN = object()
+
+
+def _reasons(config: Config) -> Iterator[str]:
+    """Why :func:`~fp8train.config.dump.effective` leaves settings out."""
+    precision = config.precision
+    if not precision.gemm.fp8:
+        yield "precision.gemm.fp8 is false"
+        return
+    if not precision.gemm.grad_weight.fp8:
+        yield "precision.gemm.grad_weight.fp8 is false"
+    if precision.gradient.format == "high_precision":
+        yield "precision.gradient.format is high_precision"
+    if not bounds_updates(config):
+        yield "precision.state.bounded_update is about AdamW's rounded moments"
 
 
 def _lookup(plain: dict[str, Any], name: str) -> Any:

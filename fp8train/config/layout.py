@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fp8train.config.blocks import MAX_BLOCK, SAVED_BLOCK, block_size
 from fp8train.config.operand_blocks import cut_blocks
+from fp8train.config.precision_schema import SCALED_STATES
 
 if TYPE_CHECKING:
     from fp8train.config.schema import Config
@@ -80,7 +81,7 @@ def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
     tp, model, gradient = config.parallel.tp, config.model, config.precision.gradient
     states = config.precision.state
     in_blocks = [
-        state.granularity == "block" and state.format in ("fp16_scaled", "e4m3", "e5m2")
+        state.granularity == "block" and state.format in SCALED_STATES
         for state in (states.master, states.exp_avg, states.exp_avg_sq)
     ]
     limits = [(MAX_BLOCK, _STATES)] if any(in_blocks) else []

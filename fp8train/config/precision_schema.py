@@ -20,6 +20,11 @@ from fp8train.config.section import (
 
 STATIC_RECIPES = ("mus", "unit_scaling", "umup")
 """Recipes that cast without scales: each is a parametrisation too, of the same name."""
+FP8_STATES = ("e4m3", "e5m2")
+SCALED_STATES = ("fp16_scaled", *FP8_STATES)
+"""Formats of optimizer states that have scales."""
+ROUNDED_STATES = ("bf16", *SCALED_STATES)
+"""Those that lose bits of FP32."""
 
 
 class Fp8GradientConfig(Section):
@@ -52,6 +57,9 @@ class Fp8GradientConfig(Section):
     """``mu_criterion: count`` only: that share (FP8-LM: 0.001 %)."""
     mu_window: PositiveInt = 1000
     """``shared_scale`` only: quiet steps that double the factor."""
+    mu_initial: Literal["one_over_ranks", "one_over_root_ranks", "one"] = "one_over_ranks"
+    """``shared_scale`` only: the factor before the first step, for N data-parallel ranks: 1/N (no sum can
+    overflow), 1/sqrt(N) (FP8-LM's own implementation; its paper is silent), or 1."""
 
     @model_validator(mode="after")
     def _fits_the_reduction(self) -> Fp8GradientConfig:
@@ -60,6 +68,7 @@ class Fp8GradientConfig(Section):
             ("mu_criterion", "shared_scale"),
             ("mu_threshold", "shared_scale"),
             ("mu_window", "shared_scale"),
+            ("mu_initial", "shared_scale"),
             ("error_feedback", "exchange"),
             ("node_size", "exchange"),
         ):
@@ -124,6 +133,9 @@ class StateConfig(Section):
     """First moment."""
     exp_avg_sq: StateFormatConfig
     """Second moment."""
+    bounded_update: bool = True
+    """AdamW with a moment in 8 or 16 bits only: no step is longer than one of exact moments could be, so that
+    a second moment that was rounded to zero does not divide by ``eps`` (``optim/adamw.py`` derives it)."""
 
 
 class TrafficConfig(Section):
@@ -186,7 +198,8 @@ class PrecisionConfig(Section):
     tensors near unit variance."""
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
-    scale per tensor everywhere, shared-scale reduction with auto-scaling, masters rounded to nearest."""
+    scale per tensor everywhere, shared-scale reduction with auto-scaling from 1/sqrt(N), masters rounded to
+    nearest, AdamW's steps not bounded."""
     compute: Literal["bf16", "fp32", "fp64"] = "bf16"
     """Type of weights and activations. ``bf16`` keeps FP32 master weights; ``fp64`` is for tests."""
     activations: Literal["compute", "fp8"] = "compute"

@@ -13,11 +13,12 @@ ingredient of the wrong type, fills nothing and is left to the schema to report.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from fp8train.config.meaningful import without_the_meaningless
 from fp8train.config.nodes import Node, Origin, Scalar, merge, nest
-from fp8train.config.recipes import MEANINGFUL, PARAMETRIZATIONS, RECIPES, Values
+from fp8train.config.recipes import PARAMETRIZATIONS, RECIPES, Values
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,13 @@ class PresetTable:
     """One key whose value fills others.
 
     ``choices`` maps each legal value of ``key`` to the dotted keys it sets; ``default`` is the choice when
-    the key is absent (None: the key is required). ``meaningful`` says of a filled key, by its last name, with
-    which values of ``scale_source`` beside it it means something: where a person explicitly wrote another
-    one, it is not filled.
+    the key is absent (None: the key is required). A key that says nothing beside the others is not filled:
+    :mod:`fp8train.config.meaningful`.
     """
 
     key: str
     choices: Mapping[str, Values]
     default: str | None = None
-    meaningful: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Problem(NamedTuple):
@@ -129,8 +128,10 @@ _PROFILES: dict[str, Values] = {
     "paper": {
         **{f"precision.gemm.{operand}.scale_source": "delayed" for operand in _DELAYED_OPERANDS},
         "precision.gradient.fp8.reduce": "shared_scale",
+        "precision.gradient.fp8.mu_initial": "one_over_root_ranks",
         **{f"precision.state.{role}.granularity": "tensor" for role in ("master", "exp_avg", "exp_avg_sq")},
         "precision.state.master.rounding": "nearest",
+        "precision.state.bounded_update": False,
     },
 }
 
@@ -160,7 +161,7 @@ _STATE_PLANS: dict[str, Values] = {
 PRESETS: tuple[PresetTable, ...] = (
     PresetTable("model.family", _FAMILIES),
     PresetTable("precision.level", _LEVELS, default="O0"),
-    PresetTable("precision.recipe", RECIPES, default="current", meaningful=MEANINGFUL),
+    PresetTable("precision.recipe", RECIPES, default="current"),
     PresetTable("precision.profile", _PROFILES, default="default"),
     PresetTable("precision.state.plan", _STATE_PLANS, default="default"),
     PresetTable("parametrization.kind", PARAMETRIZATIONS, default="standard"),
@@ -200,10 +201,9 @@ def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
             continue
         origin = Origin("preset", f"{table.key}={choice}")
         for key, value in table.choices[choice].items():
-            if not _means_something(key, table, explicit):
-                continue
             filled = merge(filled, nest(key.split("."), _leaf(value, origin)))
-    return derive(merge(filled, explicit, null_takes_back=False))
+    tree = merge(filled, explicit, null_takes_back=False)
+    return derive(without_the_meaningless(tree))
 
 
 def _is_refused(table: PresetTable, choice: str, tree: Node) -> bool:
@@ -218,15 +218,6 @@ def _leaf(value: Scalar | tuple[str, ...], origin: Origin) -> Node:
     if isinstance(value, tuple):
         return Node([Node(entry, origin) for entry in value], origin, 1 + len(value))
     return Node(value, origin)
-
-
-def _means_something(key: str, table: PresetTable, explicit: Node) -> bool:
-    """Whether ``key`` goes with the source of scales that was explicitly chosen beside it, if one was."""
-    section, _, name = key.rpartition(".")
-    if name not in table.meaningful:
-        return True
-    source = explicit.find([*section.split("."), "scale_source"])
-    return source is None or source.value in table.meaningful[name]
 
 
 def derive(tree: Node) -> tuple[Node, list[Problem]]:

@@ -46,12 +46,6 @@ _CURRENT: Values = {
 _UNSCALED: Values = {**_CURRENT, "scale_source": "constant", "constant_exponent": 0}
 _FP32_SCALES: Values = {**_CURRENT, "power_of_two": False}
 _DELAYED: Values = {**_FP32_SCALES, "scale_source": "delayed"}
-MEANINGFUL: Mapping[str, tuple[str, ...]] = {
-    "history": ("delayed",),
-    "reduce": ("delayed",),
-    "constant_exponent": ("constant",),
-    "power_of_two": ("current", "delayed"),
-}
 
 
 def _operands(settings: Mapping[str, Values]) -> Values:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from fp8train.config.errors import ConfigError
 from fp8train.config.keys import KeyTable, key_table
 from fp8train.config.loader import load_file
+from fp8train.config.meaningful import says_something
 from fp8train.config.messages import problems_of, raise_problems
 from fp8train.config.nodes import DEFAULT, Node, Origin, merge
 from fp8train.config.overrides import parse_override
@@ -74,6 +75,7 @@ def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> 
     problems += _fp8_off_but_set(tree) or (
         _fp8_gradients_off_but_set(tree) + _grad_weight_operands_off_but_set(tree)
     )
+    problems += _bound_set_but_unread(tree)
     config = _validate(tree, table, problems)
     raise_problems(problems, tree, sources)
     assert config is not None
@@ -145,6 +147,19 @@ def _grad_weight_operands_off_but_set(tree: Node) -> list[Problem]:
         ("precision", "gemm", "grad_weight", name) for name in ("grad_output", "x")
     ]
     return _first_set(tree, inert, message, "precision.gemm.grad_weight.fp8")
+
+
+def _bound_set_but_unread(tree: Node) -> list[Problem]:
+    """Likewise for the bound on AdamW's steps where no moment is rounded, or the rule is another."""
+    path = ("precision", "state", "bounded_update")
+    if says_something(tree, *path):
+        return []
+    name = tree.find(("optimizer", "name"))
+    if name is not None and name.value != "adamw":
+        switch, reason = "optimizer.name", f"bounds steps of AdamW: optimizer.name is {name.value}"
+    else:
+        switch, reason = "precision.state.exp_avg.format", "bounds steps of rounded moments: both are fp32"
+    return _first_set(tree, [path], f"is set but {reason}; remove it", switch)
 
 
 def _first_set(tree: Node, inert: list[tuple[str, ...]], message: str, switch: str) -> list[Problem]:

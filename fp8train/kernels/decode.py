@@ -17,7 +17,10 @@ from fp8train.numerics.cast import decode_finite
 from fp8train.numerics.granularity import expand_scales
 
 _FOLD_RANGE = (2.0**-90, 2.0**6)
-_ARRAY_FOLD_RANGE = (2.0**-50, 2.0**40)  # products of two such operands are normal FP32 numbers
+_ARRAY_FOLD_RANGE = (2.0**-50, 2.0**40)
+"""Scales that go into BF16 operands. BF16 instructions flush subnormal operands and products, so the smallest
+product, of subnormals of E4M3 and E5M2, 2^-25, must stay normal: above 2^-126 with one scale (11 binades to
+spare), and with two of them (one to spare). The upper ends are far from overflow."""
 
 
 def decode_gemm(
@@ -53,11 +56,16 @@ def decode_gemm(
     if not on_cpu:  # the scales stay on the device: no host sync
         return ((a @ b) * (alpha * scale_inv_a.double() * scale_inv_b.double())).to(out_dtype)
     factor = alpha * float(scale_inv_a) * float(scale_inv_b)
-    if in_bf16 and _FOLD_RANGE[0] <= factor <= _FOLD_RANGE[1]:
+    if in_bf16 and folds(factor):
         # Exact on the smaller operand; outside the range it could leave BF16's normal numbers.
         (a if a.numel() <= b.numel() else b).mul_(factor)
         return a @ b
     return _times(a @ b, factor).to(out_dtype)
+
+
+def folds(factor: float) -> bool:
+    """Whether a GEMM's one factor, a power of two, is multiplied into a BF16 operand."""
+    return _FOLD_RANGE[0] <= factor <= _FOLD_RANGE[1]
 
 
 def _values(payload: Tensor, work: torch.dtype) -> Tensor:
@@ -86,7 +94,7 @@ def _decode_arrays(
     """The ``decode`` implementation where an operand has an array of scales."""
     in_bf16 = out_dtype == torch.bfloat16 and pow2 and alpha == 1.0
     if in_bf16 and a.device.type == "cpu":  # elsewhere a look at the scales would wait for the device
-        in_bf16 = cpu_multiplies_bf16() and _in_fold_range(scale_inv_a) and _in_fold_range(scale_inv_b)
+        in_bf16 = cpu_multiplies_bf16() and array_folds(scale_inv_a) and array_folds(scale_inv_b)
     work = torch.bfloat16 if in_bf16 else torch.float64 if out_dtype == torch.float64 else torch.float32
     a, b = (
         decode_finite(payload, work).mul_(expand_scales(scale_inv.to(work), payload.shape))
@@ -95,6 +103,7 @@ def _decode_arrays(
     return (a @ b if alpha == 1.0 else (a @ b).mul_(alpha)).to(out_dtype)
 
 
-def _in_fold_range(scale_inv: Tensor) -> bool:
+def array_folds(scale_inv: Tensor) -> bool:
+    """Whether scales of rows or blocks, powers of two, are multiplied into their BF16 operand."""
     low, high = torch.aminmax(scale_inv)
     return _ARRAY_FOLD_RANGE[0] <= float(low) and float(high) <= _ARRAY_FOLD_RANGE[1]

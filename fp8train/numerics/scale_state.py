@@ -27,12 +27,12 @@ steps is full, which changes what is trained in the steps that tell least; one u
 how many elements do. A tensor that holds NaN or infinity still makes its product NaN (its ``scale_inv``), so
 such a step is skipped and the scales stay.
 
-Everything is a device tensor and no method but :meth:`ScaleState.event_counts` waits for the device.
+Everything is a device tensor, and nothing but :func:`named_events` waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -58,6 +58,16 @@ class ScaleSlot(NamedTuple):
 def record_amax(amax: Tensor, running: Tensor) -> None:
     """``running <- max(running, amax)``; NaN counts as infinity, which every MAX all-reduce hands on."""
     running.copy_(torch.maximum(running, torch.where(torch.isnan(amax), torch.inf, amax)))
+
+
+def named_events(names: Sequence[str], counts: Tensor) -> dict[str, dict[str, int]]:
+    """``{slot: {"zero": steps, "non_finite": steps}}`` of the slots with events, from counts as in
+    :attr:`ScaleState.events`. Waits for the device."""
+    return {
+        name: {"zero": zero, "non_finite": non_finite}
+        for name, (zero, non_finite) in zip(names, counts.tolist(), strict=True)
+        if zero or non_finite
+    }
 
 
 class ScaleState:
@@ -149,14 +159,6 @@ class ScaleState:
         amax = history.amax(dim=1) if spec.reduce == "max" else history[:, 0]
         due = (self.steps % spec.interval == 0) | (scales == 0)
         scales.copy_(torch.where(due & usable, scale_from_amax(amax, spec)[0], scales))
-
-    def event_counts(self) -> dict[str, dict[str, int]]:
-        """``{slot: {"zero": steps, "non_finite": steps}}`` of the slots with events. Waits for the device."""
-        return {
-            name: {"zero": zero, "non_finite": non_finite}
-            for name, (zero, non_finite) in zip(self.names, self.events.tolist(), strict=True)
-            if zero or non_finite
-        }
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs, by slot (views: loading writes into them).

@@ -10,7 +10,8 @@ step's gradient is small: a stored v that rounded to zero beside an m that did n
 outlier in a block, would divide m by ε. Exact moments satisfy ``|m| <= c·sqrt(v)`` with
 ``c² = (1-β1)²/(1-β2) · (1-r^t)/(1-r)``, ``r = β1²/β2 < 1`` (Cauchy-Schwarz over the history; c tends to 1.17
 at 0.9 and 0.95). So where moments are stored rounded, the root is of ``max(v, (m/c)²)``: no longer a step
-than exact moments could make. What is stored is v.
+than exact moments could make. What is stored is v. The bound is ours, not FP8-LM's, and can be turned off
+(``precision.state.bounded_update``).
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from fp8train.optim.optimizer import Load, NewValues, Optimizer, OptimizerSettin
 
 @dataclass(frozen=True)
 class AdamWSettings(OptimizerSettings):
-    """Hyper-parameters; ``eps`` is added to the root of the second moment."""
+    """Hyper-parameters; ``eps`` is added to the root of the second moment; ``bounded_update``: where moments
+    are stored rounded, no step is longer than one of exact moments could be."""
 
     eps: float
+    bounded_update: bool = True
 
 
 class AdamW(Optimizer):
@@ -51,7 +54,7 @@ class AdamW(Optimizer):
         m = load("exp_avg").lerp_(gradient, 1 - s.beta1)
         v = load("exp_avg_sq").mul_(s.beta2).addcmul_(gradient, gradient, value=1 - s.beta2)
         del gradient
-        bound = self._largest_ratio(scalars.step) if scalars.rounded else None
+        bound = self._largest_ratio(scalars.step) if scalars.rounded and s.bounded_update else None
         floored = v if bound is None else torch.maximum(v, (m / bound).square_())
         denominator = (floored / correction2).sqrt_().add_(s.eps)
         del floored

@@ -24,10 +24,9 @@ def state_plan(config: Config) -> StatePlan:
 
 def state_format(config: StateFormatConfig, *, fit: bool = False) -> StateFormat:
     """The format of one state of the FP8 plan's matrices; ``fit`` as in :class:`StateFormat`."""
-    scaled = config.format in ("fp16_scaled", "e4m3", "e5m2")
     return StateFormat(
         name=config.format,
-        granularity=config.granularity if scaled else "block",  # a profile fills it for every format
+        granularity=config.granularity,
         expand=config.expand,
         sqrt=config.sqrt,
         rounding=config.rounding,

@@ -244,6 +244,10 @@ class Optimizer(ABC):
         """Local elements that :meth:`stored_bytes` counts."""
         return sum(state.numel for state in self._states.values() if state.in_plan or not in_plan_only)
 
+    def peak_decay(self, spec: ParamSpec) -> float:
+        """The share of each weight of a parameter that a step at the peak rate removes."""
+        return self._decay(spec, self.settings.lr * spec.lr_mult, 1.0)
+
     def statistics(self) -> dict[str, Tensor]:
         """``flushed/ROLE``: share of a role's elements, among parameters with the plan's formats, that were
         not zero and were stored as zero by the last step with ``count_flushed``; nothing before one. Device

@@ -14,6 +14,8 @@ import torch
 
 from fp8train.config.precision_schema import StateFormatConfig
 from fp8train.config.schema import Config
+from fp8train.optim.decay_loss import explain_lost_decay
+from fp8train.optim.parameter_state import in_plan
 from fp8train.training.console import format_bytes, format_count
 from fp8train.training.trainer import Trainer
 
@@ -121,6 +123,14 @@ def describe_precision(trainer: Trainer) -> list[str]:
         lines.append(f"pipeline: {trainer.pipeline.layout.describe()}")
         lines.append(f"memory of this rank's stages: {stored_bytes(trainer)}")
     return lines
+
+
+def precision_warnings(trainer: Trainer) -> list[str]:
+    """What a person should know before they spend the time: decay that rounding takes back."""
+    optimizer, specs = trainer.optimizer, trainer.outline.specs.values()
+    decays = [optimizer.peak_decay(spec) for spec in specs if in_plan(spec)]
+    lost = explain_lost_decay(optimizer.plan.master, decays)
+    return [] if lost is None else [lost]
 
 
 def _others(config: Config) -> str:

@@ -130,6 +130,7 @@ def _fp8_gradients(config: Config) -> Fp8Gradients:
         mu_criterion=fp8.mu_criterion,
         mu_threshold=fp8.mu_threshold if fp8.mu_criterion == "count" else None,
         mu_window=fp8.mu_window,
+        mu_initial=fp8.mu_initial,
     )
 
 
@@ -238,7 +239,14 @@ def make_run_optimizer(
     settings: OptimizerSettings
     if o.name == "adamw":
         eps = o.eps * built.model.parametrization.eps_unit
-        settings = AdamWSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay, eps=eps)
+        settings = AdamWSettings(
+            lr=o.lr,
+            beta1=o.beta1,
+            beta2=o.beta2,
+            weight_decay=o.weight_decay,
+            eps=eps,
+            bounded_update=config.precision.state.bounded_update,
+        )
     else:
         settings = OptimizerSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay)
     parameters: Mapping[str, Tensor] = dict(built.model.named_parameters())

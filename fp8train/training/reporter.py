@@ -6,6 +6,7 @@ saving are taken. Only rank 0 prints and writes.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import statistics
@@ -23,10 +24,16 @@ from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.training.console import Console, format_count, format_duration
-from fp8train.training.describe import describe_layout, describe_precision, stored_bytes
+from fp8train.training.describe import (
+    describe_layout,
+    describe_precision,
+    precision_warnings,
+    stored_bytes,
+)
 from fp8train.training.evaluation import Evaluation
 from fp8train.training.metrics import metrics_record, strict
 from fp8train.training.run_dir import RunDir
+from fp8train.training.scale_events import SHOWN, event_metrics
 from fp8train.training.throughput import Throughput, memory_bytes
 from fp8train.training.trackers import Trackers
 from fp8train.training.trainer import StepResult, Trainer
@@ -119,6 +126,8 @@ class Reporter:
             self.say(f"layout: {describe_layout(self.trainer)}")
         for line in describe_precision(self.trainer):
             self.say(line)
+        for line in precision_warnings(self.trainer):
+            self.warn(line)
         for line in data.summary():
             self.say(f"data: {line}")
 
@@ -160,7 +169,7 @@ class Reporter:
         sent = self.trainer.sent_bytes()
         metrics["comm/sent_bytes"] = sum(sent.values())
         metrics |= {f"comm/sent_bytes/{name}": count for name, count in sent.items()}
-        metrics |= self.trainer.precision_metrics()
+        metrics |= self.trainer.precision_metrics() | self._scale_events(done)
         metrics |= memory_bytes(self.processes.device) | self._casts
         metrics["checkpoint/age_seconds"] = time.monotonic() - self._saved_at
         metrics |= self._checkpoint
@@ -171,6 +180,17 @@ class Reporter:
         self.console.step(
             done, metrics, mfu_peak=None if peak is None else peak.name, eta_s=self.throughput.eta_s(left)
         )
+
+    def _scale_events(self, done: int) -> dict[str, float]:
+        """Metrics of amaxes that gave no delayed scale since the last logged step, and their names as one
+        event if there are any."""
+        events = self.trainer.new_scale_events()
+        if events is None:
+            return {}
+        if events:
+            shown = dict(itertools.islice(events.items(), SHOWN))
+            self.event("scale_events", step=done, slots=shown, more=len(events) - len(shown))
+        return event_metrics(events)
 
     def casts(
         self, step: int, rows: Mapping[str, Mapping[str, float]], optimizer: Mapping[str, float]

@@ -31,6 +31,7 @@ from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel, build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
+from fp8train.models.fp8_plan import linear_quant
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradients.store import GradientStore
@@ -44,6 +45,7 @@ from fp8train.training.precision import (
     make_run_optimizer,
     tensor_parallel,
 )
+from fp8train.training.scale_events import ScaleEvents
 from fp8train.training.sharding import Sharding, make_gather, make_partition
 
 
@@ -163,6 +165,7 @@ class Trainer:
         self.scales = self.parts.scales
         self.sharding = self._connect(owners)
         self.optimizer = make_run_optimizer(config, self.built, processes, self.parts.resident, self.sharding)
+        self._scale_events = self._watch_scales()
         initialise(self.model, config.run.seed, self.optimizer.seed_master)
         self._publish()
 
@@ -175,6 +178,17 @@ class Trainer:
         gather = make_gather(self.config, self.processes, self.built, owners, resident)
         connect_linears(self.built, self.parts, sink_slot=self.store.sink_slot, arrived=gather.wait)
         return Sharding(self.processes, self.built, owners, gather, resident)
+
+    def _watch_scales(self) -> ScaleEvents | None:
+        fp8 = self.built.fp8
+        if fp8 is None:
+            return None
+        casts = linear_quant(self.config.precision.gemm).casts()
+        delayed = [use for use, spec in casts.items() if spec.scale_source == "delayed"]
+        slots = [f"{path}/{use}" for path in fp8.converted for use in delayed]
+        if not slots:
+            return None
+        return ScaleEvents(slots, self.scales, self.processes.pp, self.processes.device)
 
     def _make_pipeline(self, layout: PipelineLayout) -> tuple[GradientStore, Pipeline]:
         store = GradientStore(
@@ -363,12 +377,19 @@ class Trainer:
         self.updates = meta["updates"]
         self.monitors.load_state(meta)
         self.gradients.restored()
+        if self._scale_events is not None:
+            self._scale_events.forget()
         self._publish()
 
     def precision_metrics(self) -> dict[str, float]:
         """State of the reduction and of the guard for the log; waits for the device. Collective over the
         pipeline's ranks."""
         return self.gradients.metrics(self.processes.pp) | self.monitors.guard_metrics()
+
+    def new_scale_events(self) -> dict[str, dict[str, int]] | None:
+        """Amaxes since the last call that gave no delayed scale, by slot; None without delayed scales. Waits
+        for the device; collective over the pipeline's ranks."""
+        return None if self._scale_events is None else self._scale_events.take()
 
     def optimizer_metrics(self) -> dict[str, float]:
         """:meth:`~fp8train.training.monitors.Monitors.optimizer_metrics` of this optimizer."""

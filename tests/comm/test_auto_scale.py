@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8train.comm.auto_scale import MuController
+from fp8train.comm.auto_scale import MuController, initial_mu
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.shared_scale import shared_scale_all_reduce, shared_scale_reduce_scatter
 from tests.comm.fp8_reference import next_mu
@@ -27,6 +27,19 @@ def counts(*values: int) -> Tensor:
 def test_mu_starts_at_one_over_n() -> None:
     assert controller(3).mu.tolist() == [0.125] * 3
     assert controller(initial=1 / math.sqrt(8)).mu.item() == pytest.approx(8**-0.5, rel=1e-7)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 1000])
+def test_where_mu_may_start(ranks: int) -> None:
+    """1/N, 1/sqrt(N) and 1, as their names say, and all within the bounds."""
+    expected = {"one_over_ranks": 1 / ranks, "one_over_root_ranks": ranks**-0.5, "one": 1.0}
+    for name, value in expected.items():
+        initial = initial_mu(name, ranks)  # type: ignore[arg-type]
+        assert initial == pytest.approx(value, rel=1e-15)
+        mus = controller(world_size=ranks, initial=initial)
+        assert mus.mu.item() == pytest.approx(value, rel=1e-7)
+        mus.update(counts(NUMEL), counts(NUMEL))
+        assert mus.mu.item() == pytest.approx(value / 2, rel=1e-7)
 
 
 def test_mu_halves_on_saturation_only_where_it_happens() -> None:

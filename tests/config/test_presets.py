@@ -316,9 +316,43 @@ def test_the_paper_profile_is_the_paper() -> None:
     state = precision.state
     assert {state.master.granularity, state.exp_avg.granularity, state.exp_avg_sq.granularity} == {"tensor"}
     assert state.master.rounding == "nearest"
-    # Explicit settings win over the profile.
+    assert (state.bounded_update, precision.gradient.fp8.mu_initial) == (False, "one_over_root_ranks")
+    # Explicit settings win over the profile, and take along what belongs to the profile's own.
     changed = {"level": "O2", "profile": "paper", "gradient": {"fp8": {"reduce": "exchange"}}}
-    assert resolve_mapping(merged(precision=changed)).config.precision.gradient.fp8.reduce == "exchange"
+    fp8 = resolve_mapping(merged(precision=changed)).config.precision.gradient.fp8
+    assert (fp8.reduce, fp8.mu_initial) == ("exchange", "one_over_ranks")
+    changed = {"level": "O2", "profile": "paper", "state": {"bounded_update": True}}
+    assert resolve_mapping(merged(precision=changed)).config.precision.state.bounded_update
+
+
+def test_ours_are_bounded_and_start_at_one_over_n() -> None:
+    precision = resolve_mapping(merged(precision={"level": "O2"})).config.precision
+    assert (precision.state.bounded_update, precision.gradient.fp8.mu_initial) == (True, "one_over_ranks")
+
+
+@pytest.mark.parametrize(
+    ("level", "optimizer"), [("O0", "adamw"), ("O1", "adamw"), ("O2", "lion"), ("O1", "lion")]
+)
+def test_the_paper_fills_no_bound_where_nothing_is_bounded(level: str, optimizer: str) -> None:
+    """FP32 moments need none, and Lion has no second one."""
+    written = {"level": level, "profile": "paper", "gemm": {"fp8": True}}
+    resolved = resolve_mapping(merged(precision=written, optimizer={"lr": 1e-4, "name": optimizer}))
+    assert str(resolved.origins["precision.state.bounded_update"]) == "default"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_bound_that_nothing_reads_is_refused(value: bool) -> None:
+    lion = {"lr": 1e-4, "name": "lion"}
+    bound = {"state": {"bounded_update": value}}
+    for written, optimizer, message in (
+        ({"level": "O1", **bound}, {}, "bounds steps of rounded moments: both are fp32; remove it"),
+        (bound, {}, "bounds steps of rounded moments: both are fp32; remove it"),
+        ({"level": "O2", **bound}, lion, "bounds steps of AdamW: optimizer.name is lion; remove it"),
+    ):
+        with pytest.raises(ConfigError, match=r"precision\.state\.bounded_update.*" + message):
+            resolve_mapping(merged(precision=written, optimizer=optimizer))
+    one = {"level": "O1", "state": {"bounded_update": value, "exp_avg_sq": {"format": "bf16"}}}
+    assert resolve_mapping(merged(precision=one)).config.precision.state.bounded_update is value
 
 
 STATE_PLANS = {
@@ -354,7 +388,8 @@ def test_a_state_plan_lies_over_level_and_profile(level: str, plan: str) -> None
             assert found == expected
         else:
             assert found[1:] == expected[1:]
-            assert found[0] == (expected[0][0], "tensor", "nearest", False)
+            granularity = "tensor" if expected[0][0] == "fp16_scaled" else "block"  # FP32 has no scale
+            assert found[0] == (expected[0][0], granularity, "nearest", False)
         origin = resolved.origins["precision.state.exp_avg.format"]
         assert str(origin) == f"preset precision.state.plan={plan}"
     changed = {"level": level, "gemm": {"fp8": True}, "state": {"plan": plan, "exp_avg": {"format": "e5m2"}}}
@@ -388,6 +423,10 @@ REFUSED = {
     "mu of another reduction": (
         {"level": "O2", "gradient": {"fp8": {"mu_window": 5}}},
         "mu_window belongs to reduce: shared_scale, but reduce is exchange",
+    ),
+    "start of mu of another reduction": (
+        {"level": "O2", "gradient": {"fp8": {"mu_initial": "one"}}},
+        "mu_initial belongs to reduce: shared_scale, but reduce is exchange",
     ),
     "nodes of another reduction": (
         {"level": "O2", "gradient": {"fp8": {"reduce": "exact", "node_size": 2}}},

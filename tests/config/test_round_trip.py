@@ -25,6 +25,9 @@ VARIANTS: dict[str, list[str]] = {
     "fp8_recipe": ["precision.recipe=current", "precision.gemm={fp8: true, keep_x: bf16, min_dim: 64}"],
     "O1": ["precision.level=O1"],
     "O2_paper": ["precision.level=O2", "precision.profile=paper", "precision.gradient.fp8.accumulate=fp8"],
+    "O1_paper": ["precision.level=O1", "precision.profile=paper"],
+    "O2_lion": ["precision.level=O2", "precision.profile=paper", "optimizer.name=lion"],
+    "O2_unbounded": ["precision.level=O2", "precision.state.bounded_update=false"],
     "O2_changed": ["precision.level=O2", "precision.state.exp_avg_sq={format: e4m3, sqrt: true}",
                    "precision.gradient.fp8.node_size=2", "precision.weights=compute"],
     "rows": ["precision.level=O3", "precision.recipe=rowwise"],
@@ -93,12 +96,15 @@ def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     assert rows["model.head_dim"] == ["16", "derived from model.hidden_size / model.num_heads"]
     assert "precision.gemm.output.x.format" not in rows
     assert "\x1b" not in text
-    assert text.splitlines()[-1] == "# 104 settings without effect are not shown: precision.gemm.fp8 is false"
+    assert text.splitlines()[-1] == "# 106 settings without effect are not shown: precision.gemm.fp8 is false"
     fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]))
     assert "precision.gemm.grad_input.grad_output.format" in fp8
     assert "precision.gradient.fp8.block" not in fp8
-    assert fp8.splitlines()[-1].endswith("not shown: precision.gradient.format is high_precision")
-    assert "not shown" not in explain(load_config(path, ["precision.level=O1"]))
+    assert "not shown: precision.gradient.format is high_precision; " in fp8.splitlines()[-1]
+    assert "not shown" not in explain(load_config(path, ["precision.level=O2"]))
+    exact = explain(load_config(path, ["precision.level=O1"])).splitlines()[-1]
+    bound = "precision.state.bounded_update is about AdamW's rounded moments"
+    assert exact == f"# 1 setting without effect is not shown: {bound}"
 
 
 def test_reference_lists_every_key_with_its_documentation() -> None:

@@ -310,7 +310,9 @@ def test_checkpoints_hold_every_stage(gloo_pool, tmp_path: Path) -> None:
     assert tensors.keys() == set().union(*(saved for saved, _, _ in results))
 
 
-def skip_a_step(group: dist.ProcessGroup, rank: int, world_size: int) -> tuple[bool, bool, bool]:
+def skip_a_step(
+    group: dist.ProcessGroup, rank: int, world_size: int
+) -> tuple[bool, bool, bool, list[dict[str, dict[str, int]] | None]]:
     """Runs in the pool: the loss, which the last stage alone knows, becomes infinite in the second step."""
     processes = joined_processes(torch.device("cpu"), Layout(pp=2))
     trainer = make(with_schedule("1f1b", *FP8), processes)
@@ -318,12 +320,24 @@ def skip_a_step(group: dist.ProcessGroup, rank: int, world_size: int) -> tuple[b
     trainer.step(0, data.batch(0))
     before = {name: t.clone() for name, t in trainer.state_tensors().items() if "/events/" not in name}
     trainer.model.loss = lambda *args: loss(*args) * float("inf")  # type: ignore[method-assign]
+    events = [trainer.new_scale_events()]
     skipped = trainer.step(1, data.batch(1))
+    events += [trainer.new_scale_events() for _ in range(2)]
     trainer.model.loss = loss  # type: ignore[method-assign]
     after = trainer.state_tensors()
     unchanged = all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    return skipped.applied, unchanged, trainer.step(2, data.batch(2)).applied
+    return skipped.applied, unchanged, trainer.step(2, data.batch(2)).applied, events
 
 
 def test_a_step_that_is_not_finite_changes_nothing_on_any_stage(gloo_pool) -> None:
-    assert gloo_pool.run(skip_a_step, 2, timeout=900.0) == [(False, True, True)] * 2
+    results = gloo_pool.run(skip_a_step, 2, timeout=900.0)
+    assert [result[:3] for result in results] == [(False, True, True)] * 2
+    # Both ranks name the output gradients of both stages, once.
+    names = [
+        f"layers.{layer}.{path}/grad_input.grad_output"
+        for layer in range(4)
+        for path in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+    ]
+    assert [result[3] for result in results] == [
+        [{}, {key: {"zero": 0, "non_finite": 1} for key in names}, {}]
+    ] * 2

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels import gemm
+from fp8train.kernels.decode import array_folds
 from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm, gemms_without_kernel, scaled_mm
 from fp8train.kernels.scaling import block_scales, granularity_of, mx_scales, native_pair
 from fp8train.numerics.cast import quantize
@@ -20,6 +21,8 @@ from fp8train.numerics.formats import E4M3
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from tests.kernels.test_gemm import UNIT_ROUNDOFF, assert_within
+
+pytestmark = pytest.mark.usefixtures("each_cpu")
 
 PAIRS = [
     ("row", "row"),
@@ -74,6 +77,34 @@ def test_scales_out_of_bf16s_safe_range(exponent: int) -> None:
     )
     expected, magnitude = wide(*a) @ wide(*b), wide(*a).abs() @ wide(*b).abs()
     assert_within(got, expected, 40 * 2.0**-24 * magnitude + 2.0**-8 * expected.abs())
+
+
+def test_what_is_folded() -> None:
+    """With both operands scaled, the smallest product must still be a normal number."""
+    folded = [exponent for exponent in range(-120, 120) if array_folds(torch.tensor([1.0, 2.0**exponent]))]
+    assert folded == list(range(-50, 41))
+    assert 2.0**-9 * 2.0**-16 * 2.0 ** (2 * folded[0]) >= 2.0**-126
+    assert not array_folds(torch.tensor([2.0**-51, 2.0**41]))
+
+
+@pytest.mark.parametrize("exponent", [-53, -52, -51, -50, -49, 39, 40, 41, 44])
+@pytest.mark.parametrize("arrays", [(True, True), (True, False), (False, True)])
+def test_the_smallest_and_the_largest_product(exponent: int, arrays: tuple[bool, bool]) -> None:
+    """One product of the smallest E5M2 and E4M3 values, and one of the largest, exact on either side of every
+    edge; BF16 instructions would flush what is below 2^-126."""
+    for first, second in ((2.0**-16, 2.0**-9), (57344.0, 448.0)):
+        a, b = torch.zeros(16, 16), torch.zeros(16, 32)
+        a[0, 0], b[0, 0] = first, second
+        shapes = [shape if array else () for shape, array in zip(((16, 1), (1, 32)), arrays, strict=True)]
+        scales = [torch.full(shape, 2.0**exponent) for shape in shapes]
+        got = fp8_gemm(
+            *(a.to(torch.float8_e5m2), b.to(torch.float8_e4m3fn), *scales),
+            power_of_two=True,
+            out_dtype=torch.bfloat16,
+            backend="decode",
+        )
+        assert float(got[0, 0]) == first * second * 2.0 ** (2 * exponent)
+        assert not got.flatten()[1:].any()
 
 
 def test_a_nan_scale_spoils_its_row_only() -> None:

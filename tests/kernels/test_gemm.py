@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels import gemm
+from fp8train.kernels.decode import folds
 from fp8train.kernels.gemm import check_operands, choose_gemm_backend, fp8_gemm, scaled_mm
+
+pytestmark = pytest.mark.usefixtures("each_cpu")
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PAIRS = [(E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3)]
@@ -123,6 +126,30 @@ def test_extreme_scales(dtype: torch.dtype, exponent: int, split: float, swap: b
     assert_within(got, expected, bound(magnitude, expected, 32, dtype) + 2.0**-133)
 
 
+def test_what_is_folded() -> None:
+    """The smallest product is 2^-25, of the smallest E4M3 and E5M2; BF16 instructions flush below 2^-126."""
+    folded = [exponent for exponent in range(-140, 128) if folds(2.0**exponent)]
+    assert folded == list(range(-90, 7))
+    smallest = 2.0**-9 * 2.0**-16
+    assert smallest * 2.0 ** folded[0] >= 2.0**-126
+
+
+@pytest.mark.parametrize("exponent", [-102, -101, *FOLD_EDGES, 90, 91])
+def test_the_smallest_and_the_largest_product(exponent: int) -> None:
+    """One product of the smallest values, and sums of the largest: exact on either side of every edge."""
+    for first, second in ((2.0**-16, 2.0**-9), (57344.0, 448.0)):
+        a, b = torch.zeros(16, 16), torch.zeros(16, 96)
+        a[0, 0], b[0, 0] = first, second
+        scale, one = torch.tensor(2.0**exponent), torch.tensor(1.0)
+        got = fp8_gemm(
+            *(a.to(E5M2), b.to(E4M3), scale, one),
+            power_of_two=True,
+            out_dtype=torch.bfloat16,
+            backend="decode",
+        )
+        assert float(got[0, 0]) == first * second * 2.0**exponent
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_folding_loses_no_operand(swap: bool) -> None:
     """The scale times one operand alone may leave BF16's range where the product is an ordinary number."""
@@ -154,10 +181,13 @@ def test_scales_beyond_fp32(dtype: torch.dtype) -> None:
     a = torch.zeros(16, 16)
     a[0, 0] = 1.0
     a = a.to(E4M3)
-    for exponent, corner in ((70, math.inf), (126, math.inf), (-80, 0.0), (-126, 0.0), (-70, 2.0**-140)):
-        scale = torch.tensor(2.0**exponent)
-        got = fp8_gemm(a, a, scale, scale, power_of_two=True, out_dtype=dtype, backend="decode").float()
-        assert float(got[0, 0]) == (corner if dtype == torch.float32 or corner != 2.0**-140 else 0.0)
+    smallest = -149 if dtype == torch.float32 else -133
+    for exponent in (252, 140, 129, 128, 127, 126, -126, -127, -128, -133, -140, -149, -150, -160, -252):
+        first = exponent // 2
+        scales = torch.tensor(2.0**first), torch.tensor(2.0 ** (exponent - first))
+        got = fp8_gemm(a, a, *scales, power_of_two=True, out_dtype=dtype, backend="decode").float()
+        corner = math.inf if exponent > 127 else 2.0**exponent if exponent >= smallest else 0.0
+        assert float(got[0, 0]) == corner, exponent
         assert not got.flatten()[1:].any()
     far, near = torch.tensor(2.0**126), torch.tensor(2.0**-126)
     got = fp8_gemm(a, a, far, near, power_of_two=True, out_dtype=dtype, backend="decode")

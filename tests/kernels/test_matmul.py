@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.kernels import matmul as module
-from fp8train.kernels.matmul import matmul, scaled_dot_product_attention
+from fp8train.kernels.matmul import cpu_multiplies_bf16, matmul, scaled_dot_product_attention
 
-
-@pytest.fixture(params=[False, True], ids=["widened", "native"])
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both answers to "does this CPU multiply BF16", whatever the machine says."""
-    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("each_cpu")
 
 
 def ulps(result: Tensor, exact: Tensor) -> float:
@@ -24,7 +18,7 @@ def ulps(result: Tensor, exact: Tensor) -> float:
     return float(((result.double() - expected.double()).abs() / ulp).max())
 
 
-def test_a_bf16_product_is_the_exact_one_rounded_once(native: bool) -> None:
+def test_a_bf16_product_is_the_exact_one_rounded_once() -> None:
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((33, 256), (256, 48)))
     product = matmul(a, b)
@@ -35,13 +29,23 @@ def test_a_bf16_product_is_the_exact_one_rounded_once(native: bool) -> None:
     assert float((product.double() == exact.bfloat16().double()).double().mean()) > 0.99
 
 
+def test_the_fixture_reaches_the_branch(each_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without BF16 never sees a BF16 product; one with it sees nothing else."""
+    dtypes = []
+    whole = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: dtypes.append(a.dtype) or whole(a, b))
+    matmul(torch.ones(2, 2).bfloat16(), torch.ones(2, 2).bfloat16())
+    assert dtypes == [torch.bfloat16 if each_cpu else torch.float32]
+    assert cpu_multiplies_bf16() is each_cpu
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wider_types_are_left_alone(native: bool, dtype: torch.dtype) -> None:
+def test_wider_types_are_left_alone(dtype: torch.dtype) -> None:
     a, b = torch.randn(5, 7, dtype=dtype), torch.randn(7, 3, dtype=dtype)
     assert torch.equal(matmul(a, b), a @ b)
 
 
-def test_attention_keeps_the_dtype_and_its_gradients(native: bool) -> None:
+def test_attention_keeps_the_dtype_and_its_gradients() -> None:
     generator = torch.Generator().manual_seed(4)
     shapes = ((2, 4, 16, 8), (2, 2, 16, 8), (2, 2, 16, 8))
     q, k, v = (torch.randn(s, generator=generator).bfloat16().requires_grad_() for s in shapes)

@@ -184,6 +184,7 @@ def check_fp8(
     assert_product(grad_weight, operand.t(), back_x, alphas.grad_weight)
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("name", QUANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -208,6 +209,7 @@ def test_fp8_equals_float64_of_the_operands(
     check_fp8(case, quant, output, grad_input, grad_weight)
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -233,6 +235,7 @@ def test_the_quantisation_is_really_there() -> None:
         assert 0.01 < relative < 0.1
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
@@ -445,6 +448,7 @@ def test_backward_multiplies_only_what_is_asked(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 2
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("with_sink", [False, True])
@@ -471,6 +475,7 @@ def test_non_finite_operands_poison_what_they_enter(
                 assert bool(tensor.isfinite().all()) is not bad, (operand, name)
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros(dtype: torch.dtype) -> None:
     case = make(dtype, quant=LinearQuant(), bias=True)

@@ -95,6 +95,7 @@ def check(case: Case, quant: LinearQuant, output: Tensor, grad_input: Tensor, gr
     assert_product(grad_weight, g.t(), back_x, 1.0)
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("name", [*RECIPES, *OWN])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_sink", [False, True], ids=["autograd", "sink"])

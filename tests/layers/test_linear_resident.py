@@ -124,6 +124,7 @@ def test_pieces_may_be_cut_anywhere(name: str, shape: tuple[int, int]) -> None:
     assert same(bits(layer._w_forward), expected_operand(master * 3, quant.output_w))
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("name", QUANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("with_sink", [False, True], ids=["autograd", "sink"])

@@ -52,6 +52,7 @@ def test_equals_cross_entropy(tokens: int, rows: int, vocab_size: int, factor: f
     assert grads[0][targets == IGNORE].count_nonzero() == 0
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision_stays_close(dtype: torch.dtype, bound: float) -> None:
     """The loss is a wide scalar; logits and their gradient are rounded to the compute dtype (BF16: 2^-9)."""

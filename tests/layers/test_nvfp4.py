@@ -43,6 +43,7 @@ def transformed(x: Tensor) -> Tensor:
     return hadamard(x.detach() if x.dtype == torch.float64 else x.detach().float(), 0).float()
 
 
+@pytest.mark.usefixtures("each_cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_sink", [False, True], ids=["autograd", "sink"])
 def test_the_three_gemms_multiply_what_the_recipe_says(dtype: torch.dtype, with_sink: bool) -> None:

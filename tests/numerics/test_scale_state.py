@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.quant_spec import QuantSpec
-from fp8train.numerics.scale_state import ScaleState, record_amax
+from fp8train.numerics.scale_state import ScaleState, named_events, record_amax
 
 CPU = torch.device("cpu")
 SPECS = {
@@ -117,7 +117,7 @@ def test_rule(seed: int) -> None:
             check(state, name, plain[name])
         step += applied
     assert int(state.steps) == step
-    assert state.event_counts() == {
+    assert named_events(state.names, state.events) == {
         name: {"zero": one.zero, "non_finite": one.non_finite}
         for name, one in plain.items()
         if one.zero or one.non_finite
@@ -150,7 +150,7 @@ def test_a_non_finite_amax_keeps_the_scale(amax: float) -> None:
     """MS-AMP turned 8 into 0.125 here: it took the exponent of the infinity and inverted the old scale."""
     state = ScaleState({"a": SPECS["max"]}, CPU)
     assert run(state, [[56.0], [1.0, amax, 2.0], [0.0], [28.0]]) == [8.0, 8.0, 8.0, 8.0]
-    assert state.event_counts() == {"a": {"zero": 1, "non_finite": 1}}
+    assert named_events(state.names, state.events) == {"a": {"zero": 1, "non_finite": 1}}
     cold = ScaleState({"a": SPECS["max"]}, CPU)
     assert run(cold, [[amax], [0.0], [56.0]]) == [0.0, 0.0, 8.0]  # still warming up, then the first usable
 
@@ -200,7 +200,7 @@ def test_ranks_agree(poison: float) -> None:
     for state in ranks:
         for a, b in zip(state.state_tensors().values(), whole.state_tensors().values(), strict=True):
             assert torch.equal(a, b)
-    assert ("b" in whole.event_counts()) is not math.isfinite(poison)
+    assert ("b" in named_events(whole.names, whole.events)) is not math.isfinite(poison)
 
 
 def test_one_all_reduce_of_one_tensor() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fp8train.training.describe import describe_precision, stored_bytes
+from fp8train.optim.adamw import AdamWSettings
+from fp8train.training.describe import describe_precision, precision_warnings, stored_bytes
 from fp8train.training.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, tiny_config
 
@@ -92,6 +93,38 @@ def test_the_header_says_what_is_fp8_and_what_is_not() -> None:
         lines = "\n".join(describe_precision(trainer_of("precision.level=O1", f"precision.recipe={recipe}")))
         assert words in lines, lines
     assert "FP8: off" in "\n".join(describe_precision(trainer_of()))
+
+
+def test_decay_that_rounding_takes_back_is_said_before_the_run() -> None:
+    """FP8-LM's masters at its rate and λ; see ``tests/optim/test_decay_loss.py`` for what is true of it."""
+    paper = ("precision.level=O1", "precision.profile=paper", "optimizer.lr=3e-4")
+    [line] = precision_warnings(trainer_of(*paper))
+    for words in (
+        "precision.state.master.rounding is nearest: weight decay removes 3e-05 of a weight",
+        "half a unit in the last place of fp16_scaled is 0.00024 to 0.00049 of it",
+        "write precision.state.master.rounding: stochastic",
+    ):
+        assert words in line
+    [line] = precision_warnings(trainer_of(*paper[:2], "optimizer.lr=3e-3"))
+    assert "0.0003 of a weight" in line and "moves only some weights by itself" in line
+    for silent in (
+        ("precision.level=O2",),
+        (*paper, "precision.state.master.rounding=stochastic"),
+        (*paper, "precision.state.master.format=fp32"),
+        (*paper, "optimizer.weight_decay=0"),
+        (*paper[:2], "optimizer.lr=0.01"),
+        (),
+    ):
+        assert precision_warnings(trainer_of(*silent)) == []
+
+
+def test_the_papers_numbers_reach_optimizer_and_reduction() -> None:
+    level = ("precision.level=O2", "parallel.zero=none")
+    ours, theirs = trainer_of(*level), trainer_of(*level, "precision.profile=paper")
+    settings = [trainer.optimizer.settings for trainer in (ours, theirs)]
+    assert [one.bounded_update for one in settings if isinstance(one, AdamWSettings)] == [True, False]
+    assert theirs.gradients.fp8 is not None
+    assert theirs.gradients.fp8.mu_initial == "one_over_root_ranks"
 
 
 def test_print_shows_the_live_recipe_of_every_linear() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fp8train.comm.auto_scale import PAPER_WINDOW, Criterion, MuController
+from fp8train.comm.auto_scale import PAPER_WINDOW, Criterion, MuController, Start, initial_mu
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange, HierarchicalExchange
 from fp8train.comm.fp8_all_reduce import Algorithm
@@ -68,6 +68,7 @@ class Fp8Gradients:
         mu_criterion: what halves its auto-scaling factor.
         mu_threshold: share of entries at the maximum, for criterion ``count``.
         mu_window: quiet steps that double it.
+        mu_initial: where it starts.
     """
 
     format: Format = E4M3
@@ -80,6 +81,7 @@ class Fp8Gradients:
     mu_criterion: Criterion = "count"
     mu_threshold: float | None = None
     mu_window: int = PAPER_WINDOW
+    mu_initial: Start = "one_over_ranks"
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class GradientPlan:
             names,
             world_size=self._groups.all.size,
             device=self._device,
+            initial=initial_mu(fp8.mu_initial, self._groups.all.size),
             criterion=fp8.mu_criterion,
             threshold=fp8.mu_threshold,
             window=fp8.mu_window,
