@@ -8,7 +8,7 @@ BF16 holds them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 MLP, ATTENTION = "layers.1.mlp", "layers.0.attention"
 
@@ -79,8 +79,25 @@ WILD: tuple[Event, ...] = (
 assert len(WILD) == 40
 SHORT = 18
 
-GENTLE: tuple[Event, ...] = tuple(
-    replace(event, loss=min(max(event.loss, 0.25), 2.0), modules={}) for event in WILD
+GENTLE: tuple[Event, ...] = (
+    PLAIN,
+    PLAIN,
+    _loss("all grow", 2.0),
+    PLAIN,
+    _loss("all fall", 0.25),
+    PLAIN,
+    BAD,
+    PLAIN,
+    PLAIN,
+    _loss("all grow", 2.0),
+    _loss("all fall", 0.25),
+    BAD,
+    *(PLAIN, PLAIN, BAD, _loss("all grow", 2.0)) * 7,
 )
-"""For constant and delayed scales, which saturate or flush when a tensor leaves the range they were chosen for:
-that is their recipe, not a fault of what follows the GEMMs."""
+"""For constant scales, which saturate or flush when a tensor leaves the range that they were chosen for: that
+is their recipe, not a fault of what follows the GEMMs."""
+assert len(GENTLE) == 40
+
+ZERO_FIRST: tuple[Event, ...] = (_loss("the first batch has no gradient", 0.0), PLAIN, PLAIN, PLAIN)
+BAD_FIRST: tuple[Event, ...] = (BAD, PLAIN, PLAIN, PLAIN)
+MILLION: tuple[Event, ...] = (PLAIN, PLAIN, _loss("a large spike, clipped", 1e6), *(PLAIN,) * 6)

@@ -72,6 +72,7 @@ class Parameter:
 
     Attributes:
         in_fp8: whether its gradient is stored in FP8.
+        in_plan: whether its states have the formats of the configuration; FP32 else.
         gradient: what was read, times the multiplier, against the true gradient, clipped by its true norm.
         reduced: what was read against the FP64 sum over ranks and micro-batches of what arrived.
         states: new states against those of FP64, by role.
@@ -79,6 +80,7 @@ class Parameter:
     """
 
     in_fp8: bool
+    in_plan: bool
     gradient: Error
     reduced: Error
     states: dict[str, Error] = field(default_factory=dict)
@@ -92,7 +94,7 @@ class Step:
     Attributes:
         result: applied, norm and loss as the trainer reports them.
         true_norm: of the true gradient, before clipping.
-        read_norm: of what was read, before the multiplier.
+        read_norm: of what was read, before clipping.
         applied_norm: of what was read, after it.
         parameters: by name; empty for a skipped step.
         changed: names of tensors with other bits than before.
@@ -207,12 +209,15 @@ class _Scenario:
         clip = self.config.optimizer.clip_grad_norm
         true *= min(1.0, clip / true_norm) if clip and true_norm else 1.0
         applied = read * seen.multiplier
+        rule = self.trainer.model.parametrization
+        read_norm = float(read.norm()) / (rule.gradient_scale if rule.true_gradients else 1.0)
         self.applied_sum += applied
         self.true_sum += arrived * seen.multiplier
         expected = self._updated(applied, index)
         parameters = {
             fqn: Parameter(
                 self.in_fp8[fqn],
+                self.trainer.model.specs[fqn].in_fp8_plan,
                 self._error(applied, true, fqn),
                 self._error(read, arrived, fqn),
                 {role: self._error(after[role], new, fqn) for role, new in expected.items()},
@@ -223,7 +228,7 @@ class _Scenario:
             for fqn in self.flat.shapes
         }
         return Step(
-            index, event, *numbers, float(read.norm()), float(applied.norm()), parameters, changed, differ
+            index, event, *numbers, read_norm, float(applied.norm()), parameters, changed, differ
         )
 
     def _error(self, found: Tensor, true: Tensor, fqn: str) -> Error:
