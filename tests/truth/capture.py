@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from fp8train.models.build import build_model, initialise
+from fp8train.parallel.buckets import Bucket
 from fp8train.parallel.gradient_store import GradientStore
+from fp8train.training.precision import make_gradient_plan
 from fp8train.training.trainer import Trainer
+from tests.training.tiny import VOCAB
 
 
 class Flat:
@@ -65,6 +69,30 @@ def watch_arrivals(
         add(slot, gradient)
 
     store.begin_step, store._add = watched_begin, watched_add  # type: ignore[method-assign]
+
+
+def watch_launches(store: GradientStore, launched: Callable[[list[str]], None]) -> None:
+    """Have ``launched`` called with the names in each bucket whose reduction starts."""
+
+    def watched(bucket: Bucket) -> Callable[[], None]:
+        launch, names = bucket.launch, [member.fqn for member in bucket.members]
+
+        def watched_launch() -> None:
+            launched(names)
+            launch()
+
+        return watched_launch
+
+    for bucket in store.buckets:
+        bucket.launch = watched(bucket)  # type: ignore[method-assign]
+
+
+def grouped_store(trainer: Trainer, group_of: Callable[[str], int]) -> tuple[GradientStore, nn.Module]:
+    """A store of the trainer's kind whose buckets are launched by groups, and the fresh model that it serves."""
+    built = build_model(trainer.config, vocab_size=VOCAB, device=trainer.processes.device)
+    initialise(built.model, 0)
+    plan = make_gradient_plan(trainer.config, trainer.processes, built, contributions=1)
+    return GradientStore(built.model, plan, group_of=group_of), built.model
 
 
 @dataclass

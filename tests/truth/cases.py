@@ -100,14 +100,14 @@ RATES = {"mus": "optimizer.lr=0.1", "unit_scaling": "optimizer.lr=0.03", "umup":
 
 def of_recipe(recipe: str, level: str = "O2", *overrides: str, **settings) -> Case:
     """A recipe with events that its scales can follow."""
-    constant = recipe in (*STATIC, "cscale")
+    gentle = recipe in (*STATIC, "cscale") or "delayed" in recipe
     rates = [RATES[recipe]] if recipe in RATES else []
     return _level(
         level,
         f"precision.recipe={recipe}",
         *rates,
         *overrides,
-        events=GENTLE if constant else WILD,
+        events=GENTLE if gentle else WILD,
         **settings,
     )
 
@@ -117,9 +117,7 @@ CASES |= {f"recipe {recipe}": of_recipe(recipe) for recipe in RECIPES}
 AFTER_A_MILLION = _level("O2", *EXACT, events=MILLION)
 
 
-def play_case(
-    group: dist.ProcessGroup | None, rank: int, world_size: int, case: Case, steps: int
-) -> Run:
+def play_case(group: dist.ProcessGroup | None, rank: int, world_size: int, case: Case, steps: int) -> Run:
     """Runs in the pool, or alone."""
     processes = alone() if group is None else joined_processes(torch.device("cpu"))
     return play(case.config(), processes, case.events[:steps], is_llama=case.is_llama)

@@ -29,6 +29,11 @@ class Event:
     modules: Mapping[str, float] = field(default_factory=dict)
     bad: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is an ordinary step, whatever came before."""
+        return self.loss == 1.0 and not self.modules and not self.bad
+
 
 PLAIN, BAD = Event(), Event("one rank's gradient is not finite", bad=True)
 
@@ -94,8 +99,8 @@ GENTLE: tuple[Event, ...] = (
     BAD,
     *(PLAIN, PLAIN, BAD, _loss("all grow", 2.0)) * 7,
 )
-"""For constant scales, which saturate or flush when a tensor leaves the range that they were chosen for: that
-is their recipe, not a fault of what follows the GEMMs."""
+"""For constant and delayed scales, which saturate or flush when a tensor leaves the range that they were chosen
+for: that is their recipe, not a fault of what follows the GEMMs."""
 assert len(GENTLE) == 40
 
 ZERO_FIRST: tuple[Event, ...] = (_loss("the first batch has no gradient", 0.0), PLAIN, PLAIN, PLAIN)

@@ -227,9 +227,7 @@ class _Scenario:
             )
             for fqn in self.flat.shapes
         }
-        return Step(
-            index, event, *numbers, read_norm, float(applied.norm()), parameters, changed, differ
-        )
+        return Step(index, event, *numbers, read_norm, float(applied.norm()), parameters, changed, differ)
 
     def _error(self, found: Tensor, true: Tensor, fqn: str) -> Error:
         return Error.of(self.flat.of(found, fqn), self.flat.of(true, fqn))
