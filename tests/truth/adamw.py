@@ -1,4 +1,4 @@
-"""One update of AdamW and of Lion in FP64, from the papers: what the optimizer should have made of a gradient.
+"""One update of AdamW and of Lion in FP64, from the papers: what a gradient should have become.
 
 AdamW: Loshchilov & Hutter 2019, algorithm 2, with the learning rate in the decay as torch has it. Lion: Chen
 et al. 2023 (arXiv 2302.06675), algorithm 2. The one thing of ours in AdamW is the bound on a step where

@@ -88,7 +88,7 @@ def watch_launches(store: GradientStore, launched: Callable[[list[str]], None]) 
 
 
 def grouped_store(trainer: Trainer, group_of: Callable[[str], int]) -> tuple[GradientStore, nn.Module]:
-    """A store of the trainer's kind whose buckets are launched by groups, and the fresh model that it serves."""
+    """A store like the trainer's whose buckets are launched by groups, and the fresh model that it serves."""
     built = build_model(trainer.config, vocab_size=VOCAB, device=trainer.processes.device)
     initialise(built.model, 0)
     plan = make_gradient_plan(trainer.config, trainer.processes, built, contributions=1)
@@ -171,7 +171,7 @@ class Recorder:
         return {role: self.whole(vector) for role, vector in found.items()}
 
     def bits(self) -> dict[str, str]:
-        """A hash of every tensor that survives a step, but for counters of events, which skipped steps are."""
+        """A hash of every tensor that survives a step, but for counters of events: a skipped step is one."""
         tensors = self.trainer.state_tensors() | self.trainer.rank_tensors()
         return {
             name: hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()

@@ -99,7 +99,7 @@ GENTLE: tuple[Event, ...] = (
     BAD,
     *(PLAIN, PLAIN, BAD, _loss("all grow", 2.0)) * 7,
 )
-"""For constant and delayed scales, which saturate or flush when a tensor leaves the range that they were chosen
+"""For constant and delayed scales, which saturate or flush when a tensor leaves the range that they were made
 for: that is their recipe, not a fault of what follows the GEMMs."""
 assert len(GENTLE) == 40
 

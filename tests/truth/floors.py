@@ -1,11 +1,11 @@
 """Which numbers of a run are good enough, and a sentence for each that is not.
 
-Floors are in dB of energy. They are what the formats allow, a few dB below what is seen: an E4M3 cast alone has
-31.5, E5M2 25. A factor of 2 anywhere is 0 dB and a projection of 2.
+Floors are in dB of energy. They are what the formats allow, a few dB below what is seen: an E4M3 cast alone
+has 31.5, E5M2 25. A factor of 2 anywhere is 0 dB and a projection of 2.
 
 Two kinds of recipe cannot follow every event. Scales that *lag* (delayed ones, the grids of ``exact``) flush
-what is much smaller than their history; ``exact`` also says where. Error feedback hands on what the last step
-lost, so that a step is right together with its neighbours only.
+what is much smaller than their history. Error feedback hands on what the last step lost, so that a step is
+right together with its neighbours only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _STATE = {
     "e5m2": 19.0,
 }
 _GEMM = {"mus": 7.0, "unit_scaling": 9.0, "nvfp4_simulated": 4.0}
-_STATIC = ("mus", "unit_scaling", "umup", "cscale")
 _HISTORY = 16
+_USABLE = 10.5  # powers of two below that history at which a tensor keeps a few E4M3 codes on its grid
 _FEEDBACK = 24.0  # of what the step before lost, in units of what it applied
 
 
@@ -44,7 +44,9 @@ def gemm_floor(config: Config) -> float:
     """Of what is read against the true gradient."""
     if not config.precision.gemm.fp8:
         return 140.0 if config.precision.compute == "fp64" else 30.0
-    return 8.0 if lags(config) else _GEMM.get(config.precision.recipe, 12.0)
+    if lags(config) or config.precision.gradient.fp8.reduce == "exact":
+        return 8.0
+    return _GEMM.get(config.precision.recipe, 12.0)
 
 
 def reduction_floors(config: Config, ranks: int) -> tuple[float, float]:
@@ -116,19 +118,22 @@ class _Judge:
         clip = self.config.optimizer.clip_grad_norm or math.inf
         if step.applied_norm > 1.01 * clip:
             yield f"applied norm {step.applied_norm:.5g}, clipped to {clip:g}"
-        sluggish = lags(self.config) or self._fallen(step) > 6
+        sluggish = lags(self.config) or self._flushes(step)
         lowest = 0.9 * min(clip, step.true_norm)
         if not sluggish and not self.fp8.error_feedback and step.applied_norm < lowest:
             yield f"applied norm {step.applied_norm:.5g}, truly {min(clip, step.true_norm):.5g}"
 
-    def _fallen(self, step: Step) -> float:
-        return max(
-            (self._fall(fqn, p) for fqn, p in step.parameters.items() if p.reduced.true > 0), default=0.0
+    def _flushes(self, step: Step) -> bool:
+        """Whether much of the gradient, and with it the clip factor, is below the grid of ``exact``."""
+        total = sum(p.reduced.true for p in step.parameters.values())
+        lost = sum(
+            p.reduced.true for fqn, p in step.parameters.items() if p.in_fp8 and self._fall(fqn, p) > _USABLE
         )
+        return lost > 0.05 * total
 
     def _fall(self, fqn: str, parameter: Parameter) -> float:
         """How far a gradient lies below the largest that ``exact`` remembers, in powers of two."""
-        if self.fp8.reduce != "exact" or not parameter.in_fp8 or parameter.reduced.true == 0:
+        if self.fp8.reduce != "exact" or parameter.reduced.true == 0:
             return 0.0
         largest = max((energies[fqn] for energies in self.history), default=0.0)
         return max(0.0, math.log2(largest / parameter.reduced.true) / 2) if largest else 0.0
@@ -141,11 +146,12 @@ class _Judge:
                 yield f"read {math.sqrt(parameter.reduced.found):.3g}, but nothing arrived"
             return
         handed_on = self._handed_on(fqn) > error.true * 10 ** (-_FEEDBACK / 10)
-        if handed_on or self._fall(fqn, parameter) > 6:
+        if handed_on or (parameter.in_fp8 and self._fall(fqn, parameter) > _USABLE):
             return
         if not 0.9 <= parameter.reduced.projection <= 1.1:
             yield f"read {parameter.reduced.projection:.3g} times what arrived"
-        if lags(self.config) and not (step.event.plain and self.was_plain and step.index > 1):
+        lagging = lags(self.config) and not (step.event.plain and self.was_plain and step.index > 1)
+        if lagging or self._flushes(step):
             return
         low, high = (0.7, 1.3) if self.config.precision.recipe == "nvfp4_simulated" else (0.8, 1.25)
         if not low <= error.projection <= high:
@@ -181,7 +187,11 @@ class _Judge:
 
     def _allowed(self, fqn: str, parameter: Parameter, floor: float) -> float:
         """Energy of the error."""
-        floor = max(0.0, floor - 3 * max(0.0, self._fall(fqn, parameter) - 5))
+        fall = self._fall(fqn, parameter)
+        if parameter.in_fp8:  # relative precision at first, then an absolute one
+            floor = max(-1.0, floor - 3.5 * max(0.0, fall - 5))
+        else:  # 36 bits below the largest gradient of the history
+            floor = min(floor, 6 * (31 - fall))
         return parameter.reduced.true * 10 ** (-floor / 10) + self._handed_on(fqn)
 
     def _made_of_it(self, parameter: Parameter) -> Iterator[str]:

@@ -100,7 +100,7 @@ def _attention(w: Weights, path: str, x: Tensor, model: ModelConfig) -> Tensor:
 
 
 def _rotate(x: Tensor, theta: float) -> Tensor:
-    """x [B, S, heads, D]: the pair (i, i + D/2) at position p as a complex number, times e^(i·p·θ^(-2i/D))."""
+    """x [B, S, heads, D]: pair (i, i + D/2) at position p as a complex number, times e^(i·p·θ^(-2i/D))."""
     half = x.shape[-1] // 2
     pairs = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous())
     frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)

@@ -59,7 +59,7 @@ def test_factors_on_modules_and_targets_left_out() -> None:
 
 
 class Rotary(nn.Module):
-    """The table of transformers' rotary embedding in FP64; theirs is computed in FP32 whatever the model is."""
+    """transformers' rotary table in FP64; theirs is computed in FP32 whatever the model is."""
 
     def __init__(self, dim: int, theta: float) -> None:
         super().__init__()

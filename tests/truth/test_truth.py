@@ -1,7 +1,7 @@
 """What the optimizer reads, and what it makes of it, against FP64 truths from outside.
 
-Every other test of layouts compares two of our own paths, which may share a fault: gradients that are twice too
-large everywhere are equal everywhere. See :mod:`tests.truth.scenario` for what is compared.
+Every other test of layouts compares two of our own paths, which may share a fault: gradients that are twice
+too large everywhere are equal everywhere. See :mod:`tests.truth.scenario` for what is compared.
 """
 
 from __future__ import annotations
