@@ -114,6 +114,18 @@ def of_recipe(recipe: str, level: str = "O2", *overrides: str, **settings) -> Ca
 
 CASES |= {f"recipe {recipe}": of_recipe(recipe) for recipe in RECIPES}
 
+MORE: dict[str, Case] = {
+    f"{recipe}, {name}": of_recipe(recipe, level, *overrides, ranks=ranks, accumulation=accumulation)
+    for recipe in RECIPES
+    for name, level, overrides, ranks, accumulation in (
+        ("O1, 2 ranks of 3", "O1", (), 2, 3),
+        ("O3, 4 ranks", "O3", (), 4, 1),
+        ("exact, 2 ranks", "O2", EXACT, 2, 2),
+        ("shared scale, 2 ranks", "O2", _fp8("reduce=shared_scale"), 2, 3),
+    )
+}
+"""Every recipe under the reductions and layouts that change what follows it."""
+
 AFTER_A_MILLION = _level("O2", *EXACT, events=MILLION)
 
 

@@ -12,10 +12,9 @@ from fp8train.parallel.exact import ExactFixedPointBucket, GridScales
 
 
 def test_a_gradient_above_its_fp32_amax_stays_on_the_grid_of_squares() -> None:
-    """√2 in FP64 is above √2 in FP32. Two elements of it have squares of 4 grid units², which no longer fit
-    where a bound from the FP32 amax, just below, says that they do."""
-    gradient = torch.full((2,), math.sqrt(2), dtype=torch.float64)
-    gradient = gradient.nextafter(torch.tensor(2.0, dtype=torch.float64))
+    """A number just above √2 in FP64 is below √2 in FP32. The squares of two such elements add up to more
+    than a power of two, where a bound from the FP32 amax says that they do not reach it."""
+    gradient = torch.full((2,), math.sqrt(2) + 1e-8, dtype=torch.float64)
     assert float(gradient[0].float()) < math.sqrt(2) < float(gradient[0])
     device, group = torch.device("cpu"), CountedGroup(None)
     scales = GridScales([False], [2], micro_batches=1, group=group, device=device)
