@@ -53,12 +53,13 @@ def _truth(words: str) -> tuple[str, ...]:
 
 
 _TRAINER, _OPTIMIZER = "fp8train/training/trainer.py", "fp8train/optim/optimizer.py"
-_STORE, _EXACT = "fp8train/parallel/gradient_store.py", "fp8train/parallel/exact.py"
+_GRADIENTS = "fp8train/parallel/gradients/"
+_STORE, _GRIDS, _BLOCKS = (f"{_GRADIENTS}{name}.py" for name in ("store", "grids", "block_storage"))
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "slack: the grid of squares is made for the FP32 amax",
-        _EXACT,
+        _GRIDS,
         "_AMAX_SLACK = 1 + 2.0**-20",
         "_AMAX_SLACK = 1",
         ("tests/truth/test_exact_grid.py",),
@@ -114,7 +115,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "micro-batches: the first of a step does not overwrite",
-        "fp8train/parallel/buckets.py",
+        f"{_GRADIENTS}wide_storage.py",
         "        if first:\n            view.copy_(gradient)",
         "        if False:\n            view.copy_(gradient)",
         _truth("O0 and 8 and micro"),
@@ -134,11 +135,68 @@ MUTANTS: tuple[Mutant, ...] = (
         _truth("O0 and 8 and micro"),
     ),
     Mutant(
-        "skipped steps move scale state",
+        "skipped steps move scale state and residuals",
         _TRAINER,
-        "        if applied:\n            self.gradients.commit()",
-        "        if True:\n            self.gradients.commit()",
-        _truth("paper"),
+        "            self.store.commit(clip)",
+        "        self.store.commit(None)\n        if applied:",
+        _truth("feedback or paper"),
+    ),
+    Mutant(
+        "exact: sums are read on the next step's grid",
+        _GRIDS,
+        "self.step.agree(self._group, self._numels, self._contributions)",
+        "self.step.agree(self._group, self._numels, self._contributions)\n"
+        "        self.commit()\n        self.step.exponents.copy_(self._next().exponents)",
+        _truth("exact and 8 and micro"),
+    ),
+    Mutant(
+        "exact: a step without an amax counts as a calibration",
+        _GRIDS,
+        "(largest == 0) | outgrown",
+        "(self._history[0] < 0) | outgrown & (largest > 0)",
+        _truth("exact and first"),
+    ),
+    Mutant(
+        "exact: gradients that outgrow their grid saturate",
+        _GRIDS,
+        "(largest == 0) | outgrown | (amax < largest * fall)",
+        "(largest == 0) | (amax < largest * fall)",
+        _truth("exact and 8 and micro"),
+    ),
+    Mutant(
+        "exact: gradients far below their grid are flushed",
+        _GRIDS,
+        "(largest == 0) | outgrown | (amax < largest * fall)",
+        "(largest == 0) | outgrown",
+        ("tests/truth/test_edges.py", "-k", "million"),
+    ),
+    Mutant(
+        "error feedback: the residual is not clipped",
+        _BLOCKS,
+        "self._lost if clip is None else self._lost * clip.to(torch.float32)",
+        "self._lost",
+        _truth("feedback"),
+    ),
+    Mutant(
+        "error feedback: the residual is written at the cast",
+        _BLOCKS,
+        "self._lost[rows] = (blocks - dequantize_blocks(payload, scales)).to(torch.bfloat16)",
+        "self.residual[rows] = (blocks - dequantize_blocks(payload, scales)).to(torch.bfloat16)",
+        _truth("feedback"),
+    ),
+    Mutant(
+        "a step without targets is applied",
+        _TRAINER,
+        "torch.isfinite(norm) & (num_targets > 0)",
+        "torch.isfinite(norm)",
+        ("tests/truth/test_edges.py", "-k", "without_any_target"),
+    ),
+    Mutant(
+        "two levels, ZeRO: parts lie in rank order",
+        f"{_GRADIENTS}receivers.py",
+        "return tuple(rank for place in range(node_size) for rank in range(place, ranks, node_size))",
+        "return tuple(range(ranks))",
+        _truth("nodes and rows"),
     ),
 )
 """Faults of the past and their neighbours. What tests missed once gets a mutant when it is repaired."""

@@ -72,6 +72,8 @@ CASES: dict[str, Case] = {
     "O2, 4 ranks": _level("O2", ranks=4),
     "O2, nodes of 2": _level("O2", *_fp8("node_size=2"), ranks=4),
     "O2, nodes of 2, BF16 between": _level("O2", *_fp8("node_size=2", "between_nodes=bf16"), ranks=4),
+    "O3, nodes of 2, rows": _level("O3", *_fp8("node_size=2"), ranks=4),
+    "O3, shared scale, rows": _level("O3", *_fp8("reduce=shared_scale"), ranks=2, accumulation=3),
     "O2, BF16 on the wire": _level("O2", *_fp8("reduce=bf16"), ranks=2, accumulation=3),
     "O2, FP32 on the wire": _level("O2", *_fp8("reduce=fp32", "accumulate=fp32"), ranks=2),
     "O2, shared scale": _level("O2", *_fp8("reduce=shared_scale"), ranks=4),

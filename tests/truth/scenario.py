@@ -202,7 +202,7 @@ class _Scenario:
             nan = math.nan
             return Step(index, event, result.applied, nan, result.grad_norm, nan, nan, changed=changed)
         true = self.flat.packed(truth.gradients)
-        true_norm = float(true.norm())
+        true_norm = self._norm(true)
         numbers = (result.applied, float(result.loss), result.grad_norm, true_norm, truth.loss)
         if read is None:
             return Step(index, event, *numbers, changed=changed, ranks_differ=differ)
@@ -210,7 +210,7 @@ class _Scenario:
         true *= min(1.0, clip / true_norm) if clip and true_norm else 1.0
         applied = read * seen.multiplier
         rule = self.trainer.model.parametrization
-        read_norm = float(read.norm()) / (rule.gradient_scale if rule.true_gradients else 1.0)
+        read_norm = self._norm(read) / (rule.gradient_scale if rule.true_gradients else 1.0)
         self.applied_sum += applied
         self.true_sum += arrived * seen.multiplier
         expected = self._updated(applied, index)
@@ -227,7 +227,15 @@ class _Scenario:
             )
             for fqn in self.flat.shapes
         }
-        return Step(index, event, *numbers, read_norm, float(applied.norm()), parameters, changed, differ)
+        return Step(index, event, *numbers, read_norm, self._norm(applied), parameters, changed, differ)
+
+    def _norm(self, vector: Tensor) -> float:
+        """Of the gradients of effective weights (``tests/models/test_norm_weight.py`` holds the factors
+        against finite differences)."""
+        model = self.trainer.model
+        weights = {fqn: model.parametrization.norm_weight(spec) for fqn, spec in model.specs.items()}
+        parts = self.flat.unpacked(vector)
+        return math.sqrt(sum(float(part.square().sum()) * weights[f] ** 2 for f, part in parts.items()))
 
     def _error(self, found: Tensor, true: Tensor, fqn: str) -> Error:
         return Error.of(self.flat.of(found, fqn), self.flat.of(true, fqn))
@@ -258,7 +266,7 @@ class _Scenario:
                 step=trainer.updates,
                 lr=lr,
                 decay=decay,
-                rounded=spec.in_fp8_plan and not exact,
+                rounded=spec.in_fp8_plan and not exact and self.config.precision.state.bounded_update,
             )
             for role, values in new.items():
                 self.flat.of(found[role], fqn).copy_(values)
