@@ -97,7 +97,7 @@ RECIPES = (
     *("current", "fp8_amax", "te_current", "te_delayed", "te_delayed_recent", "mse", "cscale"),
     *("rowwise", "rowwise_gw_hp", "blockwise", "mxfp8", "nvfp4_simulated", "coat_act", *STATIC),
 )
-RATES = {"mus": "optimizer.lr=0.1", "unit_scaling": "optimizer.lr=0.03", "umup": "optimizer.lr=0.5"}
+RATES = {"mus": "optimizer.lr=0.03", "unit_scaling": "optimizer.lr=0.03", "umup": "optimizer.lr=0.5"}
 
 
 def of_recipe(recipe: str, level: str = "O2", *overrides: str, **settings) -> Case:

@@ -28,7 +28,7 @@ _STATE = {
     "e4m3": 25.0,
     "e5m2": 19.0,
 }
-_GEMM = {"mus": 7.0, "unit_scaling": 9.0, "nvfp4_simulated": 4.0}
+_GEMM = {"mus": 10.0, "unit_scaling": 9.0, "nvfp4_simulated": 4.0}
 _FEEDBACK = 24.0  # of what the step before lost, in units of what it applied
 
 
@@ -53,11 +53,9 @@ def reduction_floors(config: Config, ranks: int) -> tuple[float, float]:
     fp8 = gradient.fp8
     if fp8.reduce != "exchange":
         return _REDUCE[fp8.reduce], wide
-    if ranks == 1 or config.parallel.zero != "none":
-        return 30.5, wide
-    if fp8.node_size is None:
-        return 27.5, wide
-    return 25.0 if fp8.between_nodes == "fp8" else 27.5, wide
+    casts = 1 if ranks == 1 or config.parallel.zero != "none" else 2
+    casts += fp8.node_size is not None and fp8.between_nodes == "fp8"
+    return {1: 30.5, 2: 27.5, 3: 25.0}[casts], wide
 
 
 def problems(config: Config, run: Run, *, ranks: int) -> list[str]:
