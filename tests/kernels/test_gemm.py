@@ -207,6 +207,14 @@ def test_scales_beyond_fp32(dtype: torch.dtype) -> None:
         corner = math.inf if exponent > 127 else 2.0**exponent if exponent >= smallest else 0.0
         assert float(got[0, 0]) == corner, exponent
         assert not got.flatten()[1:].any()
+    for value, exponent in ((2.0**-9, 128), (2.0**-9, 134), (256.0, -127), (256.0, -149), (256.0, -150)):
+        b = torch.zeros(16, 16)
+        b[0, 0] = value
+        first = exponent // 2
+        scales = torch.tensor(2.0**first), torch.tensor(2.0 ** (exponent - first))
+        got = fp8_gemm(b.to(E4M3), a, *scales, power_of_two=True, out_dtype=dtype, backend="decode")
+        corner = value * 2.0**exponent
+        assert float(got[0, 0]) == (corner if corner >= 2.0**smallest else 0.0), (value, exponent)
     far, near = torch.tensor(2.0**126), torch.tensor(2.0**-126)
     got = fp8_gemm(a, a, far, near, power_of_two=True, out_dtype=dtype, backend="decode")
     assert float(got[0, 0]) == 1.0
