@@ -47,11 +47,40 @@ metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
     "local_generation": """
 output_type: generate_until
 doc_to_text: query
-doc_to_target: "{{choices[gold]}}"
+doc_to_target: answer
 generation_kwargs: {until: ["."], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
 }
+
+
+FILES = {"local_choice": "choice", "local_rolling": "texts", "local_generation": "asked"}
+RIGHT = 3
+"""Of eight questions, how many ask for what the model says."""
+
+
+@torch.no_grad()
+def likeliest(model: Fp8TrainLM, query: str, tokens: int) -> str:
+    """The likeliest token after another, each from a forward of the whole text, up to the first full stop."""
+    ids, size = model.tokenizer.encode(query), model.tokenizer.vocab_size
+    ids = ids[-(model.max_length + 1 - tokens) :]
+    start = len(ids)
+    for _ in range(tokens):
+        ids.append(int(model.model.logits(torch.tensor([ids]))[0, -1, :size].argmax()))
+        if ids[-1] == model.tokenizer.eod_id:
+            ids.pop()
+            break
+    return model.tokenizer.decode(ids[start:]).split(".")[0]
+
+
+def write_asked(folder: Path) -> None:
+    """Questions whose answers are the model's own for the first ones, and others' for the rest."""
+    model = Fp8TrainLM(str(folder / "run"), "bf16", device="cpu")
+    queries = [json.loads(line)["query"] for line in (folder / "choice.jsonl").read_text().splitlines()]
+    said = [likeliest(model, query, 6) for query in queries]
+    answers = [one if i < RIGHT else f"{one}?" for i, one in enumerate(said)]
+    records = [{"query": query, "answer": answer} for query, answer in zip(queries, answers, strict=True)]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +92,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(5)
     texts = [sentence(draw, 4 + 20 * i) for i in range(4)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_asked(folder)
     for name, text in TASKS.items():
-        file = folder / ("texts.jsonl" if name == "local_rolling" else "choice.jsonl")
+        file = folder / f"{FILES[name]}.jsonl"
         head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
         head += f"dataset_kwargs: {{data_files: {{test: {file}}}}}\n"
         (folder / f"{name}.yaml").write_text(head + text.lstrip())
@@ -115,7 +145,8 @@ def test_rolling_is_our_text_perplexity(folder: Path, results: dict[str, Any]) -
 
 
 def test_generation_stops_where_it_is_told(folder: Path, results: dict[str, Any]) -> None:
-    assert results["results"]["local_generation"]["exact_match,none"] >= 0
+    asked = len((folder / "asked.jsonl").read_text().splitlines())
+    assert results["results"]["local_generation"]["exact_match,none"] == RIGHT / asked == 3 / 8
     model = Fp8TrainLM(str(folder / "run"), "bf16", device="cpu")
 
     def ask(context: str, **settings: Any) -> str:

@@ -126,6 +126,24 @@ def test_extreme_scales(dtype: torch.dtype, exponent: int, split: float, swap: b
     assert_within(got, expected, bound(magnitude, expected, 32, dtype) + 2.0**-133)
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_what_a_cpu_multiplies(each_cpu: bool, array: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BF16 operands where it has instructions for them, the result is BF16 and scales are powers of two."""
+    seen = []
+    whole = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(a.dtype) or whole(a, b))
+    a, b = payload(16, 32, E4M3, 1), payload(32, 48, E4M3, 2)
+    scale, one = torch.full((16, 1) if array else (), 0.5), torch.tensor(1.0)
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    native = bf16 if each_cpu else fp32
+    for dtype, pow2, alpha, expected in (
+        *((bf16, True, 1.0, native), (bf16, False, 1.0, fp32), (bf16, True, 0.3, fp32)),
+        *((fp32, True, 1.0, fp32), (fp64, True, 1.0, fp64)),
+    ):
+        fp8_gemm(a, b, scale, one, alpha=alpha, power_of_two=pow2, out_dtype=dtype, backend="decode")
+        assert seen.pop() == expected, (dtype, pow2, alpha)
+
+
 def test_what_is_folded() -> None:
     """The smallest product is 2^-25, of the smallest E4M3 and E5M2; BF16 instructions flush below 2^-126."""
     folded = [exponent for exponent in range(-140, 128) if folds(2.0**exponent)]
@@ -189,6 +207,14 @@ def test_scales_beyond_fp32(dtype: torch.dtype) -> None:
         corner = math.inf if exponent > 127 else 2.0**exponent if exponent >= smallest else 0.0
         assert float(got[0, 0]) == corner, exponent
         assert not got.flatten()[1:].any()
+    for value, exponent in ((2.0**-9, 128), (2.0**-9, 134), (256.0, -127), (256.0, -149), (256.0, -150)):
+        b = torch.zeros(16, 16)
+        b[0, 0] = value
+        first = exponent // 2
+        scales = torch.tensor(2.0**first), torch.tensor(2.0 ** (exponent - first))
+        got = fp8_gemm(b.to(E4M3), a, *scales, power_of_two=True, out_dtype=dtype, backend="decode")
+        corner = value * 2.0**exponent
+        assert float(got[0, 0]) == (corner if corner >= 2.0**smallest else 0.0), (value, exponent)
     far, near = torch.tensor(2.0**126), torch.tensor(2.0**-126)
     got = fp8_gemm(a, a, far, near, power_of_two=True, out_dtype=dtype, backend="decode")
     assert float(got[0, 0]) == 1.0

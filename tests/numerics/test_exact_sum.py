@@ -69,7 +69,7 @@ def test_the_largest_possible_sum_fits_and_the_grid_is_no_coarser_than_needed(
     assert shift == 0 or whole > 2 ** (61 + shift) * (1 - Fraction(1, 2**49)), "one bit is given away"
     # All elements at the bound: by the code for one of them, by arithmetic for all.
     one = int(grid_square_sum(torch.tensor([-largest]), shift))
-    assert one >= 0
+    assert abs(one * 2**shift - largest**2) <= Fraction(2**shift, 2) + Fraction(largest**2, 2**51)
     assert one * numel <= INT64_MAX
 
 
