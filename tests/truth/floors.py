@@ -28,7 +28,7 @@ _STATE = {
     "e4m3": 25.0,
     "e5m2": 19.0,
 }
-_GEMM = {"mus": 10.0, "unit_scaling": 9.0, "nvfp4_simulated": 4.0}
+_GEMM = {"unit_scaling": 9.0, "nvfp4_simulated": 4.0}
 _FEEDBACK = 24.0  # of what the step before lost, in units of what it applied
 
 
@@ -37,12 +37,18 @@ def lags(config: Config) -> bool:
     return config.precision.profile == "paper" or "delayed" in config.precision.recipe
 
 
+def judged_over_steps(config: Config) -> bool:
+    """Whether the GEMMs of a single step say little: scales that lag, and ``mus``, whose norms at the end of
+    branches divide by what is small for some token (seen: 12 dB as a rule, -2 dB in a step of 64 tokens)."""
+    return lags(config) or (config.precision.recipe == "mus" and config.precision.gemm.fp8)
+
+
 def gemm_floor(config: Config) -> float:
     """Of what is read against the true gradient."""
     if not config.precision.gemm.fp8:
         return 140.0 if config.precision.compute == "fp64" else 30.0
-    if lags(config):
-        return 8.0
+    if judged_over_steps(config):
+        return 6.0
     return _GEMM.get(config.precision.recipe, 12.0)
 
 
@@ -70,6 +76,7 @@ class _Judge:
     before: Step | None = None
     applied_before: Mapping[str, Parameter] = field(default_factory=dict)
     was_plain: bool = True
+    over_steps: dict[str, Error] = field(default_factory=dict)
 
     @property
     def fp8(self):
@@ -83,6 +90,8 @@ class _Judge:
                 self.applied_before = step.parameters
                 self.was_plain = step.event.plain
             self.before = step
+        for fqn, error in self.over_steps.items():
+            yield from (f"over all steps: {fqn}: {problem}" for problem in self._against_the_truth(error))
 
     def _skipped(self, step: Step) -> Iterator[str]:
         if step.applied:
@@ -130,6 +139,13 @@ class _Judge:
         lagging = lags(self.config) and not (step.event.plain and self.was_plain and step.index > 1)
         if lagging:
             return
+        if judged_over_steps(self.config):
+            share = Error(*(energy / error.true for energy in vars(error).values()))
+            self.over_steps[fqn] = self.over_steps[fqn] + share if fqn in self.over_steps else share
+            return
+        yield from self._against_the_truth(error)
+
+    def _against_the_truth(self, error: Error) -> Iterator[str]:
         low, high = (0.7, 1.3) if self.config.precision.recipe == "nvfp4_simulated" else (0.8, 1.25)
         if not low <= error.projection <= high:
             yield f"read {error.projection:.3g} times the true gradient"
@@ -171,8 +187,11 @@ class _Judge:
         state = self.config.precision.state
         for role, error in parameter.states.items():
             name = getattr(state, role).format if parameter.in_plan else "fp32"
-            if error.true > 0 and error.snr < _STATE[name]:
-                yield f"{role} ({name}) at {error.snr:.1f} dB of FP64's (floor {_STATE[name]:g})"
+            floor = _STATE[name]
+            if role == "master" and self.config.optimizer.name == "lion":
+                floor = min(floor, 40.0)  # the sign of a sum that cancels depends on its last bit
+            if error.true > 0 and error.snr < floor:
+                yield f"{role} ({name}) at {error.snr:.1f} dB of FP64's (floor {floor:g})"
         if parameter.update is not None and parameter.update.true > 0 and parameter.update.cosine < 0.9:
             yield f"update has cosine {parameter.update.cosine:.3f} with FP64's"
 
