@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.parallel.gradient_plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.parallel.gradients.auto_scales import AutoScales
+from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
 
 
 @pytest.mark.parametrize(
@@ -31,5 +32,5 @@ def test_mu_of_nine_ranks(fp8: Fp8Gradients, expected: float) -> None:
         in_fp8_plan=["w"],
         contributions=1,
     )
-    assert plan.mu is not None
-    assert plan.mu.mu.tolist() == pytest.approx([expected])
+    assert isinstance(plan.scales, AutoScales)
+    assert plan.scales.controller.mu.tolist() == pytest.approx([expected])
