@@ -5,10 +5,11 @@
     python tools/experiments.py --out runs/experiments --table    # only the table of what is there
 
 Every run trains ``configs/experiments/novels.yaml`` (or ``--config``) on ``--ranks`` processes with the
-overrides of its name below: O0, O1 and O2 with every seed, the rest with the first ``--rest`` of them. Runs
-of one seed share initial weights and batches, so their losses are compared in pairs: the mean of the
-differences to O0 (or to the same layout without one FP8 collective) with a 95 % interval (Student's t),
-beside the standard deviation of O0 over seeds. A run that is complete is not run again; one that was
+overrides of its name below: those of ``PAIRED`` with every seed, the rest with the first ``--rest`` of them.
+Runs of one seed share initial weights and batches, so their losses are compared in pairs: the mean of the
+differences to O0 (or to the same layout without one FP8 collective) with a 95 % interval (Student's t), and
+how many pairs of this scatter it would take to bring that to ±0.01. Means stand beside those of the other run
+on the same seeds. One pair shows nothing smaller than the scatter of pairs. A run that is complete is not run again; one that was
 interrupted continues from its checkpoint.
 """
 
@@ -65,7 +66,10 @@ for _name, _rate in STATIC_RATES.items():
     _own = [f"precision.recipe={_name}", "model.tie_embeddings=false", f"optimizer.lr={_rate}"]
     RUNS |= {f"{_name} BF16": _own, _name: [*_own, "precision.level=O1"]}
 """Name -> overrides. ``#0`` to ``#4`` are the rows of FP8-LM's Table 6; its #1 is O0."""
-PAIRED = ("O0", "O1", "O2", "fp8_amax", "te_delayed", "mus", "mus BF16", "umup", "umup BF16")
+PAIRED = (
+    *("O0", "O1", "O2", "O2 exact", "O1 paper", "rowwise", "rowwise_gw_hp", "fp8_amax", "te_delayed"),
+    *("mus", "mus BF16", "umup", "umup BF16"),
+)
 """Run with every seed; the others with the first few."""
 BASES = {
     **dict.fromkeys(("O2 tp 2, grad_input", "O2 tp 2, output"), "O2 tp 2"),
@@ -177,37 +181,66 @@ def write_outcomes(found: Outcomes, file: Path) -> None:
     file.write_text(json.dumps({"script": "tools/experiments.py", "runs": runs}, indent=1) + "\n")
 
 
+def quantile(pairs: int) -> float:
+    """Student's t for a two-sided 95 % interval of so many pairs: from the normal quantile by the first two
+    terms of its expansion in 1 / (pairs - 1); within 1 % from 5 pairs on. Fewer come from a table."""
+    if pairs - 1 in _T95:
+        return _T95[pairs - 1]
+    z, freedom = 1.959964, pairs - 1
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def pairs_for(spread: float, half_width: float) -> int:
+    """How many pairs would bring a 95 % interval to ± ``half_width``, if they scatter by ``spread``."""
+    pairs = 2
+    while quantile(pairs) * spread / math.sqrt(pairs) > half_width:
+        pairs += 1
+    return pairs
+
+
+def row(out: Path, found: Outcomes, name: str, seeds: list[int]) -> str:
+    """One line of the table. Means are over the seeds that both runs of the comparison have."""
+    done = {s: o for s in seeds if (o := found.get((name, s))) is not None}
+    if not done:
+        gone = sum(diverged(directory(out, name, s)) for s in seeds)
+        return f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | | | | | |"
+    other = BASES.get(name, "O0")
+    compared = name != other and not name.endswith(" BF16")
+    common = [s for s in done if not compared or (other, s) in found]
+    losses = [done[s].loss for s in common] or [one.loss for one in done.values()]
+    cells = [name, f"{statistics.fmean(losses):.4f}"]
+    if compared and common:
+        base = [found[other, s].loss for s in common]
+        gaps = [loss - own for loss, own in zip(losses, base, strict=True)]
+        cells += [f"{other}: {statistics.fmean(base):.4f}", f"{statistics.fmean(gaps):+.4f}"]
+        if len(gaps) > 1:
+            spread = statistics.stdev(gaps)
+            half = quantile(len(gaps)) * spread / math.sqrt(len(gaps))
+            mean = statistics.fmean(gaps)
+            cells += [f"{mean - half:+.4f} to {mean + half:+.4f}", str(pairs_for(spread, 0.01))]
+        else:
+            cells += ["", ""]
+    else:
+        cells += [""] * 4
+    counted = [o.spikes for o in done.values() if o.spikes is not None]
+    among = "" if len(counted) == len(done) else f" in {len(counted)}"
+    cells += [str(len(losses)), str(sum(o.skipped for o in done.values()))]
+    cells += [f"{sum(counted)}{among}" if counted else ""]
+    return f"| {' | '.join(cells)} |"
+
+
 def table(out: Path, found: Outcomes, names: list[str], seeds: list[int]) -> str:
-    """Markdown: loss, paired gap with its interval, seeds."""
+    """Markdown: loss, the other run's loss on the same seeds, paired gap with its interval, seeds."""
     base = [o.loss for s in seeds if (o := found.get(("O0", s))) is not None]
     spread = statistics.stdev(base) if len(base) > 1 else math.nan
     lines = [
         f"O0's standard deviation over {len(base)} seeds: {spread:.4f} nats.",
         "",
-        "| run | mean loss | compared with | gap, paired | 95 % interval | seeds | skipped steps | spikes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | mean loss | compared with, same seeds | gap, paired | 95 % interval | pairs for ±0.01 "
+        "| seeds | skipped steps | spikes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in names:
-        done = {s: o for s in seeds if (o := found.get((name, s))) is not None}
-        gone = sum(diverged(directory(out, name, s)) for s in seeds)
-        if not done:
-            lines.append(f"| {name} | {f'diverged ({gone})' if gone else 'not run'} | | | | 0 | | |")
-            continue
-        other = BASES.get(name, "O0")
-        gaps = [o.loss - b.loss for s, o in done.items() if (b := found.get((other, s))) is not None]
-        interval = ""
-        compared = name != other and not name.endswith(" BF16")
-        if compared and len(gaps) > 1:
-            half = _T95[min(len(gaps) - 1, 9)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
-            interval = f"{statistics.fmean(gaps) - half:+.4f} to {statistics.fmean(gaps) + half:+.4f}"
-        gap = f"{other} | {statistics.fmean(gaps):+.4f}" if gaps and compared else " | "
-        mean = statistics.fmean(o.loss for o in done.values())
-        skipped = sum(o.skipped for o in done.values())
-        counted = [o.spikes for o in done.values() if o.spikes is not None]
-        among = "" if len(counted) == len(done) else f" in {len(counted)}"
-        spiked = f"{sum(counted)}{among}" if counted else ""
-        lines.append(f"| {name} | {mean:.4f} | {gap} | {interval} | {len(done)} | {skipped} | {spiked} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [row(out, found, name, seeds) for name in names])
 
 
 def main() -> None:
