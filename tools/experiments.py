@@ -9,8 +9,9 @@ overrides of its name below: those of ``PAIRED`` with every seed, the rest with 
 Runs of one seed share initial weights and batches, so their losses are compared in pairs: the mean of the
 differences to O0 (or to the same layout without one FP8 collective) with a 95 % interval (Student's t), and
 how many pairs of this scatter it would take to bring that to ±0.01. Means stand beside those of the other run
-on the same seeds. One pair shows nothing smaller than the scatter of pairs. A run that is complete is not run again; one that was
-interrupted continues from its checkpoint.
+on the same seeds. One pair shows nothing smaller than the scatter of pairs.
+
+A run that is complete is not run again; one that was interrupted continues from its checkpoint.
 """
 
 from __future__ import annotations
