@@ -347,7 +347,7 @@ class Trainer:
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint that belong to this rank alone; usually none."""
-        return self.store.rank_tensors()
+        return self.gradients.rank_tensors()
 
     def state_meta(self) -> dict[str, Any]:
         """Host state of a checkpoint."""

@@ -51,6 +51,8 @@ from fp8train.parallel.zero import Partition
 
 PURPOSE = "gradient_fp8_plan"
 """Name of FP8-plan gradients in the byte counters; the others are ``gradient``."""
+RESIDUAL_PREFIX = "gradient_residual/"
+"""Of the names of residuals of error feedback, in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class GradientPlan:
         self._in_fp8_plan = frozenset(in_fp8_plan) if fp8 is not None else frozenset()
         self._contributions, self._recorder = contributions, recorder
         self._unchanged = dict(unchanged or {})
+        self._with_residual: list[BlockStorage] = []
         self._receiver: Receiver = Everyone()
         if owners is not None:
             self._receiver = Owners(owners, groups.all.rank, in_rank_order(groups.all.size))
@@ -294,6 +297,7 @@ class GradientPlan:
             recorder=self._recorder,
             device=self._device,
         )
+        self._with_residual += [storage] if fp8.error_feedback else []
         if wide is not None:
             return Bucket(storage, WideSum(storage, places, group, dtype=wide, purpose=PURPOSE))
         return Bucket(storage, ExchangeSum(storage, self._exchange(fp8)))
@@ -321,6 +325,11 @@ class GradientPlan:
     def restored(self) -> None:
         """:meth:`state_tensors` were filled from a checkpoint."""
         self.scales.restored()
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """What this rank alone knows from step to step: residuals of error feedback."""
+        residuals = [storage.residual for storage in self._with_residual if storage.residual is not None]
+        return {f"{RESIDUAL_PREFIX}{i}": residual for i, residual in enumerate(residuals)}
 
     def state_meta(self) -> dict[str, Any]:
         """Which reduction the scale state belongs to, and the settings that must not change."""

@@ -34,16 +34,12 @@ from torch import Tensor, nn
 from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.grad_sink import register_sink
-from fp8train.parallel.gradients.block_storage import BlockStorage
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.grids import HeldSums
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.receivers import Member
 from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.zero import Partition
-
-RESIDUAL_PREFIX = "gradient_residual/"
-"""Of the names of residuals of error feedback, in checkpoints."""
 
 
 class BucketMaker(Protocol):
@@ -304,12 +300,6 @@ class GradientStore:
         self._scales.commit()
         for bucket in self._buckets:
             bucket.storage.commit(clip)
-
-    def rank_tensors(self) -> dict[str, Tensor]:
-        """What this rank alone knows from step to step: residuals of error feedback."""
-        storages = [bucket.storage.storage for bucket in self._buckets]
-        found = [s.residual for s in storages if isinstance(s, BlockStorage) and s.residual is not None]
-        return {f"{RESIDUAL_PREFIX}{i}": residual for i, residual in enumerate(found)}
 
     def reader(self, fqn: str) -> GradientReader:
         """The parameter's reduced gradient in pieces, for the optimizer; under ZeRO of this rank's rows."""
