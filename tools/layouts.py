@@ -97,8 +97,9 @@ class Bounds:
         other side of its rounding boundary."""
         order = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-5}[c["compute"]]
         in_steps = STEPS * 2**-9
-        one_cast = c["reduce"] == "wide" or (c["reduce"] == "exact" and c["cp"] == 1)
-        ranks_cast = not one_cast and c["dp"] * c["cp"] > 1
+        exact_sums = {"wide": c["compute"] == "fp64", "exact": c["cp"] == 1}
+        one_cast = exact_sums.get(c["reduce"], False)
+        ranks_cast = c["level"] != "O0" and not one_cast and c["dp"] * c["cp"] > 1
         gradients = order
         if c["compute"] == "fp32" and c["level"] != "O0" and c["tp"] > 1:
             gradients = 1e-3
