@@ -86,6 +86,8 @@ def test_every_level_trains_as_one_process_does(
     ranks = gloo_pool.run(run_cases, world_size, names, timeout=170.0)
     for name in names:
         per_rank = [result[name] for result in ranks]
+        if "zero" in name:  # each rank keeps states of its own
+            per_rank = [(losses, "") for losses, _ in per_rank]
         assert all(one == per_rank[0] for one in per_rank), f"{name}: ranks disagree"
         got, expected = torch.tensor(per_rank[0][0]), torch.tensor(reference[name])
         if name == "O2-exact":
