@@ -1,7 +1,7 @@
 """Do two commits train to the same bits? Records short runs of many configurations, or compares them.
 
     python tools/golden.py --out golden.json              # before a refactor (some minutes on two cores)
-    python tools/golden.py --compare golden.json          # after it: what differs, and status 1 if anything does
+    python tools/golden.py --compare golden.json          # after it: what differs; status 1 then
     python tools/golden.py --compare golden.json O2 tp2   # only configurations with one of these words
 
 A record is of one machine and one torch: bits differ between kinds of CPU, so none is kept in the repository.
