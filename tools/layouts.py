@@ -110,7 +110,7 @@ class Bounds:
         alike = in_steps if ranks_cast else gradients
         # Of partial sums, to BF16 or to FP8.
         rounds = c["tp"] > 1 and (c["compute"] == "bf16" or (c["compute"] == "fp32" and c["level"] == "O3"))
-        return cls(in_steps if rounds else alike, alike)
+        return cls(1.5 * in_steps if rounds else alike, alike)
 
 
 def legal(c: Configuration) -> bool:
