@@ -93,11 +93,12 @@ class Bounds:
         """Of a configuration. FP64 and FP32 differ by the order of sums; every rounding to BF16 in another
         place than in one process may move the loss by 2^-9 in each step; and with FP8 gradients each rank
         casts the gradients of its own samples, where one process casts their sum once (``exact`` casts each
-        micro-batch's, but context-parallel ranks have parts of one). In FP32 too an FP8 code may fall on the
-        other side of its rounding boundary."""
+        micro-batch's, but ranks that share a sequence have parts of one, rounded one by one). In FP32 too an
+        FP8 code may fall on the other side of its rounding boundary."""
         order = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-5}[c["compute"]]
         in_steps = STEPS * 2**-9
-        exact_sums = {"wide": c["compute"] == "fp64", "exact": c["cp"] == 1}
+        in_parts = c["cp"] > 1 or (c["tp"] > 1 and c["compute"] != "fp64")  # gradients of norms, with tp
+        exact_sums = {"wide": c["compute"] == "fp64", "exact": not in_parts}
         one_cast = exact_sums.get(c["reduce"], False)
         ranks_cast = c["level"] != "O0" and not one_cast and c["dp"] * c["cp"] > 1
         gradients = order
