@@ -116,7 +116,7 @@ def describe_precision(trainer: Trainer) -> list[str]:
         assert built.backend is not None
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
         lines.append(f"{built.fp8} [{built.backend.reason}]{recipe}")
-        lines.append(f"their weights {_weights(config)}; gradients {_gradients(config)}; {_states(config)}")
+        lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
     if trainer.pipeline is None:
         lines.append(f"memory: {stored_bytes(trainer)}")
     else:
@@ -150,14 +150,16 @@ def _weights(config: Config) -> str:
     )
 
 
-def _gradients(config: Config) -> str:
-    gradient = config.precision.gradient
+def _gradients(trainer: Trainer) -> str:
+    gradient = trainer.config.precision.gradient
     if gradient.format == "high_precision":
         return "in high precision"
     fp8 = gradient.fp8
-    scales = (
-        "one scale per tensor" if fp8.reduce in ("shared_scale", "exact") else f"blocks of up to {fp8.block}"
-    )
+    if fp8.reduce == "exact":
+        return f"{gradient.format} (one scale per tensor) of each micro-batch, added as integers"
+    if fp8.reduce in ("bf16", "fp32") and trainer.sharding is not None:
+        return f"accumulated in {fp8.accumulate} and reduced in {fp8.reduce} to their owners, not cast"
+    scales = "one scale per tensor" if fp8.reduce == "shared_scale" else f"blocks of up to {fp8.block}"
     return f"{gradient.format} ({scales}), accumulated in {fp8.accumulate}, reduced by {fp8.reduce}"
 
 

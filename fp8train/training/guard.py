@@ -80,7 +80,7 @@ class _Usual:
 
     def add(self, value: float, rise: float) -> None:
         self.count += 1
-        if self.count > 1:
+        if self.mean > 0:
             value = min(value, rise * self.mean)
         self.mean += (value - self.mean) / min(self.count, _MEMORY)
 
@@ -131,7 +131,7 @@ class Guard:
             known = usual.count >= config.learn and usual.mean > 0
             if not math.isfinite(value) or (known and value > config.rise * usual.mean):
                 found.append(Flag(unit, site, reading, value, usual.mean, None))
-            if math.isfinite(value):
+            if math.isfinite(value) and value > 0:  # zeros (a step without targets) say nothing about size
                 usual.add(value, config.rise)
         if operand != "grad_weight" and readings["saturated"] > config.saturated:
             share = readings["saturated"]

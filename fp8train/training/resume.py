@@ -119,7 +119,8 @@ def _restore_own(
         lost = ", residuals of error feedback" if saved or residuals else ""
         return [f"another layout: random states{lost} start anew (weights and data order do not need them)"]
     restore_rng(dict(own), processes.device)
-    if not residuals:
+    fp8 = trainer.gradients.fp8
+    if fp8 is None or not fp8.error_feedback:  # not: none here, for a stage may have no linear in FP8
         return ["residuals of error feedback are dropped: this run has none"] if saved else []
     fits = all(name in own and own[name].shape == tensor.shape for name, tensor in residuals.items())
     if not fits or len(residuals) != sum(name.startswith(RESIDUAL_PREFIX) for name in own):

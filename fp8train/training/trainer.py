@@ -242,7 +242,8 @@ class Trainer:
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
         norm = self._global_norm() * self._unscale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
-        applied = bool(torch.isfinite(norm) & (num_targets > 0))  # the one host sync of a step
+        # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
+        grad_norm, applied = float(norm), bool(torch.isfinite(norm) & (num_targets > 0))
         if self.scales is not None:  # first: new weights are cast with the next step's scales
             self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
         if applied:
@@ -260,7 +261,7 @@ class Trainer:
         self.store.release()
         no_targets = not applied and not num_targets > 0
         loss = total * torch.nan if no_targets else total / num_tokens
-        return StepResult(loss, float(norm), self.config.optimizer.lr * factor, applied, no_targets)
+        return StepResult(loss, grad_norm, self.config.optimizer.lr * factor, applied, no_targets)
 
     def _gradients(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         """Forward and backward of all micro-batches into the store, reduced; again where the gradients'

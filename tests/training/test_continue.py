@@ -233,6 +233,29 @@ def test_residuals_that_fewer_ranks_cannot_take_are_told(
     assert any("random states, residuals of error feedback start anew" in line for line in listener.lines)
 
 
+STAGE_WITHOUT_FP8 = [*FEEDBACK, "parallel.pp=2", "precision.gemm.exclude=[layers.0.*]"]
+
+
+def continue_in_stages(
+    group: dist.ProcessGroup, rank: int, world_size: int, root: Path
+) -> tuple[int, bool, list[str]]:
+    """Runs in the pool: residuals of this stage, whether they came back, and what was said."""
+    processes = joined_processes(torch.device("cpu"), Layout(pp=2))
+    config, trainer, data = start(STAGE_WITHOUT_FP8, processes)
+    train(trainer, data, 0, STEP)
+    path = save(config, trainer, data, root)
+    kept, _, listener = go_on(path, STAGE_WITHOUT_FP8, processes)
+    ours, theirs = trainer.rank_tensors(), kept.rank_tensors()
+    return len(ours), all(torch.equal(ours[name], theirs[name]) for name in ours), listener.lines
+
+
+def test_a_stage_without_residuals_speaks_for_itself(gloo_pool, tmp_path: Path) -> None:
+    first, last = gloo_pool.run(continue_in_stages, 2, tmp_path)
+    assert first[0] == 0 < last[0] and last[1]
+    for _, _, lines in (first, last):
+        assert not any("error feedback" in line for line in lines), lines
+
+
 def test_weights_alone_start_a_new_run(run) -> None:
     path, frozen, _ = run
     for overrides in (O0, O2, [*O2, "optimizer.name=lion", "optimizer.lr=0.001", "data.seq_length=8"]):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from fp8train.comm.processes import joined_processes
 from fp8train.optim.adamw import AdamWSettings
 from fp8train.training.describe import describe_precision, precision_warnings, stored_bytes
 from fp8train.training.trainer import Trainer
@@ -11,6 +14,7 @@ from tests.training.tiny import VOCAB, alone, tiny_config
 
 SIZES = ["model.hidden_size=128", "model.ffn_hidden_size=256", "train.micro_batch_size=4"]
 # FP8-LM section 2: bytes per parameter of gradient, master, first and second moment, without scales.
+EXACT = ["precision.gradient.fp8.reduce=exact"]
 LEVELS = {"O0": (4, 4, 4, 4), "O1": (1, 2, 4, 4), "O2": (1, 2, 1, 2)}
 
 
@@ -53,6 +57,24 @@ def test_state_plans_take_what_they_say(level: str, plan: str, master: float, mo
     words = {"coat": "exp_avg e4m3 (block, expanded), exp_avg_sq e4m3 (block, expanded)"}
     words["e4m3_e5m2"] = "master fp16_scaled (tensor), exp_avg e4m3 (tensor), exp_avg_sq e5m2 (tensor)"
     assert words[plan] in "\n".join(describe_precision(trainer))
+
+
+def test_integers_are_not_called_bf16() -> None:
+    header = "\n".join(describe_precision(trainer_of("precision.level=O2", "run.threads=1", *EXACT)))
+    assert "gradients e4m3 (one scale per tensor) of each micro-batch, added as integers;" in header
+
+
+def describe_with_owners(group: dist.ProcessGroup, rank: int, world_size: int) -> tuple[str, float]:
+    """Runs in the pool: the header, and bytes of a gradient."""
+    config = tiny_config([*SIZES, "precision.level=O3", "precision.gradient.fp8.reduce=bf16"])
+    trainer = Trainer(config, joined_processes(torch.device("cpu")), vocab_size=VOCAB)
+    return "\n".join(describe_precision(trainer)), stored_bytes(trainer).per_parameter()["gradient"]
+
+
+def test_what_owners_read_wide_is_not_called_fp8(gloo_pool) -> None:
+    header, nbytes = gloo_pool.run(describe_with_owners, 2)[0]
+    assert nbytes == 2
+    assert "gradients accumulated in bf16 and reduced in bf16 to their owners, not cast;" in header
 
 
 def test_one_micro_batch_needs_no_accumulator() -> None:

@@ -66,6 +66,17 @@ def test_a_lasting_change_becomes_usual() -> None:
     assert judged[0] and not any(judged[12:]), judged
 
 
+def test_readings_of_zeros_teach_nothing() -> None:
+    """A batch without targets has gradients of zeros: neither the first nor many of them may blind the guard,
+    or make what follows an alarm."""
+    settings = {"action": "bf16", "rise": 4, "learn": 3}
+    guard = Guard(GuardConfig.model_validate(settings), UNITS)
+    zeros = {site: dict.fromkeys(readings, 0.0) for site, readings in table().items()}
+    for step, readings in enumerate([zeros, table(), table(), table(), *[zeros] * 20, table()]):
+        assert guard.observe(step, readings) == []
+    assert [flag.unit for flag in guard.observe(99, table(**{DOWN: 13.0}))] == [DOWN]
+
+
 def test_reporting_locks_nothing_and_saturation_and_infinities_need_no_history() -> None:
     guard = Guard(GuardConfig(action="report", saturated=1e-3), UNITS)
     readings = table()

@@ -136,6 +136,7 @@ class GradientStore:
         self._index: dict[str, int] = {}
         self._next_launch = 0
         self._norm_is_exact = maker.norm_is_exact
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
         self._sink = register_sink(self)
         parameters = {fqn: p for fqn, p in reversed(list(model.named_parameters())) if p.requires_grad}
         self._allocate(parameters, maker)
@@ -370,7 +371,14 @@ class GradientStore:
 
     def _scattered(self, fqns: Sequence[str]) -> Tensor:
         found = [fqn in self._index and self._bucket(self._index[fqn]).scattered for fqn in fqns]
-        return torch.tensor(found, device=self._bucket(0).buffer(0).device)
+        return self._mask(found)
+
+    def _mask(self, flags: Sequence[bool]) -> Tensor:
+        """On the device. Made once, because that waits for it; norms are of the same parameters each step."""
+        key = tuple(flags)
+        if key not in self._masks:
+            self._masks[key] = torch.tensor(key, device=self._bucket(0).buffer(0).device)
+        return self._masks[key]
 
     def _counted_by_owners(self, fqns: Sequence[str]) -> Tensor:
         """Bool: what this rank counts in a sum over the owners. What is not scattered counts once."""
@@ -379,7 +387,7 @@ class GradientStore:
     def _counted_by_parts(self, fqns: Sequence[str], parts: CountedGroup) -> Tensor:
         """Bool: likewise in a sum over tensor-parallel ranks, some of whose parameters each holds whole."""
         counted = [fqn not in self._whole or parts.rank == 0 for fqn in fqns]
-        return torch.tensor(counted, device=self._bucket(0).buffer(0).device)
+        return self._mask(counted)
 
     def _over_owners(self, norms: Tensor, fqns: Sequence[str]) -> Tensor:
         """Norms of whole gradients from those of the rows that each rank owns."""
