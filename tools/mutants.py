@@ -173,7 +173,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "error feedback: the residual is not clipped",
         _BLOCKS,
-        "self._lost if clip is None else self._lost * clip.to(torch.float32)",
+        "self._lost if clip is None else self._lost * clip.float().view(1, 1)",
         "self._lost",
         _truth("feedback"),
     ),

@@ -37,6 +37,7 @@ ZBV = ["parallel.pipeline.schedule=zbv"]
 LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
     "dp2-whole": (2, 1, WHOLE),
     "dp4-rows": (4, 1, ROWS),
+    "dp4-whole": (4, 1, [*WHOLE, "precision.gradient.bucket_mib=0.02"]),
     "pp2": (2, 2, []),
     "pp2-dp2": (4, 2, INTERLEAVED),
     "pp2-dp2-rows": (4, 2, [*ROWS, *ZBV]),
@@ -77,7 +78,7 @@ def loaded_alone(level: str, folder: Path, sizes: list[str] | None = None) -> st
 @pytest.mark.parametrize(
     ("level", "names"),
     [
-        ("O2", ["dp2-whole", "pp2-dp2-rows"]),
+        ("O2", ["dp4-whole", "pp2-dp2-rows"]),
         pytest.param("O2", [n for n in LAYOUTS if "tp" not in n], marks=pytest.mark.slow),
         pytest.param("O3", ["dp2-whole", "dp4-rows", "pp2-dp2-rows", "pp4-dp2-rows"], marks=pytest.mark.slow),
     ],

@@ -43,6 +43,10 @@ CASES: dict[str, list[str]] = {
         *("precision.level=O2", "precision.gradient.fp8.node_size=2", "parallel.zero=1"),
         *("precision.gradient.fp8.between_nodes=bf16", "parallel.zero_partition=whole_tensor"),
     ],
+    "O2-shared-whole-zero": [  # most buckets are cheaper for everyone, some are scattered
+        *("precision.level=O2", "precision.gradient.fp8.reduce=shared_scale", "parallel.zero=1"),
+        *("parallel.zero_partition=whole_tensor", "precision.gradient.bucket_mib=0.003"),
+    ],
     "O2-lion": ["precision.level=O2", "optimizer.name=lion", "optimizer.lr=0.002"],
     "O2-fp32-weights": ["precision.level=O2", "precision.weights=compute", "precision.compute=fp32"],
 }

@@ -173,5 +173,6 @@ class BlockStorage:
         """
         if self.residual is not None:
             assert self._lost is not None, "no step has begun"
-            self.residual.copy_(self._lost if clip is None else self._lost * clip.to(torch.float32))
+            # Not a scalar: those take the other operand's type, and the factor has more than BF16's 8 bits.
+            self.residual.copy_(self._lost if clip is None else self._lost * clip.float().view(1, 1))
             self._lost = None

@@ -36,6 +36,7 @@ from fp8train.parallel.gradients.receivers import (
     Everyone,
     Member,
     Owners,
+    Places,
     Receiver,
     by_place_in_node,
     in_rank_order,
@@ -220,7 +221,9 @@ class GradientPlan:
     def capacity(self, kind: str) -> int:
         """Elements of a bucket."""
         dtype = self._accumulate
-        if kind.startswith("fp8"):
+        if isinstance(self.scales, GridScales):
+            dtype = Fp8Points.dtype if kind == "fp8" else FixedPoints.dtype
+        elif kind.startswith("fp8"):
             assert self.fp8 is not None
             dtype = self.fp8.accumulate
         return max(1, int(self._bucket_bytes / dtype.itemsize))
@@ -259,7 +262,7 @@ class GradientPlan:
         self, members: Sequence[Member], receiver: Receiver, group: CountedGroup, *, in_fp8: bool
     ) -> Bucket:
         assert isinstance(self.scales, GridScales)
-        places = receiver.places(members, row_elements(members), pad_to=group.size)
+        places = self._cheaper(receiver, members, pad_to=group.size)
         points = Fp8Points(self._recorder) if in_fp8 else FixedPoints()
         storage = IntegerStorage(places, points, scales=self.scales, device=self._device)
         codes = in_fp8 and self._contributions == 1 and group.size > 1
@@ -268,7 +271,7 @@ class GradientPlan:
     def _tensors(
         self, members: Sequence[Member], receiver: Receiver, scales: AutoScales, fp8: Fp8Gradients
     ) -> Bucket:
-        places = receiver.places(members, row_elements(members))
+        places = self._cheaper(receiver, members)
         storage = TensorStorage(places, fmt=fp8.format, accumulate=fp8.accumulate, device=self._device)
         reduction = SharedScaleSum(
             storage,
@@ -277,9 +280,18 @@ class GradientPlan:
             agree=self._groups.stage,
             algorithm=fp8.algorithm,
             purpose=PURPOSE,
+            counts=places.scattered or self.owners is None or self._groups.all.rank == 0,
             recorder=self._recorder,
         )
         return Bucket(storage, reduction)
+
+    def _cheaper(self, receiver: Receiver, members: Sequence[Member], *, pad_to: int = 1) -> Places:
+        """Places of elements for owners, or for everyone where that sends less: parts of a message are as
+        long as the longest, so that with whole tensors and many owners it may be mostly padding. An
+        all-reduce sends its elements twice."""
+        places = receiver.places(members, row_elements(members), pad_to=pad_to)
+        everyone = Everyone().places(members, row_elements(members), pad_to=pad_to)
+        return places if places.message <= 2 * everyone.total else everyone
 
     def _blocks(self, members: Sequence[Member], receiver: Receiver, block: int, fp8: Fp8Gradients) -> Bucket:
         group, wide = self._groups.all, fp8.reduce if isinstance(fp8.reduce, torch.dtype) else None
@@ -328,8 +340,11 @@ class GradientPlan:
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """What this rank alone knows from step to step: residuals of error feedback."""
-        residuals = [storage.residual for storage in self._with_residual if storage.residual is not None]
-        return {f"{RESIDUAL_PREFIX}{i}": residual for i, residual in enumerate(residuals)}
+        return {
+            f"{RESIDUAL_PREFIX}{storage.places.members[0].fqn}": storage.residual
+            for storage in self._with_residual
+            if storage.residual is not None
+        }
 
     def state_meta(self) -> dict[str, Any]:
         """Which reduction the scale state belongs to, and the settings that must not change."""

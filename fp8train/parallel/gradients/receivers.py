@@ -64,6 +64,11 @@ class Places:
         self.rows = [Rows(0, member.shape[0]) for member in members]
         self.starts = [0] * len(members)
 
+    @property
+    def message(self) -> int:
+        """Units of what a rank sends to be reduced."""
+        return self.total
+
     def held_shape(self, member: int) -> tuple[int, ...]:
         """Shape of the part of a member that this rank receives."""
         return (len(self.rows[member]), *self.members[member].shape[1:])
@@ -101,6 +106,11 @@ class OwnedPlaces(Places):
         self.part = max(lengths)
         self.rows = [owners.partition.owners[member.fqn][owners.rank] for member in members]
         self.starts = [rows.start * unit for rows, unit in zip(self.rows, row_units, strict=True)]
+
+    @property
+    def message(self) -> int:
+        """Parts of one length for all owners."""
+        return self.part * len(self._parts)
 
     def arrange(self, x: Tensor, fill: int = 0) -> Tensor:
         """[total, ..] -> [owners · part, ..]."""

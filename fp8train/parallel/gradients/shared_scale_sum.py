@@ -1,6 +1,6 @@
 """The sum of FP8-LM: ranks agree on a scale per tensor, cast, and add in FP8.
 
-See :mod:`fp8train.comm.shared_scale`. Owners receive their rows by a reduce-scatter: half of the bytes. Which
+See :mod:`fp8train.comm.shared_scale`. Owners receive their rows by a reduce-scatter, half of the bytes. Which
 rank adds last depends on where an element lies in the message, so the last bits of an FP8 sum of more than
 two ranks depend on who receives it.
 """
@@ -30,6 +30,7 @@ class SharedScaleSum:
         agree: CountedGroup,
         algorithm: Algorithm,
         purpose: str,
+        counts: bool = True,
         recorder: GradientRecorder | None = None,
     ) -> None:
         """Args:
@@ -39,10 +40,12 @@ class SharedScaleSum:
         agree: ranks that hold gradients of the same tensors, or parts of them.
         algorithm: who adds.
         purpose: name in the byte counters.
+        counts: whether this rank counts codes at ±max; of sums that several ranks hold alike, one does.
         recorder: receives statistics of the cast of each member that goes onto the wire, on sampled steps.
         """
         self._storage, self._group, self._scales, self._agree = storage, group, scales, agree
         self._algorithm, self._purpose, self._recorder = algorithm, purpose, recorder
+        self._counts = counts
         self._positions = scales.positions([member.fqn for member in storage.places.members])
         self._step: StepFactors | None = None
         self._reduction: SharedScaleReduction | None = None
@@ -79,7 +82,8 @@ class SharedScaleSum:
         """The codes of the sum, with the scales that they were cast with."""
         assert self._reduction is not None and self._step is not None
         result = self._reduction.finish()
-        self._step.saturated[self._positions] = result.saturated
+        if self._counts:
+            self._step.saturated[self._positions] = result.saturated
         self._reduction = self._step = None
         payloads = [result.payload(member) for member in range(len(self._positions))]
         return HeldTensors(payloads, result.scale_inv)

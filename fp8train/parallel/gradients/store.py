@@ -339,7 +339,7 @@ class GradientStore:
         if self._norm_is_exact:
             return self._exact_norms(fqns)
         buffer = self._bucket(0).buffer(0)
-        wide = buffer.device.type == "cpu" or buffer.dtype == torch.float64
+        wide = buffer.device.type == "cpu" or any(b.buffer(0).dtype == torch.float64 for b in self.buckets)
         dtype = torch.float64 if wide else torch.float32
         zero = torch.zeros((), dtype=dtype, device=buffer.device)
         norms = [
