@@ -18,6 +18,7 @@ from fp8train.parallel.gradients.grids import MAX_MICRO_BATCHES, GridScales, Hel
 from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import IntegerSum
 from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
+from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.gradients.shared_scale_sum import SharedScaleSum
 from fp8train.parallel.gradients.tensor_storage import TensorStorage
 from tests.numerics.fp8_table import E4M3_TABLE
@@ -65,7 +66,7 @@ def gradients(seed: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     return [(torch.randn(shape, generator=generator) * 1e-3).to(dtype) for shape in SHAPES]
 
 
-def run_pass(bucket: Bucket, scales: GridScales, micro_batches: list[list[Tensor]]) -> None:
+def run_pass(bucket: Bucket, scales: GradientScales, micro_batches: list[list[Tensor]]) -> None:
     scales.begin_step()
     bucket.begin()
     for i, micro_batch in enumerate(micro_batches):
@@ -302,14 +303,7 @@ def test_rows_of_shared_scale_are_those_of_the_cast_onto_the_wire(accumulate: to
     micro_batches = [gradients(seed) for seed in range(3)]
     for sampled in (False, True):
         recorder.active = sampled
-        scales.begin_step()
-        bucket.begin()
-        for i, micro_batch in enumerate(micro_batches):
-            for member, gradient in enumerate(micro_batch):
-                bucket.add(member, gradient, first=i == 0)
-        bucket.launch()
-        bucket.advance()
-        bucket.finish()
+        run_pass(bucket, scales, micro_batches)
         assert bool(recorder.rows.collect()) == sampled
     for member in range(len(SHAPES)):
         source = torch.zeros(SHAPES[member], dtype=accumulate)
