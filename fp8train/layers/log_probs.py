@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.layers.loss import logits
+from fp8train.layers.head_gemms import HeadGemms
+from fp8train.layers.linear_plan import Alphas
 
 _CHUNK_BYTES = 64 << 20
 
@@ -32,12 +33,13 @@ def token_log_probs(
         (nats, FP32 (FP64 for FP64 inputs) [T]; whether the target is the likeliest token, bool [T]).
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = max(1, _CHUNK_BYTES // (vocab_size * wide.itemsize))
+    rows = max(1, min(len(targets), _CHUNK_BYTES // (vocab_size * wide.itemsize)))
+    gemms = HeadGemms(weight[:vocab_size], rows=rows, alphas=Alphas(output=alpha), needs_grad=False)
     log_probs = torch.empty(len(targets), dtype=wide, device=hidden.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
-        scores = logits(hidden[part], weight, vocab_size=vocab_size, alpha=alpha).to(wide)
+        scores = gemms.logits(hidden[part]).to(wide)
         target = targets[part, None]
         log_probs[part] = (scores.gather(1, target) - scores.logsumexp(dim=-1, keepdim=True))[:, 0]
         greedy[part] = scores.argmax(dim=-1) == target[:, 0]

@@ -3,8 +3,9 @@
 The logits of a whole micro-batch are the largest tensor of small and medium models (tokens x vocabulary, in
 FP32). Nobody needs them all at once: for each chunk the loss and, while it is at hand, its gradient
 ``softmax(logits) - onehot(target)`` are computed, multiplied into grad_hidden and grad_weight, and dropped.
-Softmax runs in FP32 (FP64 in FP64 runs) whatever the compute dtype. The price: gradients are computed in
-forward, so a forward under ``no_grad`` is the way to evaluate.
+Softmax runs in FP32 (FP64 in FP64 runs) whatever the compute dtype; which products are rounded is said in
+:mod:`fp8train.layers.head_gemms`. The price: gradients are computed in forward, so a forward under
+``no_grad`` is the way to evaluate.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from torch import Tensor
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.matmul import matmul
 from fp8train.layers.blocks import row_blocks
+from fp8train.layers.head_gemms import HeadGemms
 from fp8train.layers.linear_plan import Alphas
 
 IGNORE = -100
 _STANDARD = Alphas()
 # CPU: glibc maps blocks of 32 MiB and more anew each time, and every page of them faults.
 _CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+# A chunk reads the weight twice and grad_weight once, whatever its size: below this many tokens that would
+# be most of its time, and the cost of a token would grow with the vocabulary squared.
+_MIN_ROWS = 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -39,30 +44,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         alphas: Alphas,
         grad_enabled: bool,
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
         batch = len(targets)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         vocabulary = _Vocabulary(weight.shape[0], vocab_size, parallel)
         if parallel is not None:
             hidden = parallel.gather(hidden, batch=batch, purpose="tp_head")()
-        rows = max(1, _CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * wide.itemsize))
+        rows = min(len(hidden), _chunk_rows(weight))
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if needs_grad else None
-        for start in range(0, hidden.shape[0], rows):
+        gemms = HeadGemms(weight, rows=rows, alphas=alphas, needs_grad=needs_grad)
+        total = torch.zeros((), dtype=gemms.wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden, dtype=gemms.grad_hidden_dtype) if needs_grad else None
+        for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = matmul(part, weight.t(), alpha=alphas.output)
-            for block in row_blocks(logits.shape[0], logits.shape[1], logits.device):
-                total += _to_gradient(logits[block], target[block], vocabulary, wide, needs_grad)
-            if grad_hidden is None or grad_weight is None:
-                continue
-            grad_hidden[start : start + rows] = matmul(logits, weight, alpha=alphas.grad_input)
-            grad_weight += matmul(logits.t(), part, alpha=alphas.grad_weight)
+            logits = gemms.logits(part)
+            for block in _blocks(logits, parallel):
+                total += _to_gradient(logits[block], target[block], vocabulary, gemms.wide, needs_grad)
+            if grad_hidden is not None:
+                gradient = gemms.grad_logits(logits)
+                gemms.grad_hidden(gradient, out=grad_hidden[start : start + rows])
+                gemms.add_grad_weight(gradient, part)
         if parallel is not None and grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
             grad_hidden = parallel.scatter_sum(grad_hidden, batch=batch, fp8=False, purpose="tp_head")()
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype, ctx.batch = weight.dtype, batch
+        ctx.save_for_backward(grad_hidden, gemms.grad_weight)
+        ctx.dtypes, ctx.batch = (hidden.dtype, weight.dtype), batch
         return total
 
     @staticmethod
@@ -70,8 +75,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grads[0]
         # Times a BF16 tensor, CUDA would round the factor (1 / tokens) to BF16 first and bias every gradient.
-        grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
-        grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
+        grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(ctx.dtypes[0])
+        grad_weight = grad_weight.mul_(factor).to(ctx.dtypes[1])
         return (
             grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]),
             grad_weight,
@@ -81,6 +86,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    """Tokens whose logits are at hand at once; the largest intermediate is a chunk of them in FP32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return max(_MIN_ROWS, _CHUNK_BYTES[weight.device.type] // (weight.shape[0] * wide.itemsize))
+
+
+def _blocks(logits: Tensor, parallel: TensorParallel | None) -> list[slice]:
+    """Rows of a chunk whose softmax is computed at once; each block costs its collectives."""
+    if parallel is not None:
+        return [slice(0, len(logits))]
+    return row_blocks(logits.shape[0], logits.shape[1], logits.device)
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,8 @@ def _to_gradient(
     if needs_grad:
         weight = valid.to(wide)
         scores.mul_(weight / total).scatter_add_(1, target, -weight.masked_fill(elsewhere, 0))
-        logits.copy_(scores)
+        if scores is not logits:
+            logits.copy_(scores)
     return (total.log() - target_score).masked_fill(~valid, 0).sum()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8train.layers.loss import IGNORE, linear_cross_entropy, logits
 
@@ -96,13 +99,55 @@ def test_all_targets_ignored() -> None:
     assert hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
 
 
+def test_bf16_logits_stay_fp32_where_products_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without BF16 instructions nothing is rounded before the gradients are: a BF16 rounding of the
+    logits (2^-9) would be off by a hundred times these bounds."""
+    monkeypatch.setattr("fp8train.layers.head_gemms.cpu_multiplies_bf16", lambda: False)
+    hidden, weight, targets = inputs(300, 128, 120, torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=120)
+    grads = torch.autograd.grad(loss / 300, (hidden, weight))
+    expected = reference(hidden, weight, targets, 120, 1 / 300)
+    assert abs(loss.item() - expected[0]) < 1e-6 * expected[0]
+    for ours, theirs in zip(grads, expected[1:], strict=True):
+        # rounded once: half a unit in the last place, of 8 significant bits
+        assert ((ours.double() - theirs).abs() <= 2**-8 * theirs.abs() + 1e-9).all()
+
+
+class _LargeOutputs(TorchDispatchMode):
+    """Names of the operations that write a tensor of ``size`` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        view = func.overloadpacket.__name__ == "t"
+        if isinstance(out, Tensor) and out.numel() == self.size and not view:
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.usefixtures("each_cpu")
+def test_a_chunk_touches_the_whole_weight_in_gemms_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the cost of a token grows with the vocabulary squared: chunks get shorter as the weight grows."""
+    monkeypatch.setattr("fp8train.layers.loss._CHUNK_BYTES", {"cpu": 1})
+    hidden, weight, targets = inputs(128 * 5, 4096, 4096, torch.bfloat16)
+    with _LargeOutputs(weight.numel()) as mode:
+        linear_cross_entropy(hidden, weight, targets, vocab_size=4096)
+    once = [name for name in mode.names if name in ("zeros", "_to_copy", "empty", "empty_like", "zeros_like")]
+    per_chunk = [name for name in mode.names if name not in once]
+    assert len(once) <= 3
+    assert per_chunk in (["addmm_"] * 5, ["mm", "add_"] * 5)
+
+
 @pytest.mark.parametrize(("grad", "matmuls"), [(True, 3), (False, 1)])
 def test_evaluation_computes_no_gradient(grad: bool, matmuls: int) -> None:
     hidden, weight, targets = inputs(7, 16, 16, torch.float32)
     with torch.set_grad_enabled(grad), profile() as trace:
         linear_cross_entropy(hidden, weight, targets, vocab_size=16)
     counts = {event.key: event.count for event in trace.key_averages()}
-    assert counts["aten::mm"] == matmuls
+    assert counts["aten::mm"] + counts.get("aten::addmm_", 0) == matmuls
 
 
 def test_logits_leave_out_the_padding() -> None:
