@@ -19,6 +19,7 @@ from torch import Tensor
 from fp8train.config.blocks import MAX_BLOCK, block_size
 from fp8train.numerics.cast import cast, decode_finite
 from fp8train.numerics.formats import Format
+from fp8train.numerics.granularity import amax_along
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 
 __all__ = [
@@ -61,10 +62,7 @@ def from_blocks(blocks: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def block_amax(blocks: Tensor) -> Tensor:
     """Largest magnitude of each block, NaN where it holds NaN. Shapes: [.., block] -> FP32 [..]."""
-    if blocks.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(blocks, dim=-1)
-        return torch.maximum(-low, high).float().abs()
-    return blocks.abs().amax(dim=-1).float()
+    return amax_along(blocks, -1).float()
 
 
 def encode_e8m0(exponent: Tensor, finite: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def cast(x: Tensor, fmt: Format, scale: Tensor, *, scale_is_power_of_two: bool =
         scaled = x * scale.to(torch.bfloat16)
     else:
         scaled = x.float() * scale
-    return scaled.clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    return scaled.clamp_(-fmt.max, fmt.max).to(fmt.dtype)
 
 
 def uncast(payload: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,6 +14,7 @@ equal on every device.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -72,6 +73,12 @@ def random_bits_at(key: int, index: Tensor) -> Tensor:
     return _mix_(wrapped.mul_(_signed(0x9E3779B1)).add_(_signed(key)))
 
 
+def _on_cpu(x: Tensor) -> bool:
+    """Whether a look at the values costs less than handling cases that are not there: it does not wait for a
+    device, and elementwise masks are the slowest of a CPU's kernels."""
+    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def round_mantissa(x: Tensor, drop_bits: int, bits: Tensor) -> Tensor:
     """Stochastically round FP32 to a mantissa that is ``drop_bits`` shorter; normal numbers only.
 
@@ -88,6 +95,8 @@ def round_mantissa(x: Tensor, drop_bits: int, bits: Tensor) -> Tensor:
     """
     mask = (1 << drop_bits) - 1
     rounded = (bits & mask).add_(x.view(torch.int32)).bitwise_and_(~mask).view(torch.float32)
+    if _on_cpu(x) and math.isfinite(x.sum()):
+        return rounded
     return torch.where(torch.isfinite(x), rounded, x)
 
 
@@ -106,9 +115,9 @@ def round_stochastic(x: Tensor, mantissa_bits: int, min_exponent: int, bits: Ten
     normal = round_mantissa(x, 23 - mantissa_bits, bits)
     if min_exponent <= -126:
         return normal
-    below = (x.abs() < 2.0**min_exponent).logical_and_(x != 0)
-    if x.device.type == "cpu" and not below.any():  # where looking costs less than computing for nothing
+    if _on_cpu(x) and x.abs().amin() >= 2.0**min_exponent:
         return normal
+    below = (x.abs() < 2.0**min_exponent).logical_and_(x != 0)
     # Below the smallest normal number the spacing is constant: x / spacing, up with the fraction's
     # probability.
     spacing = 2.0 ** (min_exponent - mantissa_bits)
@@ -119,6 +128,6 @@ def round_stochastic(x: Tensor, mantissa_bits: int, min_exponent: int, bits: Ten
 
 def cast_stochastic(x: Tensor, fmt: Format, scale: Tensor, bits: Tensor) -> Tensor:
     """As :func:`fp8train.numerics.cast.cast`, rounding stochastically. ``bits``: int32 of x's shape."""
-    scaled = (x.float() * scale).clamp(-fmt.max, fmt.max)
+    scaled = (x.float() * scale).clamp_(-fmt.max, fmt.max)
     rounded = round_stochastic(scaled, fmt.mantissa_bits, 1 - fmt.bias, bits)
-    return rounded.clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    return rounded.clamp_(-fmt.max, fmt.max).to(fmt.dtype)
