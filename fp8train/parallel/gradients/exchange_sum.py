@@ -17,7 +17,8 @@ _UNIT_SCALE = 127  # the E8M0 byte of 1
 
 
 class ExchangeSum:
-    """See :class:`~fp8train.parallel.gradients.bucket.Reduction`."""
+    """Reduces a bucket by FP8 exchange: FP8 on the wire, FP32 in the sum (a
+    :class:`~fp8train.parallel.gradients.bucket.Reduction`)."""
 
     def __init__(self, storage: BlockStorage, exchange: Exchange | HierarchicalExchange | None) -> None:
         """Args: ``exchange``: over the ranks; None for one rank."""
@@ -25,7 +26,7 @@ class ExchangeSum:
         self._sums: Tensor | None = None
 
     def start(self) -> None:
-        """Cast, and send every rank its part."""
+        """Cast this rank's sums to FP8 and send every rank its part."""
         payload, scales = self._storage.codes()
         if self._exchange is not None:
             places = self._storage.places
@@ -40,7 +41,8 @@ class ExchangeSum:
             self._sums = sums if scattered else None
 
     def finish(self) -> Held:
-        """See the module."""
+        """Wait for the sums: codes in the storage where everyone receives them, else this rank's rows in
+        FP32."""
         if self._exchange is None:
             return self._storage.hold_codes(*self._storage.stored())
         if self._sums is None:

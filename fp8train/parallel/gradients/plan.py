@@ -141,7 +141,8 @@ class GradientPlan:
         specs: Mapping[str, ParamSpec] | None = None,
         owners: Partition | None = None,
     ) -> None:
-        """Decide.
+        """Decide how every parameter's gradient is stored, reduced and received, and make the scale state
+        that they share.
 
         Args:
             parameters: everything that will have a gradient; for ``exact`` of the whole model, whatever part
@@ -219,7 +220,7 @@ class GradientPlan:
         return f"fp8/{block_size(self._global_shape(fqn, shape)[-1], self.fp8.block)}"
 
     def capacity(self, kind: str) -> int:
-        """Elements of a bucket."""
+        """How many elements a bucket of this kind has, approximately."""
         dtype = self._accumulate
         if isinstance(self.scales, GridScales):
             dtype = Fp8Points.dtype if kind == "fp8" else FixedPoints.dtype
@@ -229,7 +230,7 @@ class GradientPlan:
         return max(1, int(self._bucket_bytes / dtype.itemsize))
 
     def make(self, kind: str, members: Sequence[Member]) -> Bucket:
-        """A bucket of these members."""
+        """Make a bucket of this kind for these members: storage, reduction and receiver."""
         receiver: Receiver = Everyone() if kind == "partial" else self._receiver
         group = self._groups.stage if kind == "partial" else self._groups.all
         fp8 = self.fp8

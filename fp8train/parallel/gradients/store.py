@@ -43,18 +43,19 @@ from fp8train.parallel.zero import Partition
 
 
 class BucketMaker(Protocol):
-    """Decides the kind of bucket of each parameter, and makes them."""
+    """Decides which parameters may share a bucket, and makes the buckets."""
 
     def kind(self, fqn: str, shape: tuple[int, ...]) -> str:
-        """Parameters of one kind share buckets."""
+        """Name of the kind of bucket that a parameter of this local shape belongs to; only parameters of one
+        kind share buckets."""
         ...
 
     def capacity(self, kind: str) -> int:
-        """Elements of a bucket of this kind, approximately."""
+        """How many elements a bucket of this kind has, approximately."""
         ...
 
     def make(self, kind: str, members: Sequence[Member]) -> Bucket:
-        """A bucket of these members."""
+        """Make a bucket of this kind for these members."""
         ...
 
     @property
@@ -64,17 +65,17 @@ class BucketMaker(Protocol):
 
     @property
     def scales(self) -> GradientScales:
-        """Scale state of all of them."""
+        """The scale state that all buckets share."""
         ...
 
     @property
     def owners(self) -> Partition | None:
-        """Under ZeRO, who needs which rows of the sum."""
+        """Who needs which rows of the sum under ZeRO; None where everyone needs all."""
         ...
 
     @property
     def replicas(self) -> CountedGroup:
-        """The ranks that reduce."""
+        """The ranks whose gradients are added up."""
         ...
 
 
@@ -198,7 +199,7 @@ class GradientStore:
 
     @property
     def num_buckets(self) -> int:
-        """How many pieces the reduction travels in."""
+        """Number of buckets: how many pieces the reduction travels in."""
         return len(self._buckets)
 
     @property
@@ -232,8 +233,8 @@ class GradientStore:
             self._add(slot, compute())
 
     def take_deferred(self) -> Callable[[], None]:
-        """What computes and adds the contributions of linears since the last call; call it once. The operands
-        of their GEMMs stay in memory until then."""
+        """Take the contributions of linears since the last call, and return the function that computes and
+        adds them; call it once. The operands of their GEMMs stay in memory until then."""
         assert self._deferred is not None
         taken = self._deferred.copy()
         self._deferred.clear()
@@ -293,7 +294,7 @@ class GradientStore:
 
     @torch.no_grad()
     def commit(self, clip: Tensor | None = None) -> None:
-        """The optimizer step was applied: what the next one starts from moves, here only.
+        """Move on what the next step starts from: the optimizer step was applied. Nothing else moves it.
 
         Args:
             clip: device scalar that its gradients were multiplied by beyond what every step is; None: 1.
@@ -312,7 +313,7 @@ class GradientStore:
         return bucket.reader(member, offset=rows.start * math.prod(shape[1:]))
 
     def release(self) -> None:
-        """The optimizer has read the gradients: free what is not kept between steps."""
+        """Free what is not kept between steps; the optimizer has read the gradients."""
         for bucket in self._buckets:
             bucket.storage.release()
 
