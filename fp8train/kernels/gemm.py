@@ -47,7 +47,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class GemmBackend:
-    """Which implementation runs, and why."""
+    """Which implementation multiplies FP8 operands on this device, and why it was chosen."""
 
     name: Literal["scaled_mm", "decode", "simulation"]
     reason: str
@@ -268,7 +268,7 @@ def fp8_gemm(
     backend: str,
     fast_accumulation: bool = False,
 ) -> Tensor:
-    """Multiply two FP8 operands.
+    """Multiply two FP8 operands: ``alpha · (a · scale_inv_a) @ (b · scale_inv_b)``.
 
     Args:
         a: FP8 payload [M, K], any strides; BF16, FP32 or FP64 for ``simulation``.
