@@ -39,7 +39,7 @@ Quantized = tuple[Tensor, Tensor]
 
 
 def padded_blocks(count: int, ranks: int) -> int:
-    """Blocks of a matrix that ``ranks`` ranks can share evenly."""
+    """Smallest number of blocks, ``count`` or more, that ``ranks`` ranks can share evenly."""
     return -(-count // ranks) * ranks
 
 
@@ -59,7 +59,8 @@ def pack(payload: Tensor, scales: Tensor, parts: int) -> Tensor:
 
 
 def unpack(message: Tensor, block: int, dtype: torch.dtype) -> Quantized:
-    """(payload [blocks, block], scales [blocks]) of one part: uint8 [blocks · (block + 1)]."""
+    """Take one part's message apart: uint8 [blocks · (block + 1)] -> (payload [blocks, block], scales
+    [blocks]), views of it."""
     blocks = message.numel() // (block + 1)
     codes = message[: blocks * block].view(blocks, block)
     return codes.view(dtype), message[blocks * block :]
@@ -86,7 +87,7 @@ class Exchange:
         self._wait: Callable[[], None] | None = None
 
     def start(self, payload: Tensor, scales: Tensor) -> None:
-        """Send every part to its rank.
+        """Start the all-to-all: every rank is sent its part, codes and scales in one message.
 
         Args:
             payload: FP8 [blocks, block]; ``blocks`` a multiple of the group's size.
@@ -120,7 +121,8 @@ class Exchange:
         self._wait = self._group.all_gather(self._gathered, message, purpose=self._purpose)
 
     def finish(self) -> Quantized:
-        """The quantised result of all parts."""
+        """Wait for the all-gather and return the quantised sums of all parts: (payload [blocks, block],
+        scales [blocks])."""
         assert self._wait is not None
         assert self._gathered is not None
         self._wait()
@@ -153,7 +155,8 @@ class HierarchicalExchange:
         self._across = Exchange(cross, fmt, purpose=f"{purpose}_between_nodes")
 
     def start(self, payload: Tensor, scales: Tensor) -> None:
-        """As :meth:`Exchange.start`; ``blocks`` a multiple of local size · nodes."""
+        """Start the exchange inside the node. Arguments as for :meth:`Exchange.start`; ``blocks`` is a
+        multiple of the node's ranks times the nodes."""
         self._inside.start(payload, scales)
 
     def advance(self, *, gather: bool = True) -> Tensor:
@@ -188,5 +191,6 @@ class HierarchicalExchange:
         return result
 
     def finish(self) -> Quantized:
-        """The quantised result of all parts."""
+        """Wait for the last all-gather and return the quantised sums of all parts: (payload [blocks, block],
+        scales [blocks])."""
         return self._inside.finish()

@@ -59,7 +59,7 @@ class Agreement:
         return amax
 
     def total(self, counts: Tensor) -> Tensor:
-        """The elementwise sum of integers."""
+        """The elementwise sum of integer counts over the group, a new tensor."""
         counts = counts.clone()
         self.group.all_reduce(counts, purpose="mse_counts")()
         return counts
@@ -83,12 +83,12 @@ class TensorParallel:
 
     @property
     def size(self) -> int:
-        """Tensor-parallel ranks."""
+        """Number of tensor-parallel ranks N."""
         return self.group.size
 
     @property
     def rank(self) -> int:
-        """This one's number among them."""
+        """This process's place among them, 0 to N - 1."""
         return self.group.rank
 
     def agreement(self, *, tp: bool, cp: bool) -> Agreement | None:
@@ -107,7 +107,7 @@ class TensorParallel:
         return Agreement(group) if group.size > 1 else None
 
     def gather(self, x: Tensor, *, batch: int, purpose: str) -> Callable[[], Tensor]:
-        """Start to gather whole sequences.
+        """Start an all-gather of whole sequences from the parts that the ranks hold.
 
         Args:
             x: [batch · S/N, K], any dtype; FP8 travels as bytes.
