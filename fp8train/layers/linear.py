@@ -81,7 +81,7 @@ class _HighPrecisionLinear(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """``y = alpha_output · x @ weight.T + bias``.
+    """A linear layer, ``y = alpha_output · x @ weight.T + bias``, in high precision or FP8.
 
     As it is constructed it multiplies in high precision and returns its weight gradient to autograd.
     Everything else is decided before its first use, in one call: :meth:`connect`.
@@ -211,7 +211,7 @@ class Linear(nn.Module):
         return self._w_forward[0]
 
     def fp8_scale_inv(self) -> Tensor:
-        """Its scales, FP32: a scalar, or those of rows or blocks."""
+        """The FP32 scales of :meth:`fp8_codes`: a scalar, or those of rows or blocks."""
         assert self._w_forward is not None
         return self._w_forward[1]
 
@@ -258,7 +258,7 @@ class Linear(nn.Module):
             self._fp8_weight.record_statistics(self.weight)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values that the output GEMM multiplies.
+        """Decode the weight: the values that the output GEMM multiplies.
 
         Args:
             dtype: of the result; by default the compute dtype.

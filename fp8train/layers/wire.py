@@ -36,7 +36,7 @@ def _no_wait(x: Tensor) -> Callable[[], Tensor]:
 
 @dataclass(frozen=True)
 class Wire:
-    """One linear's communication; ``kind: none`` does nothing.
+    """What one linear sends to the other tensor-parallel ranks; ``kind: none`` sends nothing.
 
     Attributes:
         kind: how the weight is cut.
@@ -48,12 +48,12 @@ class Wire:
 
     @property
     def gathers_input(self) -> bool:
-        """Whether the input arrives in parts."""
+        """Whether the input arrives in parts of sequences, to be gathered."""
         return self.kind == "column"
 
     @property
     def gathers_grad_output(self) -> bool:
-        """Whether output gradients arrive in parts."""
+        """Whether output gradients arrive in parts of sequences, to be gathered."""
         return self.kind == "row"
 
     @property
