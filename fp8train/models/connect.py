@@ -47,7 +47,7 @@ class Fp8Parts:
 
 
 def make_fp8_parts(built: BuiltModel, *, recorder: CastRecorder | None = None) -> Fp8Parts:
-    """Allocate them; empty without FP8.
+    """Allocate the delayed scales and FP8 weights that the plan asks for; empty without FP8.
 
     Args:
         built: the model, not connected yet.

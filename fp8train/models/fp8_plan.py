@@ -37,12 +37,12 @@ class PlanReport:
 
     @property
     def converted(self) -> tuple[str, ...]:
-        """Module paths in FP8, in order."""
+        """Module paths of the linears that run in FP8, in order."""
         return tuple(self.plans)
 
     @property
     def total(self) -> int:
-        """Linears of the model, the head included."""
+        """Number of linears of the model, the head included."""
         return len(self.converted) + sum(map(len, self.skipped.values()))
 
     def scale_slots(self) -> dict[str, QuantSpec]:

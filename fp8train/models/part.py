@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A part of a decoder.
+    """The part of a decoder that one process holds.
 
     Attributes:
         layers: global indices of its blocks, ascending.
@@ -21,5 +21,5 @@ class ModelPart:
 
     @classmethod
     def whole(cls, num_layers: int) -> ModelPart:
-        """All of it."""
+        """The part that is all of a model with this many layers."""
         return cls(tuple(range(num_layers)))
