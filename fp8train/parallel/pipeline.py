@@ -66,7 +66,7 @@ class _StageModule(nn.Module):
 
 
 class PipelineLayout:
-    """Who holds which stage.
+    """Which pipeline rank holds which stages.
 
     Attributes:
         stages: all, first to last.
@@ -114,7 +114,7 @@ class PipelineLayout:
 
 
 class Pipeline:
-    """Runs the stages of this rank.
+    """Runs the stages that this rank holds, under the schedule's order.
 
     Attributes:
         layout: who holds what.
