@@ -59,7 +59,7 @@ class Manifest(BaseModel):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The one byte form of a manifest."""
+    """Write a manifest in the one byte form that it may have."""
     content = manifest.model_dump()
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({"content": content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
