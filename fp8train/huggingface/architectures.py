@@ -16,7 +16,7 @@ _ALSO = {"mistral": "MistralForCausalLM"}
 
 
 def architecture_of_config(config: ConfigJson) -> Architecture:
-    """The architecture of a file.
+    """Find the architecture that a config.json describes.
 
     Raises:
         HuggingFaceError: it is not one of ours, or has another head than that of a language model.
