@@ -43,7 +43,7 @@ _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 class Flow(NamedTuple):
-    """One kind of traffic.
+    """One kind of traffic: over which ranks, by which collective, for what.
 
     Attributes:
         axis: of the ranks that exchange it, such as ``tp``; several are joined, as in ``dp+cp``.
@@ -84,7 +84,7 @@ class Parameter:
         return math.prod(shape[:-1]), shape[-1]
 
     def elements(self, tp: int) -> int:
-        """Elements of that part."""
+        """Number of elements of a tensor-parallel rank's part."""
         return math.prod(self.local(tp))
 
 
@@ -108,12 +108,12 @@ class RankStep:
 
     @property
     def tp(self) -> int:
-        """Tensor-parallel ranks."""
+        """Number of tensor-parallel ranks."""
         return self.config.parallel.tp
 
     @property
     def replicas(self) -> int:
-        """R."""
+        """Number of replicas R, whose gradients of the same parameters add up."""
         return self.dp * self.config.parallel.cp
 
     @property
@@ -123,18 +123,18 @@ class RankStep:
 
     @property
     def itemsize(self) -> int:
-        """e."""
+        """Bytes e of an element in the compute type."""
         return _BYTES[self.config.precision.compute]
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Tokens T of a micro-batch on a tensor-parallel group."""
         config = self.config
         return config.train.micro_batch_size * config.data.seq_length // config.parallel.cp
 
     @property
     def part(self) -> ModelPart:
-        """What the rank holds of the model."""
+        """The part of the model that the rank holds."""
         if self.layout is None:
             return ModelPart.whole(self.config.model.num_layers)
         return part_of(self.layout.held)
@@ -157,17 +157,17 @@ class RankStep:
 
 
 def scattered(nbytes: float, ranks: int) -> float:
-    """All-gather, all-to-all or reduce-scatter of ``nbytes`` in all: ``n·(N-1)/N``."""
+    """Bytes that an all-gather, all-to-all or reduce-scatter of ``nbytes`` in all sends: ``n·(N-1)/N``."""
     return nbytes * (ranks - 1) / ranks
 
 
 def all_reduced(nbytes: float, ranks: int) -> float:
-    """All-reduce of ``nbytes``: ``2·n·(N-1)/N``."""
+    """Bytes that an all-reduce of ``nbytes`` sends: ``2·n·(N-1)/N``."""
     return 2 * scattered(nbytes, ranks)
 
 
 def in_blocks(rows: int, width: int, block: int) -> int:
-    """FP8 codes with block scales: ``rows·ceil(width/block)·(block+1)`` bytes."""
+    """Bytes of FP8 codes with block scales: ``rows·ceil(width/block)·(block+1)``."""
     return rows * -(-width // block) * (block + 1)
 
 
