@@ -43,7 +43,7 @@ def make_gradient_plan(
     contributions: int,
     recorder: CastRecorder | None = None,
 ) -> GradientPlan:
-    """How gradients are stored and reduced.
+    """Make the plan of how this process's gradients are stored and reduced.
 
     Args:
         config: a validated configuration.

@@ -225,7 +225,7 @@ class Trainer:
         return [fqn for fqn, spec in self.model.specs.items() if spec.shard is None]
 
     def step(self, step: int, micro_batches: Tensor) -> StepResult:
-        """Run optimizer step ``step`` (0-based).
+        """Run optimizer step ``step`` (0-based): forward, backward, reduction, clipping, update, new weights.
 
         Args:
             step: position in the schedule.
@@ -351,7 +351,7 @@ class Trainer:
         return self.gradients.rank_tensors()
 
     def state_meta(self) -> dict[str, Any]:
-        """Host state of a checkpoint."""
+        """Host state for a checkpoint, as JSON values."""
         return {
             "updates": self.updates,
             **self.monitors.state(),
@@ -360,7 +360,7 @@ class Trainer:
         }
 
     def check_meta(self, meta: dict[str, Any], accepted: Callable[[str], bool] = lambda key: False) -> None:
-        """Whether training can go on from a checkpoint with this host state.
+        """Check that training can go on from a checkpoint with this host state.
 
         Args:
             meta: the checkpoint's :meth:`state_meta`.
@@ -393,7 +393,8 @@ class Trainer:
         return None if self._scale_events is None else self._scale_events.take()
 
     def optimizer_metrics(self) -> dict[str, float]:
-        """:meth:`~fp8train.training.monitors.Monitors.optimizer_metrics` of this optimizer."""
+        """Shares of optimizer states that the last applied step flushed to zero; see
+        :meth:`~fp8train.training.monitors.Monitors.optimizer_metrics`."""
         return self.monitors.optimizer_metrics(self.optimizer)
 
     def sent_bytes(self) -> dict[str, int]:
