@@ -34,14 +34,16 @@ class AdamWSettings(OptimizerSettings):
 
 
 class AdamW(Optimizer):
-    """See the module."""
+    """AdamW with decoupled weight decay, two moments, and a bound on steps whose moments are stored rounded;
+    the module has the formulas."""
 
     name = "adamw"
     roles = ("master", "exp_avg", "exp_avg_sq")
     settings: AdamWSettings
 
     def _largest_ratio(self, step: int) -> float | None:
-        """Of |m| to sqrt(v), for any gradients of ``step`` steps; None where it has no limit."""
+        """The largest ratio of |m| to sqrt(v) that exact moments can have after ``step`` steps, whatever the
+        gradients; None where it has no limit."""
         s = self.settings
         ratio = s.beta1**2 / s.beta2 if s.beta2 else 1.0
         if ratio >= 1:

@@ -18,6 +18,7 @@ class TensorGradient:
         self._flat = tensor.detach().view(-1)
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """See :class:`GradientReader`."""
+        """Return elements ``start .. stop`` in row-major order, FP32 or FP64 [stop - start]; FP32 and FP64
+        gradients as views."""
         values = self._flat[start:stop]
         return values if values.dtype == torch.float64 else values.float()

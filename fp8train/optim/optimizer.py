@@ -183,7 +183,7 @@ class Optimizer(ABC):
 
     @property
     def parameter_states(self) -> Mapping[str, ParameterState]:
-        """What this rank keeps, by FQN."""
+        """The states that this rank keeps, by FQN of the parameter."""
         return self._states
 
     def master(self, fqn: str) -> Tensor:
@@ -236,12 +236,13 @@ class Optimizer(ABC):
         return {role: sum(state.storages[role].nbytes for state in chosen) for role in self.roles}
 
     def stored_bytes_of(self, fqns: Collection[str]) -> dict[str, int]:
-        """As :meth:`stored_bytes` for these parameters, as far as this rank keeps their states."""
+        """Bytes of each role's states for these parameters alone, as far as this rank keeps them; scales
+        included."""
         kept = [self._states[fqn] for fqn in fqns if fqn in self._states]
         return {role: sum(state.storages[role].nbytes for state in kept) for role in self.roles}
 
     def num_elements(self, *, in_plan_only: bool) -> int:
-        """Local elements that :meth:`stored_bytes` counts."""
+        """Number of elements on this rank whose states :meth:`stored_bytes` counts."""
         return sum(state.numel for state in self._states.values() if state.in_plan or not in_plan_only)
 
     def peak_decay(self, spec: ParamSpec) -> float:

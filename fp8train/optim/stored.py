@@ -51,7 +51,7 @@ _SUFFIXES = ("", ".payload", ".weight", ".scale", ".scale_inv", ".amax", ".power
 
 
 def state_names(described: Described, role: str, fqn: str) -> list[str]:
-    """The tensors that make up one state."""
+    """Names of the stored tensors that make up one state, of those in ``described``."""
     return [name for suffix in _SUFFIXES if (name := f"{role}/{fqn}{suffix}") in described]
 
 

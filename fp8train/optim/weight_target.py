@@ -24,5 +24,5 @@ class WeightTarget(Protocol):
         ...
 
     def end(self) -> None:
-        """All elements were written."""
+        """Take note that all elements were written: the new weight is complete."""
         ...
