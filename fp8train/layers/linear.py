@@ -54,7 +54,8 @@ class _HighPrecisionLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.buffer, ctx.slot = buffer, slot  # not saved: other micro-batches change the buffer
         ctx.call = call
-        whole = call.wire.gather_input(x, call.batch)()
+        whole = call.wire.gather_input(x, call.batch)()  # column-parallel: all tokens; else x itself
+        # GEMM output: x [T, K] · wᵀ [K, N] -> [T, N].
         y = matmul(whole, weight.t(), alpha=call.alphas.output)
         return call.wire.scatter_output(y, call.batch, fp8=False)()
 
@@ -67,10 +68,12 @@ class _HighPrecisionLinear(torch.autograd.Function):
         whole = call.wire.gather_input(x, call.batch) if ctx.needs_input_grad[1] else None
         grad_input = None
         if ctx.needs_input_grad[0]:
+            # GEMM grad_input: grad_output [T, N] · w [N, K] -> [T, K].
             product = matmul(grad_output, weight, alpha=call.alphas.grad_input)
             grad_input = call.wire.scatter_grad_input(product, call.batch, fp8=False)
         grad_weight = None
         if whole is not None:
+            # GEMM grad_weight: grad_outputᵀ [N, T] · x [T, K] -> [N, K], to autograd or to the sink.
             x = whole()
             if buffer is None:
                 grad_weight = matmul(grad_output.t(), x, alpha=call.alphas.grad_weight)
