@@ -93,6 +93,7 @@ class Exchange:
             payload: FP8 [blocks, block]; ``blocks`` a multiple of the group's size.
             scales: E8M0 bytes uint8 [blocks].
         """
+        # [N, blocks / N · (block + 1)] bytes: row r goes to rank r, so (N-1)/N of them leave this one.
         message = pack(payload, scales, self._group.size)
         self._block = payload.shape[1]
         self._received = torch.empty_like(message)
@@ -107,14 +108,16 @@ class Exchange:
         assert self._wait is not None
         assert self._received is not None
         self._wait()
+        # Part ``rank`` as each of the N ranks cast it, decoded and added in FP32, in rank order.
         total = sum_parts(self._received, self._block, self._format.dtype)
         self._received = self._wait = None
-        if gather:
+        if gather:  # cast again, with scales from the amaxes of the sums
             self.gather(*quantize_blocks(total, self._format))
         return total
 
     def gather(self, payload: Tensor, scales: Tensor) -> None:
         """Send this rank's quantised part to everyone: FP8 [blocks / N, block], uint8 [blocks / N]."""
+        # blocks / N · (block + 1) bytes, sent to each of the N - 1 other ranks.
         message = pack(payload, scales, 1)[0]
         self._block = payload.shape[1]
         self._gathered = message.new_empty(self._group.size, message.numel())
@@ -166,7 +169,9 @@ class HierarchicalExchange:
             FP32 sums of this rank's part [blocks / N, block]. Parts lie by place in the node first, then by
             node.
         """
+        # With L ranks in each of M nodes: this rank has the node's sum of 1/L of the blocks, in FP32.
         total = self._inside.advance(gather=False)
+        # Between nodes each moves that 1/L: reduced to 1/(L·M), and with ``gather`` collected again as codes.
         if self._between == "fp8":
             self._across.start(*quantize_blocks(total, self._format))
             total = self._across.advance(gather=gather)
@@ -174,13 +179,14 @@ class HierarchicalExchange:
             total = self._add_in_bf16(total)
             if gather:
                 self._across.gather(*quantize_blocks(total, self._format))
-        if gather:
+        if gather:  # the 1/L of the final codes that this rank has, to its node
             self._inside.gather(*self._across.finish())
         return total
 
     def _add_in_bf16(self, total: Tensor) -> Tensor:
         """This rank's part of the sum over nodes, FP32 from BF16 contributions in node order."""
         nodes = self._cross.size
+        # [nodes, bytes of a part]: 2 bytes an element, without scales.
         sent = total.to(torch.bfloat16).view(torch.uint8).reshape(nodes, -1)
         received = torch.empty_like(sent)
         self._cross.all_to_all(received, sent, purpose=f"{self._purpose}_between_nodes")()

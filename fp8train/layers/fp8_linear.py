@@ -105,9 +105,9 @@ class _Fp8Linear(torch.autograd.Function):
         if columns is not None:
             w_forward, w_backward = _scaled_weight(weight, columns, slots, rows.w, call)
         assert w_forward is not None
-        # Operand x [T, K], cast here for a GEMM that sums over K. A current scale comes from the amax over all
-        # ranks that hold parts of what shares it, a delayed one from its slot. Column-parallel: ranks' tokens
-        # are gathered before the cast in the compute type, or after it as codes (1 byte an element).
+        # Operand x [T, K], cast here for a GEMM that sums over K. A current scale comes from the amax over
+        # all ranks that hold parts of what shares it, a delayed one from its slot. Column-parallel: ranks'
+        # tokens are gathered before the cast in the compute type, or after it as codes (1 byte an element).
         source = x if wire.input_in_fp8 else wire.gather_input(x, call.batch)()
         local_x = _quantize("x", source, quant.output_x, slots.output_x, call, rows.x, contracted=1)
         whole_x = _gathered(local_x, quant.output_x, 1, call)() if wire.input_in_fp8 else local_x
@@ -122,14 +122,14 @@ class _Fp8Linear(torch.autograd.Function):
             x.dtype,
             fast_accumulation=quant.fast_accumulation,
         )[: whole_x[0].shape[0], : weight.shape[0]]
-        # Kept for GEMM grad_weight, which sums over T: the operand just multiplied; where tokens were gathered
-        # only this rank's (codes, or x itself), to be gathered again; or what keep_x asks for instead.
+        # Kept for GEMM grad_weight, which sums over T: the operand just multiplied; where tokens were
+        # gathered only this rank's (codes, or x itself), to be gathered again; or what keep_x asks for.
         kept_x: tuple[Tensor, Tensor | None] = local_x if wire.input_in_fp8 else x_operand
         if quant.keep_x == "bf16" or (wire.gathers_input and not wire.input_in_fp8):
             kept_x = (x, None)
         elif quant.keep_x == "second_copy":
             kept_x = _quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
-        # Kept for GEMM grad_input, which sums over N: codes of the Fp8Weight, not copied, or the weight itself.
+        # Kept for GEMM grad_input, which sums over N: codes of the Fp8Weight, not copied, or the weight.
         kept_w = (weight, None) if w_backward is None else w_backward
         ctx.save_for_backward(*kept_x, *kept_w, columns)
         # Not saved: other micro-batches change what these hold.

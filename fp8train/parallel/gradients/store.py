@@ -256,13 +256,16 @@ class GradientStore:
             raise RuntimeError(
                 f"gradient of {entry.fqn}: contribution {entry.count + 1} in a step that expects {expected}"
             )
+        # Into the bucket's accumulator, of the parameter's local shape; ``gradient`` is free after that.
         self._bucket(slot).add(entry.member, gradient, first=entry.count == 0)
         entry.count += 1
-        if entry.count == expected:
+        if entry.count == expected:  # the last contribution: the bucket may be complete now
             self._buckets[entry.bucket].pending -= 1
             self._launch_ready()
 
     def _launch_ready(self) -> None:
+        # In index order on every rank, so that collectives match, whatever order buckets filled in. A launch
+        # posts a bucket's first transfer; then the one before adds what has arrived, and posts its second.
         while self._next_launch < len(self._buckets) and self._buckets[self._next_launch].pending == 0:
             self._buckets[self._next_launch].storage.launch()
             if self._next_launch:
@@ -282,7 +285,7 @@ class GradientStore:
                 f"{slot.fqn} ({slot.count} of {self._expected * slot.uses})" for slot in missing[:4]
             )
             raise RuntimeError(f"{len(missing)} parameters lack gradient contributions: {listed}")
-        self._buckets[-1].storage.advance()
+        self._buckets[-1].storage.advance()  # no later launch did it
         for bucket in self._buckets:
             bucket.storage.finish()
         self._scales.end_step()
