@@ -1,4 +1,5 @@
-"""How an optimizer reads a gradient: in pieces, so that FP8 gradients are never widened as a whole."""
+"""The interface by which an optimizer reads a gradient: in pieces, so that FP8 gradients are never widened as
+a whole."""
 
 from __future__ import annotations
 

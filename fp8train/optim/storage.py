@@ -120,7 +120,7 @@ class Storage(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes, scales included."""
+        """Bytes that the state takes, scales included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 

@@ -257,7 +257,7 @@ def recast(
     read: Read,
     amaxes: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Read, decode and encode these states.
+    """Read stored states, decode them, and encode them in the run's formats.
 
     Args:
         optimizer: whose states are written.
