@@ -29,7 +29,7 @@ _READ_BYTES = 1 << 20
 
 
 class FileEntry(BaseModel):
-    """One file of a checkpoint."""
+    """Size and hash of one file of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

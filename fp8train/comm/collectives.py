@@ -145,7 +145,7 @@ class CountedGroup:
         self.sent[f"{kind}/{purpose}"] += nbytes
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait until every rank of the group has called this."""
         if self.group is not None and self.size > 1:
             dist.barrier(self.group)
 

@@ -136,8 +136,8 @@ class Exchange:
 
 
 class HierarchicalExchange:
-    """The same in two levels, all-reduce or reduce-scatter; bit-identical on all ranks like
-    :class:`Exchange`.
+    """An exchange in two levels, inside nodes and then between them: all-reduce or reduce-scatter,
+    bit-identical on all ranks like :class:`Exchange`.
 
     Inside the node FP8 always; between nodes ``between`` chooses FP8 (three roundings in all) or BF16 (the
     sums of a node travel with 8 bits of mantissa, two roundings to FP8).

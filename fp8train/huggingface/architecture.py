@@ -1,4 +1,4 @@
-"""What is known of one Hugging Face architecture, and of one of its tensors."""
+"""The description of one Hugging Face architecture: its settings, its tensors and how they lie in ours."""
 
 from __future__ import annotations
 

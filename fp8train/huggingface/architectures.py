@@ -1,4 +1,4 @@
-"""Which architecture a config.json asks for, and which one computes what a run of ours computes."""
+"""Finds the Hugging Face architecture of a config.json, and the one that computes what a run of ours does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run's master weights in FP32, one parameter at a time, and a decoder that computes in FP32 with them."""
+"""Reads a run's master weights in FP32, one parameter at a time, and builds a decoder that computes in FP32
+with them."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def open_run(path: Path) -> TrainedRun:
 
 
 def load_trained(path: Path, *, device: torch.device, numerics: Numerics = "matched") -> TrainedModel:
-    """Load a model and its tokenizer.
+    """Load the model of a checkpoint and its tokenizer.
 
     Args:
         path: see :func:`resolve_checkpoint`.

@@ -94,7 +94,7 @@ def choose_gemm_backend(
 
 
 def gemms_without_kernel(quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int]) -> list[str]:
-    """Those of the three GEMMs whose operands have scales that no kernel of the device takes:
+    """Name the GEMMs, of a linear's three, whose operands have scales that no kernel of the device takes:
     ``output (mx_1x32 x mx_1x32)``.
 
     Args:

@@ -1,4 +1,4 @@
-"""How a linear runs: what its calls depend on besides tensors."""
+"""How a linear runs: the frozen values that its calls depend on besides tensors."""
 
 from __future__ import annotations
 

@@ -37,12 +37,12 @@ class Fp8Parts:
 
     @property
     def resident(self) -> dict[str, ResidentFp8Weight]:
-        """Those that exist in FP8 alone and that the optimizer writes."""
+        """The weights that exist in FP8 alone and that the optimizer writes, by FQN."""
         return {fqn: weight for fqn, weight in self.weights.items() if isinstance(weight, ResidentFp8Weight)}
 
     @property
     def loaded(self) -> dict[str, LoadedFp8Weight]:
-        """Those that exist in FP8 alone and are read from a checkpoint."""
+        """The weights that exist in FP8 alone and are read from a checkpoint, by FQN."""
         return {fqn: weight for fqn, weight in self.weights.items() if isinstance(weight, LoadedFp8Weight)}
 
 

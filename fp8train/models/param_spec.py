@@ -87,7 +87,7 @@ class ParamSpec:
         return value.narrow(self.shard.dim, self.shard.index * size, size)
 
     def with_fp8(self, in_fp8_plan: bool) -> ParamSpec:
-        """The same parameter in or out of the FP8 plan."""
+        """The spec of the same parameter, in or out of the FP8 plan."""
         return replace(self, in_fp8_plan=in_fp8_plan)
 
 

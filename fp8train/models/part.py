@@ -1,4 +1,5 @@
-"""Which part of a decoder a process holds: some blocks, and whether the ends of the model are among them."""
+"""The part of a decoder that a process holds: some blocks, and whether the ends of the model are among
+them."""
 
 from __future__ import annotations
 

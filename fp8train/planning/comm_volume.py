@@ -185,7 +185,7 @@ def scale_bytes(spec: QuantSpec, contracted: int, tokens: int, width: int) -> in
 
 
 def tensor_parallel(step: RankStep) -> Volume:
-    """Hidden linears, M times each::
+    """Traffic of the hidden linears, each M times::
 
         tp_input        column-parallel  all-gather  2·T·K·e  input, forward and again backward
         tp_grad_input   column-parallel  all-to-all  T·K·e    or blocks(T, K)

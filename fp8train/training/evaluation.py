@@ -1,4 +1,4 @@
-"""Validation loss on a fixed set of batches."""
+"""Validation: the mean loss on a fixed set of batches, with the numerics of training."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""From ``precision`` in the configuration to gradient buckets, optimizer states and scale state of one
-process."""
+"""Makes, from ``precision`` in the configuration, the gradient plan and the optimizer of one process."""
 
 from __future__ import annotations
 

@@ -342,7 +342,7 @@ class Trainer:
         return self.optimizer.state_tensors() | self.scale_tensors()
 
     def scale_tensors(self) -> dict[str, Tensor]:
-        """Those of :meth:`state_tensors` that are scale state, of gradients and of delayed scales."""
+        """The scale state among :meth:`state_tensors`: that of gradients and that of delayed scales."""
         scales = {} if self.scales is None else self.scales.state_tensors()
         return self.gradients.state_tensors() | scales
 

@@ -1,4 +1,7 @@
-"""Auto-scaling factors of all FP8 gradients, frozen for a step; see :mod:`fp8train.comm.auto_scale`."""
+"""Auto-scaling factors of all FP8 gradients, frozen for a step, as scale state of ``shared_scale``.
+
+:mod:`fp8train.comm.auto_scale` says what the factors are and how they move.
+"""
 
 from __future__ import annotations
 

@@ -336,7 +336,7 @@ class GradientPlan:
         return dict(self.scales.state_tensors())
 
     def restored(self) -> None:
-        """:meth:`state_tensors` were filled from a checkpoint."""
+        """Take note that :meth:`state_tensors` were filled from a checkpoint."""
         self.scales.restored()
 
     def rank_tensors(self) -> dict[str, Tensor]:
