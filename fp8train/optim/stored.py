@@ -183,7 +183,7 @@ class StoredState:
     """A region of one stored state, decoded by rows."""
 
     def __init__(self, role: str, spec: ParamSpec, region: Region, fmt: StateFormat, read: Read) -> None:
-        """Read it, in its own format, to the CPU.
+        """Read the state, in its own format, to the CPU.
 
         Args:
             role: which state.
