@@ -44,7 +44,7 @@ def padded_blocks(count: int, ranks: int) -> int:
 
 
 def pack(payload: Tensor, scales: Tensor, parts: int) -> Tensor:
-    """Codes and scales of each part side by side, so that one message carries both.
+    """Put codes and scales of each part side by side, so that one message carries both.
 
     Args:
         payload: FP8 [blocks, block], ``blocks`` a multiple of ``parts``.

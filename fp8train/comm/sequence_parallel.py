@@ -44,7 +44,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Makes what ranks know of their parts of a tensor (or of its rows) what one process knows of the whole.
+    """Lets ranks agree on what each knows of its part of a tensor (or of its rows), as if one process had the
+    whole.
 
     Attributes:
         group: the ranks with other parts.
@@ -92,7 +93,7 @@ class TensorParallel:
         return self.group.rank
 
     def agreement(self, *, tp: bool, cp: bool) -> Agreement | None:
-        """Among ranks that hold parts of one tensor; None if this one has the whole.
+        """The agreement among ranks that hold parts of one tensor; None if this one has the whole.
 
         Args:
             tp: tensor-parallel ranks have other parts.

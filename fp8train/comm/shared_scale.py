@@ -109,7 +109,7 @@ class PayloadOrder(Protocol):
 
 
 class SharedScaleReduction:
-    """One bucket on its way over the ranks.
+    """Reduces one bucket of gradients with shared scales, in three calls that can run beside backward.
 
     ``start()`` when the bucket is full: sends amax. ``send()`` some time later: casts, releases the gradients
     and sends the payload. ``finish()`` before the result is needed. All ranks must start, send and finish

@@ -55,7 +55,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dim (Zhang & Sennrich 2019).
+    """RMS normalisation, ``x / sqrt(mean(x²) + eps) · weight`` over the last dim (Zhang & Sennrich 2019).
 
     ``gain: False`` has no weight; ``gain_grad`` multiplies the gradient of the weight.
     """
@@ -87,8 +87,8 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """``(x - mean) / sqrt(var + eps) · weight + bias`` over the last dim (Ba et al. 2016); the bias is
-    optional.
+    """Layer normalisation, ``(x - mean) / sqrt(var + eps) · weight + bias`` over the last dim (Ba et al.
+    2016); the bias is optional.
 
     ``gain: False`` has neither weight nor bias; ``gain_grad`` multiplies the gradients of both.
     """

@@ -55,7 +55,7 @@ def _qk_norms(
 
 
 class Block(nn.Module):
-    """``x <- a·x + b·attention(norm(x))``, then the same with the MLP.
+    """A decoder block: ``x <- a·x + b·attention(norm(x))``, then the same with the MLP.
 
     With norm placement ``branch_end`` the norm closes the branch instead: ``a·x + b·norm(attention(x))``.
     What a, b and the multipliers inside are is the parametrisation's choice.

@@ -234,7 +234,8 @@ def tensor_parallel(step: RankStep) -> Volume:
 
 
 def embedding_and_head(step: RankStep) -> Volume:
-    """Over tensor-parallel ranks, where the model begins and ends, always in the compute type::
+    """Traffic of embedding and head over tensor-parallel ranks, where the model begins and ends, always in
+    the compute type::
 
         tp_embedding  all-to-all M·T·H·e states, all-gather M·T·H·e their gradient
         tp_head       all-gather M·T·H·e states, all-to-all M·T·H·e their gradient,
@@ -274,7 +275,7 @@ def context_parallel(step: RankStep) -> Volume:
 
 
 def pipeline(step: RankStep) -> Volume:
-    """Between stages on different ranks, for each such edge::
+    """Traffic between stages on different ranks, for each such edge::
 
         pipeline_states     send  M·(T/tp)·H·e  or M·blocks(T/tp, H), filled up to 4 bytes
         pipeline_gradients  send  the same, the other way
@@ -312,7 +313,7 @@ def _wide(step: RankStep, setting: str) -> int:
 
 
 def gradients(step: RankStep) -> Volume:
-    """Over the replicas, n elements on the rank, e bytes of ``gradient.reduce``::
+    """Traffic of gradients over the replicas, n elements on the rank, e bytes of ``gradient.reduce``::
 
         gradient           all-reduce      2·n·e·(R-1)/R    everything outside the FP8 plan
                            reduce-scatter  n·e·(R-1)/R      under ZeRO
@@ -347,7 +348,7 @@ def gradients(step: RankStep) -> Volume:
 
 
 def fp8_plan_gradients(step: RankStep) -> Volume:
-    """FP8 gradients of n elements, by ``gradient.fp8.reduce``::
+    """Traffic of FP8 gradients of n elements, by ``gradient.fp8.reduce``::
 
         exchange      all-to-all and all-gather, each blocks·(R-1)/R; under ZeRO the all-to-all alone
         bf16, fp32    all-reduce 2·n·e·(R-1)/R; under ZeRO a reduce-scatter, n·e·(R-1)/R
@@ -410,7 +411,7 @@ def _two_levels(step: RankStep, nbytes: int, elements: int, add: Callable[[str, 
 
 
 def weights(step: RankStep) -> Volume:
-    """Under ZeRO, new weights from their owners to the replicas, n elements on the rank::
+    """Traffic of new weights under ZeRO, from their owners to the replicas, n elements on the rank::
 
         weights_fp8_plan  all-gather  n·(R-1)/R    FP8-resident weights, as codes
         weights           all-gather  n·e·(R-1)/R  all others

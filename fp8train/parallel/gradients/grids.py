@@ -90,8 +90,8 @@ class StepGrids:
         self.outside += mask.sum()
 
     def agree(self, group: CountedGroup, numels: Tensor, contributions: int) -> None:
-        """The step's amax and elements outside over all ranks, and what follows from them. ``contributions``:
-        the most that were added up to any parameter."""
+        """Agree on the step's amax and on the elements outside over all ranks, and compute what follows from
+        them. ``contributions``: the most that were added up to any parameter."""
         wait_for_amax = group.all_reduce(self.amax, purpose="amax", op=dist.ReduceOp.MAX)
         wait_for_count = group.all_reduce(self.outside, purpose="saturated")
         wait_for_amax()
@@ -245,7 +245,8 @@ class GridScales:
         return misfit.any()
 
     def commit(self) -> None:
-        """The step was applied: its amax enters the history. One that is zero tells nothing about a grid."""
+        """Take the step's amax into the history, as the step was applied. One that is zero tells nothing
+        about a grid."""
         amax = self.step.amax
         shifted = torch.cat((amax[None], self._history[:-1]))
         self._history.copy_(torch.where((amax > 0) & torch.isfinite(amax), shifted, self._history))

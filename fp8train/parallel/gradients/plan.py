@@ -58,7 +58,7 @@ RESIDUAL_PREFIX = "gradient_residual/"
 
 @dataclass(frozen=True)
 class Fp8Gradients:
-    """How gradients of the FP8 plan are kept.
+    """Settings of how the gradients of the FP8 plan are kept and reduced.
 
     Attributes:
         format: of the codes.
@@ -209,8 +209,8 @@ class GradientPlan:
         return self._specs[fqn].global_shape if fqn in self._specs else shape
 
     def kind(self, fqn: str, shape: tuple[int, ...]) -> str:
-        """``wide``, ``partial`` (wide, and to be added over tensor-parallel ranks too), ``fp8``, or
-        ``fp8/BLOCK`` (a bucket has one block size)."""
+        """The kind of bucket of a parameter: ``wide``, ``partial`` (wide, and to be added over
+        tensor-parallel ranks too), ``fp8``, or ``fp8/BLOCK`` (a bucket has one block size)."""
         spec = self._specs.get(fqn)
         if fqn not in self._in_fp8_plan:
             return "partial" if spec is not None and spec.sequence_partial else "wide"
