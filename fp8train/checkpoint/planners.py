@@ -75,7 +75,7 @@ class LogicalSavePlanner(SavePlanner):
         return [replace(plan, items=items) for plan, items in zip(all_plans, chosen, strict=True)], metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Return the plan as it is: there is nothing to add on this rank."""
+        """Return what this rank shall write as it is: there is nothing to add."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
@@ -209,7 +209,7 @@ class LogicalLoadPlanner(LoadPlanner):
         return [replace(plan, planner_data=None) for plan in global_plan]
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is: there is nothing to add on this rank."""
+        """Return what this rank shall read as it is: there is nothing to add."""
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: object) -> None:

@@ -1,4 +1,5 @@
-"""Makes, from ``precision`` in the configuration, the gradient plan and the optimizer of one process."""
+"""Makes, from ``precision`` in the configuration, gradient storage and reduction and the optimizer of one
+process."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def make_gradient_plan(
     contributions: int,
     recorder: CastRecorder | None = None,
 ) -> GradientPlan:
-    """Make the plan of how this process's gradients are stored and reduced.
+    """Decide how this process's gradients are stored and reduced.
 
     Args:
         config: a validated configuration.
