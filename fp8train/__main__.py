@@ -1,4 +1,4 @@
-"""``python -m fp8train``, for torchrun's ``-m``."""
+"""Lets ``python -m fp8train`` run the command line, as torchrun's ``-m`` does."""
 
 from fp8train.cli import main
 

@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is safe."""
+    """A checkpoint that was written in the background and is safe now."""
 
     step: int
     path: Path
@@ -47,14 +47,14 @@ class Written:
 
 
 class BackgroundSaver:
-    """At most one save in flight.
+    """Writes checkpoints in a thread while training goes on; at most one is in flight.
 
     Attributes:
         snapshot: the host buffers.
     """
 
     def __init__(self, control: dist.ProcessGroup | None) -> None:
-        """Collective over all ranks of the job.
+        """Make the saver, with a process group for its threads; collective over all ranks of the job.
 
         Args:
             control: gloo group over all ranks, used by the main thread only; None for a single process.

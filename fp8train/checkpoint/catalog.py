@@ -41,7 +41,7 @@ def step_of(path: Path) -> int | None:
 
 
 def write_pointer(root: Path, target: Path) -> None:
-    """Point ``latest`` at ``target``, atomically and durably."""
+    """Make the file ``latest`` name ``target``, atomically and durably."""
     replace_file(root / POINTER_FILE, f"{target.name}\n".encode())
 
 

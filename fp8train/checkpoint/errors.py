@@ -32,7 +32,7 @@ def explain_os_error(error: OSError) -> str:
 
 
 def find_os_error(error: BaseException) -> OSError | None:
-    """The operating-system error behind ``error``.
+    """The operating-system error behind ``error``, found along its chain of causes; None if there is none.
 
     A full disk reaches us as ``RuntimeError: unexpected pos ...`` from torch's archive writer, raised while
     it closes the file; the real cause is further down the chain.

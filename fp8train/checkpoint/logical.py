@@ -39,7 +39,8 @@ class LogicalTensor:
 
 
 def as_logical(tensors: Mapping[str, Tensor | LogicalTensor]) -> dict[str, LogicalTensor]:
-    """Plain tensors are replicated: their rectangle is the whole."""
+    """Describe every tensor as a :class:`LogicalTensor`; plain ones are replicated, so their rectangle is the
+    whole."""
     return {
         key: value
         if isinstance(value, LogicalTensor)

@@ -29,7 +29,7 @@ _READ_BYTES = 1 << 20
 
 
 class FileEntry(BaseModel):
-    """One file of a checkpoint."""
+    """Size and hash of one file of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -59,7 +59,7 @@ class Manifest(BaseModel):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The one byte form of a manifest."""
+    """Write a manifest in the one byte form that it may have."""
     content = manifest.model_dump()
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({"content": content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()

@@ -61,7 +61,7 @@ class LogicalSavePlanner(SavePlanner):
         self._tensors = state_dict
 
     def create_local_plan(self) -> SavePlan:
-        """Offer every rectangle that this rank holds."""
+        """Offer to write every rectangle that this rank holds."""
         return SavePlan(write_items(self._tensors))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -75,7 +75,7 @@ class LogicalSavePlanner(SavePlanner):
         return [replace(plan, items=items) for plan, items in zip(all_plans, chosen, strict=True)], metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Nothing to add."""
+        """Return what this rank shall write as it is: there is nothing to add."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
@@ -199,7 +199,7 @@ class LogicalLoadPlanner(LoadPlanner):
         return LoadPlan(items, planner_data=(sorted(self._tensors), problems))
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Refuse on any rank's mismatch."""
+        """Collect the mismatches of all ranks, on rank 0, and refuse if there is one."""
         problems = list(dict.fromkeys(line for plan in global_plan for line in plan.planner_data[1]))
         asked = {key for plan in global_plan for key in plan.planner_data[0]}
         unexpected = sorted(key for key in self._stored if key not in asked and not self._ignore(key))
@@ -209,7 +209,7 @@ class LogicalLoadPlanner(LoadPlanner):
         return [replace(plan, planner_data=None) for plan in global_plan]
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Nothing to add."""
+        """Return what this rank shall read as it is: there is nothing to add."""
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Is what was just written what was meant to be? Asked of the index on disk, before the checkpoint counts.
+"""Checks, before a checkpoint counts, that the index on disk says what was meant to be written.
 
 A writer with a stale plan saves happily and leaves tensors out, and every later run fails to load. So the
 names, shapes and types that the ranks hold, which come from the run and not from the save's plan, are
@@ -21,7 +21,7 @@ Keys = dict[str, str]
 
 
 def describe(tensors: Mapping[str, LogicalTensor]) -> Keys:
-    """What one rank holds."""
+    """Describe what one rank holds: shape and type of each logical tensor, as text."""
     return {name: f"{tuple(t.global_shape)} {t.local.dtype}" for name, t in tensors.items()}
 
 

@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """What to keep."""
+    """Rules of which checkpoints to keep."""
 
     keep_last: int
     """So many of the newest, at least 1."""

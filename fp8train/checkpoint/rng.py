@@ -42,7 +42,7 @@ def capture_rng(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what :func:`capture_rng` returned.
+    """Put the random generators back into the states that :func:`capture_rng` returned.
 
     On a CUDA ``device``, a state captured on a CPU has no ``cuda`` entry: that generator is left as it is,
     with a warning.

@@ -71,7 +71,7 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path, shard_files: Collection[str]) -> Metadata:
-    """Read and check the index at ``path``.
+    """Read and check the DCP index at ``path``.
 
     ``shard_files`` are the names of the checkpoint's own files; an index that points anywhere else is
     refused. Raises :class:`CorruptCheckpointError` and runs nothing when the file holds anything but an

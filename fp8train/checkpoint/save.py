@@ -66,12 +66,12 @@ class Order:
 
     @property
     def final(self) -> Path:
-        """The checkpoint's directory."""
+        """The directory of the complete checkpoint."""
         return self.root / step_name(self.step)
 
     @property
     def tmp(self) -> Path:
-        """The directory while it is written."""
+        """The directory in which the checkpoint is written, renamed to :attr:`final` at the end."""
         return self.root / f"{step_name(self.step)}{TMP_SUFFIX}"
 
 

@@ -20,7 +20,7 @@ from fp8train.checkpoint.save import RANK_STATE_PREFIX
 
 
 class HostSnapshot:
-    """Host buffers for one rank's shard.
+    """Buffers in host memory for what one rank writes of a checkpoint.
 
     Attributes:
         num_bytes: of the buffers; 0 before the first :meth:`take`.

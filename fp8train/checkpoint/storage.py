@@ -52,7 +52,7 @@ class ShardWriter(FileSystemWriter):
         self._directory = path
 
     def storage_meta(self) -> StorageMeta | None:
-        """Nothing: equal states give equal files, wherever and whenever they are saved."""
+        """Return nothing: equal states give equal files, wherever and whenever they are saved."""
         return None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -87,7 +87,7 @@ class ShardReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The checked index."""
+        """Return the index that was checked before; nothing is read."""
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -102,13 +102,13 @@ class ShardReader(FileSystemReader):
 
 
 def ignore_single_process_warning() -> None:
-    """DCP warns that it saves without a process group: that is how we asked it to."""
+    """Silence DCP's warning that it saves without a process group: that is how we asked it to."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @contextmanager
 def dcp_call(*, in_thread: bool = False) -> Iterator[None]:
-    """Around a DCP call: its cross-rank exception becomes one that our callers know.
+    """Wrap a DCP call: its cross-rank exception becomes one that our callers know.
 
     DCP has already made sure that every rank raises. What users can fix stays a :class:`CheckpointError` with
     the first failing rank's message; anything else is a bug and keeps DCP's text with all tracebacks.

@@ -34,7 +34,7 @@ Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint folder, or run dire
 
 
 class Device(StrEnum):
-    """What ``--device`` takes."""
+    """The values that ``--device`` takes."""
 
     auto = "auto"
     cpu = "cpu"

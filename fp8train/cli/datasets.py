@@ -13,7 +13,7 @@ from fp8train.config.errors import UserError
 
 
 class TokenizerKind(StrEnum):
-    """What ``--train-tokenizer`` takes."""
+    """The values that ``--train-tokenizer`` takes."""
 
     unigram = "unigram"
     bpe = "bpe"

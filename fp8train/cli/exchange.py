@@ -12,13 +12,13 @@ from fp8train.cli.app import Checkpoint, export_app, import_app, write
 
 
 class States(StrEnum):
-    """What ``--states`` takes."""
+    """The values that ``--states`` takes."""
 
     fp32 = "fp32"
 
 
 class ExportType(StrEnum):
-    """What ``--dtype`` takes."""
+    """The values that ``--dtype`` takes."""
 
     bf16 = "bf16"
     fp32 = "fp32"

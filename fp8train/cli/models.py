@@ -12,14 +12,14 @@ from fp8train.cli.app import Checkpoint, Device, app
 
 
 class Numerics(StrEnum):
-    """What ``--numerics`` of ``generate`` takes."""
+    """The values that ``--numerics`` of ``generate`` takes."""
 
     matched = "matched"
     bf16 = "bf16"
 
 
 class EvalNumerics(StrEnum):
-    """What ``--numerics`` of ``eval`` takes."""
+    """The values that ``--numerics`` of ``eval`` takes."""
 
     matched = "matched"
     bf16 = "bf16"
@@ -27,7 +27,7 @@ class EvalNumerics(StrEnum):
 
 
 class Split(StrEnum):
-    """What ``--split`` takes."""
+    """The values that ``--split`` takes."""
 
     train = "train"
     valid = "valid"

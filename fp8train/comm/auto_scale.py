@@ -124,6 +124,6 @@ class MuController:
         self.mu.copy_(moved if finite is None else torch.where(finite, moved, self.mu))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: ``mu/`` + name, FP32 scalars that are views of :attr:`mu`. A value that
+        """Tensors for checkpoints: ``mu/`` + name, FP32 scalars that are views of :attr:`mu`. A value that
         was saved under another number of ranks is brought within the bounds by the next update."""
         return {f"mu/{name}": self.mu[i] for i, name in enumerate(self._names)}

@@ -34,7 +34,7 @@ class CountedGroup:
     def all_reduce(
         self, tensor: Tensor, *, purpose: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
     ) -> Callable[[], None]:
-        """Start an in-place all-reduce.
+        """Start an in-place all-reduce and count its ``2·n·(N-1)/N`` bytes.
 
         Args:
             tensor: contiguous; must not be touched until the wait returns.
@@ -145,13 +145,13 @@ class CountedGroup:
         self.sent[f"{kind}/{purpose}"] += nbytes
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait until every rank of the group has called this."""
         if self.group is not None and self.size > 1:
             dist.barrier(self.group)
 
 
 def alone() -> CountedGroup:
-    """The group of one rank."""
+    """A group of this process alone: its collectives copy, and send nothing."""
     return CountedGroup(None)
 
 

@@ -29,12 +29,12 @@ class ContextParallel:
 
     @property
     def size(self) -> int:
-        """Ranks."""
+        """Number of ranks N that hold parts of each sequence."""
         return self.group.size
 
     @property
     def rank(self) -> int:
-        """This one's number among them."""
+        """This process's place among them, 0 to N - 1."""
         return self.group.rank
 
     def part(self, tokens: Tensor) -> Tensor:

@@ -39,12 +39,12 @@ Quantized = tuple[Tensor, Tensor]
 
 
 def padded_blocks(count: int, ranks: int) -> int:
-    """Blocks of a matrix that ``ranks`` ranks can share evenly."""
+    """Smallest number of blocks, ``count`` or more, that ``ranks`` ranks can share evenly."""
     return -(-count // ranks) * ranks
 
 
 def pack(payload: Tensor, scales: Tensor, parts: int) -> Tensor:
-    """Codes and scales of each part side by side, so that one message carries both.
+    """Put codes and scales of each part side by side, so that one message carries both.
 
     Args:
         payload: FP8 [blocks, block], ``blocks`` a multiple of ``parts``.
@@ -59,7 +59,8 @@ def pack(payload: Tensor, scales: Tensor, parts: int) -> Tensor:
 
 
 def unpack(message: Tensor, block: int, dtype: torch.dtype) -> Quantized:
-    """(payload [blocks, block], scales [blocks]) of one part: uint8 [blocks · (block + 1)]."""
+    """Take one part's message apart: uint8 [blocks · (block + 1)] -> (payload [blocks, block], scales
+    [blocks]), views of it."""
     blocks = message.numel() // (block + 1)
     codes = message[: blocks * block].view(blocks, block)
     return codes.view(dtype), message[blocks * block :]
@@ -86,12 +87,13 @@ class Exchange:
         self._wait: Callable[[], None] | None = None
 
     def start(self, payload: Tensor, scales: Tensor) -> None:
-        """Send every part to its rank.
+        """Start the all-to-all: every rank is sent its part, codes and scales in one message.
 
         Args:
             payload: FP8 [blocks, block]; ``blocks`` a multiple of the group's size.
             scales: E8M0 bytes uint8 [blocks].
         """
+        # [N, blocks / N · (block + 1)] bytes: row r goes to rank r, so (N-1)/N of them leave this one.
         message = pack(payload, scales, self._group.size)
         self._block = payload.shape[1]
         self._received = torch.empty_like(message)
@@ -106,21 +108,24 @@ class Exchange:
         assert self._wait is not None
         assert self._received is not None
         self._wait()
+        # Part ``rank`` as each of the N ranks cast it, decoded and added in FP32, in rank order.
         total = sum_parts(self._received, self._block, self._format.dtype)
         self._received = self._wait = None
-        if gather:
+        if gather:  # cast again, with scales from the amaxes of the sums
             self.gather(*quantize_blocks(total, self._format))
         return total
 
     def gather(self, payload: Tensor, scales: Tensor) -> None:
         """Send this rank's quantised part to everyone: FP8 [blocks / N, block], uint8 [blocks / N]."""
+        # blocks / N · (block + 1) bytes, sent to each of the N - 1 other ranks.
         message = pack(payload, scales, 1)[0]
         self._block = payload.shape[1]
         self._gathered = message.new_empty(self._group.size, message.numel())
         self._wait = self._group.all_gather(self._gathered, message, purpose=self._purpose)
 
     def finish(self) -> Quantized:
-        """The quantised result of all parts."""
+        """Wait for the all-gather and return the quantised sums of all parts: (payload [blocks, block],
+        scales [blocks])."""
         assert self._wait is not None
         assert self._gathered is not None
         self._wait()
@@ -131,8 +136,8 @@ class Exchange:
 
 
 class HierarchicalExchange:
-    """The same in two levels, all-reduce or reduce-scatter; bit-identical on all ranks like
-    :class:`Exchange`.
+    """An exchange in two levels, inside nodes and then between them: all-reduce or reduce-scatter,
+    bit-identical on all ranks like :class:`Exchange`.
 
     Inside the node FP8 always; between nodes ``between`` chooses FP8 (three roundings in all) or BF16 (the
     sums of a node travel with 8 bits of mantissa, two roundings to FP8).
@@ -153,7 +158,8 @@ class HierarchicalExchange:
         self._across = Exchange(cross, fmt, purpose=f"{purpose}_between_nodes")
 
     def start(self, payload: Tensor, scales: Tensor) -> None:
-        """As :meth:`Exchange.start`; ``blocks`` a multiple of local size · nodes."""
+        """Start the exchange inside the node. Arguments as for :meth:`Exchange.start`; ``blocks`` is a
+        multiple of the node's ranks times the nodes."""
         self._inside.start(payload, scales)
 
     def advance(self, *, gather: bool = True) -> Tensor:
@@ -163,7 +169,9 @@ class HierarchicalExchange:
             FP32 sums of this rank's part [blocks / N, block]. Parts lie by place in the node first, then by
             node.
         """
+        # With L ranks in each of M nodes: this rank has the node's sum of 1/L of the blocks, in FP32.
         total = self._inside.advance(gather=False)
+        # Between nodes each moves that 1/L: reduced to 1/(L·M), and with ``gather`` collected again as codes.
         if self._between == "fp8":
             self._across.start(*quantize_blocks(total, self._format))
             total = self._across.advance(gather=gather)
@@ -171,13 +179,14 @@ class HierarchicalExchange:
             total = self._add_in_bf16(total)
             if gather:
                 self._across.gather(*quantize_blocks(total, self._format))
-        if gather:
+        if gather:  # the 1/L of the final codes that this rank has, to its node
             self._inside.gather(*self._across.finish())
         return total
 
     def _add_in_bf16(self, total: Tensor) -> Tensor:
         """This rank's part of the sum over nodes, FP32 from BF16 contributions in node order."""
         nodes = self._cross.size
+        # [nodes, bytes of a part]: 2 bytes an element, without scales.
         sent = total.to(torch.bfloat16).view(torch.uint8).reshape(nodes, -1)
         received = torch.empty_like(sent)
         self._cross.all_to_all(received, sent, purpose=f"{self._purpose}_between_nodes")()
@@ -188,5 +197,6 @@ class HierarchicalExchange:
         return result
 
     def finish(self) -> Quantized:
-        """The quantised result of all parts."""
+        """Wait for the last all-gather and return the quantised sums of all parts: (payload [blocks, block],
+        scales [blocks])."""
         return self._inside.finish()

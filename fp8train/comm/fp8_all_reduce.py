@@ -43,7 +43,7 @@ def ring_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) -> 
 
 
 def ring_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tensor:
-    """The whole sum, FP8 [n], the bits of ``fold_ring`` on every rank.
+    """The whole sum, FP8 [n], on every rank: the bits of ``fold_ring``.
 
     See :func:`ring_reduce_scatter`; counted under ``all_reduce/``.
     """
@@ -51,12 +51,14 @@ def ring_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tens
 
 
 def tree_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tensor:
-    """As :func:`ring_reduce_scatter` with N trees in ceil(log2 N) messages: the bits of ``fold_tree``."""
+    """This rank's chunk of the sum, through N trees in ceil(log2 N) messages: FP8 [ceil(n / N)], the bits of
+    ``fold_tree``. Arguments as for :func:`ring_reduce_scatter`."""
     return _reduce_scatter(codes, group, f"reduce_scatter/{purpose}", _reduce_tree)
 
 
 def tree_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tensor:
-    """As :func:`ring_all_reduce` with N trees: the bits of ``fold_tree`` on every rank."""
+    """The whole sum, FP8 [n], on every rank, through N trees: the bits of ``fold_tree``. Arguments as for
+    :func:`ring_all_reduce`."""
     return _all_reduce(codes, group, f"all_reduce/{purpose}", _reduce_tree, _gather_tree)
 
 

@@ -60,7 +60,7 @@ def add_fp8(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_codes(a: Tensor, b: Tensor, fmt: Format) -> Tensor:
-    """:func:`add_fp8` on uint8 codes."""
+    """Add two FP8 payloads given as uint8 codes, as :func:`add_fp8` does; returns codes."""
     if a.device.type != "cpu":
         return _add_in_fp16(a, b, fmt)
     pairs = a.reshape(-1).to(torch.int32).mul_(256).add_(b.reshape(-1))  # a look-up is 10 times faster

@@ -41,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place in the job.
+    """This process's place in the job: its device, its rank, and the groups of ranks that it works with.
 
     Groups along an axis hold the ranks that differ in that axis alone. Groups over several axes:
 
@@ -105,7 +105,7 @@ def world_from_environment() -> tuple[int, int, int, int]:
 
 
 def choose_device(setting: str, local_rank: int) -> torch.device:
-    """The device for ``run.device``.
+    """The device that ``run.device`` means on this rank.
 
     Raises:
         ConfigError: ``cuda`` was asked for and is not there, or there are more ranks than devices.

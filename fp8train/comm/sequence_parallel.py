@@ -44,7 +44,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Makes what ranks know of their parts of a tensor (or of its rows) what one process knows of the whole.
+    """Lets ranks agree on what each knows of its part of a tensor (or of its rows), as if one process had the
+    whole.
 
     Attributes:
         group: the ranks with other parts.
@@ -59,7 +60,7 @@ class Agreement:
         return amax
 
     def total(self, counts: Tensor) -> Tensor:
-        """The elementwise sum of integers."""
+        """The elementwise sum of integer counts over the group, a new tensor."""
         counts = counts.clone()
         self.group.all_reduce(counts, purpose="mse_counts")()
         return counts
@@ -83,16 +84,16 @@ class TensorParallel:
 
     @property
     def size(self) -> int:
-        """Tensor-parallel ranks."""
+        """Number of tensor-parallel ranks N."""
         return self.group.size
 
     @property
     def rank(self) -> int:
-        """This one's number among them."""
+        """This process's place among them, 0 to N - 1."""
         return self.group.rank
 
     def agreement(self, *, tp: bool, cp: bool) -> Agreement | None:
-        """Among ranks that hold parts of one tensor; None if this one has the whole.
+        """The agreement among ranks that hold parts of one tensor; None if this one has the whole.
 
         Args:
             tp: tensor-parallel ranks have other parts.
@@ -107,7 +108,7 @@ class TensorParallel:
         return Agreement(group) if group.size > 1 else None
 
     def gather(self, x: Tensor, *, batch: int, purpose: str) -> Callable[[], Tensor]:
-        """Start to gather whole sequences.
+        """Start an all-gather of whole sequences from the parts that the ranks hold.
 
         Args:
             x: [batch · S/N, K], any dtype; FP8 travels as bytes.

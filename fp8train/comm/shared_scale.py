@@ -72,7 +72,7 @@ class ReducedBucket:
 
     @property
     def finite(self) -> Tensor:
-        """Bool [num tensors]: finite on every rank."""
+        """Whether each tensor was finite on every rank: bool [num tensors]."""
         return self.scale_inv.isfinite()
 
     def payload(self, index: int) -> Tensor:
@@ -81,7 +81,7 @@ class ReducedBucket:
         return self.codes[begin:end]
 
     def values(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``payload(index) · scale_inv``, flat."""
+        """Values of tensor ``index`` that are here, ``payload(index) · scale_inv``: flat, in ``dtype``."""
         return uncast(self.payload(index), self.scale_inv[index], dtype)
 
 
@@ -95,12 +95,12 @@ class PayloadOrder(Protocol):
 
     @property
     def held(self) -> Sequence[slice]:
-        """See the class."""
+        """For each tensor, the place of its elements in this rank's chunk."""
         ...
 
     @property
     def starts(self) -> Sequence[int]:
-        """See the class."""
+        """For each tensor, the index of its first element in this rank's chunk, counted within the tensor."""
         ...
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class PayloadOrder(Protocol):
 
 
 class SharedScaleReduction:
-    """One bucket on its way over the ranks.
+    """Reduces one bucket of gradients with shared scales, in three calls that can run beside backward.
 
     ``start()`` when the bucket is full: sends amax. ``send()`` some time later: casts, releases the gradients
     and sends the payload. ``finish()`` before the result is needed. All ranks must start, send and finish
@@ -213,7 +213,7 @@ class SharedScaleReduction:
 
     @torch.no_grad()
     def finish(self) -> ReducedBucket:
-        """The result; sends first if :meth:`send` was not called."""
+        """Wait for the sum and return it; sends first if :meth:`send` was not called."""
         if self._wait_for_sum is None:
             self.send()
         assert self._wait_for_sum is not None
@@ -279,7 +279,8 @@ def shared_scale_reduce_scatter(
     average: bool = False,
     purpose: str = "gradient",
 ) -> ReducedBucket:
-    """As :func:`shared_scale_all_reduce`; every rank gets its chunk, ``ceil(n / N)`` codes, the same bits."""
+    """Sum (or average) the gradients of a bucket over the ranks in FP8, at once; every rank gets its chunk of
+    ``ceil(n / N)`` codes, with the bits that an all-reduce gives them."""
     reduction = SharedScaleReduction(
         gradients, mus, group, fmt=fmt, algorithm=algorithm, average=average, scatter=True, purpose=purpose
     )

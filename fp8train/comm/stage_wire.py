@@ -23,7 +23,7 @@ from fp8train.numerics.formats import E4M3, E5M2, Format
 
 
 class StageWire:
-    """Encodes states of one shape and dtype.
+    """Encodes states of one shape and dtype for the way to another pipeline stage.
 
     Attributes:
         carrier_shape: of what travels, FP32.
@@ -35,14 +35,15 @@ class StageWire:
         self.carrier_shape = (-(-self._blocks * (self._block + 1) // 4),)
 
     def encode(self, states: Tensor, fmt: Format) -> Tensor:
-        """States of the wire's shape -> carrier."""
+        """Quantise states of the wire's shape and pack codes and scales into a carrier, FP32
+        [carrier_shape]."""
         payload, scales = quantize_blocks(as_blocks(states, self._block), fmt)
         message = torch.cat((payload.view(torch.uint8).view(-1), scales))
         padding = 4 * self.carrier_shape[0] - message.numel()
         return torch.nn.functional.pad(message, (0, padding)).view(torch.float32)
 
     def decode(self, carrier: Tensor, fmt: Format) -> Tensor:
-        """Carrier -> states of the wire's shape and dtype."""
+        """Unpack and dequantise a carrier: states of the wire's shape and dtype."""
         message = carrier.view(torch.uint8)
         codes = self._blocks * self._block
         payload = message[:codes].view(fmt.dtype).view(self._blocks, self._block)
@@ -50,11 +51,11 @@ class StageWire:
         return from_blocks(values, self._shape).to(self._dtype)
 
     def pack(self, states: Tensor) -> Tensor:
-        """States -> carrier, in E4M3. Its gradient is a carrier in E5M2."""
+        """Turn states into a carrier in E4M3, differentiably. Its gradient is a carrier in E5M2."""
         return _Pack.apply(states, self)
 
     def unpack(self, carrier: Tensor) -> Tensor:
-        """The inverse of :meth:`pack`. Its gradient leaves as a carrier in E5M2."""
+        """Turn a carrier back into states, differentiably. Their gradient leaves as a carrier in E5M2."""
         return _Unpack.apply(carrier, self)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """A function of the step.
+    """The global batch size of each optimizer step, as a function of the step.
 
     Attributes:
         final: global batch size after the ramp.
@@ -24,11 +24,11 @@ class BatchSizes:
 
     @property
     def all(self) -> list[int]:
-        """Every size, in order."""
+        """Every size that occurs, in order."""
         return [*(size for _, size in self.ramp), self.final]
 
     def size(self, step: int) -> int:
-        """Samples of a (0-based) step."""
+        """Number of samples of a (0-based) step."""
         for steps, size in self.ramp:
             if step < steps:
                 return size
@@ -36,7 +36,7 @@ class BatchSizes:
         return self.final
 
     def samples_before(self, step: int) -> int:
-        """Samples of all steps before this one."""
+        """Number of samples of all steps before this one."""
         samples = 0
         for steps, size in self.ramp:
             taken = min(step, steps)
@@ -44,7 +44,7 @@ class BatchSizes:
         return samples + step * self.final
 
     def steps_for(self, tokens: int, seq_length: int) -> int:
-        """Fewest steps that use this many tokens."""
+        """Smallest number of steps that use this many tokens."""
         done = 0
         for steps, size in self.ramp:
             needed = -(-tokens // (size * seq_length))

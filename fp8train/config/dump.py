@@ -1,4 +1,4 @@
-"""A resolved config as YAML that loads again to the same config."""
+"""Writes a resolved config as YAML that loads again to the same config."""
 
 from __future__ import annotations
 

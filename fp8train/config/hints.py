@@ -1,4 +1,5 @@
-"""What the user probably meant: nearest keys, legal values, and how to write a value of the right type."""
+"""Guesses what the user meant, for error messages: nearest keys, legal values, and how to write a value of
+the right type."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Key:
 
     @property
     def name(self) -> str:
-        """``section.key``."""
+        """The key's name as people write it, ``section.key``."""
         return dotted(self.path)
 
     @property

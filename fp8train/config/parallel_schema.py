@@ -25,7 +25,7 @@ class PipelineConfig(Section):
 
     @property
     def stages(self) -> int:
-        """Stages on each rank."""
+        """Number of stages on each rank."""
         return self.stages_per_rank or (1 if self.schedule == "1f1b" else 2)
 
     @model_validator(mode="after")

@@ -57,7 +57,8 @@ def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> Resolved
 def resolve_mapping(
     data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config"
 ) -> ResolvedConfig:
-    """As :func:`load_config` for a mapping that is already in memory; ``source`` names it in messages.
+    """Validate a mapping that is already in memory as :func:`load_config` validates files; ``source`` names
+    it in messages.
 
     Raises:
         ConfigError: also for keys that are not text and values that YAML could not hold.

@@ -77,7 +77,7 @@ class LoggingConfig(Section):
 
 
 class Config(Section):
-    """One run."""
+    """The configuration of one run."""
 
     run: RunConfig = RunConfig()
     """Where and how the run lives."""

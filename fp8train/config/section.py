@@ -1,4 +1,4 @@
-"""The base of configuration sections, and the types of their numbers."""
+"""The base class of configuration sections, and the types of their numbers."""
 
 from __future__ import annotations
 

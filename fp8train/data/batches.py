@@ -102,7 +102,7 @@ class GlobalBatches:
         self._vocab_size, self._masked = vocab_size, masked
 
     def batch(self, step: int) -> torch.Tensor:
-        """This rank's micro-batches of a step.
+        """Read this rank's micro-batches of one step.
 
         Args:
             step: Optimizer steps done before this one; any number >= 0, samples repeat after an epoch.

@@ -28,7 +28,7 @@ _MAX_PERIOD = 1 << 18
 
 
 class Blend:
-    """An endless mixture; a dataset that runs out starts its next epoch.
+    """An endless mixture of datasets; one that runs out starts its next epoch.
 
     Args:
         datasets: The parts, all with the same ``seq_length``.

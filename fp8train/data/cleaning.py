@@ -38,7 +38,7 @@ class Report:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, reason: str, name: str) -> None:
-        """Count one document."""
+        """Count one document under ``reason``, and keep its name as an example while there are few."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.examples.setdefault(reason, [])
         if len(names) < MAX_EXAMPLES:

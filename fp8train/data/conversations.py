@@ -38,7 +38,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Segment:
-    """Text that is learnt or read.
+    """A piece of a conversation's text, which is either learnt or only read.
 
     Attributes:
         text: any.

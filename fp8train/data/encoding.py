@@ -27,7 +27,7 @@ _UNITS_IN_FLIGHT_PER_WORKER = 4
 
 @dataclass
 class EncodedUnit:
-    """Documents of one unit.
+    """The documents of one unit of input, as tokens.
 
     Attributes:
         tokens: int32 ``[sum(lengths)]``, documents end to end, each ending with the end-of-document id.
@@ -46,7 +46,7 @@ class EncodedUnit:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a worker needs to know; picklable.
+    """Turns units of input into tokens; picklable, so that worker processes get it whole.
 
     Attributes:
         tokenizer_path: Tokenizer file.
@@ -89,7 +89,7 @@ class Encoder:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def encode(self, unit: Unit, tokenizer: Tokenizer) -> EncodedUnit:
-        """Encode one unit in this process."""
+        """Read, clean and tokenise one unit in this process."""
         result = EncodedUnit()
         token_lengths = tokenizer.token_lengths()
         result.exact_bytes = token_lengths is not None

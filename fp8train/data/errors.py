@@ -1,4 +1,4 @@
-"""Errors of the data package."""
+"""The error that the data package raises for what a user can mend."""
 
 from fp8train.config.errors import UserError
 

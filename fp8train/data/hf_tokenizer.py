@@ -19,7 +19,7 @@ EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", 
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` file.
+    """A Hugging Face tokenizer, read from its ``tokenizer.json`` file.
 
     Args:
         path: The file.

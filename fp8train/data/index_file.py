@@ -54,7 +54,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Index:
-    """A checked ``.idx`` file.
+    """The content of an ``.idx`` file, checked.
 
     Attributes:
         dtype: Type of the tokens in ``.bin``.
@@ -68,12 +68,12 @@ class Index:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the ``.bin`` file."""
+        """Number of tokens in the ``.bin`` file."""
         return int(self.document_offsets[-1])
 
 
 def read_index(path: Path) -> Index:
-    """Map and check an ``.idx`` file.
+    """Map an ``.idx`` file into memory and check it.
 
     Raises:
         DataError: It is not an index, is truncated or too long, or contradicts itself.
@@ -105,7 +105,7 @@ def read_index(path: Path) -> Index:
 
 
 def write_index(stream: BinaryIO, dtype: np.dtype, lengths: np.ndarray, boundaries: np.ndarray) -> None:
-    """Write an ``.idx`` file.
+    """Write the ``.idx`` file of a dataset with these sequences.
 
     Args:
         stream: Where to write.

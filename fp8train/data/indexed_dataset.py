@@ -28,17 +28,17 @@ _MAX_LENGTH = 2**31 - 1  # sequence lengths are int32
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """``PREFIX.bin``."""
+    """Path of the file with the tokens, ``PREFIX.bin``."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """``PREFIX.idx``."""
+    """Path of the index file, ``PREFIX.idx``."""
     return Path(f"{prefix}.idx")
 
 
 class IndexedDataset:
-    """Read-only, memory-mapped dataset.
+    """The documents of a Megatron dataset, read-only and memory-mapped.
 
     Args:
         prefix: Path without ``.bin``/``.idx``.
@@ -152,11 +152,11 @@ class IndexedDatasetWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents written so far."""
+        """Number of documents written so far."""
         return len(self._lengths)
 
     def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document: integer array [n]."""
+        """Append one document, an integer array [n] of token ids."""
         self.add_documents(tokens, [len(tokens)])
 
     def add_documents(self, tokens: np.ndarray, lengths: list[int]) -> None:

@@ -14,7 +14,7 @@ from fp8train.data.errors import DataError
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``(file:line, object)`` of every line that is not blank.
+    """Yield (``file:line``, object) of every line that is not blank.
 
     Raises:
         DataError: the file cannot be read, or a line is not a JSON object in UTF-8; names file and line.

@@ -29,7 +29,7 @@ SplitName = Literal["train", "valid", "test"]
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads.
+    """What a run reads: batches of each split, and the tokenizer behind them.
 
     Attributes:
         train: Training batches, endless.
@@ -55,7 +55,7 @@ class Data:
     epochs: float
 
     def summary(self) -> list[str]:
-        """Printable lines: what each split holds."""
+        """Printable lines that say what each split holds."""
         lines = []
         for batches in (self.train, self.valid, self.test):
             if batches is not None:

@@ -38,7 +38,7 @@ _PACKING_KEY, _SAMPLES_KEY = 3, 2  # samples.py draws with 1 and 2
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens of one conversation.
+    """Consecutive tokens of one conversation, as their place in the file.
 
     Attributes:
         start: first token in the file.

@@ -48,7 +48,7 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Sidecar:
-    """Make a dataset.
+    """Make a dataset for pretraining from text files, and train its tokenizer where none is given.
 
     Args:
         inputs: Text files (one document each), ``.jsonl`` files (one document per line) and folders of them.
@@ -109,7 +109,7 @@ def tokenizer_beside(tokenizer: Tokenizer, prefix: str | Path) -> tuple[bytes, P
 
 
 def check_target(prefix: Path, overwrite: bool) -> None:
-    """Make the folder of a new dataset.
+    """Make the folder of a new dataset, if it may be written there.
 
     Raises:
         DataError: the dataset exists and may not be overwritten, or the folder cannot be made.

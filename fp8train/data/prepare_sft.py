@@ -26,7 +26,7 @@ from fp8train.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def mask_path(prefix: str | Path) -> Path:
-    """``PREFIX.mask``."""
+    """Path of the target mask, ``PREFIX.mask``."""
     return Path(f"{prefix}.mask")
 
 
@@ -40,7 +40,7 @@ def prepare_sft(
     seed: int = 1234,
     overwrite: bool = False,
 ) -> Sidecar:
-    """Make a dataset for fine-tuning.
+    """Make a dataset for fine-tuning from conversations.
 
     Args:
         inputs: ``.jsonl`` files, see :mod:`fp8train.data.conversations`.

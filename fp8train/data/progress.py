@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ByteProgress:
-    """Context manager around work on ``total`` bytes.
+    """Shows the progress of work on ``total`` bytes; a context manager.
 
     Args:
         label: What is going on.
@@ -40,7 +40,7 @@ class ByteProgress:
             self._task = self._bar.add_task(label, total=total)
 
     def advance(self, count: int) -> None:
-        """``count`` more bytes are done."""
+        """Count ``count`` more bytes as done, and show it if it is time."""
         self._done += count
         if self._bar is not None:
             self._bar.advance(self._task, count)

@@ -82,7 +82,7 @@ def split_documents(num_documents: int, shares: Sequence[float]) -> list[tuple[i
 
 
 class SampleDataset:
-    """Samples of a range of documents.
+    """The samples of a range of documents, in a global order.
 
     Args:
         dataset: Where the tokens are.

@@ -31,7 +31,7 @@ class TargetMask(BaseModel):
 
 
 class Sidecar(BaseModel):
-    """Content of ``PREFIX.json``."""
+    """The content of ``PREFIX.json``: what a dataset was made with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -67,7 +67,7 @@ class Sidecar(BaseModel):
 
 
 def sidecar_path(prefix: str | Path) -> Path:
-    """``PREFIX.json``."""
+    """Path of the sidecar, ``PREFIX.json``."""
     return Path(f"{prefix}.json")
 
 

@@ -123,7 +123,7 @@ def plan_units(files: Sequence[Path]) -> list[Unit]:
 
 
 def unit_bytes(unit: Unit) -> int:
-    """Input bytes of a unit."""
+    """Number of input bytes of a unit."""
     return sum(piece.stop - piece.start for piece in unit)
 
 

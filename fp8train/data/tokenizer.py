@@ -29,7 +29,7 @@ _PROBE = f" a  b\n\n\t c\u00e9\u3000{SPACE_SYMBOL}\r\n\U0001f600 x\x7f "
 
 
 class Tokenizer(ABC):
-    """Text to ids and back.
+    """Turns text into token ids and back. Subclasses are the file formats.
 
     Attributes:
         path: The file it was loaded from.
@@ -48,7 +48,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without an end-of-document id."""
+        """Token ids of ``text``, without an end-of-document id."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -98,7 +98,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.token_bytes = None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without an end-of-document id."""
+        """Token ids of ``text``, without an end-of-document id."""
         if self.token_bytes is None:
             return self._model.encode(text, num_threads=1)
         return self._encode_exact(text)
@@ -158,7 +158,7 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokeniz
 
 
 def read_tokenizer_file(path: Path) -> bytes:
-    """Bytes of a tokenizer file.
+    """Read all bytes of a tokenizer file.
 
     Raises:
         DataError: It is missing or unreadable.

@@ -28,7 +28,7 @@ _MAX_CHARACTERS = 8192  # longer lines are cut: SentencePiece drops what passes 
 def train_sentencepiece(
     texts: Iterable[str], *, vocab_size: int, model_type: Literal["bpe", "unigram"] = "bpe"
 ) -> bytes:
-    """Train a tokenizer.
+    """Train a SentencePiece tokenizer with byte fallback on these texts.
 
     Args:
         texts: Training text in any pieces; cut into lines here. All of it is held in memory by SentencePiece.

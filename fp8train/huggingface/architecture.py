@@ -1,4 +1,4 @@
-"""What is known of one Hugging Face architecture, and of one of its tensors."""
+"""The description of one Hugging Face architecture: its settings, its tensors and how they lie in ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fp8train.huggingface.layouts import SAME, Layout
 
 @dataclass(frozen=True)
 class TensorMap:
-    """One of our parameters in their file.
+    """Where one of our parameters lies in a Hugging Face file.
 
     Attributes:
         ours: its name in the decoder.
@@ -28,7 +28,7 @@ class TensorMap:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of transformers.
+    """What is known of one architecture of transformers.
 
     Attributes:
         name: its class, as in ``architectures`` of a config.json.

@@ -1,4 +1,4 @@
-"""Which architecture a config.json asks for, and which one computes what a run of ours computes."""
+"""Finds the Hugging Face architecture of a config.json, and the one that computes what a run of ours does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALSO = {"mistral": "MistralForCausalLM"}
 
 
 def architecture_of_config(config: ConfigJson) -> Architecture:
-    """The architecture of a file.
+    """Find the architecture that a config.json describes.
 
     Raises:
         HuggingFaceError: it is not one of ours, or has another head than that of a language model.

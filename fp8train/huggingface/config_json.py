@@ -67,7 +67,7 @@ class ConfigJson:
         return kind(value)
 
     def flag(self, key: str, *, default: bool) -> bool:
-        """True or false."""
+        """Read a key that is true or false; ``default`` where it is absent or null."""
         value = self.optional(key)
         if value is None:
             return default
@@ -76,12 +76,12 @@ class ConfigJson:
         return value
 
     def optional(self, key: str) -> Any:
-        """The value as it is; None where it is absent."""
+        """Read a key's value as it is; None where it is absent."""
         self._seen.add(key)
         return self.values.get(key)
 
     def choice(self, key: str, legal: dict[str, Any], *, default: str) -> Any:
-        """What ``legal`` says of the key's value."""
+        """Read a key with few legal values, and return what ``legal`` maps its value to."""
         value = self.optional(key)
         value = default if value is None else value
         if not isinstance(value, str) or value not in legal:
@@ -100,13 +100,13 @@ class ConfigJson:
         raise HuggingFaceError(f"{self.path}: {key}: {json.dumps(value)} cannot be imported: {why}")
 
     def unread(self) -> list[str]:
-        """``key=value`` of what had no meaning, sorted."""
+        """List ``key=value`` of everything that was not read and may mean something, sorted."""
         rest = sorted(set(self.values) - self._seen - _NEUTRAL)
         return [f"{key}={json.dumps(self.values[key])}" for key in rest]
 
 
 def read_config(folder: Path) -> ConfigJson:
-    """The config.json of a model's folder.
+    """Read the config.json of a model's folder.
 
     Raises:
         HuggingFaceError: it is not there, not JSON, or describes weights that are quantised or computed by

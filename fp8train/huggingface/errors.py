@@ -1,4 +1,4 @@
-"""Errors of models from and for elsewhere."""
+"""The error that imports and exports of models raise for what a user can mend."""
 
 from fp8train.config.errors import UserError
 

@@ -42,7 +42,7 @@ from fp8train.models.build import with_vocab_size
 
 @dataclass(frozen=True)
 class Export:
-    """One export: what it is made of.
+    """Everything that one export is made of: checkpoint, target architecture and format.
 
     Attributes:
         run: the checkpoint.
@@ -62,14 +62,14 @@ class Export:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of our tensors, those that the model lacks included."""
+        """Shapes of our tensors by name, those that the model lacks included."""
         own = self.masters.shapes
         hidden = self.run.config.model.hidden_size
         return {one.ours: own.get(one.ours) or _vector_shape(one.ours, own, hidden) for one in self.maps}
 
     @property
     def parameters(self) -> int:
-        """Of their model."""
+        """Number of parameters of the exported model."""
         shapes = self.shapes
         parts = [part for one in self.maps for part in one.layout.shapes(shapes[one.ours])]
         return sum(math.prod(part) for part in parts)
@@ -84,7 +84,7 @@ class Export:
         return value * self.multipliers.of(fqn, shapes[fqn])
 
     def encode(self, tensor: TensorMap) -> dict[str, Tensor]:
-        """Their tensors of one of ours."""
+        """Encode one of our tensors: their tensors by name, in the export's format."""
         return self.format.encode(tensor, self.value(tensor.ours))
 
 
@@ -94,7 +94,7 @@ def _vector_shape(fqn: str, shapes: dict[str, tuple[int, ...]], hidden: int) -> 
 
 
 def plan_export(run: TrainedRun, name: FormatName) -> Export:
-    """What exporting a checkpoint means.
+    """Decide what exporting a checkpoint means: architecture, tensors, multipliers and format.
 
     Args:
         run: the checkpoint.
@@ -218,7 +218,7 @@ def export_command(
     check: bool | None,
     text: Path | None,
 ) -> int:
-    """Export a checkpoint and report.
+    """Export a checkpoint, compare it with transformers, and report.
 
     Args:
         checkpoint: step directory, or run directory for its newest good checkpoint.

@@ -57,23 +57,23 @@ class WeightFiles:
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Names of all tensors in the files."""
         return set(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Shape of a tensor, from the file's header."""
         return tuple(self._where[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Of a tensor, in safetensors' notation."""
+        """Type of a tensor in safetensors' notation, such as ``BF16``; from the file's header."""
         return str(self._where[name].get_slice(name).get_dtype())
 
     def is_floating(self, name: str) -> bool:
-        """Whether a tensor holds unquantised numbers."""
+        """Whether a tensor holds unquantised numbers (FP64, FP32, FP16 or BF16)."""
         return self.dtype(name) in _FLOATING
 
     def read(self, name: str) -> Tensor:
-        """A tensor, as stored."""
+        """Read a tensor to the CPU, as it is stored."""
         return self._where[name].get_tensor(name)
 
 
@@ -103,5 +103,5 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Of a tensor."""
+    """Bytes that a tensor of this shape and type takes."""
     return math.prod(shape) * dtype.itemsize

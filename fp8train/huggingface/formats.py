@@ -56,7 +56,7 @@ class ExportFormat:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not in FP8."""
+        """Type of the tensors that are not in FP8."""
         return torch.float32 if self.name == "fp32" else torch.bfloat16
 
     def encode(self, tensor: TensorMap, value: Tensor) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class ExportFormat:
         return found
 
     def config(self) -> dict[str, Any]:
-        """``quantization_config`` of config.json; empty without FP8."""
+        """The entry ``quantization_config`` of config.json; empty without FP8."""
         if not self.quantised:
             return {}
         kept = ["lm_head", *(name for names in self.kept.values() for name in names)]
@@ -127,7 +127,7 @@ class ExportFormat:
         }
 
     def describe(self) -> str:
-        """For the terminal."""
+        """Say in one line, for the terminal, what is stored how."""
         if not self.quantised:
             return self.name
         line = f"{self.name}: {len(self.quantised)} matrices in E4M3, the rest in BF16"
@@ -138,7 +138,7 @@ class ExportFormat:
 def choose_format(
     name: FormatName, maps: Sequence[TensorMap], shapes: Mapping[str, tuple[int, ...]], *, planned: set[str]
 ) -> ExportFormat:
-    """What is stored how.
+    """Decide which matrices are stored in FP8, and why the others are not.
 
     Args:
         name: see the module.

@@ -1,4 +1,5 @@
-"""``GPT2LMHeadModel``: learned positions, fused c_attn, Conv1D ([in, out]) instead of linears."""
+"""The architecture ``GPT2LMHeadModel``: learned positions, fused c_attn, Conv1D ([in, out]) instead of
+linears."""
 
 from __future__ import annotations
 

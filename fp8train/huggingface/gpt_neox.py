@@ -1,5 +1,5 @@
-"""``GPTNeoXForCausalLM`` with branches one after the other and whole heads rotated. Its fused projection has
-our row order: query, key and value of each head."""
+"""The architecture ``GPTNeoXForCausalLM``, where its branches follow one another and whole heads are rotated.
+Its fused projection has our row order: query, key and value of each head."""
 
 from __future__ import annotations
 

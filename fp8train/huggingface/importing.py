@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 
 def import_command(folder: Path, *, output: Path, check: bool | None, text: Path | None) -> int:
-    """Import a model and report.
+    """Import a model of transformers, compare the two, and report.
 
     Args:
         folder: with config.json and safetensors.

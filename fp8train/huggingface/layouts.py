@@ -18,7 +18,7 @@ from fp8train.layers.mlp import shard_unit
 
 
 class Layout:
-    """A tensor that is the same on both sides."""
+    """How one of our tensors lies in theirs; this class: the same on both sides."""
 
     def views(self, ours: Tensor) -> tuple[Tensor, ...]:
         """Views of our tensor in the shapes of theirs, or in shapes that flatten to those."""
@@ -32,14 +32,14 @@ class Layout:
         )
 
     def to_ours(self, theirs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Our tensor of this shape."""
+        """Put their tensors together to ours, of this ``shape`` and their dtype; padding is zero."""
         ours = theirs[0].new_zeros(shape)
         for view, source in zip(self.views(ours), theirs, strict=True):
             view.copy_(source.reshape(view.shape))
         return ours
 
     def shapes(self, ours: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Shapes of their tensors."""
+        """Shapes of their tensors, from that of ours."""
         return tuple(_merge_rows(view, len(ours)) for view in self.views(torch.empty(ours, device="meta")))
 
 
@@ -61,7 +61,7 @@ class Vocabulary(Layout):
     """Tokens without padding."""
 
     def views(self, ours: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Layout`."""
+        """A view of our tensor without the padding of the vocabulary, [size, ..]."""
         return (ours[: self.size],)
 
 
@@ -74,7 +74,8 @@ class SeparateQKV(Layout):
     head_dim: int
 
     def views(self, ours: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Layout`: [G, P, D, ..], [G, D, ..], [G, D, ..]."""
+        """Views of query, key and value rows, of G groups with P query heads of width D: [G, P, D, ..], [G,
+        D, ..], [G, D, ..]."""
         groups = ours.unflatten(0, (self.num_kv_heads, -1, self.head_dim))
         return groups[:, :-2], groups[:, -2], groups[:, -1]
 
@@ -86,7 +87,7 @@ class GateUp(Layout):
     ffn_hidden_size: int
 
     def views(self, ours: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Layout`: [units, unit, ..] each."""
+        """Views of the gate's rows and of up's, [units, unit, ..] each."""
         units = ours.unflatten(0, (-1, 2, shard_unit(self.ffn_hidden_size)))
         return units[:, 0], units[:, 1]
 
@@ -98,16 +99,16 @@ class Conv1D(Layout):
     inner: Layout = SAME
 
     def to_theirs(self, ours: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Layout`."""
+        """Their one tensor: the parts of ``inner`` joined, and a matrix transposed to [in, out]."""
         rows = torch.cat(self.inner.to_theirs(ours))
         return (rows.t().contiguous() if rows.dim() == 2 else rows,)
 
     def to_ours(self, theirs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """See :class:`Layout`."""
+        """Our tensor of this ``shape``, from their one tensor [in, out] (or [out], a bias)."""
         (fused,) = theirs
         rows = fused.t() if fused.dim() == 2 else fused
         return self.inner.to_ours(rows.split([part[0] for part in self.inner.shapes(shape)]), shape)
 
     def shapes(self, ours: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """See :class:`Layout`."""
+        """Shape of their one tensor: ours reversed."""
         return (ours[::-1],)

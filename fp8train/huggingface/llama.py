@@ -1,4 +1,5 @@
-"""``LlamaForCausalLM``, and Mistral's, which is the same decoder where its attention window is off."""
+"""The architecture ``LlamaForCausalLM``, and Mistral's, which is the same decoder where its attention window
+is off."""
 
 from __future__ import annotations
 

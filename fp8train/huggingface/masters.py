@@ -1,4 +1,5 @@
-"""A run's master weights in FP32, one parameter at a time, and a decoder that computes in FP32 with them."""
+"""Reads a run's master weights in FP32, one parameter at a time, and builds a decoder that computes in FP32
+with them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from fp8train.optim.master_weights import MasterWeights
 
 
 class MasterReader:
-    """Reads masters from a (verified) checkpoint.
+    """Reads the master weights of a (verified) checkpoint, one parameter at a time.
 
     Attributes:
         decoder: the model as trained, without storage: names, shapes, multipliers and FP8 plan.
@@ -34,11 +35,11 @@ class MasterReader:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all parameters, by name."""
+        """Logical shapes of all parameters, by name."""
         return {fqn: tuple(parameter.shape) for fqn, parameter in self._parameters.items()}
 
     def read(self, fqn: str) -> Tensor:
-        """One master weight, FP32 on the CPU.
+        """Read one master weight and decode it: FP32 on the CPU.
 
         Raises:
             CheckpointError: it is not there as the run's configuration says.

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, and texts to measure perplexity on."""
+"""Makes output folders that appear complete or not at all, and reads texts to measure perplexity on."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Parity:
-    """Two models on the same tokens.
+    """The result of running two models on the same tokens.
 
     Attributes:
         difference: largest of two logits.
@@ -53,11 +53,11 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether they compute the same."""
+        """Whether their logits agree within :data:`TOLERANCE`."""
         return self.difference <= TOLERANCE * self.largest
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Say in one or two lines, for the terminal, how far the models differ."""
         import transformers
 
         found = [
@@ -139,7 +139,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def our_logits(model: Decoder) -> Logits:
-    """Of an FP32 decoder."""
+    """The function from tokens to logits of a decoder in FP32."""
     return model.logits
 
 
@@ -153,7 +153,7 @@ def fixed_tokens(vocab_size: int, max_seq_len: int) -> Tensor:
 def compare(
     ours: Logits, theirs: Logits, *, vocab_size: int, max_seq_len: int, text: list[int] | None = None
 ) -> Parity:
-    """Compare two models.
+    """Run two models on :func:`fixed_tokens` and compare their logits and, with ``text``, perplexities.
 
     Args:
         ours: one of them.

@@ -55,7 +55,7 @@ def rope_settings(config: ConfigJson, *, theta_key: str, share_key: str, share: 
 
 
 def rope_config(model: ModelConfig, *, theta_key: str) -> dict[str, Any]:
-    """The same for a config.json."""
+    """The keys of a config.json that describe our rotary positions, in the form that all versions read."""
     keys: dict[str, Any] = {theta_key: model.rope_theta, "rope_scaling": None}
     if model.rope_scaling is not None:
         scaling = model.rope_scaling.model_dump()

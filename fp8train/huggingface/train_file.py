@@ -67,7 +67,7 @@ def write_train_file(
     final: Path,
     tokenizer: str | None,
 ) -> None:
-    """Write the file that continues training.
+    """Write the YAML file from which a person continues an imported model's training.
 
     Args:
         path: where.

@@ -1,1 +1,1 @@
-"""Using a trained model: loading it from a checkpoint and continuing text."""
+"""The use of a trained model: loading it from a checkpoint, continuing text, scoring text and tasks."""

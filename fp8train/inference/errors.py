@@ -1,4 +1,4 @@
-"""Errors of using a model."""
+"""The error that loading and using a model raises for what a user can mend."""
 
 from fp8train.config.errors import UserError
 

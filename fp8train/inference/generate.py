@@ -47,7 +47,7 @@ def generate(
     vocab_size: int | None = None,
     stop: Callable[[list[int]], bool] = lambda new_tokens: False,
 ) -> list[list[int]]:
-    """Continue ``prompt_tokens``.
+    """Continue ``prompt_tokens`` by up to ``max_tokens`` tokens, once or several times.
 
     Args:
         model: with its weights.

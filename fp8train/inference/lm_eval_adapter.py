@@ -38,7 +38,7 @@ DEFAULT_NEW_TOKENS = 256
 
 @register_model("fp8train")
 class Fp8TrainLM(LM):  # type: ignore[misc]
-    """A model that lm-eval can ask.
+    """A trained model that lm-eval can ask for log-probabilities and continuations.
 
     Args:
         path: checkpoint, or run directory for its newest good one.

@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A verified checkpoint and its description.
+    """A verified checkpoint, with what its run's description says of it.
 
     Attributes:
         path: the checkpoint directory.
@@ -47,7 +47,7 @@ class TrainedRun:
     recorded_tokenizer: Path | None
 
     def load(self, numerics: Numerics, *, device: torch.device) -> BuiltModel:
-        """The model with its weights.
+        """Load the model with its weights, ready to run forward.
 
         Args:
             numerics: ``matched`` or ``bf16``, see :mod:`fp8train.inference.weights`.
@@ -110,7 +110,7 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model ready to use.
+    """A loaded model with its tokenizer, ready to use.
 
     Attributes:
         built: the decoder with its weights, and how its GEMMs run.
@@ -126,7 +126,7 @@ class TrainedModel:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The verified checkpoint directory behind ``path``.
+    """Find the checkpoint directory that ``path`` means, and verify it.
 
     Args:
         path: a ``step_XXXXXXXX`` directory, or a run directory or its ``checkpoints`` for the newest good
@@ -171,7 +171,7 @@ def open_run(path: Path) -> TrainedRun:
 
 
 def load_trained(path: Path, *, device: torch.device, numerics: Numerics = "matched") -> TrainedModel:
-    """Load a model and its tokenizer.
+    """Load the model of a checkpoint and its tokenizer.
 
     Args:
         path: see :func:`resolve_checkpoint`.

@@ -1,4 +1,4 @@
-"""Progress of a long evaluation: a line on stderr now and then."""
+"""Shows the progress of a long evaluation: a line on stderr now and then."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from fp8train.inference.errors import InferenceError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How the next token is chosen from its distribution.
 
     Attributes:
         temperature: divides the logits; 0 always takes the likeliest token.
@@ -70,7 +70,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token per row.
+    """Draw one token for each row of logits.
 
     Args:
         logits: [B, V].

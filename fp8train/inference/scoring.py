@@ -28,7 +28,7 @@ from fp8train.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens to score.
+    """Tokens to score, and the tokens that they follow.
 
     Attributes:
         context: token ids before the target, at least one.
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one request.
+    """How likely the model finds the target of one request.
 
     Attributes:
         log_prob: summed over the target, in nats.

@@ -35,7 +35,7 @@ DELIMITER = " "
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """One question.
+    """One question with several answers to choose from.
 
     Attributes:
         place: ``file:line``.
@@ -52,7 +52,7 @@ class MultipleChoice:
 
 @dataclass(frozen=True)
 class LastWord:
-    """One text with its end.
+    """One text whose end is to be predicted.
 
     Attributes:
         place: ``file:line``.
@@ -67,7 +67,7 @@ class LastWord:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples of one form.
+    """The examples of one file, all of one form.
 
     Attributes:
         path: the file.
@@ -79,12 +79,12 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """``multiple_choice`` or ``last_word``."""
+        """The form of the examples: ``multiple_choice`` or ``last_word``."""
         return "multiple_choice" if isinstance(self.examples[0], MultipleChoice) else "last_word"
 
 
 def read_task(path: Path, *, limit: int | None = None) -> Task:
-    """Read a file of examples.
+    """Read the examples of a task from a file.
 
     Args:
         path: ``.jsonl``, see the module's description.
@@ -148,7 +148,7 @@ def _multiple_choice(place: str, record: dict[str, object]) -> MultipleChoice:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A task in tokens.
+    """A task as requests to score.
 
     Attributes:
         requests: of all examples in order, one per choice.
@@ -162,7 +162,7 @@ class Encoded:
 def encode_task(
     task: Task, tokenizer: Tokenizer, *, delimiter: str, context_length: int, apart: bool = False
 ) -> Encoded:
-    """Turn examples into requests.
+    """Turn the examples of a task into requests.
 
     Args:
         task: the examples.

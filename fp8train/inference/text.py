@@ -27,7 +27,7 @@ from fp8train.inference.scoring import Request
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts in tokens.
+    """Texts to evaluate, as tokens.
 
     Attributes:
         documents: token ids of each, without end-of-document ids.
@@ -39,12 +39,12 @@ class Corpus:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens to score."""
+        """Number of tokens to score."""
         return sum(map(len, self.documents))
 
 
 def read_corpus(files: Sequence[Path], tokenizer: Tokenizer, *, json_key: str = "text") -> Corpus:
-    """Read and tokenise files.
+    """Read and tokenise the texts of files.
 
     Args:
         files: texts, or ``.jsonl`` files of documents.

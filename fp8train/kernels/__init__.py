@@ -1,1 +1,6 @@
-"""Operations with more than one implementation: a reference in plain torch and what a device does better."""
+"""Operations with more than one implementation: a reference in plain torch, and what a device does better.
+
+``gemm`` is the FP8 matrix multiplication and chooses its implementation once, when a model is built: the
+tensor cores, for scales that ``scaling`` says they take, or ``decode`` on devices without. ``matmul`` is for
+products in high precision.
+"""

@@ -47,7 +47,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class GemmBackend:
-    """Which implementation runs, and why."""
+    """Which implementation multiplies FP8 operands on this device, and why it was chosen."""
 
     name: Literal["scaled_mm", "decode", "simulation"]
     reason: str
@@ -94,7 +94,7 @@ def choose_gemm_backend(
 
 
 def gemms_without_kernel(quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int]) -> list[str]:
-    """Those of the three GEMMs whose operands have scales that no kernel of the device takes:
+    """Name the GEMMs, of a linear's three, whose operands have scales that no kernel of the device takes:
     ``output (mx_1x32 x mx_1x32)``.
 
     Args:
@@ -268,7 +268,7 @@ def fp8_gemm(
     backend: str,
     fast_accumulation: bool = False,
 ) -> Tensor:
-    """Multiply two FP8 operands.
+    """Multiply two FP8 operands: ``alpha · (a · scale_inv_a) @ (b · scale_inv_b)``.
 
     Args:
         a: FP8 payload [M, K], any strides; BF16, FP32 or FP64 for ``simulation``.

@@ -71,12 +71,12 @@ def native_pair(a: Granularity, b: Granularity, capability: tuple[int, int], cud
 
 
 def fills_blocks(granularity: Granularity, k: int) -> bool:
-    """Whether K is a multiple of the block."""
+    """Whether K is a multiple of the granularity's block, so that no block is short."""
     return k % OPERAND_BLOCK.get(granularity, 1) == 0
 
 
 def cuda_version() -> tuple[int, int]:
-    """Of the toolkit that torch was built with; (0, 0) for none."""
+    """(major, minor) version of the CUDA toolkit that torch was built with; (0, 0) for none."""
     major, _, minor = (torch.version.cuda or "0.0").partition(".")
     return int(major), int(minor)
 

@@ -48,7 +48,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """``out(softmax(q·k / sqrt(D)) · v)``, causal.
+    """Causal self-attention: ``out(softmax(q·k / sqrt(D)) · v)``.
 
     ``logits_scale`` replaces ``1 / sqrt(D)``; ``factors`` multiply the mixed values, and the gradients of
     queries, keys and values. ``qk_norm`` (of width D each) normalise query and key heads before RoPE.

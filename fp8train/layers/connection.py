@@ -1,4 +1,5 @@
-"""What a linear is connected to: whether it fits together, and its scale slots by use."""
+"""What a linear is connected to: a check that its parts fit together, and its delayed scales by operand
+use."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Embedding(nn.Module):
         return F.embedding(index, self.weight)
 
     def extra_repr(self) -> str:
-        """Rows and size."""
+        """Rows and size, for ``print(model)``."""
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
@@ -109,5 +109,5 @@ class OutputHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, size, dtype=dtype, device=device))
 
     def extra_repr(self) -> str:
-        """Rows and size."""
+        """Rows and size, for ``print(model)``."""
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"

@@ -20,7 +20,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factors:
-    """α of the output, β of the gradient."""
+    """Multipliers of one operation: α (``output``) of its result, β (``grad``) of the gradients of its
+    inputs."""
 
     output: float = 1.0
     grad: float = 1.0
@@ -46,10 +47,10 @@ def scale(x: Tensor, factors: Factors) -> Tensor:
 
 
 def scale_backward(x: Tensor, factor: float) -> Tensor:
-    """``x`` itself; its gradient is multiplied by ``factor``."""
+    """Return ``x`` itself, whose gradient is multiplied by ``factor``."""
     return scale(x, Factors(1.0, factor))
 
 
 def scale_forward(x: Tensor, factor: float) -> Tensor:
-    """``factor · x``; its gradient passes unchanged."""
+    """Return ``factor · x``, whose gradient passes unchanged."""
     return scale(x, Factors(factor, 1.0))

@@ -100,13 +100,19 @@ class _Fp8Linear(torch.autograd.Function):
     ) -> Tensor:
         assert call.plan is not None
         quant, wire = call.plan.quant, call.wire
+        # Operand w [N, K]: codes and scale that the layer's Fp8Weight made once for the step and owns. Only a
+        # weight with factors per column is cast here.
         if columns is not None:
             w_forward, w_backward = _scaled_weight(weight, columns, slots, rows.w, call)
         assert w_forward is not None
+        # Operand x [T, K], cast here for a GEMM that sums over K. A current scale comes from the amax over
+        # all ranks that hold parts of what shares it, a delayed one from its slot. Column-parallel: ranks'
+        # tokens are gathered before the cast in the compute type, or after it as codes (1 byte an element).
         source = x if wire.input_in_fp8 else wire.gather_input(x, call.batch)()
         local_x = _quantize("x", source, quant.output_x, slots.output_x, call, rows.x, contracted=1)
         whole_x = _gathered(local_x, quant.output_x, 1, call)() if wire.input_in_fp8 else local_x
         x_operand = padded(whole_x)
+        # GEMM output: x [T, K] · wᵀ [K, N] -> [T, N]; both are padded to multiples of 16, cut off again.
         product = _multiply(
             call.plan,
             x_operand,
@@ -116,16 +122,21 @@ class _Fp8Linear(torch.autograd.Function):
             x.dtype,
             fast_accumulation=quant.fast_accumulation,
         )[: whole_x[0].shape[0], : weight.shape[0]]
+        # Kept for GEMM grad_weight, which sums over T: the operand just multiplied; where tokens were
+        # gathered only this rank's (codes, or x itself), to be gathered again; or what keep_x asks for.
         kept_x: tuple[Tensor, Tensor | None] = local_x if wire.input_in_fp8 else x_operand
         if quant.keep_x == "bf16" or (wire.gathers_input and not wire.input_in_fp8):
             kept_x = (x, None)
         elif quant.keep_x == "second_copy":
             kept_x = _quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
+        # Kept for GEMM grad_input, which sums over N: codes of the Fp8Weight, not copied, or the weight.
         kept_w = (weight, None) if w_backward is None else w_backward
         ctx.save_for_backward(*kept_x, *kept_w, columns)
         # Not saved: other micro-batches change what these hold.
         ctx.buffer, ctx.sink_slot, ctx.slots, ctx.grad_row = buffer, sink_slot, slots, rows.grad_output
         ctx.call, ctx.shape, ctx.weight_shape = call, whole_x[0].shape, weight.shape
+        # Row-parallel: [T, N] are partial sums over K; ranks send each other parts (FP8 or the compute type),
+        # add them, and keep their own tokens [T/tp, N].
         return wire.scatter_output(product, call.batch, fp8=True)()
 
     @staticmethod
@@ -135,12 +146,16 @@ class _Fp8Linear(torch.autograd.Function):
         slots: CastSlots = ctx.slots
         assert call.plan is not None
         quant, wire = call.plan.quant, call.wire
+        # grad_output: this rank's tokens of a row-parallel linear, else [T, N]. Gathered here in high
+        # precision, or as codes after each cast.
         grad_output = grads[0]
         if not wire.grad_output_in_fp8:
             grad_output = wire.gather_grad_output(grad_output, call.batch)()
         finish_grad_weight = None
         if ctx.needs_input_grad[1]:  # posted first: it arrives while grad_input is multiplied
             finish_grad_weight = _start_grad_weight(ctx, (x, x_scale_inv), grad_output, columns)
+        # Operand grad_output [T, N], cast for a GEMM that sums over N. Its codes serve grad_weight too where
+        # the two uses are quantised alike and scales do not lie along N.
         grad_operand = _grad_operand(
             grad_output,
             quant.grad_input_grad_output,
@@ -153,14 +168,19 @@ class _Fp8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if columns is not None and w_scale_inv is None:
                 w = w * columns
+            # Operand w [N, K]: the forward's codes or their second copy; keep_w may have it cast again here.
             w_operand = _backward_weight(quant, (w, w_scale_inv), slots, call)
+            # GEMM grad_input: grad_output [T, N] · w [N, K] -> [T, K].
             specs = (quant.grad_input_grad_output, quant.grad_input_w)
             product = _multiply(
                 call.plan, grad_operand, w_operand, specs, call.alphas.grad_input, grad_output.dtype
             )
             product = product[: ctx.shape[0], : ctx.shape[1]]
+            # Column-parallel: partial sums over N; sent now, waited for below, after grad_weight.
             grad_input = wire.scatter_grad_input(product, call.batch, fp8=True)
         if finish_grad_weight is not None:
+            # GEMM grad_weight: grad_outputᵀ [N, T] · x [T, K] -> [N, K], this rank's shard. The sink (the
+            # gradient store) takes it and decides when to multiply; without a sink autograd gets it.
             grad_weight = finish_grad_weight(grad_operand)
         result = None if grad_input is None else grad_input()
         return result, grad_weight, None, None, None, None, None, None, None, None
@@ -245,7 +265,7 @@ def _start_grad_weight(
     x_operand = _start_grad_weight_x(kept_x, quant, slots, call)
 
     def finish(grad_operand: Operand) -> Tensor | None:
-        if not quant.shares_grad_output:
+        if not quant.shares_grad_output:  # a cast of its own, for a GEMM that sums over T
             spec, slot = quant.grad_weight_grad_output, slots.grad_weight_grad_output
             grad_operand = _grad_operand(grad_output, spec, slot, call, contracted=0)
         return _grad_weight(ctx, grad_operand, x_operand(), columns, grad_output.dtype)
@@ -258,16 +278,16 @@ def _start_grad_weight_x(
 ) -> Callable[[], Operand]:
     """The grad_weight GEMM's input from what forward kept, after a gather that starts now."""
     wire, (x, scale_inv) = call.wire, kept
-    if not wire.gathers_input:
+    if not wire.gathers_input:  # all tokens are here
         operand = _backward_x(x, scale_inv, quant, slots, call)
         return lambda: operand
-    if not wire.input_in_fp8:
+    if not wire.input_in_fp8:  # forward kept x [T/tp, K] in high precision: gathered and cast again
         return lambda: _recast_x(wire.gather_input(x, call.batch)(), quant, slots, call)
-    if scale_inv is None:
+    if scale_inv is None:  # keep_x: bf16: this rank's tokens are cast now and gathered as codes
         part = _quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
         arrived = _gathered(part, quant.grad_weight_x, 0, call)
         return lambda: padded(arrived())
-    if quant.keep_x == "second_copy":
+    if quant.keep_x == "second_copy":  # codes as forward cast them, gathered as they are
         arrived = _gathered((x, scale_inv), quant.grad_weight_x, 0, call)
     else:
         arrived = _gathered((x, scale_inv), quant.output_x, 1, call)
@@ -303,10 +323,11 @@ def _grad_weight(
     assert call.plan is not None
     quant, alpha = call.plan.quant, call.alphas.grad_weight
     specs = (quant.grad_weight_grad_output, quant.grad_weight_x)
-    if ctx.buffer is None:
+    if ctx.buffer is None:  # to autograd, padding cut off
         product = _multiply(call.plan, transposed(grad_operand), x_operand, specs, alpha, dtype)
         product = product[: ctx.weight_shape[0], : ctx.weight_shape[1]]
         return product if columns is None else product * columns
+    # To the sink: an operator that hands over both operands, and with them the GEMM.
     contribute_grad_weight_fp8(
         *grad_operand,
         *x_operand,
@@ -367,9 +388,9 @@ def _backward_operand(
     call: LinearCall,
 ) -> Operand:
     """The backward GEMM's operand from what forward kept. Backward contracts dimension 0 of both x and w."""
-    if scale_inv is None:
+    if scale_inv is None:  # bf16: kept in high precision, cast now
         return padded(_quantize(operand, kept, backward, slot, call, contracted=0))
-    if keep == "requantise":
+    if keep == "requantise":  # kept as codes of the forward: decoded, and cast with the backward's scales
         values = uncast(kept, expand_scales(scale_inv, kept.shape))
         return padded(_quantize(operand, values, backward, slot, call, contracted=0))
-    return padded((kept, scale_inv))
+    return padded((kept, scale_inv))  # same, or second_copy: codes that serve as they are

@@ -80,7 +80,7 @@ def quantize_matrix(
     *,
     contracted: int,
 ) -> Operand:
-    """Quantise a matrix.
+    """Quantise a matrix for one GEMM: take its amax, agree on it with other ranks, choose the scale, cast.
 
     Args:
         x: [M, K], any float dtype.
@@ -145,5 +145,5 @@ def quantize_operand(
     *,
     contracted: int,
 ) -> Operand:
-    """As :func:`quantize_matrix`, padded for a GEMM to multiples of 16."""
+    """Quantise a matrix as :func:`quantize_matrix` does, and pad it for a GEMM to multiples of 16."""
     return padded(quantize_matrix(x, spec, slot, row, agree, contracted=contracted))

@@ -39,7 +39,7 @@ _CONTRACTED = {"output.w": 1, "grad_input.w": 0}
 
 
 class Fp8Weight:
-    """What all kinds have in common.
+    """The FP8 copies of one linear's weight: what all kinds of them have in common.
 
     Attributes:
         quant: how the linear's operands are quantised.
@@ -111,7 +111,7 @@ class CachedFp8Weight(Fp8Weight):
     _key: tuple[int, int] | None = None
 
     def forget(self) -> None:
-        """Cast again at the next :meth:`refresh`."""
+        """Make the next :meth:`refresh` cast again."""
         self._key = None
 
     def refresh(self, weight: nn.Parameter) -> None:
@@ -149,14 +149,14 @@ class LoadedFp8Weight(Fp8Weight):
 
     @torch.no_grad()
     def load(self, values: Tensor) -> None:
-        """Cast a whole weight [N, K]."""
+        """Cast a whole weight, [N, K] in high precision, for the output GEMM."""
         spec = self.quant.output_w
         scale = self._delayed_scale("output.w", spec)
         slot = None if scale is None else ScaleSlot(scale, None)
         self.forward = quantize_operand(values, spec, slot, contracted=_CONTRACTED["output.w"])
 
     def to(self, device: torch.device) -> None:
-        """Move it to ``device``."""
+        """Move the copy to ``device``, if it was loaded."""
         if self.forward is not None:
             payload, scale_inv = self.forward
             self.forward = payload.to(device), scale_inv.to(device)
@@ -183,7 +183,7 @@ class ResidentFp8Weight(Fp8Weight):
         slots: Mapping[str, ScaleSlot] | None = None,
         site: tuple[CastRecorder, str] | None = None,
     ) -> None:
-        """Allocates the payloads.
+        """Allocate payloads of zeros.
 
         Raises:
             ValueError: ``quant`` keeps the weight in BF16 for backward, or has scales that the optimizer
@@ -212,7 +212,7 @@ class ResidentFp8Weight(Fp8Weight):
 
     @torch.no_grad()
     def begin(self, amax: Tensor) -> None:
-        """Fix the scales of a new weight.
+        """Fix the scales of a new weight from its amax; :meth:`write` casts with them.
 
         Args:
             amax: FP32 scalar on the device: largest magnitude of the whole weight, over all ranks that hold
@@ -229,7 +229,7 @@ class ResidentFp8Weight(Fp8Weight):
 
     @torch.no_grad()
     def write(self, start: int, stop: int, values: Tensor) -> None:
-        """Cast a piece into the payloads.
+        """Cast a piece of the new weight into the payload of each copy.
 
         Args:
             start: row-major index of the piece's first element in the [N, K] weight.
@@ -258,7 +258,7 @@ class ResidentFp8Weight(Fp8Weight):
         self._rows.clear()
 
     def specs(self) -> list[QuantSpec]:
-        """How each copy is cast."""
+        """How each copy is cast, in the order of :meth:`copies`."""
         return [copy.spec for copy in self._copies.values()]
 
     def copies(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -275,7 +275,7 @@ class ResidentFp8Weight(Fp8Weight):
         self.end()
 
     def to(self, device: torch.device) -> None:
-        """Move everything to ``device``."""
+        """Move payloads and scales to ``device``."""
         self._amax = self._amax.to(device)
         for copy in self._copies.values():
             copy.payload, copy.scale = copy.payload.to(device), copy.scale.to(device)

@@ -20,7 +20,7 @@ from fp8train.numerics.grad_sink import find_sink
 
 @dataclass(frozen=True)
 class SinkSlot:
-    """A linear's place in a gradient sink.
+    """A linear's place in a gradient sink: where its weight gradient goes.
 
     ``buffer`` is declared to the compiler as what the operator mutates. ``slot`` is a CPU tensor, not an int,
     so that blocks that differ only in their slots share one compiled graph.

@@ -54,7 +54,8 @@ class _HighPrecisionLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.buffer, ctx.slot = buffer, slot  # not saved: other micro-batches change the buffer
         ctx.call = call
-        whole = call.wire.gather_input(x, call.batch)()
+        whole = call.wire.gather_input(x, call.batch)()  # column-parallel: all tokens; else x itself
+        # GEMM output: x [T, K] · wᵀ [K, N] -> [T, N].
         y = matmul(whole, weight.t(), alpha=call.alphas.output)
         return call.wire.scatter_output(y, call.batch, fp8=False)()
 
@@ -67,10 +68,12 @@ class _HighPrecisionLinear(torch.autograd.Function):
         whole = call.wire.gather_input(x, call.batch) if ctx.needs_input_grad[1] else None
         grad_input = None
         if ctx.needs_input_grad[0]:
+            # GEMM grad_input: grad_output [T, N] · w [N, K] -> [T, K].
             product = matmul(grad_output, weight, alpha=call.alphas.grad_input)
             grad_input = call.wire.scatter_grad_input(product, call.batch, fp8=False)
         grad_weight = None
         if whole is not None:
+            # GEMM grad_weight: grad_outputᵀ [N, T] · x [T, K] -> [N, K], to autograd or to the sink.
             x = whole()
             if buffer is None:
                 grad_weight = matmul(grad_output.t(), x, alpha=call.alphas.grad_weight)
@@ -81,7 +84,7 @@ class _HighPrecisionLinear(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """``y = alpha_output · x @ weight.T + bias``.
+    """A linear layer, ``y = alpha_output · x @ weight.T + bias``, in high precision or FP8.
 
     As it is constructed it multiplies in high precision and returns its weight gradient to autograd.
     Everything else is decided before its first use, in one call: :meth:`connect`.
@@ -211,7 +214,7 @@ class Linear(nn.Module):
         return self._w_forward[0]
 
     def fp8_scale_inv(self) -> Tensor:
-        """Its scales, FP32: a scalar, or those of rows or blocks."""
+        """The FP32 scales of :meth:`fp8_codes`: a scalar, or those of rows or blocks."""
         assert self._w_forward is not None
         return self._w_forward[1]
 
@@ -258,7 +261,7 @@ class Linear(nn.Module):
             self._fp8_weight.record_statistics(self.weight)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values that the output GEMM multiplies.
+        """Decode the weight: the values that the output GEMM multiplies.
 
         Args:
             dtype: of the result; by default the compute dtype.

@@ -1,4 +1,4 @@
-"""How a linear runs: what its calls depend on besides tensors."""
+"""How a linear runs: the frozen values that its calls depend on besides tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def scale_slots(name: str, plan: Fp8Plan) -> dict[str, QuantSpec]:
 
 @dataclass(frozen=True)
 class LinearCall:
-    """Everything of a forward call that is not a tensor, for the autograd functions.
+    """What a forward call depends on besides tensors, for the autograd functions.
 
     Attributes:
         alphas: multipliers of the GEMMs.

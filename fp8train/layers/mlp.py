@@ -36,7 +36,7 @@ def shard_unit(ffn_hidden_size: int) -> int:
 
 
 class MLP(nn.Module):
-    """``down(activation(up(x)))``; with SwiGLU ``down(silu(gate(x)) · up(x))``.
+    """The feed-forward network: ``down(activation(up(x)))``; with SwiGLU ``down(silu(gate(x)) · up(x))``.
 
     Attributes:
         smooth: narrow the range of SwiGLU's output for the down projection (:mod:`fp8train.layers.smooth`);

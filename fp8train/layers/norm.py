@@ -55,7 +55,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dim (Zhang & Sennrich 2019).
+    """RMS normalisation, ``x / sqrt(mean(x²) + eps) · weight`` over the last dim (Zhang & Sennrich 2019).
 
     ``gain: False`` has no weight; ``gain_grad`` multiplies the gradient of the weight.
     """
@@ -75,20 +75,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: [.., size] -> [.., size]."""
+        """Normalise over the last dimension: [.., size] -> [.., size], in x's dtype."""
         weight = None if self.weight is None else scale_backward(self.weight, self.gain_grad)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _BlockedRMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
         return F.rms_norm(x, (self.size,), weight, self.eps)
 
     def extra_repr(self) -> str:
-        """Size and eps."""
+        """Size, eps and gain, for ``print(model)``."""
         return f"{self.size}, eps={self.eps}, gain={self.weight is not None}"
 
 
 class LayerNorm(nn.Module):
-    """``(x - mean) / sqrt(var + eps) · weight + bias`` over the last dim (Ba et al. 2016); the bias is
-    optional.
+    """Layer normalisation, ``(x - mean) / sqrt(var + eps) · weight + bias`` over the last dim (Ba et al.
+    2016); the bias is optional.
 
     ``gain: False`` has neither weight nor bias; ``gain_grad`` multiplies the gradients of both.
     """
@@ -114,7 +114,7 @@ class LayerNorm(nn.Module):
         self.bias = vector() if gain and bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: [.., size] -> [.., size]."""
+        """Normalise over the last dimension: [.., size] -> [.., size], in x's dtype."""
         # torch's CPU kernel adds up the gradients of weight and bias in BF16: 4 % off at 4,096 tokens.
         wide = x.device.type == "cpu" and x.dtype == torch.bfloat16
         weight, bias = (self._vector(v, wide=wide) for v in (self.weight, self.bias))
@@ -127,5 +127,5 @@ class LayerNorm(nn.Module):
         return vector.float() if wide else vector
 
     def extra_repr(self) -> str:
-        """Size and eps."""
+        """Size, eps, gain and bias, for ``print(model)``."""
         return f"{self.size}, eps={self.eps}, gain={self.weight is not None}, bias={self.bias is not None}"

@@ -32,11 +32,12 @@ class ResidualRule:
     delayed: bool = False
 
     def enter(self, stream: Tensor) -> Tensor:
-        """What the branch starts from; any shape."""
+        """What the branch computes on: the stream itself, its gradient multiplied by b if that is
+        ``delayed``; any shape."""
         return scale_backward(stream, self.b) if self.delayed else stream
 
     def join(self, stream: Tensor, branch: Tensor) -> Tensor:
-        """``a·stream + b·branch``, any equal shapes."""
+        """The new stream, ``a·stream + b·branch``; both of one shape, any."""
         if self.a == 1.0 and self.b == 1.0:
             return stream + branch
         if self.delayed:

@@ -26,7 +26,7 @@ class RopeScaling:
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Angular frequencies, FP64 [head_dim / 2]."""
+    """Angular frequency of each pair of dimensions, in radians per position: FP64 [head_dim / 2]."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if scaling is None:
         return frequencies
@@ -44,7 +44,7 @@ def rotary_table(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate.
+    """Rotate each pair (i, i + D/2) of every head by its position's angle.
 
     Args:
         x: [B, heads, S, D].

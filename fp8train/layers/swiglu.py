@@ -62,7 +62,7 @@ def _halves(fused: Tensor, unit: int) -> tuple[Tensor, Tensor]:
 
 
 def swiglu(fused: Tensor, *, unit: int, mult: float = 1.0, factors: Factors = _NONE) -> Tensor:
-    """``silu(mult·gate)/mult · up``, times ``factors.output``.
+    """SwiGLU on the fused projection: ``silu(mult·gate)/mult · up``, times ``factors.output``.
 
     Args:
         fused: [.., 2·F]: units of ``unit`` gate columns followed by as many up columns.

@@ -36,7 +36,7 @@ def _no_wait(x: Tensor) -> Callable[[], Tensor]:
 
 @dataclass(frozen=True)
 class Wire:
-    """One linear's communication; ``kind: none`` does nothing.
+    """What one linear sends to the other tensor-parallel ranks; ``kind: none`` sends nothing.
 
     Attributes:
         kind: how the weight is cut.
@@ -48,12 +48,12 @@ class Wire:
 
     @property
     def gathers_input(self) -> bool:
-        """Whether the input arrives in parts."""
+        """Whether the input arrives in parts of sequences, to be gathered."""
         return self.kind == "column"
 
     @property
     def gathers_grad_output(self) -> bool:
-        """Whether output gradients arrive in parts."""
+        """Whether output gradients arrive in parts of sequences, to be gathered."""
         return self.kind == "row"
 
     @property
@@ -96,22 +96,24 @@ class Wire:
         return "tp+cp" if self.grad_output_in_fp8 else "cp", "tp" if self.kind == "column" else ""
 
     def gather_input(self, x: Tensor, batch: int) -> Callable[[], Tensor]:
-        """Start: [batch · S/tp, K] -> [batch · S, K]; nothing to do unless column-parallel."""
+        """Start to gather the input of a column-parallel linear: [batch · S/tp, K] -> [batch · S, K]; others
+        have nothing to do."""
         if not self.gathers_input:
             return _no_wait(x)
         assert self.parallel is not None
         return self.parallel.gather(x, batch=batch, purpose="tp_input")
 
     def gather_grad_output(self, grad_output: Tensor, batch: int) -> Callable[[], Tensor]:
-        """Start: [batch · S/tp, N] -> [batch · S, N]; nothing to do unless row-parallel."""
+        """Start to gather the output gradient of a row-parallel linear: [batch · S/tp, N] -> [batch · S, N];
+        others have nothing to do."""
         if not self.gathers_grad_output:
             return _no_wait(grad_output)
         assert self.parallel is not None
         return self.parallel.gather(grad_output, batch=batch, purpose="tp_grad_output")
 
     def scatter_output(self, output: Tensor, batch: int, *, fp8: bool) -> Callable[[], Tensor]:
-        """Start: partial sums [batch · S, N] -> [batch · S/tp, N]; nothing to do unless row-parallel.
-        ``fp8``: the linear may send FP8 (if traffic says so)."""
+        """Start to add and scatter the output of a row-parallel linear: partial sums [batch · S, N] -> [batch
+        · S/tp, N]; others have nothing to do. ``fp8``: the linear may send FP8 (if traffic says so)."""
         if self.kind != "row":
             return _no_wait(output)
         assert self.parallel is not None
@@ -119,7 +121,8 @@ class Wire:
         return self.parallel.scatter_sum(output, batch=batch, fp8=fp8, purpose="tp_output")
 
     def scatter_grad_input(self, grad_input: Tensor, batch: int, *, fp8: bool) -> Callable[[], Tensor]:
-        """Start: partial sums [batch · S, K] -> [batch · S/tp, K]; nothing to do unless column-parallel."""
+        """Start to add and scatter the input gradient of a column-parallel linear: partial sums [batch · S,
+        K] -> [batch · S/tp, K]; others have nothing to do. ``fp8`` as for :meth:`scatter_output`."""
         if self.kind != "column":
             return _no_wait(grad_input)
         assert self.parallel is not None

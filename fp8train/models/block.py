@@ -25,7 +25,7 @@ recompute: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, pres
 def make_norm(
     parametrization: Parametrization, dtype: torch.dtype, device: torch.device | None
 ) -> RMSNorm | LayerNorm:
-    """The model's kind of norm over ``hidden_size``."""
+    """Make a norm of the model's kind over ``hidden_size``, its values uninitialised."""
     model, grad = parametrization.model, parametrization.vector_grad()
     size, eps, gain = model.hidden_size, model.norm_eps, model.norm_gain
     if model.norm == "rmsnorm":
@@ -55,7 +55,7 @@ def _qk_norms(
 
 
 class Block(nn.Module):
-    """``x <- a·x + b·attention(norm(x))``, then the same with the MLP.
+    """A decoder block: ``x <- a·x + b·attention(norm(x))``, then the same with the MLP.
 
     With norm placement ``branch_end`` the norm closes the branch instead: ``a·x + b·norm(attention(x))``.
     What a, b and the multipliers inside are is the parametrisation's choice.

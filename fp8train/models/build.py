@@ -1,4 +1,4 @@
-"""From a configuration to an initialised model on a device."""
+"""Makes the model of a configuration on a device, with its FP8 plan, and fills in its initial values."""
 
 from __future__ import annotations
 

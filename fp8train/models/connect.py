@@ -37,17 +37,17 @@ class Fp8Parts:
 
     @property
     def resident(self) -> dict[str, ResidentFp8Weight]:
-        """Those that exist in FP8 alone and that the optimizer writes."""
+        """The weights that exist in FP8 alone and that the optimizer writes, by FQN."""
         return {fqn: weight for fqn, weight in self.weights.items() if isinstance(weight, ResidentFp8Weight)}
 
     @property
     def loaded(self) -> dict[str, LoadedFp8Weight]:
-        """Those that exist in FP8 alone and are read from a checkpoint."""
+        """The weights that exist in FP8 alone and are read from a checkpoint, by FQN."""
         return {fqn: weight for fqn, weight in self.weights.items() if isinstance(weight, LoadedFp8Weight)}
 
 
 def make_fp8_parts(built: BuiltModel, *, recorder: CastRecorder | None = None) -> Fp8Parts:
-    """Allocate them; empty without FP8.
+    """Allocate the delayed scales and FP8 weights that the plan asks for; empty without FP8.
 
     Args:
         built: the model, not connected yet.

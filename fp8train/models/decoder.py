@@ -63,12 +63,13 @@ def split_dim(fqn: str) -> int | None:
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """The vocabulary rounded up to a multiple."""
+    """The vocabulary rounded up to a multiple of ``multiple``."""
     return -(-vocab_size // multiple) * multiple
 
 
 class Decoder(nn.Module):
-    """A causal language model.
+    """A causal language model, or the part of it that this process holds: embedding, blocks, final norm,
+    head.
 
     Attributes:
         config: its settings, ``vocab_size`` filled in.
@@ -150,12 +151,12 @@ class Decoder(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
 
     def held_blocks(self) -> list[Block]:
-        """The blocks of this part, in order."""
+        """The blocks that this process holds, in order."""
         return [block for block in self.layers.values() if isinstance(block, Block)]
 
     @property
     def head_weight(self) -> Tensor:
-        """[padded vocabulary, H]."""
+        """The weight that makes logits, [padded vocabulary, H]: the embedding's where they are tied."""
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def prepare(self) -> None:
@@ -168,7 +169,7 @@ class Decoder(nn.Module):
             linear.record_weight()
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Final normalised states.
+        """Compute final normalised states, the head's input.
 
         Args:
             tokens: int64 [B, S].
@@ -244,7 +245,7 @@ class Decoder(nn.Module):
         return self.loss(self.hidden(tokens), targets)
 
     def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """[B, S, vocab_size] in the compute dtype."""
+        """Compute logits of every position, [B, S, vocab_size] in the compute dtype, from int64 [B, S]."""
         assert self.config.vocab_size is not None
         assert self.parallel is None, "logits of a model that is cut over ranks"
         alpha = self.parametrization.head().output
@@ -252,7 +253,7 @@ class Decoder(nn.Module):
         return logits(hidden, self.head_weight, vocab_size=self.config.vocab_size, alpha=alpha)
 
     def make_caches(self, batch: int, capacity: int) -> list[KVCache]:
-        """Empty key/value caches for generation."""
+        """Make one empty key/value cache per block, for generation."""
         c = self.config
         return [
             KVCache(batch, c.num_kv_heads, capacity, c.head_dim, self.embedding.weight) for _ in self.layers

@@ -23,7 +23,7 @@ from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What is in FP8, in the whole model.
+    """The FP8 plan of the whole model: which linears run in FP8, and why the others do not.
 
     Attributes:
         plans: how each linear in FP8 runs, by module path.
@@ -37,12 +37,12 @@ class PlanReport:
 
     @property
     def converted(self) -> tuple[str, ...]:
-        """Module paths in FP8, in order."""
+        """Module paths of the linears that run in FP8, in order."""
         return tuple(self.plans)
 
     @property
     def total(self) -> int:
-        """Linears of the model, the head included."""
+        """Number of linears of the model, the head included."""
         return len(self.converted) + sum(map(len, self.skipped.values()))
 
     def scale_slots(self) -> dict[str, QuantSpec]:
@@ -104,7 +104,7 @@ def plan_fp8(
     held: Collection[str] | None = None,
     forward_only: bool = False,
 ) -> PlanReport:
-    """What ``precision.gemm`` selects, and how each of those has its weight.
+    """Decide which linears ``precision.gemm`` selects, and how each of those has its weight.
 
     Args:
         linears: hidden linears of the whole model by module path (``layers.{i}....``); only looked at.

@@ -46,42 +46,43 @@ _SWIGLU_GAIN = 1.4
 
 
 class MuS(Parametrization):
-    """See the module."""
+    """μnit Scaling, as the module describes it."""
 
     def init_std(self, role: Role) -> float:
-        """1, everywhere."""
+        """Standard deviation at step 0: 1 for every matrix."""
         del role
         return 1.0
 
     def lr_mult(self, fqn: str, role: Role, shape: tuple[int, ...]) -> float:
-        """By the ratio of widths: all hidden matrices, whatever their own fan-in, move alike."""
+        """Factor (base_width / H)^½ on the rate of hidden matrices: whatever their own fan-in, they move
+        alike."""
         del fqn, shape
         if role not in ("hidden", "residual_out"):
             return 1.0
         return (self.settings.base_width / self.model.hidden_size) ** 0.5
 
     def decays(self, role: Role) -> bool:
-        """Norm gains and biases too: the paper exempts nothing."""
+        """Return True: norm gains and biases decay too, the paper exempts nothing."""
         del role
         return True
 
     def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
-        """1/√fan_in, forward and backward."""
+        """The same multiplier 1/√fan_in for the output and both gradients."""
         del role, fan_out
         alpha = fan_in**-0.5
         return Alphas(alpha, alpha, alpha)
 
     def head(self) -> Alphas:
-        """1/fan_in."""
+        """The same multiplier 1/fan_in for the logits and both gradients, times ``loss_mult``."""
         alpha = self.settings.loss_mult / self.model.hidden_size
         return Alphas(alpha, alpha, alpha)
 
     def embedding_sum(self) -> Factors:
-        """Two unit variances."""
+        """Factor 1/√2 on the sum of token and position embeddings, two vectors of unit variance."""
         return Factors(2**-0.5, 2**-0.5)
 
     def activation(self) -> Factors:
-        """GELU as it is; SwiGLU back to unit variance."""
+        """Factors on the non-linearity: none for GELU; those that bring SwiGLU back to unit variance."""
         if self.model.activation != "swiglu":
             return Factors()
         factor = gated_factor(self.settings.activation_mult)
@@ -89,7 +90,7 @@ class MuS(Parametrization):
 
     @property
     def gradient_scale(self) -> float:
-        """S, a power of two."""
+        """The factor S on the loss, a power of two."""
         exponent = self.settings.gradient_scale_exponent
         if exponent is None:
             at_the_output = 3 + round(log2(self.batch.tokens * self.model.hidden_size))
@@ -97,7 +98,8 @@ class MuS(Parametrization):
         return 2.0**exponent
 
     def norm_weight(self, spec: ParamSpec) -> float:
-        """1 / α: √fan_in of a hidden matrix, H of the head."""
+        """The weight 1 / α of this parameter in the global norm: √fan_in of a hidden matrix, H of the
+        head."""
         if spec.role == "head":
             return self.settings.loss_mult / self.head().output
         if spec.role in ("hidden", "residual_out"):

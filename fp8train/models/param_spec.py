@@ -30,7 +30,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter.
+    """What is known about one parameter besides its values.
 
     Attributes:
         fqn: fully qualified name; the key of everything.
@@ -65,7 +65,7 @@ class ParamSpec:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of this rank's part."""
+        """Shape of this rank's part of the logical tensor."""
         shape = list(self.global_shape)
         if self.shard is not None:
             shape[self.shard.dim] //= self.shard.count
@@ -80,19 +80,19 @@ class ParamSpec:
         return tuple(start)
 
     def local(self, value: Tensor) -> Tensor:
-        """This rank's part of the logical tensor."""
+        """Cut this rank's part out of the logical tensor: a view of ``value``, of :attr:`local_shape`."""
         if self.shard is None:
             return value
         size = self.local_shape[self.shard.dim]
         return value.narrow(self.shard.dim, self.shard.index * size, size)
 
     def with_fp8(self, in_fp8_plan: bool) -> ParamSpec:
-        """The same parameter in or out of the FP8 plan."""
+        """The spec of the same parameter, in or out of the FP8 plan."""
         return replace(self, in_fp8_plan=in_fp8_plan)
 
 
 def initial_value(spec: ParamSpec, seed: int) -> Tensor:
-    """The parameter's logical value at step 0.
+    """Draw the parameter's logical value at step 0.
 
     A function of (seed, name, shape) only: any process layout cuts its part out of the same tensor.
 

@@ -83,11 +83,11 @@ class Parametrization:
         return 1.0
 
     def decays(self, role: Role) -> bool:
-        """Whether weight decay applies."""
+        """Whether weight decay applies to parameters of this role."""
         return role not in ("norm", "bias")
 
     def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
-        """Multipliers of a hidden linear's GEMMs."""
+        """Multipliers of the GEMMs of a hidden linear with this role and these fans."""
         del role, fan_in, fan_out
         return Alphas()
 
@@ -110,7 +110,7 @@ class Parametrization:
         return 1.0
 
     def attention(self) -> AttentionFactors:
-        """Of every layer."""
+        """Factors of attention, the same in every layer."""
         return AttentionFactors(self.settings.attention_mult / self.model.head_dim**0.5)
 
     def activation(self) -> Factors:

@@ -1,4 +1,5 @@
-"""Which part of a decoder a process holds: some blocks, and whether the ends of the model are among them."""
+"""The part of a decoder that a process holds: some blocks, and whether the ends of the model are among
+them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A part of a decoder.
+    """The part of a decoder that one process holds.
 
     Attributes:
         layers: global indices of its blocks, ascending.
@@ -21,5 +22,5 @@ class ModelPart:
 
     @classmethod
     def whole(cls, num_layers: int) -> ModelPart:
-        """All of it."""
+        """The part that is all of a model with this many layers."""
         return cls(tuple(range(num_layers)))

@@ -55,7 +55,7 @@ from fp8train.models.parametrization import AttentionFactors, Batch, Parametriza
 
 
 def interpolate(share: float, low: float, high: float) -> float:
-    """``high^share · low^(1 - share)``."""
+    """The geometric mean ``high^share · low^(1 - share)``; L(share, low, high) of the module."""
     return float(high**share * low ** (1 - share))
 
 
@@ -93,44 +93,47 @@ def attention_variance(seq_length: int) -> float:
 
 
 class UnitScaling(Parametrization):
-    """Unit scaling, and the base of u-μP."""
+    """Unit scaling, and the base class of u-μP."""
 
     def init_std(self, role: Role) -> float:
-        """1, everywhere."""
+        """Standard deviation at step 0: 1 for every matrix."""
         del role
         return 1.0
 
     def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
-        """Input gradients share the output's factor: the stream goes around every hidden linear."""
+        """Multipliers of a hidden linear's GEMMs. Input gradients share the output's factor, as the stream
+        goes around every hidden linear."""
         del role
         shared = self._shared(fan_in**-0.5, fan_out**-0.5)
         return Alphas(shared.output, shared.grad, self.vector_grad(), self.vector_grad())
 
     def head(self) -> Alphas:
-        """A cut edge, so every factor is free; the loss's own factor is in it."""
+        """Multipliers of the output head: a cut edge, so every factor is free; the loss's own factor is in
+        it."""
         return self._head(self.model.hidden_size**-0.5)
 
     def lookup_grad(self, rows: int) -> float:
-        """(V / B)^½."""
+        """Factor (V / B)^½ on the gradient of a table of V ``rows``, with B tokens in a step."""
         return float((rows / self.batch.tokens) ** 0.5)
 
     def embedding_sum(self) -> Factors:
-        """Two unit variances; gradients go to both as they are but for the shared factor."""
+        """Factor 1/√2 on the sum of two vectors of unit variance, and on its gradient."""
         return Factors(2**-0.5, 2**-0.5)
 
     def vector_grad(self) -> float:
-        """B^-½."""
+        """Factor B^-½ on the gradients of vectors, with B tokens in a step."""
         return float(self.batch.tokens**-0.5)
 
     def attention(self) -> AttentionFactors:
-        """Logits over √D, as always."""
+        """Logits over √D, as in standard attention, and the factor that gives its output unit variance."""
         alpha = attention_variance(self.batch.seq_length) ** -0.5
         return AttentionFactors(
             self.settings.attention_mult / self.model.head_dim**0.5, Factors(alpha, alpha)
         )
 
     def activation(self) -> Factors:
-        """GELU or SwiGLU."""
+        """Factors that give the output (and by the constraint the gradient) of GELU or SwiGLU unit
+        variance."""
         mult = self.settings.activation_mult
         if self.model.activation == "swiglu":
             return Factors(gated_factor(mult), gated_factor(mult))
@@ -138,7 +141,7 @@ class UnitScaling(Parametrization):
         return self._shared(factors.output, factors.grad)
 
     def residual(self, branch: int) -> ResidualRule:
-        """b's backward is delayed to the branch's start."""
+        """How branch ``branch`` joins the stream; b's backward is delayed to the branch's start."""
         return self._residual(branch, delayed=True)
 
     def norm_weight(self, spec: ParamSpec) -> float:
@@ -161,12 +164,12 @@ class UnitScaling(Parametrization):
 
     @property
     def gradient_scale(self) -> float:
-        """B: the sum over tokens instead of their mean."""
+        """The number of tokens B: the loss is their sum instead of their mean."""
         return float(self.batch.tokens)
 
     @property
     def true_gradients(self) -> bool:
-        """No: constants of their own, see the module."""
+        """False: each gradient has a constant factor of its own (see the module)."""
         return False
 
     def _delayed(self, fqn: str) -> float:
@@ -191,25 +194,27 @@ class UnitScaling(Parametrization):
 
 
 class UnitMaximalUpdate(UnitScaling):
-    """u-μP."""
+    """The unit-scaled maximal update parametrisation, u-μP."""
 
     def __init__(self, model: ModelConfig, settings: ParametrizationConfig, batch: Batch) -> None:
         super().__init__(model, settings, batch)
         self._depth = 2 * model.num_layers
 
     def lr_mult(self, fqn: str, role: Role, shape: tuple[int, ...]) -> float:
-        """See the module."""
+        """Factor on the learning rate, from the module's table: by width for embeddings, by fan-in and depth
+        for hidden matrices, by depth for vectors in blocks."""
         if role in ("embedding", "position"):
             return float(shape[1] ** -0.5)
         depth = self._depth**-0.5 if fqn.startswith("layers.") else 1.0
         return depth * (shape[1] ** -0.5 if role in ("hidden", "residual_out") else 1.0)
 
     def head(self) -> Alphas:
-        """1/fan_in forward."""
+        """Multipliers of the output head, 1/fan_in in forward."""
         return self._head(1 / self.model.hidden_size)
 
     def attention(self) -> AttentionFactors:
-        """Logits over D: queries and keys of a trained model are correlated."""
+        """Logits over D, as queries and keys of a trained model are correlated, and the factor that gives
+        attention's output unit variance."""
         mult, head_dim, length = self.settings.attention_mult, self.model.head_dim, self.batch.seq_length
         share = 1 / (1 + 4 * head_dim / mult**2)
         low = (log(length) / length) ** 0.5 if length > 1 else 1.0

@@ -37,7 +37,7 @@ _NAN = 255
 
 
 def as_blocks(x: Tensor, block: int) -> Tensor:
-    """``x`` as a matrix of blocks.
+    """Arrange ``x`` as a matrix of blocks, one block to a row.
 
     Args:
         x: [.., K]; a view is returned where K is a multiple of ``block``, else rows are padded with zeros.
@@ -94,7 +94,7 @@ def quantize_blocks(blocks: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_blocks(payload: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``payload · scale`` of each block.
+    """Decode blocks: each code times the scale of its block.
 
     Args:
         payload: FP8 [.., block], finite codes (what :func:`quantize_blocks` makes of finite blocks).

@@ -33,7 +33,7 @@ def amax_of(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, fmt: Format, scale: Tensor, *, scale_is_power_of_two: bool = False) -> Tensor:
-    """``round(clamp(x · scale))`` in ``fmt``.
+    """Cast to FP8, saturating: ``round(clamp(x · scale))`` in ``fmt``, to nearest even.
 
     Args:
         x: floating tensor of any shape.

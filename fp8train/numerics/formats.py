@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Format:
-    """An FP8 format.
+    """A floating-point format of few bits: E4M3, E5M2, or E2M1 for simulation.
 
     Attributes:
         name: ``e4m3`` or ``e5m2``.
@@ -43,12 +43,12 @@ class Format:
 
     @property
     def min_subnormal(self) -> float:
-        """Smallest positive value."""
+        """Smallest positive value, a subnormal one."""
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
     @property
     def max_exponent(self) -> int:
-        """``floor(log2(max))``."""
+        """Exponent of the largest finite value: ``floor(log2(max))``."""
         return torch.finfo(self.dtype).max.as_integer_ratio()[0].bit_length() - 1
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class GradSink(Protocol):
-    """Receives weight gradients."""
+    """Receives the weight gradients of linears; the gradient store is one."""
 
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
         """Take one contribution to the parameter in ``slot``.
@@ -35,7 +35,7 @@ _sinks: weakref.WeakValueDictionary[int, GradSink] = weakref.WeakValueDictionary
 
 
 def register_sink(sink: GradSink) -> int:
-    """A number by which operators find ``sink`` for as long as it lives."""
+    """Register ``sink`` and return the number by which operators find it for as long as it lives."""
     number = next(_next_id)
     _sinks[number] = sink
     return number

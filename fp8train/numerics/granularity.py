@@ -60,7 +60,7 @@ def amax_along(x: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
 
 
 def amaxes(x: Tensor, granularity: Granularity, contracted: int) -> Tensor:
-    """Largest magnitude of what shares a scale.
+    """Largest magnitude of each group of elements that share a scale.
 
     Args:
         x: floating matrix [M, K].
@@ -90,7 +90,7 @@ def _largest(x: Tensor, dim: int, size: int | None) -> Tensor:
 
 
 def expand_scales(scales: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """``scales`` so that they broadcast against their matrix.
+    """Repeat ``scales`` until they broadcast against their matrix.
 
     Args:
         scales: scalar, or 2-D as in the module's table.

@@ -40,7 +40,7 @@ MAX_CONSTANT = 126  # both 2^k and 2^-k are normal FP32 numbers
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one operand use is quantised.
+    """How one operand use is quantised: format, where its scale comes from, and what shares it.
 
     Attributes:
         format: FP8 format of the payload, or E2M1.

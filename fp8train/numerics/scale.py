@@ -26,7 +26,7 @@ _THREE_QUARTERS = 0x600000  # mantissa field of 1.75
 
 
 def exponent_from_amax(amax: Tensor, *, max_exponent: int, margin: int = 0) -> Tensor:
-    """``k`` of the power-of-two scale ``2^k``.
+    """The exponent ``k`` of the largest power-of-two scale ``2^k`` that keeps ``amax`` within the format.
 
     Args:
         amax: FP32, any shape, finite and >= 0.

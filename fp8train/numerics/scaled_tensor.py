@@ -21,7 +21,7 @@ from fp8train.numerics.quant_spec import QuantSpec
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """FP8 payload with its inverse scale.
+    """An FP8 payload with the inverse scale that gives its codes their values, ``payload · scale_inv``.
 
     Attributes:
         payload: FP8 tensor.
@@ -41,7 +41,7 @@ class ScaledTensor:
         return cls(payload, scale_inv, spec)
 
     def to_tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values it stands for."""
+        """Decode to ``dtype``: the values that the payload stands for."""
         return uncast(self.payload, expand_scales(self.scale_inv, self.payload.shape), dtype)
 
 

@@ -37,7 +37,7 @@ _ULP_SLACK = 1 + 2.0**-20  # a free scale and its inverse are rounded: amax may 
 
 
 def cast_statistics(x: Tensor, payload: Tensor, scale_inv: Tensor) -> Tensor:
-    """One row of statistics.
+    """Measure what a cast did to a tensor: one row of statistics, in the order of ``FIELDS``.
 
     Args:
         x: the source, any float dtype.
@@ -92,7 +92,8 @@ class CastRecorder:
         return self.rows[self._index[site]]
 
     def record(self, site: str, x: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
-        """Write the row of ``site``."""
+        """Measure a cast and write the result into the row of ``site``; arguments as for
+        :func:`cast_statistics`."""
         self.rows[self._index[site]].copy_(cast_statistics(x, payload, scale_inv))
 
     def forget(self, sites: Iterable[str]) -> None:

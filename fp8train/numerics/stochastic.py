@@ -68,7 +68,8 @@ def random_bits(key: int, start: int, count: int, device: torch.device) -> Tenso
 
 
 def random_bits_at(key: int, index: Tensor) -> Tensor:
-    """As :func:`random_bits` for these logical indices: int64 [n] -> int32 [n]."""
+    """Uniform 32-bit patterns of the elements at these logical indices: int64 [n] -> int32 [n], the same bits
+    that :func:`random_bits` gives them."""
     wrapped = (index & (_INT32 - 1)).to(torch.int32)
     return _mix_(wrapped.mul_(_signed(0x9E3779B1)).add_(_signed(key)))
 
@@ -127,7 +128,9 @@ def round_stochastic(x: Tensor, mantissa_bits: int, min_exponent: int, bits: Ten
 
 
 def cast_stochastic(x: Tensor, fmt: Format, scale: Tensor, bits: Tensor) -> Tensor:
-    """As :func:`fp8train.numerics.cast.cast`, rounding stochastically. ``bits``: int32 of x's shape."""
+    """Cast to ``fmt`` with stochastic rounding: x times ``scale``, clamped to ±max, as in
+    :func:`fp8train.numerics.cast.cast`. ``bits``: int32 of x's shape. Returns the payload in
+    ``fmt.dtype``."""
     scaled = (x.float() * scale).clamp_(-fmt.max, fmt.max)
     rounded = round_stochastic(scaled, fmt.mantissa_bits, 1 - fmt.bias, bits)
     return rounded.clamp_(-fmt.max, fmt.max).to(fmt.dtype)

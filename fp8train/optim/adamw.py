@@ -34,14 +34,16 @@ class AdamWSettings(OptimizerSettings):
 
 
 class AdamW(Optimizer):
-    """See the module."""
+    """AdamW with decoupled weight decay, two moments, and a bound on steps whose moments are stored rounded;
+    the module has the formulas."""
 
     name = "adamw"
     roles = ("master", "exp_avg", "exp_avg_sq")
     settings: AdamWSettings
 
     def _largest_ratio(self, step: int) -> float | None:
-        """Of |m| to sqrt(v), for any gradients of ``step`` steps; None where it has no limit."""
+        """The largest ratio of |m| to sqrt(v) that exact moments can have after ``step`` steps, whatever the
+        gradients; None where it has no limit."""
         s = self.settings
         ratio = s.beta1**2 / s.beta2 if s.beta2 else 1.0
         if ratio >= 1:
@@ -51,18 +53,20 @@ class AdamW(Optimizer):
     def _new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
         s = self.settings
         correction1, correction2 = 1 - s.beta1**scalars.step, 1 - s.beta2**scalars.step
-        m = load("exp_avg").lerp_(gradient, 1 - s.beta1)
+        m = load("exp_avg").lerp_(gradient, 1 - s.beta1)  # β1·m + (1-β1)·g, in place
         v = load("exp_avg_sq").mul_(s.beta2).addcmul_(gradient, gradient, value=1 - s.beta2)
         del gradient
+        # v from below where moments come back rounded: |m| / sqrt(v) stays what exact moments could have.
         bound = self._largest_ratio(scalars.step) if scalars.rounded and s.bounded_update else None
         floored = v if bound is None else torch.maximum(v, (m / bound).square_())
         denominator = (floored / correction2).sqrt_().add_(s.eps)
         del floored
-        yield "exp_avg_sq", v
+        yield "exp_avg_sq", v  # stored as it was computed, without the bound
         del v
         w = load("master")
         if scalars.decay:
             w.mul_(1 - scalars.decay)
+        # -η · (m / (1-β1^t)) / denominator; m as it was computed, not as it will be stored
         w.addcdiv_(m, denominator, value=-scalars.lr / correction1)
         del denominator
         yield "exp_avg", m

@@ -1,4 +1,5 @@
-"""Gradient clipping as one device scalar, so that nothing waits for the host."""
+"""Gradient clipping by the global norm: the factor stays a scalar on the device, so that nothing waits for
+the host."""
 
 from __future__ import annotations
 

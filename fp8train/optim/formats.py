@@ -1,4 +1,4 @@
-"""From a format's description to its storage."""
+"""Allocates the storage that belongs to the description of a state's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fp8train.optim.storage import BFloat16Storage, Layout, RemainderStorage, St
 
 
 def make_storage(fmt: StateFormat, layout: Layout, *, wide: torch.dtype) -> Storage:
-    """Allocate a state of zeros.
+    """Allocate a state of this format, all zeros.
 
     Args:
         fmt: what to store it as.

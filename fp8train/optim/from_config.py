@@ -1,4 +1,4 @@
-"""State formats from ``precision.state`` in the configuration."""
+"""Reads the formats of optimizer states from ``precision.state`` in the configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fp8train.optim.state_plan import StateFormat, StatePlan
 
 
 def state_plan(config: Config) -> StatePlan:
-    """The formats of the optimizer states.
+    """The formats of the optimizer states that the configuration asks for.
 
     Raises:
         ConfigError: formats that do not fit their role.

@@ -1,4 +1,5 @@
-"""How an optimizer reads a gradient: in pieces, so that FP8 gradients are never widened as a whole."""
+"""The interface by which an optimizer reads a gradient: in pieces, so that FP8 gradients are never widened as
+a whole."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ class TensorGradient:
         self._flat = tensor.detach().view(-1)
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """See :class:`GradientReader`."""
+        """Return elements ``start .. stop`` in row-major order, FP32 or FP64 [stop - start]; FP32 and FP64
+        gradients as views."""
         values = self._flat[start:stop]
         return values if values.dtype == torch.float64 else values.float()

@@ -18,7 +18,8 @@ from fp8train.optim.optimizer import Load, NewValues, Optimizer, StepScalars
 
 
 class Lion(Optimizer):
-    """See the module."""
+    """Lion: one moment, and a step of constant size against the sign of its mean with the gradient; the
+    module has the formulas."""
 
     name = "lion"
     roles = ("master", "exp_avg")

@@ -1,4 +1,4 @@
-"""The optimizer that a configuration names."""
+"""Makes the optimizer that a configuration names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Master weights alone: what a checkpoint is read into where nothing will be trained."""
+"""Storage for the master weights of a checkpoint, without moments: for export and inference, which train
+nothing."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class Optimizer(ABC):
 
     @property
     def parameter_states(self) -> Mapping[str, ParameterState]:
-        """What this rank keeps, by FQN."""
+        """The states that this rank keeps, by FQN of the parameter."""
         return self._states
 
     def master(self, fqn: str) -> Tensor:
@@ -236,12 +236,13 @@ class Optimizer(ABC):
         return {role: sum(state.storages[role].nbytes for state in chosen) for role in self.roles}
 
     def stored_bytes_of(self, fqns: Collection[str]) -> dict[str, int]:
-        """As :meth:`stored_bytes` for these parameters, as far as this rank keeps their states."""
+        """Bytes of each role's states for these parameters alone, as far as this rank keeps them; scales
+        included."""
         kept = [self._states[fqn] for fqn in fqns if fqn in self._states]
         return {role: sum(state.storages[role].nbytes for state in kept) for role in self.roles}
 
     def num_elements(self, *, in_plan_only: bool) -> int:
-        """Local elements that :meth:`stored_bytes` counts."""
+        """Number of elements on this rank whose states :meth:`stored_bytes` counts."""
         return sum(state.numel for state in self._states.values() if state.in_plan or not in_plan_only)
 
     def peak_decay(self, spec: ParamSpec) -> float:
@@ -325,10 +326,13 @@ class Optimizer(ABC):
             device = next(state.master.layout.device for state in self._states.values() if state.in_plan)
             self._flushed = {role: torch.zeros((), dtype=torch.int64, device=device) for role in lossy}
         updates = {fqn: self._update_of(state, step, lr_factor) for fqn, state in self._states.items()}
+        # First pass, only for states with one scale per tensor: the amax of their new values.
         self._announce_all(updates, grad, grad_multiplier)
+        # The pass that stores: parameter by parameter, chunk by chunk.
         amaxes = {}
         for fqn, state in self._states.items():
             amaxes[fqn] = self._update(state, grad(fqn), updates[fqn], grad_multiplier.to(state.work))
+        # Weights resident in FP8: cast from the stored masters, with one scale on all ranks.
         self._write_targets(amaxes)
 
     def _update_of(self, state: ParameterState, step: int, lr_factor: float) -> StepScalars:
@@ -344,19 +348,24 @@ class Optimizer(ABC):
         keys = {role: self._key(state, role, scalars.step) for role in state.storages}
         amax = _zero(state)
         for start, stop in state.spans():
+            # Reduced gradient, decoded with the scales that its codes were made with, times the clip factor:
+            # flat [stop - start] in the type of the arithmetic, FP32 or FP64.
             gradient = reader.chunk(start, stop).to(state.work) * multiplier
+            # The rule decodes old values when it needs them, and yields each role's new ones once it is done.
             new_values = self._new_values(scalars, gradient, _loader(state, start, stop))
             del gradient  # the rule's alone now, to be freed as soon as it has no more use
             for role, values in new_values:
+                # Encoded in the role's own format; a block scale comes from the new values of its block.
                 state.storages[role].store(start, stop, values, keys[role])
                 if role in self._flushed and state.in_plan:
                     stored = state.storages[role].load(start, stop)
                     self._flushed[role] += ((stored == 0) & (values != 0)).sum()
                     del stored
                 del values
+            # The master as it was stored, rounded once more into the parameter, or its amax for the target.
             if not state.master.two_pass:
                 amax = self._hand_over(state, start, stop, amax)
-        for storage in two_pass:
+        for storage in two_pass:  # reads use the new scale from here on
             storage.end()
         return self._publish(state) if state.master.two_pass else amax
 

@@ -32,7 +32,7 @@ class Region:
 
     @classmethod
     def of(cls, spec: ParamSpec) -> Region:
-        """What a tensor-parallel rank holds."""
+        """The part of a parameter that a tensor-parallel rank holds, from its spec."""
         return cls(spec.local_shape, spec.offset)
 
 
@@ -67,16 +67,17 @@ class ParameterState:
 
     @property
     def master(self) -> Storage:
-        """The master weight."""
+        """The storage of the master weight."""
         return self.storages["master"]
 
     @property
     def numel(self) -> int:
-        """Local elements."""
+        """Number of elements that this rank keeps."""
         return self.master.layout.numel
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the chunks."""
+        """Yield (start, stop) of the chunks, in flat elements; together they cover the local tensor in
+        order."""
         starts = range(0, self.numel, self.chunk)
         return ((start, min(start + self.chunk, self.numel)) for start in starts)
 
@@ -92,7 +93,7 @@ def in_plan(spec: ParamSpec) -> bool:
 
 
 def make_layout(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.device) -> Layout:
-    """Where a state of this format lies.
+    """Describe where a state of this format lies in memory and within the logical tensor.
 
     Raises:
         ValueError: the region cuts a block.
@@ -119,7 +120,8 @@ def _cuts(block: int, region: Region) -> bool:
 def logical_tensors(
     role: str, spec: ParamSpec, region: Region, storage: Storage
 ) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[int, ...]]]:
-    """As :meth:`ParameterState.tensors` for one storage."""
+    """Yield what a checkpoint holds of one storage: (``ROLE/FQN`` with a suffix, tensor, logical shape,
+    offset in it)."""
     block = storage.layout.block
     blocks = -(-spec.global_shape[-1] // block)
     for suffix, tensor in storage.tensors().items():

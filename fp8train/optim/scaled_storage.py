@@ -106,13 +106,15 @@ class BlockStorage(_BlockedStorage):
         self._flat_scale = self.scale.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
-        """See :class:`Storage`."""
+        """Decode elements ``start .. stop``, each with the scale of its block: FP32 [stop - start], a new
+        tensor."""
         values = self._blocks(_decode(self._flat[start:stop]))
         values.mul_(decode_e8m0(self._flat_scale[self._span(start, stop)]).unsqueeze(-1))
         return self._flatten(values, stop - start)
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
-        """See :class:`Storage`."""
+        """Give each block the power-of-two scale that its amax allows, and encode it: to nearest, or
+        stochastically with a key."""
         blocks = self._blocks(values.float())
         if key is None:
             payload, scale = quantize_blocks(blocks, self.format)
@@ -126,7 +128,8 @@ class BlockStorage(_BlockedStorage):
         self._flat_scale[self._span(start, stop)] = scale
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Storage`: payload of the tensor's shape, E8M0 bytes [.., blocks of a row]."""
+        """For checkpoints: ``.payload``, codes of the tensor's shape, and ``.scale``, E8M0 bytes [.., blocks
+        of a row]."""
         return {".payload": self.payload, ".scale": self.scale}
 
 
@@ -141,15 +144,17 @@ class TensorStorage(_ScaledStorage):
         self._new_exponent = torch.zeros((), dtype=torch.int32, device=layout.device)
 
     def load(self, start: int, stop: int) -> Tensor:
-        """See :class:`Storage`."""
+        """Decode elements ``start .. stop`` with the tensor's scale: FP32 [stop - start], a new tensor."""
         return _decode(self._flat[start:stop]).mul_(self.scale_inv)
 
     def begin(self, amax: Tensor) -> None:
-        """See :class:`Storage`."""
+        """Choose the new scale from the amax of all new values (FP32 scalar); reads use the old one until
+        :meth:`end`."""
         self._new_exponent = exponent_from_amax(amax, max_exponent=self.format.max_exponent)
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
-        """See :class:`Storage`."""
+        """Encode new values with the scale that :meth:`begin` chose: to nearest, or stochastically with a
+        key."""
         scale = power_of_two(self._new_exponent)
         if key is None:
             payload = cast(values.float(), self.format, scale, scale_is_power_of_two=True)
@@ -159,11 +164,11 @@ class TensorStorage(_ScaledStorage):
         self._write(start, stop, payload)
 
     def end(self) -> None:
-        """See :class:`Storage`."""
+        """Let reads use the new scale, now that every element was stored with it."""
         self.scale_inv.copy_(power_of_two(-self._new_exponent))
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Storage`: payload of the tensor's shape, FP32 scalar."""
+        """For checkpoints: ``.payload``, codes of the tensor's shape, and ``.scale_inv``, an FP32 scalar."""
         return {".payload": self.payload, ".scale_inv": self.scale_inv}
 
 
@@ -183,7 +188,8 @@ class ExpandedStorage(_BlockedStorage):
         self._range = math.log2(fmt.max**2 / 2)
 
     def load(self, start: int, stop: int) -> Tensor:
-        """See :class:`Storage`."""
+        """Decode elements ``start .. stop``: take the root of each code's magnitude and multiply by its
+        block's amax. FP32 [stop - start], a new tensor."""
         span = self._span(start, stop)
         codes = self._blocks(_decode(self._flat[start:stop])).mul_(1.0 / self.format.max)
         root = (_POWER_UNIT / self._flat_power[span].float()).unsqueeze(-1)
@@ -191,7 +197,8 @@ class ExpandedStorage(_BlockedStorage):
         return self._flatten(torch.copysign(magnitude, codes, out=magnitude), stop - start)
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
-        """See :class:`Storage`."""
+        """Stretch each block's magnitudes over the range of the format and cast them: to nearest, or
+        stochastically with a key."""
         blocks = self._blocks(values.float())
         magnitude = blocks.abs()
         amax, power = self._describe(magnitude)
@@ -218,7 +225,8 @@ class ExpandedStorage(_BlockedStorage):
         return amax, power.to(torch.uint8)
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Storage`: payload of the tensor's shape; FP32 and uint8 [.., blocks of a row]."""
+        """For checkpoints: ``.payload``, codes of the tensor's shape; ``.amax`` FP32 and ``.power`` (16·k)
+        uint8 [.., blocks of a row]."""
         return {".payload": self.payload, ".amax": self.amax, ".power": self.power}
 
 
@@ -234,21 +242,21 @@ class RootStorage(Storage):
         self.two_pass = inner.two_pass
 
     def load(self, start: int, stop: int) -> Tensor:
-        """See :class:`Storage`."""
+        """Decode the roots of elements ``start .. stop`` and square them."""
         return self.inner.load(start, stop).square_()
 
     def begin(self, amax: Tensor) -> None:
-        """See :class:`Storage`."""
+        """Announce the amax of all new values to the storage of the roots."""
         self.inner.begin(amax.sqrt())
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
-        """See :class:`Storage`."""
+        """Store the roots of new values, which must not be negative."""
         self.inner.store(start, stop, values.sqrt(), key)
 
     def end(self) -> None:
-        """See :class:`Storage`."""
+        """Tell the storage of the roots that every element was stored."""
         self.inner.end()
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Storage`: of the root."""
+        """For checkpoints: the tensors of the roots, under the names of the inner format."""
         return self.inner.tensors()

@@ -57,7 +57,7 @@ class StateFormat:
 
     @property
     def is_exact(self) -> bool:
-        """Whether an FP32 value survives storage."""
+        """Whether every FP32 value survives being stored."""
         return self.name in _EXACT
 
     @property
@@ -67,7 +67,7 @@ class StateFormat:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether a scale belongs to it."""
+        """Whether the format has a scale beside its codes."""
         return self.name in _SCALED
 
     def __str__(self) -> str:

@@ -45,12 +45,12 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of local elements."""
         return math.prod(self.shape)
 
     @property
     def row(self) -> int:
-        """Elements of a row."""
+        """Number of elements in a local row."""
         return self.shape[-1] if self.shape else 1
 
     @property
@@ -74,7 +74,7 @@ class Layout:
 
 
 class Storage(ABC):
-    """One state of one parameter.
+    """One state of one parameter, in one format. Subclasses are the formats.
 
     Attributes:
         layout: the tensor.
@@ -111,7 +111,7 @@ class Storage(ABC):
         raise AssertionError(f"{type(self).__name__} stores in one pass")
 
     def end(self) -> None:
-        """All new values are stored; ``two_pass`` only."""
+        """Take note that all new values are stored; ``two_pass`` only."""
         raise AssertionError(f"{type(self).__name__} stores in one pass")
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Storage(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes, scales included."""
+        """Bytes that the state takes, scales included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
@@ -138,18 +138,18 @@ class WideStorage(Storage):
         self._flat = self.tensor.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
-        """See :class:`Storage`; a view."""
+        """Return a view of elements ``start .. stop``: writing to it changes the state."""
         return self._flat[start:stop]
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
-        """See :class:`Storage`; free where ``values`` is what :meth:`load` returned."""
+        """Copy new values in; costs nothing where ``values`` is the view that :meth:`load` returned."""
         del key
         target = self._flat[start:stop]
         if target.data_ptr() != values.data_ptr():
             target.copy_(values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Storage`."""
+        """For checkpoints: the tensor itself, without a suffix."""
         return {"": self.tensor}
 
 
@@ -162,18 +162,18 @@ class BFloat16Storage(Storage):
         self._flat = self.tensor.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
-        """See :class:`Storage`."""
+        """Widen elements ``start .. stop`` to FP32 [stop - start], a new tensor."""
         return self._flat[start:stop].float()
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
-        """See :class:`Storage`."""
+        """Round new values to BF16: to nearest, or stochastically with a key."""
         values = values.float()
         if key is not None:
             values = round_mantissa(values, _BF16_DROPPED_BITS, self.layout.bits(key, start, stop - start))
         self._flat[start:stop].copy_(values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Storage`."""
+        """For checkpoints: the tensor itself, without a suffix."""
         return {"": self.tensor}
 
 
@@ -190,12 +190,13 @@ class RemainderStorage(Storage):
         self._flat_high, self._flat_low = self.high.view(-1).view(torch.int16), self.low.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
-        """See :class:`Storage`."""
+        """Put the two halves of elements ``start .. stop`` together: FP32 [stop - start], bit for bit what
+        was stored."""
         bits = self._flat_high[start:stop].to(torch.int32).bitwise_left_shift_(16)
         return bits.add_(self._flat_low[start:stop]).view(torch.float32)
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
-        """See :class:`Storage`."""
+        """Cut new FP32 values into the nearest BF16 number and the bits that it lacks; nothing is rounded."""
         del key
         bits = values.float().view(torch.int32)
         high = (bits + (1 << 15)).bitwise_right_shift_(16)
@@ -203,5 +204,5 @@ class RemainderStorage(Storage):
         self._flat_low[start:stop].copy_(bits - high.bitwise_left_shift_(16))
 
     def tensors(self) -> dict[str, Tensor]:
-        """See :class:`Storage`."""
+        """For checkpoints: ``.weight``, the BF16 half, and ``.remainder``, its int16 complement."""
         return {".weight": self.high, ".remainder": self.low}

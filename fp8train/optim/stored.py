@@ -51,7 +51,7 @@ _SUFFIXES = ("", ".payload", ".weight", ".scale", ".scale_inv", ".amax", ".power
 
 
 def state_names(described: Described, role: str, fqn: str) -> list[str]:
-    """The tensors that make up one state."""
+    """Names of the stored tensors that make up one state, of those in ``described``."""
     return [name for suffix in _SUFFIXES if (name := f"{role}/{fqn}{suffix}") in described]
 
 
@@ -183,7 +183,7 @@ class StoredState:
     """A region of one stored state, decoded by rows."""
 
     def __init__(self, role: str, spec: ParamSpec, region: Region, fmt: StateFormat, read: Read) -> None:
-        """Read it, in its own format, to the CPU.
+        """Read the state, in its own format, to the CPU.
 
         Args:
             role: which state.
@@ -257,7 +257,7 @@ def recast(
     read: Read,
     amaxes: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Read, decode and encode these states.
+    """Read stored states, decode them, and encode them in the run's formats.
 
     Args:
         optimizer: whose states are written.

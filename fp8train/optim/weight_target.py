@@ -1,4 +1,5 @@
-"""Where new weights go when no high-precision copy of them stays in the model."""
+"""The interface by which the optimizer hands new weights to a model that keeps no high-precision copy of
+them."""
 
 from __future__ import annotations
 
@@ -24,5 +25,5 @@ class WeightTarget(Protocol):
         ...
 
     def end(self) -> None:
-        """All elements were written."""
+        """Take note that all elements were written: the new weight is complete."""
         ...

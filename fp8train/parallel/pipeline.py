@@ -66,7 +66,7 @@ class _StageModule(nn.Module):
 
 
 class PipelineLayout:
-    """Who holds which stage.
+    """Which pipeline rank holds which stages.
 
     Attributes:
         stages: all, first to last.
@@ -114,7 +114,7 @@ class PipelineLayout:
 
 
 class Pipeline:
-    """Runs the stages of this rank.
+    """Runs the stages that this rank holds, under the schedule's order.
 
     Attributes:
         layout: who holds what.
@@ -160,11 +160,14 @@ class Pipeline:
         Returns:
             Summed loss, FP64 scalar; zero where the last stage is not.
         """
-        if self._shape != inputs.shape:
+        if self._shape != inputs.shape:  # first step, or a stage of a batch ramp
             self._schedule, self._shape = self._build(inputs.shape), inputs.shape
         self._num_tokens = num_tokens
         self._total = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._decoder.prepare()
+        self._decoder.prepare()  # FP8 copies of changed weights, once for all micro-batches
+        # torch runs forward and backward of A micro-batches of B sequences in the schedule's order, and moves
+        # states [B, S, H] forward and their gradients backward between ranks. Only the first stage reads
+        # tokens, only the last one targets. Weight gradients go to the store, as without a pipeline.
         begins, ends = self.layout.held[0].begins, self.layout.held[-1].ends
         self._schedule.step(
             *((inputs.flatten(0, 1),) if begins else ()),
@@ -214,10 +217,11 @@ class Pipeline:
         before, after = (self._wire(edge, batch, length) for edge in (stage.index - 1, stage.index))
 
         def run(x: Tensor) -> Tensor:
-            x = x if before is None else before.unpack(x)
-            x = decoder.embed(x) if stage.begins else x
+            x = x if before is None else before.unpack(x)  # FP8 codes from another rank -> states
+            x = decoder.embed(x) if stage.begins else x  # tokens [B, S] -> states [B, S, H]
             x = decoder.blocks(x, stage.layers, slice(0, length))
             x = decoder.final_norm(x) if stage.ends else x
+            # States -> FP8 codes for another rank, 1 byte an element and 1 a block; or as they are.
             return x if after is None else after.pack(x)
 
         return run
@@ -242,6 +246,7 @@ class Pipeline:
         return torch.empty(shape, dtype=self._decoder.dtype, device=device)
 
     def _loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        # Called by torch on the last stage, after each micro-batch's forward.
         loss_sum = self._decoder.loss(states, targets)
         self._total += loss_sum.detach()
         return loss_sum / self._num_tokens
@@ -311,6 +316,7 @@ class Pipeline:
         if not self._tied or self._group.rank not in (first, last):
             return
         is_first = self._group.rank == first
+        # In pieces, in the accumulation dtype. Both ranks add first + last: their sums have equal bits.
         for ours in self._store.values(TIED).split(_SWAP_ELEMENTS):
             theirs = torch.empty_like(ours)
             self._group.swap(theirs, ours, last if is_first else first, purpose="tied_gradient")
@@ -318,6 +324,7 @@ class Pipeline:
 
     def global_norm(self) -> Tensor:
         """Norm of the whole model's gradient: FP64 scalar, the same on all ranks."""
+        # FP64 [parameters], zero for those of other stages; of two tied copies only the first counts.
         norms = self._store.norms(self._names)
         if self._tied and self._group.rank != self.layout.first_rank:
             norms[self._names.index(TIED)] = 0.0

@@ -24,7 +24,7 @@ from fp8train.models.part import ModelPart
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the pipeline.
+    """One stage of the pipeline: consecutive blocks, and the ends of the model in the first and the last.
 
     Attributes:
         index: its place, 0-based.
@@ -38,12 +38,12 @@ class Stage:
 
     @property
     def begins(self) -> bool:
-        """Whether it turns tokens into states."""
+        """Whether this stage turns tokens into states: it is the first."""
         return self.index == 0
 
     @property
     def ends(self) -> bool:
-        """Whether it turns states into a loss."""
+        """Whether this stage turns states into a loss: it is the last."""
         return self.index == self.num_stages - 1
 
     def owns(self, fqn: str) -> bool:
@@ -55,7 +55,7 @@ class Stage:
 
 
 def split_layers(num_layers: int, num_stages: int, *, head_cost: float = 0.0) -> list[int]:
-    """Blocks of each stage, first to last.
+    """Choose the number of blocks of each stage, first to last, so that the stages' costs are even.
 
     Args:
         num_layers: blocks of the model, at least one per stage.

@@ -43,15 +43,15 @@ class Partition:
     shapes: Mapping[str, tuple[int, ...]]
 
     def owned(self, rank: int) -> dict[str, Rows]:
-        """What ``rank`` owns, without empty runs."""
+        """The rows that ``rank`` owns, by FQN; without parameters of which it owns none."""
         return {fqn: rows[rank] for fqn, rows in self.owners.items() if len(rows[rank])}
 
     def elements(self, fqn: str, rank: int) -> int:
-        """Elements of the tensor that ``rank`` owns."""
+        """How many elements of one parameter ``rank`` owns."""
         return len(self.owners[fqn][rank]) * math.prod(self.shapes[fqn][1:])
 
     def loads(self) -> list[int]:
-        """Elements that each rank owns."""
+        """How many elements each rank owns in all."""
         return [sum(self.elements(fqn, rank) for fqn in self.owners) for rank in range(self.ranks)]
 
     def imbalance(self) -> float:
@@ -63,7 +63,7 @@ class Partition:
 def partition(
     shapes: Mapping[str, tuple[int, ...]], ranks: int, kind: Kind, *, in_rows: Sequence[str] = ()
 ) -> Partition:
-    """Assign every tensor.
+    """Assign every row of every tensor to one owner.
 
     Args:
         shapes: ``{fqn: shape}``, the same on all ranks.

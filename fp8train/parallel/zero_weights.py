@@ -35,12 +35,12 @@ class Matrix:
     decode: Callable[[Tensor], Tensor] | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
-        """What travels of these rows, flat."""
+        """What travels of rows ``start .. stop``: flat, in the type on the wire."""
         rows = self.values[start:stop]
         return (rows if self.decode is None else self.decode(rows)).reshape(-1)
 
     def write(self, start: int, stop: int, sent: Tensor) -> None:
-        """Store what arrived for these rows."""
+        """Store what arrived for rows ``start .. stop``."""
         rows = self.values[start:stop]
         values = sent.view(rows.shape)
         rows.copy_(values if self.encode is None else self.encode(values))
@@ -67,7 +67,7 @@ class WeightGather:
         bucket_bytes: float,
         purposes: Mapping[str, str],
     ) -> None:
-        """Arrange.
+        """Arrange the weights in messages.
 
         Args:
             matrices: in the order of use.
@@ -104,7 +104,8 @@ class WeightGather:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Send what this rank owns; every rank calls it."""
+        """Start the all-gathers: every rank sends the new rows that it owns, and calls this at the same
+        point."""
         for one in self._groups:
             pieces = [matrix.read(*self._rows(matrix, self._group.rank)[:2]) for matrix in one.matrices]
             own = torch.cat(pieces)
@@ -114,12 +115,12 @@ class WeightGather:
             one.wait = self._group.all_gather(one.arrived, message, purpose=one.purpose)
 
     def wait(self, fqn: str) -> None:
-        """Until the new weight is there."""
+        """Wait until all rows of this weight are here, and store them."""
         for number in self._of[fqn]:
             self._finish(self._groups[number])
 
     def wait_all(self) -> None:
-        """Until all are."""
+        """Wait until all rows of all weights are here, and store them."""
         for one in self._groups:
             self._finish(one)
 

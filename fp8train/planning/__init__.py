@@ -1,1 +1,1 @@
-"""What a configuration needs, by arithmetic: no process group, no storage."""
+"""What a configuration will need or do, by arithmetic alone: no process group, no memory for a model."""

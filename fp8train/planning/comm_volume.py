@@ -43,7 +43,7 @@ _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 class Flow(NamedTuple):
-    """One kind of traffic.
+    """One kind of traffic: over which ranks, by which collective, for what.
 
     Attributes:
         axis: of the ranks that exchange it, such as ``tp``; several are joined, as in ``dp+cp``.
@@ -84,7 +84,7 @@ class Parameter:
         return math.prod(shape[:-1]), shape[-1]
 
     def elements(self, tp: int) -> int:
-        """Elements of that part."""
+        """Number of elements of a tensor-parallel rank's part."""
         return math.prod(self.local(tp))
 
 
@@ -108,12 +108,12 @@ class RankStep:
 
     @property
     def tp(self) -> int:
-        """Tensor-parallel ranks."""
+        """Number of tensor-parallel ranks."""
         return self.config.parallel.tp
 
     @property
     def replicas(self) -> int:
-        """R."""
+        """Number of replicas R, whose gradients of the same parameters add up."""
         return self.dp * self.config.parallel.cp
 
     @property
@@ -123,18 +123,18 @@ class RankStep:
 
     @property
     def itemsize(self) -> int:
-        """e."""
+        """Bytes e of an element in the compute type."""
         return _BYTES[self.config.precision.compute]
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Tokens T of a micro-batch on a tensor-parallel group."""
         config = self.config
         return config.train.micro_batch_size * config.data.seq_length // config.parallel.cp
 
     @property
     def part(self) -> ModelPart:
-        """What the rank holds of the model."""
+        """The part of the model that the rank holds."""
         if self.layout is None:
             return ModelPart.whole(self.config.model.num_layers)
         return part_of(self.layout.held)
@@ -157,17 +157,17 @@ class RankStep:
 
 
 def scattered(nbytes: float, ranks: int) -> float:
-    """All-gather, all-to-all or reduce-scatter of ``nbytes`` in all: ``n·(N-1)/N``."""
+    """Bytes that an all-gather, all-to-all or reduce-scatter of ``nbytes`` in all sends: ``n·(N-1)/N``."""
     return nbytes * (ranks - 1) / ranks
 
 
 def all_reduced(nbytes: float, ranks: int) -> float:
-    """All-reduce of ``nbytes``: ``2·n·(N-1)/N``."""
+    """Bytes that an all-reduce of ``nbytes`` sends: ``2·n·(N-1)/N``."""
     return 2 * scattered(nbytes, ranks)
 
 
 def in_blocks(rows: int, width: int, block: int) -> int:
-    """FP8 codes with block scales: ``rows·ceil(width/block)·(block+1)`` bytes."""
+    """Bytes of FP8 codes with block scales: ``rows·ceil(width/block)·(block+1)``."""
     return rows * -(-width // block) * (block + 1)
 
 
@@ -185,7 +185,7 @@ def scale_bytes(spec: QuantSpec, contracted: int, tokens: int, width: int) -> in
 
 
 def tensor_parallel(step: RankStep) -> Volume:
-    """Hidden linears, M times each::
+    """Traffic of the hidden linears, each M times::
 
         tp_input        column-parallel  all-gather  2·T·K·e  input, forward and again backward
         tp_grad_input   column-parallel  all-to-all  T·K·e    or blocks(T, K)
@@ -234,7 +234,8 @@ def tensor_parallel(step: RankStep) -> Volume:
 
 
 def embedding_and_head(step: RankStep) -> Volume:
-    """Over tensor-parallel ranks, where the model begins and ends, always in the compute type::
+    """Traffic of embedding and head over tensor-parallel ranks, where the model begins and ends, always in
+    the compute type::
 
         tp_embedding  all-to-all M·T·H·e states, all-gather M·T·H·e their gradient
         tp_head       all-gather M·T·H·e states, all-to-all M·T·H·e their gradient,
@@ -274,7 +275,7 @@ def context_parallel(step: RankStep) -> Volume:
 
 
 def pipeline(step: RankStep) -> Volume:
-    """Between stages on different ranks, for each such edge::
+    """Traffic between stages on different ranks, for each such edge::
 
         pipeline_states     send  M·(T/tp)·H·e  or M·blocks(T/tp, H), filled up to 4 bytes
         pipeline_gradients  send  the same, the other way
@@ -312,7 +313,7 @@ def _wide(step: RankStep, setting: str) -> int:
 
 
 def gradients(step: RankStep) -> Volume:
-    """Over the replicas, n elements on the rank, e bytes of ``gradient.reduce``::
+    """Traffic of gradients over the replicas, n elements on the rank, e bytes of ``gradient.reduce``::
 
         gradient           all-reduce      2·n·e·(R-1)/R    everything outside the FP8 plan
                            reduce-scatter  n·e·(R-1)/R      under ZeRO
@@ -347,7 +348,7 @@ def gradients(step: RankStep) -> Volume:
 
 
 def fp8_plan_gradients(step: RankStep) -> Volume:
-    """FP8 gradients of n elements, by ``gradient.fp8.reduce``::
+    """Traffic of FP8 gradients of n elements, by ``gradient.fp8.reduce``::
 
         exchange      all-to-all and all-gather, each blocks·(R-1)/R; under ZeRO the all-to-all alone
         bf16, fp32    all-reduce 2·n·e·(R-1)/R; under ZeRO a reduce-scatter, n·e·(R-1)/R
@@ -410,7 +411,7 @@ def _two_levels(step: RankStep, nbytes: int, elements: int, add: Callable[[str, 
 
 
 def weights(step: RankStep) -> Volume:
-    """Under ZeRO, new weights from their owners to the replicas, n elements on the rank::
+    """Traffic of new weights under ZeRO, from their owners to the replicas, n elements on the rank::
 
         weights_fp8_plan  all-gather  n·(R-1)/R    FP8-resident weights, as codes
         weights           all-gather  n·e·(R-1)/R  all others

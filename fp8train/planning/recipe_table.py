@@ -57,7 +57,7 @@ def _dataset_vocabulary(config: Config) -> int | None:
 
 
 def recipe_tables(config: Config, vocab_size: int) -> str:
-    """The tables as text.
+    """The recipe as text: a table of linears, one of parameters, one of operations.
 
     Args:
         config: a validated configuration.

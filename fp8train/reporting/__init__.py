@@ -1,1 +1,1 @@
-"""What a finished or running job looks like: tables and plots from its records."""
+"""Tables and plots of a finished or running job, from the records in its run directory."""

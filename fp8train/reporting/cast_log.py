@@ -30,7 +30,7 @@ _SITE = re.compile(r"layers\.(\d+)\.(?:.+\.)?([^./]+)/([^/]+)")
 
 @dataclass(frozen=True)
 class CastSample:
-    """One cast at one step.
+    """What one cast did at one step.
 
     Attributes:
         step: optimizer steps done, this one included.

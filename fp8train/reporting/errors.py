@@ -1,4 +1,4 @@
-"""Errors of reports."""
+"""The error that reports raise for what a user can mend."""
 
 from fp8train.config.errors import UserError
 

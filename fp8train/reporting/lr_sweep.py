@@ -34,7 +34,7 @@ Sweep = Mapping[str, Mapping[int, Losses]]
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best learning rate of one width.
+    """The best learning rate of one width, and how it was found.
 
     Attributes:
         lr: of the parabola's vertex, or of the best grid point.

@@ -39,7 +39,7 @@ FIELDS = ("log2_scale", "flushed", "saturated", "amax", "rms", "snr_db", "kurtos
 
 @dataclass(frozen=True)
 class Series:
-    """One operand of one linear type.
+    """The statistics of one operand of one linear type, over steps and layers.
 
     Attributes:
         operand: key of :data:`OPERANDS`.
@@ -130,7 +130,7 @@ def _share(one: Series, field: str) -> dict[str, Any] | None:
 
 
 def scales_table(series: Sequence[Series]) -> str:
-    """The summaries as aligned text."""
+    """Write the summaries of all series as aligned text."""
     when = moments(series)
     heading = ["operand", "linear"]
     heading += [f"{name} ({step})" if len(when) > 1 else f"step {step}" for name, step in when.items()]
@@ -206,7 +206,7 @@ def report_scales(run: Path, out: Path | None = None) -> int:
 
 
 def describe(log: CastLog, training: Sequence[Series], inference: Sequence[Series]) -> str:
-    """The text of the report."""
+    """Write the text of the report."""
     where = "" if log.state == "running" else f" at step {log.step}"  # a running job's is that of its start
     lines = [f"{log.run}: {log.state}{where}", *(f"note: {note}" for note in log.notes)]
     lines += [

@@ -26,7 +26,7 @@ class Console:
     """
 
     def __init__(self, *, enabled: bool, total_steps: int, stream: TextIO | None = None) -> None:
-        """``stream``: default stdout."""
+        """Print to ``stream``; default: stdout."""
         self.total_steps = total_steps
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled

@@ -22,7 +22,7 @@ from fp8train.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Bytes on this rank.
+    """Bytes that this rank stores, by what they are for.
 
     Attributes:
         parameters: elements of the hidden linears' matrices.
@@ -59,7 +59,7 @@ class StoredBytes:
 
 
 def stored_bytes(trainer: Trainer) -> StoredBytes:
-    """Count what ``trainer`` has allocated."""
+    """Count the bytes that ``trainer`` has allocated."""
     linears = trainer.model.linears()
     matrices = {f"{path}.weight": linear for path, linear in linears.items()}
     elements = sum(linear.weight.numel() for linear in matrices.values())

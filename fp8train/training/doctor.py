@@ -34,7 +34,7 @@ _FP8_REDUCING_NCCL = (2, 24, 3)
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """One line of the report on this machine."""
 
     item: str
     """What was looked at."""
@@ -45,7 +45,7 @@ class Finding:
 
 
 def doctor() -> int:
-    """Print the report.
+    """Examine the machine and print the report.
 
     Returns:
         0, or 1 if something is broken that every run needs.
@@ -76,7 +76,7 @@ def examine() -> list[Finding]:
 
 
 def table(findings: list[Finding]) -> str:
-    """Findings as aligned plain text."""
+    """Format findings as aligned plain text."""
     item = max(len(finding.item) for finding in findings)
     status = max(len(finding.status) for finding in findings)
     return "\n".join(f"{f.item:<{item}}  {f.status:<{status}}  {f.explanation}" for f in findings)

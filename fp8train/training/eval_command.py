@@ -70,7 +70,7 @@ class EvalOptions:
     context: int | None = None
 
     def check(self) -> None:
-        """Refuse options of another kind of evaluation.
+        """Refuse options that belong to another kind of evaluation.
 
         Raises:
             InferenceError: names the option and what it needs.
@@ -271,7 +271,7 @@ def _scored(
 
 
 def context_length(run: TrainedRun, wanted: int | None) -> int:
-    """Tokens that the model reads at once.
+    """Tokens that the model reads at once: ``wanted``, or all its positions.
 
     Raises:
         InferenceError: more than it has positions.

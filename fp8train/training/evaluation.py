@@ -1,4 +1,4 @@
-"""Validation loss on a fixed set of batches."""
+"""Validation: the mean loss on a fixed set of batches, with the numerics of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fp8train.training.trainer import inputs_and_targets
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one evaluation.
+    """The result of one evaluation.
 
     Attributes:
         loss: mean nats per target token.
@@ -32,7 +32,7 @@ class Evaluation:
     bits_per_byte: float | None
 
     def metrics(self) -> dict[str, float]:
-        """Names and values for the log."""
+        """Loss, perplexity and bits per byte under their names in the log."""
         values = {"eval/loss": self.loss, "eval/perplexity": math.exp(min(self.loss, 700.0))}
         if self.bits_per_byte is not None:
             values["eval/bits_per_byte"] = self.bits_per_byte

@@ -42,7 +42,7 @@ Table = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Flag:
-    """A linear that stands out.
+    """A linear whose reading stands out, and what was done about it.
 
     Attributes:
         unit: path of the linear.
@@ -62,7 +62,7 @@ class Flag:
 
     @property
     def ratio(self) -> float:
-        """How far from usual."""
+        """How far the reading is from usual, as a multiple of it."""
         return math.inf if self.usual == 0 else self.value / self.usual
 
     def __str__(self) -> str:
@@ -101,7 +101,8 @@ class Guard:
     _usual: dict[tuple[str, str], _Usual] = field(default_factory=dict)
 
     def release(self, step: int) -> list[str]:
-        """Linears that return to FP8 with step ``step`` (1-based)."""
+        """Let linears whose time is over back into FP8 with step ``step`` (1-based), and return their
+        paths."""
         back = [unit for unit, until in self.locked.items() if until < step]
         for unit in back:
             del self.locked[unit]
@@ -145,7 +146,7 @@ class Guard:
         return Flag(flag.unit, flag.site, flag.reading, flag.value, flag.usual, until)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: JSON values."""
+        """The guard's state for a checkpoint, as JSON values."""
         usual = [[*key, one.mean, one.count] for key, one in self._usual.items()]
         return {"locked": dict(self.locked), "usual": usual}
 

@@ -19,7 +19,7 @@ SECTIONS = frozenset(
 
 
 def metrics_record(step: int, tokens: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """A strict-JSON record, ready for :meth:`fp8train.training.run_dir.RunDir.log_metrics`.
+    """Make a record of strict JSON for :meth:`fp8train.training.run_dir.RunDir.log_metrics`.
 
     Args:
         step: optimizer steps done.

@@ -22,7 +22,7 @@ from fp8train.training.guard import Flag, Guard, agreed_readings
 
 
 class Monitors:
-    """Those of one process.
+    """The monitors of one process: what it records of a step, and the guard that acts on it.
 
     Attributes:
         recorder: FP8 cast statistics; None without FP8 or with statistics off.
@@ -83,7 +83,7 @@ class Monitors:
         return flags
 
     def state(self) -> dict[str, Any]:
-        """Host state of a checkpoint."""
+        """Host state of the monitors for a checkpoint."""
         return {} if self.guard is None else {"guard": self.guard.state()}
 
     def load_state(self, meta: Mapping[str, Any]) -> None:

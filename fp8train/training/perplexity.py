@@ -40,7 +40,7 @@ from fp8train.training.metrics import strict
 
 @dataclass(frozen=True)
 class Text:
-    """What a model is evaluated on.
+    """What a model is evaluated on: samples, and how many.
 
     Attributes:
         batches: samples in order, grouped for the model.
@@ -56,13 +56,13 @@ class Text:
 
     @property
     def num_samples(self) -> int:
-        """Sequences in all."""
+        """Number of sequences in all batches."""
         return self.num_batches * self.batches.global_batch_size
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model on one text.
+    """How well one model did on one text.
 
     Attributes:
         numerics: how it was loaded.
@@ -78,11 +78,11 @@ class Measurement:
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``."""
+        """The perplexity ``exp(loss)``."""
         return self.evaluation.metrics()["eval/perplexity"]
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The numbers as JSON values."""
         bits = self.evaluation.bits_per_byte
         return {
             "numerics": self.numerics,

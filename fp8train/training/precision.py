@@ -1,4 +1,4 @@
-"""From ``precision`` in the configuration to gradient buckets, optimizer states and scale state of one
+"""Makes, from ``precision`` in the configuration, gradient storage and reduction and the optimizer of one
 process."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_gradient_plan(
     contributions: int,
     recorder: CastRecorder | None = None,
 ) -> GradientPlan:
-    """How gradients are stored and reduced.
+    """Decide how this process's gradients are stored and reduced.
 
     Args:
         config: a validated configuration.

@@ -38,7 +38,7 @@ class Restored:
     fresh: Mapping[str, int]
 
     def lines(self) -> list[str]:
-        """For the console."""
+        """Say, for the console, what was recast and what starts anew."""
         lines = [
             f"recast {change} ({len(fqns)} parameters: {', '.join(fqns[:2])}{', ..' if fqns[2:] else ''})"
             for change, fqns in self.recasts.items()

@@ -72,7 +72,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The directory of the run's checkpoints."""
         return self.path / CHECKPOINTS_DIR
 
     @property
@@ -82,22 +82,22 @@ class RunDir:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object per logged step."""
+        """The file ``metrics.jsonl``, one JSON object per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """Where TensorBoard events go."""
+        """The directory of TensorBoard's event files."""
         return self.path / "tb"
 
     @property
     def stop_file(self) -> Path:
-        """Creating this file asks the run to save and exit."""
+        """The file ``STOP``: creating it asks the run to save and exit."""
         return self.path / "STOP"
 
     @property
     def rank_log(self) -> Path:
-        """Text log of this rank."""
+        """The text log of this rank."""
         return self.path / "logs" / f"rank{self.rank}.log"
 
     def write_description(self, config_text: str, env: Mapping[str, Any]) -> None:

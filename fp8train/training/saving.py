@@ -59,7 +59,7 @@ class Saving:
         trainer: Trainer,
         reporter: Reporter,
     ) -> None:
-        """Collective over all ranks with ``checkpoint.asynchronous``."""
+        """Prepare saving; collective over all ranks with ``checkpoint.asynchronous``."""
         self.config, self.processes, self.run_dir = config, processes, run_dir
         self.data, self.trainer, self.reporter = data, trainer, reporter
         self.saved_at: int | None = None

@@ -19,7 +19,7 @@ SHOWN = 8
 
 
 class ScaleEvents:
-    """What is new since the last look."""
+    """Tells which delayed scales met a zero or non-finite amax since it was last asked."""
 
     def __init__(
         self, names: list[str], scales: ScaleState | None, stages: CountedGroup, device: torch.device
@@ -46,7 +46,8 @@ class ScaleEvents:
         return counts.cpu()
 
     def forget(self) -> None:
-        """What was counted until now is not new (it came from a checkpoint). Collective over the stages."""
+        """Take what was counted until now as not new (it came from a checkpoint). Collective over the
+        stages."""
         self._seen = self._counts()
 
     def take(self) -> dict[str, dict[str, int]]:
@@ -58,7 +59,7 @@ class ScaleEvents:
 
 
 def event_metrics(events: dict[str, dict[str, int]]) -> dict[str, float]:
-    """Slots times steps of each kind."""
+    """Number of events of each kind, as metrics: slots times steps."""
     return {
         "fp8/zero_amaxes": float(sum(counts["zero"] for counts in events.values())),
         "fp8/non_finite_amaxes": float(sum(counts["non_finite"] for counts in events.values())),

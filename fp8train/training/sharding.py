@@ -76,7 +76,7 @@ def make_gather(
 
 
 class Sharding:
-    """This rank's share of the optimizer.
+    """This rank's share of the optimizer under ZeRO-1.
 
     Attributes:
         parameters: memory of what it owns, by FQN.
@@ -110,8 +110,8 @@ class Sharding:
         self._others = [fqn for fqn in model if fqn not in resident]
 
     def distribute(self, *, wait: bool) -> None:
-        """The optimizer wrote new weights of what this rank owns: send them. Those in FP8 are waited for
-        where they are used (compiled blocks cannot: ``wait`` does it here), the others here."""
+        """Send the new weights of what this rank owns, which the optimizer has written. Those in FP8 are
+        waited for where they are used (compiled blocks cannot: ``wait`` does it here), the others here."""
         self.gather.start()
         if wait:
             self.gather.wait_all()

@@ -19,7 +19,7 @@ _BY_TOKENS = ("train/loss", "eval/loss")
 
 
 class EventLog(Protocol):
-    """Takes what happened, e.g. :meth:`fp8train.training.run_dir.RunDir.log_event`."""
+    """Takes what happened, for example :meth:`fp8train.training.run_dir.RunDir.log_event`."""
 
     def __call__(self, kind: str, *, step: int, **fields: Any) -> None:
         """Record an event of this kind after this step."""
@@ -31,13 +31,13 @@ class Tracker(Protocol):
     name: str
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Show the numbers of a step."""
 
     def close(self, status: str) -> None:
-        """Finish: ``completed``, ``stopped`` or ``failed``."""
+        """Finish with this status: ``completed``, ``stopped`` or ``failed``."""
 
     def take_problem(self) -> str | None:
-        """What went wrong since the last call, if anything."""
+        """Return what went wrong since the last call, if anything; each problem once."""
 
 
 class Trackers:
@@ -72,15 +72,15 @@ class Trackers:
             )
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Show the numbers of a step on every tracker, and report trackers that failed."""
         self._step = step
         for tracker in self._trackers:
             tracker.log(step, tokens, metrics)
         self._report()
 
     def close(self, status: str = "failed") -> None:
-        """Finish: ``completed``, ``stopped`` or ``failed``. Waits a bounded time for what is still under
-        way."""
+        """Finish every tracker with this status: ``completed``, ``stopped`` or ``failed``. Waits a bounded
+        time for what is still under way."""
         for tracker in self._trackers:
             tracker.close(status)
         self._report()
@@ -126,7 +126,7 @@ class TensorBoardTracker:
             self._fail(error)
 
     def close(self, status: str) -> None:
-        """Flush and close the file."""
+        """Write what is buffered and close the file."""
         if self._writer is None or self._dead:
             return
         try:
@@ -135,7 +135,7 @@ class TensorBoardTracker:
             self._fail(error)
 
     def take_problem(self) -> str | None:
-        """What went wrong, once."""
+        """Return what went wrong since the last call, if anything; each problem once."""
         problem, self._problem = self._problem, None
         return problem
 

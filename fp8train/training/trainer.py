@@ -225,21 +225,28 @@ class Trainer:
         return [fqn for fqn, spec in self.model.specs.items() if spec.shard is None]
 
     def step(self, step: int, micro_batches: Tensor) -> StepResult:
-        """Run optimizer step ``step`` (0-based).
+        """Run optimizer step ``step`` (0-based): forward, backward, reduction, clipping, update, new weights.
 
         Args:
             step: position in the schedule.
             micro_batches: this rank's int64 [A, B, S+1], on the CPU.
         """
         self.monitors.before_step(step + 1)
+        # This rank's tokens of its micro-batches, on the device: int64 [A, B, S/cp] each.
         inputs, targets = inputs_and_targets(micro_batches, self.ignore_after)
         inputs, targets = (self._part(t) for t in (inputs, targets))
+        # Every rank divides by the target tokens of the global batch: the sum over ranks is the gradient.
         num_targets = self._global_token_count(targets)
         num_tokens = num_targets if isinstance(num_targets, int) else num_targets.clamp(min=1)
+        # Forward and backward of all micro-batches into the store, which reduces each bucket once it is full.
+        # ``scale`` is the parametrisation's factor on the loss (1 in the standard one), and on its gradients:
+        # divided out below where that restores the true ones.
         scale = self.model.parametrization.gradient_scale
         total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale)
+        # For the log: the loss summed over all tokens, one FP64 number.
         self.processes.replicas.all_reduce(total, purpose="loss")()
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
+        # Of reduced gradients, hence the same on all ranks, which so apply or skip the step together.
         norm = self._global_norm() * self._unscale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
@@ -248,6 +255,8 @@ class Trainer:
             self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
         if applied:
             self.updates += 1
+            # Over the states that this rank keeps: reads the store's gradients chunk by chunk, times one
+            # device scalar, and writes new weights into the model, or into its FP8 weights.
             clip = clip_multiplier(norm, self.config.optimizer.clip_grad_norm)
             self.optimizer.step(
                 self.store.reader,
@@ -256,9 +265,9 @@ class Trainer:
                 grad_multiplier=clip * self._unscale,
                 count_flushed=self.monitors.sampled,
             )
-            self.store.commit(clip)
-            self._distribute()
-        self.store.release()
+            self.store.commit(clip)  # what the next reduction starts from: residuals, factors, grids
+            self._distribute()  # ZeRO: owners send the new rows to everyone
+        self.store.release()  # ZeRO: the sums that owners received
         no_targets = not applied and not num_targets > 0
         loss = total * torch.nan if no_targets else total / num_tokens
         return StepResult(loss, grad_norm, self.config.optimizer.lr * factor, applied, no_targets)
@@ -282,10 +291,10 @@ class Trainer:
         return torch.linalg.vector_norm(norms * self._norm_weights)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
-        self.store.begin_step(len(inputs))
+        self.store.begin_step(len(inputs))  # each parameter now expects a contribution per micro-batch
         if self.pipeline is None:
             total = self._one_after_the_other(inputs, targets, num_tokens)
-            self.store.finish()
+            self.store.finish()  # waits for the last bucket's reduction
         else:
             total = self.pipeline.run(inputs, targets, num_tokens)
             self.store.finish()
@@ -295,7 +304,7 @@ class Trainer:
     def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for x, y in zip(inputs, targets, strict=True):
-            loss_sum = self.model(x, y)
+            loss_sum = self.model(x, y)  # FP32 scalar: nats summed over this rank's tokens
             (loss_sum / num_tokens).backward()
             total += loss_sum.detach()
         return total
@@ -333,7 +342,7 @@ class Trainer:
         return self.optimizer.state_tensors() | self.scale_tensors()
 
     def scale_tensors(self) -> dict[str, Tensor]:
-        """Those of :meth:`state_tensors` that are scale state, of gradients and of delayed scales."""
+        """The scale state among :meth:`state_tensors`: that of gradients and that of delayed scales."""
         scales = {} if self.scales is None else self.scales.state_tensors()
         return self.gradients.state_tensors() | scales
 
@@ -351,7 +360,7 @@ class Trainer:
         return self.gradients.rank_tensors()
 
     def state_meta(self) -> dict[str, Any]:
-        """Host state of a checkpoint."""
+        """Host state for a checkpoint, as JSON values."""
         return {
             "updates": self.updates,
             **self.monitors.state(),
@@ -360,7 +369,7 @@ class Trainer:
         }
 
     def check_meta(self, meta: dict[str, Any], accepted: Callable[[str], bool] = lambda key: False) -> None:
-        """Whether training can go on from a checkpoint with this host state.
+        """Check that training can go on from a checkpoint with this host state.
 
         Args:
             meta: the checkpoint's :meth:`state_meta`.
@@ -393,7 +402,8 @@ class Trainer:
         return None if self._scale_events is None else self._scale_events.take()
 
     def optimizer_metrics(self) -> dict[str, float]:
-        """:meth:`~fp8train.training.monitors.Monitors.optimizer_metrics` of this optimizer."""
+        """Shares of optimizer states that the last applied step flushed to zero; see
+        :meth:`~fp8train.training.monitors.Monitors.optimizer_metrics`."""
         return self.monitors.optimizer_metrics(self.optimizer)
 
     def sent_bytes(self) -> dict[str, int]:

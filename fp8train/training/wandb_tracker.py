@@ -83,7 +83,8 @@ class WandbTracker:
         self._thread.start()
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Queue a record."""
+        """Queue the numbers of a step for the thread; the oldest record is dropped where the queue is
+        full."""
         with self._lock:
             if self._failed:
                 return
@@ -110,7 +111,7 @@ class WandbTracker:
             self._failed = True
 
     def take_problem(self) -> str | None:
-        """What went wrong since the last call."""
+        """Return what went wrong since the last call, if anything; each problem once."""
         with self._lock:
             problems, self._problems = self._problems, []
         return "; ".join(problems) or None

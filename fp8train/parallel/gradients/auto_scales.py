@@ -1,4 +1,7 @@
-"""Auto-scaling factors of all FP8 gradients, frozen for a step; see :mod:`fp8train.comm.auto_scale`."""
+"""Auto-scaling factors of all FP8 gradients, frozen for a step, as scale state of ``shared_scale``.
+
+:mod:`fp8train.comm.auto_scale` says what the factors are and how they move.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fp8train.comm.collectives import CountedGroup
 
 @dataclass(frozen=True)
 class StepFactors:
-    """Those of one step, and what its sums did with them.
+    """The auto-scaling factors of one step, and what its sums did with them.
 
     Attributes:
         mu: FP32 [tensors]; not touched by :meth:`AutoScales.commit`.
@@ -27,7 +30,8 @@ class StepFactors:
 
 
 class AutoScales:
-    """See the module and :class:`~fp8train.parallel.gradients.scales.GradientScales`.
+    """Scale state of ``shared_scale``: one auto-scaling factor mu per FP8 tensor, constant within a step (a
+    :class:`~fp8train.parallel.gradients.scales.GradientScales`).
 
     Attributes:
         controller: moves mu.
@@ -59,11 +63,11 @@ class AutoScales:
         return StepFactors(self.controller.mu.clone(), torch.zeros_like(self._numels))
 
     def positions(self, fqns: Sequence[str]) -> Tensor:
-        """int64 [fqns]: places of tensors among the factors."""
+        """Places of these tensors among the factors: int64 [fqns]."""
         return torch.tensor([self._position[fqn] for fqn in fqns], device=self._numels.device)
 
     def begin_step(self) -> None:
-        """See :class:`GradientScales`."""
+        """Freeze a copy of every mu for the step, with no saturated codes counted yet."""
         self.step = self._frozen()
 
     def end_step(self) -> None:
@@ -72,19 +76,19 @@ class AutoScales:
             self._counted_over.all_reduce(self.step.saturated, purpose="saturation")()
 
     def must_repeat(self) -> bool:
-        """Never: saturation is what moves mu."""
+        """Return False: no step is run again, as saturation is what moves mu."""
         return False
 
     def commit(self) -> None:
-        """Move every factor."""
+        """Move every mu by the step's counts of saturated codes."""
         self.controller.update(self.step.saturated, self._numels)
 
     def state_tensors(self) -> Mapping[str, Tensor]:
-        """See :class:`GradientScales`."""
+        """The controller's tensors, for checkpoints; they are filled in place."""
         return self.controller.state_tensors()
 
     def restored(self) -> None:
-        """See :class:`GradientScales`."""
+        """Do nothing: the next step freezes what the checkpoint brought."""
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:
         """Extremes of mu, and the share of codes at ±max in the last step."""

@@ -26,12 +26,13 @@ from fp8train.parallel.gradients.recorder import GradientRecorder
 
 
 def row_blocks(members: Sequence[Member], block: int) -> list[int]:
-    """Blocks of one row of each member."""
+    """Scale blocks of one row of each member; a short last one counts."""
     return [-(-member.shape[-1] // block) for member in members]
 
 
 class BlockStorage:
-    """See the module and :class:`~fp8train.parallel.gradients.bucket.Storage`.
+    """Keeps a bucket's gradients as FP8 codes with block scales (a
+    :class:`~fp8train.parallel.gradients.bucket.Storage`).
 
     The block matrix of a bucket is the block matrices of its members, one after the other, and zeros up to a
     multiple of the ranks that share it.
@@ -51,7 +52,7 @@ class BlockStorage:
         recorder: GradientRecorder | None = None,
         device: torch.device,
     ) -> None:
-        """Allocate.
+        """Allocate codes, scales, and where they are asked for the accumulator and the residual: all zero.
 
         Args:
             places: in blocks; members' rows have blocks of ``block`` elements.
@@ -96,12 +97,13 @@ class BlockStorage:
         return blocks[self.places.whole[member]].view(*shape[:-1], padded)[..., : shape[-1]]
 
     def buffer(self, member: int) -> Tensor:
-        """The accumulator's part, or that of the codes."""
+        """The member's part of the accumulator, or of the codes (uint8) where there is none; a view of the
+        parameter's shape."""
         blocks = self._payload.view(torch.uint8) if self._accumulator is None else self._accumulator
         return self._matrix(member, blocks)
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
-        """Add up, or cast the only contribution."""
+        """Add a micro-batch's gradient to the accumulator, or cast the step's only one to FP8 at once."""
         if self._accumulator is None:
             assert first, "FP8 blocks without an accumulator take one contribution a step"
             self._cast(self.places.whole[member], as_blocks(gradient, self._block))
@@ -111,7 +113,8 @@ class BlockStorage:
             self._matrix(member, self._accumulator).add_(gradient)
 
     def local(self, member: int) -> Tensor:
-        """What has added up, FP32."""
+        """This rank's sum of a member in FP32, of the parameter's shape; decoded where it is in FP8
+        already."""
         if self._accumulator is not None:
             return self._matrix(member, self._accumulator).float()
         rows, shape = self.places.whole[member], self.places.members[member].shape
@@ -139,17 +142,19 @@ class BlockStorage:
                 )
 
     def codes(self) -> Quantized:
-        """This rank's sums, cast: (payload [blocks, block], scales [blocks])."""
+        """Cast what has added up, if it is not cast yet, and return it: (payload [blocks, block], scales
+        [blocks])."""
         if self._accumulator is not None:
             self._cast(slice(0, len(self._payload)), self._accumulator)
         return self._payload, self._scales
 
     def stored(self) -> Quantized:
-        """The codes that are kept, as they are."""
+        """The codes and scales that are kept, as they are: (payload [blocks, block], scales [blocks])."""
         return self._payload, self._scales
 
     def hold_codes(self, payload: Tensor, scales: Tensor) -> HeldBlocks:
-        """Keep the quantised sums over ranks."""
+        """Keep the quantised sums over ranks in place of this rank's own: FP8 [blocks, block] and uint8
+        [blocks]."""
         if payload is not self._payload:
             self._payload.view(torch.uint8).copy_(payload.view(torch.uint8))
             self._scales.copy_(scales)

@@ -19,26 +19,28 @@ from fp8train.parallel.gradients.receivers import Member, Places
 
 
 class Storage(Protocol):
-    """How one rank's contributions add up. ``member`` is a position in ``places.members``."""
+    """How one rank's contributions to the parameters of a bucket add up. ``member`` is a position in
+    ``places.members``."""
 
     places: Places
 
     @property
     def stored_bytes(self) -> int:
-        """What is kept between steps, scales included."""
+        """Bytes that are kept between steps, scales included."""
         ...
 
     @property
     def accumulator_bytes(self) -> int:
-        """What is needed beside that while micro-batches add up."""
+        """Bytes that are needed beside :attr:`stored_bytes` while micro-batches add up."""
         ...
 
     def begin(self) -> None:
-        """A step begins; what an unfinished one left is forgotten."""
+        """Begin a step, and forget what an unfinished one left."""
         ...
 
     def buffer(self, member: int) -> Tensor:
-        """What a contribution mutates, of the parameter's shape: declared to the compiler, never read."""
+        """The memory that a contribution changes, of the parameter's shape: declared to the compiler, never
+        read."""
         ...
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
@@ -50,23 +52,24 @@ class Storage(Protocol):
         ...
 
     def commit(self, clip: Tensor | None) -> None:
-        """The step was applied, its gradient multiplied by ``clip`` (None: by 1)."""
+        """Learn that the step was applied, its gradient multiplied by ``clip`` (None: by 1)."""
         ...
 
 
 class Reduction(Protocol):
-    """How the sum over ranks is formed. Ranks call the three in the same order for all buckets."""
+    """How a bucket's sum over ranks is formed. Ranks call the three methods in the same order for all
+    buckets."""
 
     def start(self) -> None:
-        """Every contribution of this rank is in: post the first communication."""
+        """Post the first communication; every contribution of this rank is in."""
         ...
 
     def advance(self) -> None:
-        """Do what it enables and post the next; called once."""
+        """Do what the first communication enables and post the next; called once."""
         ...
 
     def finish(self) -> Held:
-        """Wait for the result."""
+        """Wait for the last communication and return this rank's reduced gradients."""
         ...
 
 
@@ -81,63 +84,63 @@ class _Reader:
 
 
 class Bucket:
-    """One storage, one reduction."""
+    """Parameters whose gradients one storage adds up over micro-batches and one reduction over ranks."""
 
     def __init__(self, storage: Storage, reduction: Reduction) -> None:
-        """Args: ``reduction``: of what is in ``storage``."""
+        """Join a storage and the reduction that was made for it."""
         self._storage, self._reduction = storage, reduction
         self._held: Held | None = None
         self._reduced = False
 
     @property
     def members(self) -> list[Member]:
-        """Its parameters."""
+        """The parameters of the bucket, in the order in which they lie in memory."""
         return self._storage.places.members
 
     @property
     def storage(self) -> Storage:
-        """How contributions add up."""
+        """The storage in which this rank's contributions add up."""
         return self._storage
 
     @property
     def scattered(self) -> bool:
-        """Whether each owner gets its rows of the sum, and nothing else."""
+        """Whether each rank receives only the rows of the sum that it owns (ZeRO)."""
         return self._storage.places.scattered
 
     @property
     def stored_bytes(self) -> int:
-        """See :class:`Storage`."""
+        """Bytes that the storage keeps between steps, scales included."""
         return self._storage.stored_bytes
 
     @property
     def accumulator_bytes(self) -> int:
-        """See :class:`Storage`."""
+        """Bytes that the storage needs beside those while micro-batches add up."""
         return self._storage.accumulator_bytes
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begin a step: drop the last result and what an unfinished step left."""
         self._held, self._reduced = None, False
         self._storage.begin()
 
     def buffer(self, member: int) -> Tensor:
-        """See :class:`Storage`."""
+        """The memory that contributions of a member change, of the parameter's shape."""
         return self._storage.buffer(member)
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
-        """See :class:`Storage`."""
+        """Add one micro-batch's gradient of a member; the ``first`` of the step overwrites."""
         self._held, self._reduced = None, False
         self._storage.add(member, gradient, first=first)
 
     def launch(self) -> None:
-        """See :meth:`Reduction.start`."""
+        """Start the reduction: every contribution is in, and the first communication is posted."""
         self._reduction.start()
 
     def advance(self) -> None:
-        """See :meth:`Reduction.advance`."""
+        """Do the second half of the reduction, if it has one: what has arrived is added and sent on."""
         self._reduction.advance()
 
     def finish(self) -> None:
-        """See :meth:`Reduction.finish`."""
+        """Wait for the reduced gradients; :attr:`held` has them from here on."""
         self._held, self._reduced = self._reduction.finish(), True
 
     @property
@@ -178,5 +181,6 @@ class Bucket:
             self._held = None
 
     def commit(self, clip: Tensor | None = None) -> None:
-        """See :class:`Storage`."""
+        """Tell the storage that the step was applied, its gradient multiplied by ``clip``, a device scalar
+        (None: by 1)."""
         self._storage.commit(clip)

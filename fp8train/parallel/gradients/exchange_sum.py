@@ -17,7 +17,8 @@ _UNIT_SCALE = 127  # the E8M0 byte of 1
 
 
 class ExchangeSum:
-    """See :class:`~fp8train.parallel.gradients.bucket.Reduction`."""
+    """Reduces a bucket by FP8 exchange: FP8 on the wire, FP32 in the sum (a
+    :class:`~fp8train.parallel.gradients.bucket.Reduction`)."""
 
     def __init__(self, storage: BlockStorage, exchange: Exchange | HierarchicalExchange | None) -> None:
         """Args: ``exchange``: over the ranks; None for one rank."""
@@ -25,9 +26,12 @@ class ExchangeSum:
         self._sums: Tensor | None = None
 
     def start(self) -> None:
-        """Cast, and send every rank its part."""
+        """Cast this rank's sums to FP8 and send every rank its part."""
+        # Micro-batches were added in high precision; their sum is cast here, or was when there was one alone.
+        # The storage owns codes [blocks, block] and scales [blocks], which the next step overwrites.
         payload, scales = self._storage.codes()
         if self._exchange is not None:
+            # By receiving rank; under ZeRO that is by owner, and parts are padded with zeros of scale 1.
             places = self._storage.places
             codes = places.arrange(payload.view(torch.uint8)).view(payload.dtype)
             self._exchange.start(codes, places.arrange(scales, fill=_UNIT_SCALE))
@@ -36,15 +40,17 @@ class ExchangeSum:
         """Add what arrived, and send the sums to everyone if everyone is to have them."""
         if self._exchange is not None:
             scattered = self._storage.places.scattered
-            sums = self._exchange.advance(gather=not scattered)
+            sums = self._exchange.advance(gather=not scattered)  # FP32, this rank's part
             self._sums = sums if scattered else None
 
     def finish(self) -> Held:
-        """See the module."""
-        if self._exchange is None:
+        """Wait for the sums: codes in the storage where everyone receives them, else this rank's rows in
+        FP32."""
+        if self._exchange is None:  # one rank: its own codes are the result
             return self._storage.hold_codes(*self._storage.stored())
-        if self._sums is None:
+        if self._sums is None:  # everyone receives: codes of all sums, kept in the storage
             return self._storage.hold_codes(*self._exchange.finish())
+        # Owners: FP32 sums of this rank's rows, never cast again and freed after the optimizer has read them.
         places, sums = self._storage.places, self._sums
         self._sums = None
         parts = [from_blocks(sums[place], places.held_shape(i)) for i, place in enumerate(places.held)]

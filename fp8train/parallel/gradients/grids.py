@@ -58,7 +58,7 @@ has 2^25 steps."""
 
 
 def code_integers(codes: Tensor) -> Tensor:
-    """E4M3 values in units of 2^-9, INT32."""
+    """Turn finite E4M3 values into integers, in units of 2^-9: INT32 of the same shape."""
     return decode_finite(codes, torch.float32).mul_(2.0**-CODE_UNIT).to(torch.int32)
 
 
@@ -90,8 +90,8 @@ class StepGrids:
         self.outside += mask.sum()
 
     def agree(self, group: CountedGroup, numels: Tensor, contributions: int) -> None:
-        """The step's amax and elements outside over all ranks, and what follows from them. ``contributions``:
-        the most that were added up to any parameter."""
+        """Agree on the step's amax and on the elements outside over all ranks, and compute what follows from
+        them. ``contributions``: the most that were added up to any parameter."""
         wait_for_amax = group.all_reduce(self.amax, purpose="amax", op=dist.ReduceOp.MAX)
         wait_for_count = group.all_reduce(self.outside, purpose="saturated")
         wait_for_amax()
@@ -111,7 +111,7 @@ class StepGrids:
         return torch.isfinite(self.amax)
 
     def unit(self, parameter: int) -> Tensor:
-        """FP64 scalar: the value of one integer."""
+        """What one integer of this parameter is worth: FP64 scalar, a power of two."""
         zero = torch.zeros_like(self.exponents[parameter])
         exponent = torch.where(self.is_fp8[parameter], zero + CODE_UNIT, zero) - self.exponents[parameter]
         return power_of_two_fp64(exponent)
@@ -141,16 +141,18 @@ class HeldSums:
         return self.sums[self.places.held[member]]
 
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
-        """FP32."""
+        """Return elements ``start .. stop`` of a member's rows on this rank: integers times their unit,
+        FP32."""
         unit = self.grids.unit(self.parameters[member])
         return (self._integers(member)[start:stop].double() * unit).float()
 
     def values(self, member: int) -> Tensor:
-        """FP32."""
+        """Return all elements of a member that are on this rank: FP32, flat."""
         return self.chunk(member, 0, len(self._integers(member)))
 
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Of this rank's part; after :meth:`StepGrids.agree`."""
+        """Euclidean norm of a member's elements on this rank, scalar in ``dtype``; after
+        :meth:`StepGrids.agree`."""
         total, unit = self.square(member)
         return torch.sqrt(total.double() * unit).to(dtype)
 
@@ -188,7 +190,7 @@ class GridScales:
         group: CountedGroup,
         device: torch.device,
     ) -> None:
-        """Allocate.
+        """Allocate an empty history: no parameter has a grid before its first step.
 
         Args:
             is_fp8: which grid each parameter has.
@@ -210,20 +212,20 @@ class GridScales:
         self.step = self._next()
 
     def positions(self, fqns: Sequence[str]) -> list[int]:
-        """Numbers of parameters among the grids."""
+        """Number of each of these parameters among the grids."""
         return [self._position[fqn] for fqn in fqns]
 
     def begin_step(self) -> None:
-        """See :class:`GradientScales`."""
+        """Make the grids of a step from the history; they hold for all of its micro-batches."""
         self.step = self._next()
 
     def end_step(self) -> None:
-        """See :class:`GradientScales`."""
+        """Agree with the other ranks on the step's amaxes and on the elements that left the grid."""
         self.step.agree(self._group, self._numels, self._contributions)
 
     def must_repeat(self) -> bool:
-        """Give parameters whose grid does not fit one that does; waits for the device. A step is repeated
-        once."""
+        """Give parameters whose grid did not fit one that does, and return whether there are any; waits for
+        the device. A step is repeated once."""
         again = self._may_repeat and bool(self._refit())
         self._may_repeat = not again
         self.repeated += again
@@ -243,7 +245,8 @@ class GridScales:
         return misfit.any()
 
     def commit(self) -> None:
-        """The step was applied: its amax enters the history. One that is zero tells nothing about a grid."""
+        """Take the step's amax into the history, as the step was applied. One that is zero tells nothing
+        about a grid."""
         amax = self.step.amax
         shifted = torch.cat((amax[None], self._history[:-1]))
         self._history.copy_(torch.where((amax > 0) & torch.isfinite(amax), shifted, self._history))
@@ -258,14 +261,15 @@ class GridScales:
         return StepGrids(exponents, self._is_fp8)
 
     def state_tensors(self) -> Mapping[str, Tensor]:
-        """The history and the count of saturated elements."""
+        """The history and the count of saturated elements, for checkpoints; they are filled in place."""
         return {"exact/amax_history": self._history, "exact/saturated": self.saturated}
 
     def restored(self) -> None:
-        """See :class:`GradientScales`: the next step's grids follow from the history."""
+        """Do nothing: the next step's grids follow from the history that the checkpoint brought."""
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:
-        """Elements that left their grid in applied steps, and steps that were run again to avoid that."""
+        """Elements that left their grid in applied steps, and steps that were run again to avoid that, as
+        ``fp8/...``."""
         return {
             "fp8/gradient_saturated_elements": float(self.saturated),
             "fp8/gradient_repeated_steps": float(self.repeated),

@@ -35,11 +35,12 @@ class Held(Protocol):
     """The reduced gradients of a bucket; of each member the rows that this rank receives."""
 
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
-        """See :class:`GradientReader`."""
+        """Elements ``start .. stop`` of a member's rows on this rank: flat, FP32 (FP64 in FP64 runs), not to
+        be written to."""
         ...
 
     def values(self, member: int) -> Tensor:
-        """All of a member's elements that are here, flat."""
+        """All elements of a member that are on this rank, flat."""
         ...
 
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
@@ -49,7 +50,7 @@ class Held(Protocol):
 
 @dataclass(frozen=True)
 class HeldValues:
-    """In high precision.
+    """Reduced gradients in high precision.
 
     Attributes:
         parts: of each member, any shape; contiguous.
@@ -58,22 +59,22 @@ class HeldValues:
     parts: Sequence[Tensor]
 
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
-        """See :class:`Held`."""
+        """Return elements ``start .. stop``: a view of FP32 and FP64 gradients, a copy in FP32 of others."""
         values = self.values(member)[start:stop]
         return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
     def values(self, member: int) -> Tensor:
-        """See :class:`Held`; memory of the gradient itself: writing changes it."""
+        """Return the memory of a member's gradient, flat: writing changes it."""
         return self.parts[member].view(-1)
 
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """See :class:`Held`."""
+        """Euclidean norm of a member's part, accumulated in ``dtype``; a scalar."""
         return torch.linalg.vector_norm(self.parts[member], dtype=dtype)
 
 
 @dataclass(frozen=True)
 class HeldBlocks:
-    """FP8 codes with block scales.
+    """Reduced gradients as FP8 codes with block scales.
 
     Attributes:
         payload: FP8 [blocks, block].
@@ -86,12 +87,14 @@ class HeldBlocks:
     places: Places
 
     def stored(self, member: int) -> tuple[Tensor, Tensor]:
-        """The member's (payload [blocks, block], scales [blocks])."""
+        """The codes and scales of a member's rows on this rank: (payload [blocks, block], scales
+        [blocks])."""
         rows = self.places.held[member]
         return self.payload[rows], self.scales[rows]
 
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
-        """Decode the blocks that hold the elements; rows that end in a short block are cut out of it."""
+        """Decode the blocks that hold elements ``start .. stop`` to FP32; rows that end in a short block are
+        cut out of it."""
         payload, scales = self.stored(member)
         block, length = payload.shape[1], self.places.members[member].shape[-1]
         if length % block == 0:
@@ -105,18 +108,18 @@ class HeldBlocks:
         return values.reshape(-1)[start - first * length : stop - first * length]
 
     def values(self, member: int) -> Tensor:
-        """See :class:`Held`; FP32."""
+        """Decode all of a member's elements that are on this rank: FP32, flat."""
         shape = self.places.held_shape(member)
         return from_blocks(dequantize_blocks(*self.stored(member)), shape).reshape(-1)
 
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """See :class:`Held`. Padding is zero and does not count."""
+        """Euclidean norm of a member's part, scalar in ``dtype``. Padding is zero and does not count."""
         return torch.linalg.vector_norm(dequantize_blocks(*self.stored(member)), dtype=dtype)
 
 
 @dataclass(frozen=True)
 class HeldTensors:
-    """FP8 codes with one scale per member.
+    """Reduced gradients as FP8 codes with one scale per member.
 
     Attributes:
         payloads: FP8, flat, of each member.
@@ -127,13 +130,13 @@ class HeldTensors:
     scale_inv: Tensor
 
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
-        """See :class:`Held`."""
+        """Decode elements ``start .. stop`` with the member's scale: FP32, flat."""
         return uncast(self.payloads[member][start:stop], self.scale_inv[member])
 
     def values(self, member: int) -> Tensor:
-        """See :class:`Held`; FP32."""
+        """Decode all of a member's elements that are on this rank: FP32, flat."""
         return uncast(self.payloads[member], self.scale_inv[member])
 
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """See :class:`Held`."""
+        """Euclidean norm of a member's decoded part, scalar in ``dtype``; NaN if its scale is."""
         return torch.linalg.vector_norm(self.values(member), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Gradients as integers on a grid that is known before the step.
+"""Gradients as integers on a grid that is known before the step, so that their sums are exact.
 
 See :mod:`fp8train.parallel.gradients.grids`.
 """
@@ -20,7 +20,7 @@ from fp8train.parallel.gradients.recorder import GradientRecorder
 
 
 class Points(Protocol):
-    """How a gradient becomes grid points.
+    """How a gradient becomes grid points: integers on the grid of its parameter.
 
     Attributes:
         dtype: of the sums.
@@ -29,12 +29,13 @@ class Points(Protocol):
     dtype: torch.dtype
 
     def integers(self, fqn: str, gradient: Tensor, grids: StepGrids, parameter: int) -> Tensor:
-        """Grid points of a flat gradient, in :attr:`dtype`."""
+        """Round a flat gradient to the grid of ``parameter``: grid points [elements] in :attr:`dtype`.
+        Elements that leave the grid are clamped and counted in ``grids``."""
         ...
 
 
 class Fp8Points:
-    """E4M3 codes, in INT32: the gradients of the FP8 plan."""
+    """E4M3 codes as integers in INT32: the gradients of the FP8 plan."""
 
     dtype = torch.int32
 
@@ -44,7 +45,7 @@ class Fp8Points:
         self._recorder = recorder
 
     def integers(self, fqn: str, gradient: Tensor, grids: StepGrids, parameter: int) -> Tensor:
-        """See :class:`Points`."""
+        """Cast a flat gradient to E4M3 with its parameter's scale: INT32 [elements], in units of 2^-9."""
         exponent = grids.exponents[parameter]
         scale = power_of_two(exponent)
         grids.count_outside(gradient.abs().float() * scale > E4M3.max)
@@ -57,12 +58,13 @@ class Fp8Points:
 
 
 class FixedPoints:
-    """2^40 steps, in INT64: all other gradients."""
+    """Fixed-point numbers of 2^40 steps in INT64: all other gradients."""
 
     dtype = torch.int64
 
     def integers(self, fqn: str, gradient: Tensor, grids: StepGrids, parameter: int) -> Tensor:
-        """See :class:`Points`."""
+        """Round a flat gradient to a multiple of its parameter's step: INT64 [elements], at most 2^40 in
+        magnitude. NaN becomes 0; the step's amax tells of it."""
         limit = 2.0**GRID_BITS
         scaled = gradient.double() * power_of_two_fp64(grids.exponents[parameter])
         grids.count_outside(scaled.abs() > limit)
@@ -70,12 +72,13 @@ class FixedPoints:
 
 
 class IntegerStorage:
-    """See the module and :class:`~fp8train.parallel.gradients.bucket.Storage`."""
+    """Adds a bucket's gradients up as integers (a :class:`~fp8train.parallel.gradients.bucket.Storage`)."""
 
     accumulator_bytes = 0
 
     def __init__(self, places: Places, points: Points, *, scales: GridScales, device: torch.device) -> None:
-        """Allocate. Args: ``places``: in elements; ``scales``: grids of all parameters."""
+        """Allocate sums of zero. Args: ``places``: counted in elements; ``scales``: grids of all
+        parameters."""
         self.places, self.points, self._scales = places, points, scales
         self._parameters = scales.positions([member.fqn for member in places.members])
         self._sums = torch.zeros(places.total, dtype=points.dtype, device=device)
@@ -83,19 +86,19 @@ class IntegerStorage:
 
     @property
     def stored_bytes(self) -> int:
-        """The sums."""
+        """Bytes of the integer sums."""
         return self._sums.nbytes
 
     def begin(self) -> None:
-        """Take the grids of the step."""
+        """Take the grids of the step that begins."""
         self._grids = self._scales.step
 
     def buffer(self, member: int) -> Tensor:
-        """The sums."""
+        """The member's sums as they are, integers: a view of the parameter's shape."""
         return self._sums[self.places.whole[member]].view(self.places.members[member].shape)
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
-        """Round to the grid and add up."""
+        """Round a micro-batch's gradient to the grid and add it to the sums, which is exact."""
         grids, parameter = self._grids, self._parameters[member]
         assert grids is self._scales.step, "a step's grids are those that it began with"
         grids.record(parameter, gradient)
@@ -107,17 +110,17 @@ class IntegerStorage:
             sums.add_(integers)
 
     def local(self, member: int) -> Tensor:
-        """What has added up, FP32."""
+        """This rank's sum of a member in FP32, of the parameter's shape."""
         unit = self._grids.unit(self._parameters[member])
         return (self.buffer(member).double() * unit).float()
 
     def integers(self) -> Tensor:
-        """This rank's sums, flat [total]."""
+        """This rank's sums of all members, flat [total]."""
         return self._sums
 
     def hold(self, sums: Tensor) -> HeldSums:
-        """The sums over ranks of this rank's places, with the grids that they were made on."""
+        """Hand over the sums over ranks of this rank's places, with the grids that they were made on."""
         return HeldSums(sums, self.places, self._grids, self._parameters)
 
     def commit(self, clip: Tensor | None) -> None:
-        """Nothing outlives the step."""
+        """Do nothing: no state outlives the step here."""

@@ -21,17 +21,18 @@ PURPOSE = "gradient_exact"
 
 
 class IntegerSum:
-    """See :class:`~fp8train.parallel.gradients.bucket.Reduction`."""
+    """Reduces integer sums by NCCL's or gloo's own addition, which is exact (a
+    :class:`~fp8train.parallel.gradients.bucket.Reduction`)."""
 
     def __init__(self, storage: IntegerStorage, group: CountedGroup) -> None:
-        """Args: ``group``: data-parallel ranks."""
+        """Reduce ``storage`` over ``group``, the data-parallel ranks."""
         self._storage, self._group = storage, group
         self._sent: Tensor | None = None
         self._sums: Tensor | None = None
         self._wait: Callable[[], None] | None = None
 
     def start(self) -> None:
-        """Send the sums."""
+        """Start to add the sums of all ranks: an all-reduce in place, or under ZeRO a reduce-scatter."""
         sums, places = self._storage.integers(), self._storage.places
         if not places.scattered:
             self._sums = sums
@@ -42,10 +43,10 @@ class IntegerSum:
         self._wait = self._group.reduce_scatter(self._sums, self._sent, purpose=PURPOSE)
 
     def advance(self) -> None:
-        """Nothing: one collective does it all."""
+        """Do nothing: one collective does it all."""
 
     def finish(self) -> HeldSums:
-        """See the module."""
+        """Wait for the collective and return the sums, of all rows or of those that this rank owns."""
         assert self._wait is not None
         assert self._sums is not None
         self._wait()
@@ -55,17 +56,18 @@ class IntegerSum:
 
 
 class CodeSum:
-    """The same of sums that are one E4M3 code each; see the module."""
+    """Reduces sums that are one E4M3 code each: bytes travel, integers are added (a
+    :class:`~fp8train.parallel.gradients.bucket.Reduction`)."""
 
     def __init__(self, storage: IntegerStorage, group: CountedGroup) -> None:
-        """Args: ``group``: data-parallel ranks."""
+        """Reduce ``storage`` over ``group``, the data-parallel ranks."""
         self._storage, self._group = storage, group
         self._received: Tensor | None = None
         self._part: Tensor | None = None
         self._wait: Callable[[], None] | None = None
 
     def start(self) -> None:
-        """Send every rank the codes of its part."""
+        """Send every rank the codes of its part: one byte per element."""
         sums = self._storage.places.arrange(self._storage.integers())
         # Integers that are one code each are that code again: exact both ways.
         codes = (sums.float() * 2.0**CODE_UNIT).to(E4M3.dtype).view(torch.uint8)
@@ -85,7 +87,7 @@ class CodeSum:
             self._wait = self._group.all_gather(everything, self._part, purpose=PURPOSE)
 
     def finish(self) -> HeldSums:
-        """See the module."""
+        """Wait for the last collective and return the sums, of all rows or of those that this rank owns."""
         assert self._part is not None
         part, self._part = self._part, None
         if self._wait is None:

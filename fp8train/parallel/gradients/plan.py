@@ -58,7 +58,7 @@ RESIDUAL_PREFIX = "gradient_residual/"
 
 @dataclass(frozen=True)
 class Fp8Gradients:
-    """How gradients of the FP8 plan are kept.
+    """Settings of how the gradients of the FP8 plan are kept and reduced.
 
     Attributes:
         format: of the codes.
@@ -141,7 +141,8 @@ class GradientPlan:
         specs: Mapping[str, ParamSpec] | None = None,
         owners: Partition | None = None,
     ) -> None:
-        """Decide.
+        """Decide how every parameter's gradient is stored, reduced and received, and make the scale state
+        that they share.
 
         Args:
             parameters: everything that will have a gradient; for ``exact`` of the whole model, whatever part
@@ -208,8 +209,8 @@ class GradientPlan:
         return self._specs[fqn].global_shape if fqn in self._specs else shape
 
     def kind(self, fqn: str, shape: tuple[int, ...]) -> str:
-        """``wide``, ``partial`` (wide, and to be added over tensor-parallel ranks too), ``fp8``, or
-        ``fp8/BLOCK`` (a bucket has one block size)."""
+        """The kind of bucket of a parameter: ``wide``, ``partial`` (wide, and to be added over
+        tensor-parallel ranks too), ``fp8``, or ``fp8/BLOCK`` (a bucket has one block size)."""
         spec = self._specs.get(fqn)
         if fqn not in self._in_fp8_plan:
             return "partial" if spec is not None and spec.sequence_partial else "wide"
@@ -219,7 +220,7 @@ class GradientPlan:
         return f"fp8/{block_size(self._global_shape(fqn, shape)[-1], self.fp8.block)}"
 
     def capacity(self, kind: str) -> int:
-        """Elements of a bucket."""
+        """How many elements a bucket of this kind has, approximately."""
         dtype = self._accumulate
         if isinstance(self.scales, GridScales):
             dtype = Fp8Points.dtype if kind == "fp8" else FixedPoints.dtype
@@ -229,7 +230,7 @@ class GradientPlan:
         return max(1, int(self._bucket_bytes / dtype.itemsize))
 
     def make(self, kind: str, members: Sequence[Member]) -> Bucket:
-        """A bucket of these members."""
+        """Make a bucket of this kind for these members: storage, reduction and receiver."""
         receiver: Receiver = Everyone() if kind == "partial" else self._receiver
         group = self._groups.stage if kind == "partial" else self._groups.all
         fp8 = self.fp8
@@ -335,7 +336,7 @@ class GradientPlan:
         return dict(self.scales.state_tensors())
 
     def restored(self) -> None:
-        """:meth:`state_tensors` were filled from a checkpoint."""
+        """Take note that :meth:`state_tensors` were filled from a checkpoint."""
         self.scales.restored()
 
     def rank_tensors(self) -> dict[str, Tensor]:

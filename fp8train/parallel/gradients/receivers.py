@@ -27,7 +27,7 @@ class Member:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of local elements."""
         return torch.Size(self.shape).numel()
 
 
@@ -47,7 +47,7 @@ class Places:
     scattered = False
 
     def __init__(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> None:
-        """Everyone receives everything.
+        """Arrange the members one after the other, for ranks that receive all rows.
 
         Args:
             members: parameters.
@@ -74,12 +74,13 @@ class Places:
         return (len(self.rows[member]), *self.members[member].shape[1:])
 
     def arrange(self, x: Tensor, fill: int = 0) -> Tensor:
-        """What a rank sends, from its own contribution [total, ..]; padding is ``fill``."""
+        """Turn a rank's own contribution [total, ..] into the message that it sends; here they are the same.
+        Padding is ``fill``."""
         return x
 
 
 class OwnedPlaces(Places):
-    """Each owner receives its rows.
+    """Where members lie when each owner receives only its rows (ZeRO).
 
     Attributes:
         part: units of one owner's part of a message.
@@ -88,7 +89,8 @@ class OwnedPlaces(Places):
     scattered = True
 
     def __init__(self, members: Sequence[Member], row_units: Sequence[int], owners: Owners) -> None:
-        """See :class:`Places`."""
+        """Arrange the members' rows by owner. Arguments as for :class:`Places`; ``owners`` has the rows of
+        each."""
         super().__init__(members, row_units)
         self._parts: list[list[slice]] = []
         self.held, lengths = [], []
@@ -109,11 +111,12 @@ class OwnedPlaces(Places):
 
     @property
     def message(self) -> int:
-        """Parts of one length for all owners."""
+        """Units of what a rank sends: a part for each owner, as long as the longest."""
         return self.part * len(self._parts)
 
     def arrange(self, x: Tensor, fill: int = 0) -> Tensor:
-        """[total, ..] -> [owners · part, ..]."""
+        """Turn a rank's own contribution [total, ..] into a message by owner, [owners · part, ..], padded
+        with ``fill``."""
         message = x.new_full((len(self._parts), self.part, *x.shape[1:]), fill)
         for row, slices in zip(message, self._parts, strict=True):
             pieces = [x[piece] for piece in slices if piece.stop > piece.start]
@@ -124,18 +127,18 @@ class OwnedPlaces(Places):
 
 
 class Receiver(Protocol):
-    """Who gets the sum."""
+    """Decides which rank gets which rows of a bucket's sum."""
 
     def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
-        """Of a bucket; see :class:`Places`."""
+        """Arrange the members of a bucket. Arguments as for :class:`Places`."""
         ...
 
 
 class Everyone:
-    """All ranks receive all rows."""
+    """All ranks receive all rows of the sum."""
 
     def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
-        """See :class:`Receiver`."""
+        """Arrange the members of a bucket so that each rank receives all of them."""
         return Places(members, row_units, pad_to=pad_to)
 
 
@@ -155,20 +158,22 @@ class Owners:
     order: Sequence[int]
 
     def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
-        """See :class:`Receiver`; parts are of one length anyway, so ``pad_to`` asks nothing more."""
+        """Arrange the members of a bucket so that each rank receives its rows; parts are of one length
+        anyway, so ``pad_to`` asks nothing more."""
         return OwnedPlaces(members, row_units, self)
 
 
 def in_rank_order(ranks: int) -> tuple[int, ...]:
-    """The order of a reduction on one level."""
+    """Order of the owners' parts in the message of a reduction on one level: by rank."""
     return tuple(range(ranks))
 
 
 def by_place_in_node(ranks: int, node_size: int) -> tuple[int, ...]:
-    """The order of a reduction in two levels over nodes of consecutive ranks: places in the node first."""
+    """Order of the owners' parts in the message of a reduction in two levels over nodes of consecutive ranks:
+    by place in the node, then by node."""
     return tuple(rank for place in range(node_size) for rank in range(place, ranks, node_size))
 
 
 def row_elements(members: Sequence[Member]) -> list[int]:
-    """Elements of one row of each member."""
+    """Number of elements in one row (of the first dimension) of each member."""
     return [math.prod(member.shape[1:]) for member in members]

@@ -1,4 +1,4 @@
-"""What takes statistics of gradient casts."""
+"""The protocol by which gradient storages and reductions report what their casts to FP8 did."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 class GradientRecorder(Protocol):
-    """See :class:`fp8train.numerics.statistics.CastRecorder`."""
+    """Takes statistics of gradient casts, as :class:`fp8train.numerics.statistics.CastRecorder` takes those
+    of other casts."""
 
     @property
     def active(self) -> bool:
-        """Whether this step is sampled."""
+        """Whether this step is sampled; casts of other steps are not reported."""
         ...
 
     def record(self, fqn: str, source: Tensor, payload: Tensor, scale_inv: Tensor) -> None:

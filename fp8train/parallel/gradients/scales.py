@@ -18,7 +18,8 @@ from fp8train.comm.collectives import CountedGroup
 
 
 class GradientScales(Protocol):
-    """See the module.
+    """What a reduction remembers from one step to the next, and when it may change; the module tells the
+    order of calls.
 
     Attributes:
         name: of the reduction that the state belongs to; in checkpoints.
@@ -27,59 +28,62 @@ class GradientScales(Protocol):
     name: str
 
     def begin_step(self) -> None:
-        """Micro-batches of a step are about to arrive: what holds now holds for all of it."""
+        """Freeze the state: what holds now holds for all micro-batches of the step."""
         ...
 
     def end_step(self) -> None:
-        """The step's gradients are reduced."""
+        """Agree with the other ranks on what the step's gradients, which are reduced now, did with the
+        scales."""
         ...
 
     def must_repeat(self) -> bool:
-        """Whether the step must be run again, with scales that fit; the same on all ranks."""
+        """Return whether the step must be run again, with scales that fit; the same on all ranks."""
         ...
 
     def commit(self) -> None:
-        """The step was applied."""
+        """Move the state on: the step was applied."""
         ...
 
     def state_tensors(self) -> Mapping[str, Tensor]:
-        """For checkpoints, equal on all ranks; filled in place, then :meth:`restored`."""
+        """The state's tensors for checkpoints, equal on all ranks; they are filled in place, then
+        :meth:`restored` is called."""
         ...
 
     def restored(self) -> None:
-        """:meth:`state_tensors` were filled."""
+        """Take note that :meth:`state_tensors` were filled from a checkpoint."""
         ...
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:
-        """``fp8/...`` numbers; waits for the device. ``stages``: ranks with the other parameters."""
+        """``fp8/...`` numbers for the log; waits for the device. ``stages``: ranks with the other
+        parameters."""
         ...
 
 
 class NoScales:
-    """Nothing is remembered."""
+    """Scale state of reductions whose payload carries its scales: nothing is remembered from step to step."""
 
     name = "stateless"
 
     def begin_step(self) -> None:
-        """See :class:`GradientScales`."""
+        """Do nothing: there is no state."""
 
     def end_step(self) -> None:
-        """See :class:`GradientScales`."""
+        """Do nothing: there is nothing to agree on."""
 
     def must_repeat(self) -> bool:
-        """Never."""
+        """Return False: scales that are made with the payload always fit it."""
         return False
 
     def commit(self) -> None:
-        """See :class:`GradientScales`."""
+        """Do nothing: there is no state."""
 
     def state_tensors(self) -> Mapping[str, Tensor]:
-        """None."""
+        """Return no tensors: checkpoints hold nothing of it."""
         return {}
 
     def restored(self) -> None:
-        """See :class:`GradientScales`."""
+        """Do nothing: there is no state."""
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:
-        """None."""
+        """Return no metrics: there is nothing to tell."""
         return {}

@@ -19,7 +19,8 @@ from fp8train.parallel.gradients.tensor_storage import TensorStorage
 
 
 class SharedScaleSum:
-    """See :class:`~fp8train.parallel.gradients.bucket.Reduction`."""
+    """Reduces a bucket as FP8-LM does: one scale per tensor for all ranks, sums in FP8 (a
+    :class:`~fp8train.parallel.gradients.bucket.Reduction`)."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class SharedScaleSum:
         self._reduction: SharedScaleReduction | None = None
 
     def start(self) -> None:
-        """Agree on the scales."""
+        """Start to agree on a scale per tensor: a MAX all-reduce of the amaxes."""
         places = self._storage.places
         self._step = self._scales.step
         self._reduction = SharedScaleReduction(
@@ -74,12 +75,13 @@ class SharedScaleSum:
         self._recorder.record(fqn, source, payload, scale_inv)
 
     def advance(self) -> None:
-        """Cast and send."""
+        """Cast this rank's sums with the scales agreed on, and start their sum in FP8."""
         assert self._reduction is not None
         self._reduction.send()
 
     def finish(self) -> HeldTensors:
-        """The codes of the sum, with the scales that they were cast with."""
+        """Wait for the FP8 sums, count those at ±max, and return them with the scales that they were cast
+        with."""
         assert self._reduction is not None and self._step is not None
         result = self._reduction.finish()
         if self._counts:

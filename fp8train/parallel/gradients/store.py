@@ -43,18 +43,19 @@ from fp8train.parallel.zero import Partition
 
 
 class BucketMaker(Protocol):
-    """Decides the kind of bucket of each parameter, and makes them."""
+    """Decides which parameters may share a bucket, and makes the buckets."""
 
     def kind(self, fqn: str, shape: tuple[int, ...]) -> str:
-        """Parameters of one kind share buckets."""
+        """Name of the kind of bucket that a parameter of this local shape belongs to; only parameters of one
+        kind share buckets."""
         ...
 
     def capacity(self, kind: str) -> int:
-        """Elements of a bucket of this kind, approximately."""
+        """How many elements a bucket of this kind has, approximately."""
         ...
 
     def make(self, kind: str, members: Sequence[Member]) -> Bucket:
-        """A bucket of these members."""
+        """Make a bucket of this kind for these members."""
         ...
 
     @property
@@ -64,17 +65,17 @@ class BucketMaker(Protocol):
 
     @property
     def scales(self) -> GradientScales:
-        """Scale state of all of them."""
+        """The scale state that all buckets share."""
         ...
 
     @property
     def owners(self) -> Partition | None:
-        """Under ZeRO, who needs which rows of the sum."""
+        """Who needs which rows of the sum under ZeRO; None where everyone needs all."""
         ...
 
     @property
     def replicas(self) -> CountedGroup:
-        """The ranks that reduce."""
+        """The ranks whose gradients are added up."""
         ...
 
 
@@ -198,7 +199,7 @@ class GradientStore:
 
     @property
     def num_buckets(self) -> int:
-        """How many pieces the reduction travels in."""
+        """Number of buckets: how many pieces the reduction travels in."""
         return len(self._buckets)
 
     @property
@@ -232,8 +233,8 @@ class GradientStore:
             self._add(slot, compute())
 
     def take_deferred(self) -> Callable[[], None]:
-        """What computes and adds the contributions of linears since the last call; call it once. The operands
-        of their GEMMs stay in memory until then."""
+        """Take the contributions of linears since the last call, and return the function that computes and
+        adds them; call it once. The operands of their GEMMs stay in memory until then."""
         assert self._deferred is not None
         taken = self._deferred.copy()
         self._deferred.clear()
@@ -255,13 +256,16 @@ class GradientStore:
             raise RuntimeError(
                 f"gradient of {entry.fqn}: contribution {entry.count + 1} in a step that expects {expected}"
             )
+        # Into the bucket's accumulator, of the parameter's local shape; ``gradient`` is free after that.
         self._bucket(slot).add(entry.member, gradient, first=entry.count == 0)
         entry.count += 1
-        if entry.count == expected:
+        if entry.count == expected:  # the last contribution: the bucket may be complete now
             self._buckets[entry.bucket].pending -= 1
             self._launch_ready()
 
     def _launch_ready(self) -> None:
+        # In index order on every rank, so that collectives match, whatever order buckets filled in. A launch
+        # posts a bucket's first transfer; then the one before adds what has arrived, and posts its second.
         while self._next_launch < len(self._buckets) and self._buckets[self._next_launch].pending == 0:
             self._buckets[self._next_launch].storage.launch()
             if self._next_launch:
@@ -281,7 +285,7 @@ class GradientStore:
                 f"{slot.fqn} ({slot.count} of {self._expected * slot.uses})" for slot in missing[:4]
             )
             raise RuntimeError(f"{len(missing)} parameters lack gradient contributions: {listed}")
-        self._buckets[-1].storage.advance()
+        self._buckets[-1].storage.advance()  # no later launch did it
         for bucket in self._buckets:
             bucket.storage.finish()
         self._scales.end_step()
@@ -293,7 +297,7 @@ class GradientStore:
 
     @torch.no_grad()
     def commit(self, clip: Tensor | None = None) -> None:
-        """The optimizer step was applied: what the next one starts from moves, here only.
+        """Move on what the next step starts from: the optimizer step was applied. Nothing else moves it.
 
         Args:
             clip: device scalar that its gradients were multiplied by beyond what every step is; None: 1.
@@ -312,7 +316,7 @@ class GradientStore:
         return bucket.reader(member, offset=rows.start * math.prod(shape[1:]))
 
     def release(self) -> None:
-        """The optimizer has read the gradients: free what is not kept between steps."""
+        """Free what is not kept between steps; the optimizer has read the gradients."""
         for bucket in self._buckets:
             bucket.storage.release()
 

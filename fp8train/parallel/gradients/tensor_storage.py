@@ -1,4 +1,4 @@
-"""Sums that will be cast to FP8 with one scale per tensor.
+"""Storage of gradients that will be cast to FP8 with one scale per tensor.
 
 Micro-batches add up in BF16 or FP32, or, for fidelity to MS-AMP, in FP8 with a new scale at every addition
 (which loses small contributions when there are many micro-batches). The cast itself needs all ranks' amax, so
@@ -39,10 +39,12 @@ class _Accumulator:
 
 
 class TensorStorage:
-    """See the module and :class:`~fp8train.parallel.gradients.bucket.Storage`."""
+    """Adds up each tensor of a bucket by itself, in high precision or FP8 (a
+    :class:`~fp8train.parallel.gradients.bucket.Storage`)."""
 
     def __init__(self, places: Places, *, fmt: Format, accumulate: torch.dtype, device: torch.device) -> None:
-        """Allocate. Args: ``places``: in elements; ``accumulate``: BF16, FP32, or ``fmt.dtype``."""
+        """Allocate sums of zero. Args: ``places``: counted in elements; ``accumulate``: BF16, FP32, or
+        ``fmt.dtype``."""
         self.places, self.format, self._spec = places, fmt, QuantSpec(fmt)
         in_fp8 = accumulate == fmt.dtype
         self._accumulators = [
@@ -57,33 +59,34 @@ class TensorStorage:
 
     @property
     def stored_bytes(self) -> int:
-        """The reduced codes and a scale per tensor."""
+        """Bytes of the reduced codes and of a scale per tensor."""
         return sum(place.stop - place.start + 4 for place in self.places.held)
 
     @property
     def accumulator_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of the sums of all tensors."""
         return sum(accumulator.payload.nbytes for accumulator in self._accumulators)
 
     def begin(self) -> None:
-        """Nothing: the first contribution overwrites."""
+        """Do nothing: the first contribution overwrites."""
 
     def buffer(self, member: int) -> Tensor:
-        """The accumulator; uint8 codes if it is FP8."""
+        """The member's sum, of its shape; uint8 codes if it adds up in FP8."""
         payload = self._accumulators[member].payload
         return payload.view(torch.uint8) if payload.element_size() == 1 else payload
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
-        """Add up."""
+        """Add a micro-batch's gradient to the member's sum; in FP8 that is a decode, an addition and a
+        cast."""
         self._accumulators[member].add(gradient, self._spec, first=first)
 
     def local(self, member: int) -> Tensor:
-        """What has added up, FP32."""
+        """This rank's sum of a member in FP32, of its shape."""
         return self._accumulators[member].values().float()
 
     def tensors(self) -> list[Tensor]:
-        """This rank's sums, of the members' shapes."""
+        """This rank's sums of all members in high precision, each of its member's shape."""
         return [accumulator.values() for accumulator in self._accumulators]
 
     def commit(self, clip: Tensor | None) -> None:
-        """Nothing outlives the step."""
+        """Do nothing: no state outlives the step here."""

@@ -1,4 +1,4 @@
-"""Gradients in high precision, one flat buffer."""
+"""Gradients in high precision, in one flat buffer for all parameters of a bucket."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fp8train.parallel.gradients.receivers import Places
 
 
 class WideStorage:
-    """Micro-batches add up in ``dtype``; see :class:`~fp8train.parallel.gradients.bucket.Storage`."""
+    """Adds up micro-batches in ``dtype`` (a :class:`~fp8train.parallel.gradients.bucket.Storage`)."""
 
     accumulator_bytes = 0
 
     def __init__(self, places: Places, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate. Args: ``places``: in elements."""
+        """Allocate a buffer of zeros. Args: ``places``: counted in elements."""
         self.places = places
         self._flat = torch.zeros(places.total, dtype=dtype, device=device)
         self._views = [
@@ -25,18 +25,18 @@ class WideStorage:
 
     @property
     def stored_bytes(self) -> int:
-        """The buffer."""
+        """Bytes of the buffer."""
         return self._flat.nbytes
 
     def begin(self) -> None:
-        """Nothing: the first contribution overwrites."""
+        """Do nothing: the first contribution overwrites."""
 
     def buffer(self, member: int) -> Tensor:
-        """The member's part, of its shape."""
+        """The member's part of the buffer, a view of its shape."""
         return self._views[member]
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
-        """Add up in the buffer."""
+        """Add a micro-batch's gradient to the buffer; the ``first`` of the step overwrites."""
         view = self._views[member]
         if first:
             view.copy_(gradient)
@@ -44,11 +44,11 @@ class WideStorage:
             view.add_(gradient)
 
     def local(self, member: int) -> Tensor:
-        """A view, in the accumulation dtype."""
+        """This rank's sum of a member: a view in the accumulation dtype."""
         return self._views[member]
 
     def wide(self) -> Tensor:
-        """This rank's sums, flat [total]."""
+        """This rank's sums of all members, flat [total]."""
         return self._flat
 
     def hold(self, sums: Tensor) -> HeldValues:
@@ -58,4 +58,4 @@ class WideStorage:
         return HeldValues(self._views)
 
     def commit(self, clip: Tensor | None) -> None:
-        """Nothing outlives the step."""
+        """Do nothing: no state outlives the step here."""

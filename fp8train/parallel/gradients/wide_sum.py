@@ -17,21 +17,22 @@ class WideSource(Protocol):
     """A storage whose sums can travel in high precision."""
 
     def wide(self) -> Tensor:
-        """This rank's sums [total, ..]."""
+        """This rank's sums [total, ..] in the accumulation dtype."""
         ...
 
     def hold(self, sums: Tensor) -> Held:
-        """Keep the sums over ranks, of the same shape."""
+        """Keep the sums over ranks, of the shape of :meth:`wide` and in any dtype."""
         ...
 
 
 class WideSum:
-    """See :class:`~fp8train.parallel.gradients.bucket.Reduction`."""
+    """Reduces a bucket in high precision by one collective (a
+    :class:`~fp8train.parallel.gradients.bucket.Reduction`)."""
 
     def __init__(
         self, storage: WideSource, places: Places, group: CountedGroup, *, dtype: torch.dtype, purpose: str
     ) -> None:
-        """Args: ``dtype``: on the wire; ``purpose``: name in the byte counters."""
+        """Reduce over ``group``. Args: ``dtype``: on the wire; ``purpose``: name in the byte counters."""
         self._storage, self._places, self._group = storage, places, group
         self._dtype, self._purpose = dtype, purpose
         self._wire: Tensor | None = None
@@ -39,7 +40,7 @@ class WideSum:
         self._wait: Callable[[], None] | None = None
 
     def start(self) -> None:
-        """Send the sums."""
+        """Start to add the sums of all ranks in ``dtype``: an all-reduce, or under ZeRO a reduce-scatter."""
         sums = self._storage.wide()
         wire = sums if sums.dtype == self._dtype else sums.to(self._dtype)
         if self._places.scattered:
@@ -51,10 +52,11 @@ class WideSum:
             self._wait = self._group.all_reduce(wire, purpose=self._purpose)
 
     def advance(self) -> None:
-        """Nothing: one collective does it all."""
+        """Do nothing: one collective does it all."""
 
     def finish(self) -> Held:
-        """Everyone keeps the sums as the storage does; owners in the type on the wire."""
+        """Wait for the sums. Where everyone receives them the storage keeps them; owners get them in the type
+        on the wire."""
         assert self._wait is not None
         assert self._wire is not None
         self._wait()
