@@ -102,6 +102,20 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors(found.read_text()), f"{page}: no heading for {target}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_and_tests_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for file in re.findall(r"(?<![\w/.-])((?:tests|tools|configs|launch)/[\w./-]*\w)", text):
+        assert (ROOT / file).exists() or file.endswith("/NAME"), f"{page}: {file}"
+    for file, test in re.findall(r"(tests/\S+\.py)::(test_\w+)", text):
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{page}: {file}::{test}"
+    for line in re.findall(r"`pytest ([^`]+)`", text):
+        files, _, words_of_names = " ".join(line.split()).partition(" -k ")
+        sources = "".join((ROOT / file).read_text() for file in files.split() if file.endswith(".py"))
+        for word in words_of_names.strip('"').split(" or ") if words_of_names else ():
+            assert re.search(rf"def test_\w*{word}", sources), f"{page}: pytest {line}"
+
+
 def test_the_checker_sees_what_is_wrong() -> None:
     text = "# A title\n\nOne two three. Four `a b c` five?\nSix.\n\n- seven eight\n  nine\n\n```\nx y z\n```\n| a |\n"
     assert [words(s) for s in sentences(text)] == [3, 3, 1, 3]
