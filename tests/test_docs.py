@@ -1,4 +1,4 @@
-"""The pages for people: lines that fit a screen, sentences that can be read once, links that lead somewhere."""
+"""The pages for people: lines that fit a screen, sentences that read at once, links that lead somewhere."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_named_files_and_tests_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     for file in re.findall(r"(?<![\w/.-])((?:tests|tools|configs|launch)/[\w./-]*\w)", text):
-        assert (ROOT / file).exists() or file.endswith("/NAME"), f"{page}: {file}"
+        assert (ROOT / file).exists(), f"{page}: {file}"
     for file, test in re.findall(r"(tests/\S+\.py)::(test_\w+)", text):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{page}: {file}::{test}"
     for line in re.findall(r"`pytest ([^`]+)`", text):
@@ -117,7 +117,8 @@ def test_named_files_and_tests_exist(page: str) -> None:
 
 
 def test_the_checker_sees_what_is_wrong() -> None:
-    text = "# A title\n\nOne two three. Four `a b c` five?\nSix.\n\n- seven eight\n  nine\n\n```\nx y z\n```\n| a |\n"
+    text = "# A title\n\nOne two three. Four `a b c` five?\nSix.\n\n- seven eight\n  nine\n\n"
+    text += "```\nx y z\n```\n| a |\n"
     assert [words(s) for s in sentences(text)] == [3, 3, 1, 3]
     assert anchors("## Rows, blocks and 2 `codes`\n") == {"rows-blocks-and-2-codes"}
     assert [line for _, line in prose("a\n\n    code\n\n- b\n\n    more of b\n") if line] == [
