@@ -5,13 +5,12 @@
     python tools/layouts.py --out runs/layouts --limit 24
 
 A configuration is a value for each factor below (tensor-, pipeline-, data-, context-parallel ranks, ZeRO
-and its partition, level, gradient reduction, family, tied embeddings, schedule, recomputation, accumulation,
-carrier). All
-pairs of values that are legal together appear in some configuration; the array is built greedily from a
-fixed seed. Each is trained for a few steps and its losses are compared with those of one process, as are
-the FP8 codes that the GEMMs of the first step read. Tensor-parallel ranks round partial sums where one
-process rounds the total, so they are also compared with one process that rounds as they do: no code may
-differ from its. The result of each is a line of ``results.jsonl``, so an interrupted run continues.
+and its partition, level, gradient reduction, compute type, family, tied embeddings, schedule, recomputation,
+micro-batches). All pairs of values that are legal together appear in some configuration; the array is built
+greedily from a fixed seed. Each is trained for a few steps and its losses are compared with those of one
+process, as are the FP8 codes that the GEMMs of the first step read. Tensor-parallel ranks round partial sums
+where one process rounds the total, so they are also compared with one process that rounds as they do: no code
+may differ from its. The result of each is a line of ``results.jsonl``, so an interrupted run continues.
 ``--markdown FILE`` writes the table below the text that is there.
 """
 
@@ -308,7 +307,8 @@ def worst_difference(got: list[float], expected: list[float]) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a row per configuration."""
-    head = [*FACTORS, "loss differs by", "rounded alike", "codes of x", "grad_output", "rounded alike", "ok"]
+    head = [*FACTORS, "loss difference", "loss difference, rounded alike", "x codes differ"]
+    head += ["grad_output codes differ", "codes differ, rounded alike", "ok"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         codes, alike = row["codes"], row["codes_rounded_alike"]

@@ -19,6 +19,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -85,17 +86,17 @@ def cell(recipe: str, layout: str, refused: Mapping[Case, str], notes: list[str]
 def main_table(refused: Mapping[Case, str]) -> str:
     """Markdown: a row per recipe, a column per layout, the reasons below."""
     notes: list[str] = []
-    lines = _head(["recipe", "set beside it", *LAYOUTS])
+    lines = _head(["recipe", "also set", *LAYOUTS])
     for recipe in RECIPES:
         cells = [cell(recipe, layout, refused, notes) for layout in LAYOUTS]
         lines.append(_row([f"`{recipe}`", " ".join(f"`{o}`" for o in NEEDS.get(recipe, ())), *cells]))
-    lines += ["", *(f"{number}. {_literal(note)}" for number, note in enumerate(notes, 1))]
+    lines += ["", *(_wrapped(f"{number}. {_literal(note)}", "   ") for number, note in enumerate(notes, 1))]
     return "\n".join(lines)
 
 
 def settings_table(tables: Tables) -> str:
     """Markdown: what one more setting makes illegal, and why."""
-    lines = _head(["one more setting", "refused with", "levels", "on", "reason"])
+    lines = _head(["one more setting", "refused with", "levels", "layouts", "reason"])
     for setting, found in tables.with_setting.items():
         groups: dict[tuple[str, str, str], dict[str, str]] = {}
         for recipe, level_set, layout_set, reason in _regions(found, tables.refused):
@@ -148,14 +149,19 @@ def _literal(text: str) -> str:
     return re.sub(r"([*_|<>])", r"\\\1", text)
 
 
+def _wrapped(text: str, indent: str = "") -> str:
+    """Prose in lines of at most 100 columns; ``indent``: of all but the first."""
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def trained_summary(results: Mapping[str, Any], refused: Mapping[Case, str]) -> str:
-    """How many legal cases were trained and passed, in one line; those that failed, by name."""
+    """How many legal cases were trained and passed, in one sentence; those that failed, by name."""
     wanted = set(legal_cases(refused, TRAINED))
     verdicts = {case_of(run): run["ok"] for run in results["runs"] if case_of(run) in wanted}
     failed = sorted(case for case, ok in verdicts.items() if not ok)
     line = (
-        f"{sum(verdicts.values())} of the {len(wanted)} legal cases on {', '.join(TRAINED)} trained "
-        f"{results['steps']} steps with finite, falling losses"
+        f"{sum(verdicts.values())} of the {len(wanted)} legal cases on {', '.join(TRAINED)} were trained for "
+        f"{results['steps']} steps, and their losses were finite and fell"
     )
     if failed:
         line += f"; {len(failed)} failed: " + ", ".join(f"{c.recipe} {c.level} {c.layout}" for c in failed)
@@ -167,7 +173,7 @@ def render(tables: Tables) -> str:
     """What ``docs/recipe_layouts.md`` says below the marker."""
     total, refused = len(all_cases()), tables.refused
     trained = trained_summary(json.loads(TRAINED_RESULTS.read_text()), refused)
-    counted = f"{total - len(refused)} of {total} cases are legal. {trained}"
+    counted = _wrapped(f"{total - len(refused)} of {total} cases are legal. {trained}")
     return f"\n{counted}\n\n{main_table(refused)}\n\n{settings_table(tables)}\n"
 
 
