@@ -9,15 +9,21 @@ core (torch 2.13).
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Limits that oneDNN, torch's library of CPU matrix products, reads from ``ONEDNN_MAX_CPU_ISA``; torch's own
+answer is about the machine alone."""
+
 
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return limit not in _WITHOUT_BF16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @torch.compiler.assume_constant_result

@@ -53,7 +53,7 @@ def amax_along(x: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
     """Largest magnitudes along a dimension, in x's dtype; NaN where there is NaN."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.abs().amax(dim=dim, keepdim=keepdim)
-    # On CPUs aminmax along a dimension is a scalar loop, ten times slower than these; so is amax of BF16 rows.
+    # aminmax along a dimension is a scalar loop, ten times slower than these; so is amax of BF16 rows.
     if x.dtype == torch.bfloat16:
         return x.float().abs_().amax(dim=dim, keepdim=keepdim).to(x.dtype)
     return x.abs().amax(dim=dim, keepdim=keepdim)

@@ -12,16 +12,22 @@ outlier in a block, would divide m by ε. Exact moments satisfy ``|m| <= c·sqrt
 at 0.9 and 0.95). So where moments are stored rounded, the root is of ``max(v, (m/c)²)``: no longer a step
 than exact moments could make. What is stored is v. The bound is ours, not FP8-LM's, and can be turned off
 (``precision.state.bounded_update``).
+
+Exact FP32 moments go through torch's fused kernel, one pass over memory instead of eight; rounded moments
+need the bound, FP64 is what both are tested against.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fp8train.optim.optimizer import Load, NewValues, Optimizer, OptimizerSettings, StepScalars
+from fp8train.optim.storage import ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,35 @@ class AdamW(Optimizer):
         return (1 - s.beta1) * ((1 - ratio**step) / ((1 - s.beta2) * (1 - ratio))) ** 0.5
 
     def _new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
+        if scalars.rounded or gradient.dtype != torch.float32:
+            yield from self._by_formula(scalars, gradient, load)
+            return
+        m, v, w = load("exp_avg"), load("exp_avg_sq"), load("master")
+        if scalars.decay:
+            w.mul_(1 - scalars.decay)
+        self._fused(scalars, w, gradient, m, v)
+        yield from (("exp_avg_sq", v), ("exp_avg", m), ("master", w))
+
+    def _fused(self, scalars: StepScalars, w: Tensor, gradient: Tensor, m: Tensor, v: Tensor) -> None:
+        """The module's formulas in one pass, in place: flat FP32 of one length."""
+        step = torch.full((), float(scalars.step), dtype=torch.float32, device=w.device)
+        for part in _vectors(w, gradient, m, v):
+            torch._fused_adamw_(
+                *([tensor] for tensor in part),
+                [],
+                [step],
+                lr=scalars.lr,
+                beta1=self.settings.beta1,
+                beta2=self.settings.beta2,
+                weight_decay=0.0,
+                eps=self.settings.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _by_formula(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
+        """The module's formulas one operation at a time: any type, and the bound on rounded moments. Each
+        result is handed over as soon as it is there, so that few chunks are alive at once."""
         s = self.settings
         correction1, correction2 = 1 - s.beta1**scalars.step, 1 - s.beta2**scalars.step
         m = load("exp_avg").lerp_(gradient, 1 - s.beta1)  # β1·m + (1-β1)·g, in place
@@ -72,3 +107,23 @@ class AdamW(Optimizer):
         yield "exp_avg", m
         del m
         yield "master", w
+
+
+def _vectors(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat tensors of one length in pieces for a kernel that updates them in place: all but a tail of less
+    than 64 elements, and that tail padded with zeros, whose results are copied back.
+
+    On CPUs the kernel computes the last few elements of a call without vector instructions, and may round
+    them differently; where a tensor is cut must not matter.
+    """
+    numel = tensors[0].numel()
+    whole = numel if tensors[0].device.type != "cpu" else numel - numel % ALIGNMENT
+    if whole:
+        yield tuple(tensor[:whole] for tensor in tensors)
+    if whole == numel:
+        return
+    tails = tuple(tensor[whole:] for tensor in tensors)
+    padded = tuple(F.pad(tail, (0, ALIGNMENT - len(tail))) for tail in tails)
+    yield padded
+    for tail, result in zip(tails, padded, strict=True):
+        tail.copy_(result[: len(tail)])

@@ -1,29 +1,36 @@
-"""Training speed on a CPU beside Hugging Face ``transformers``: the same Llama, loss and clipping.
+"""Training speed on a CPU beside what one would use without a framework: the same Llama, loss and clipping.
 
-* ``transformers``: ``LlamaForCausalLM`` with SDPA attention, BF16 autocast over FP32 weights,
-  ``torch.optim.AdamW(fused=True)``, ``clip_grad_norm_``: how one would train it without a framework.
+* ``transformers FP32`` and ``transformers BF16``: ``LlamaForCausalLM`` with SDPA attention, FP32 weights,
+  without and with BF16 autocast, ``torch.optim.AdamW(fused=True)``, ``clip_grad_norm_``.
+* ``plain FP32`` and ``plain BF16``: the shortest loop in plain torch (:mod:`plain_llama`), likewise.
 * ``fp8train O0``: our :class:`~fp8train.training.trainer.Trainer` as ``fp8train train`` runs it: BF16 weights
   and GEMMs, FP32 gradients, FP32 master weights and moments, the same clipping.
-* ``fp8train FP8``: the same with FP8 GEMMs. A CPU has no FP8 units, so this is the price of checking a
-  recipe on a laptop.
+* ``fp8train FP8``, ``fp8train O2``: with FP8 GEMMs alone, and the whole level. A CPU has no FP8 units, so
+  these are the price of checking a recipe on a laptop.
 
 All train from equal weights on equal batches; the script refuses to report if their first losses differ by
-more than BF16 rounding explains.
+more than BF16 rounding explains. A CPU without BF16 instructions runs torch's BF16 GEMMs as scalar loops, so
+each of ours is compared with the *faster* of a peer's two modes. ``ONEDNN_MAX_CPU_ISA=AVX2`` and
+``ATEN_CPU_CAPABILITY=avx2`` make any x86 machine such a one.
 
-    python tools/bench/vs_transformers.py --json tools/bench/results/vs_transformers_cpu.json
+    python tools/bench/vs_peers.py --json tools/bench/results/vs_peers_cpu.json               # 20M parameters
+    python tools/bench/vs_peers.py --quickstart --json tools/bench/results/vs_peers_3m_cpu.json
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from measure import describe_machine, print_table, speed_ratio, time_in_turn, write_json
-from torch import Tensor
+from measure import Timing, describe_machine, print_table, speed_ratio, time_in_turn, write_json
+from plain_llama import PlainLlama
+from torch import Tensor, nn
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
@@ -34,6 +41,7 @@ from fp8train.layers.mlp import shard_unit
 from fp8train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+QUICKSTART = {"layers": 2, "hidden": 192, "heads": 6, "kv_heads": 2, "vocab": 12288, "batch": 2, "tie": True}
 MAX_FIRST_LOSS_DIFFERENCE = 0.02  # nats; BF16 rounding gives a few 1e-3
 Step = Callable[[int], float]
 
@@ -53,11 +61,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5, help="alternating rounds")
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each variant")
+    parser.add_argument("--tie", action="store_true", help="one matrix for embedding and head")
+    parser.add_argument("--quickstart", action="store_true", help="shape and batch of launch/quickstart.sh")
+    parser.add_argument("--cpu-time", action="store_true", help="compare CPU seconds: for a busy machine")
     parser.add_argument("--json", type=Path, help="write the result here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quickstart:
+        vars(args).update(QUICKSTART)
+    return args
 
 
-def make_config(args: argparse.Namespace, *, fp8: bool) -> Config:
+def make_config(args: argparse.Namespace, precision: dict[str, Any]) -> Config:
     """The run as a YAML file would describe it; the dataset is never opened."""
     return resolve_mapping(
         {
@@ -68,9 +82,10 @@ def make_config(args: argparse.Namespace, *, fp8: bool) -> Config:
                 "num_heads": args.heads,
                 "num_kv_heads": args.kv_heads or args.heads,
                 "vocab_size": args.vocab,
+                "tie_embeddings": args.tie,
             },
             "data": {"prefix": "synthetic", "seq_length": args.seq},
-            "precision": {"gemm": {"fp8": fp8}},
+            "precision": precision,
             "optimizer": {"lr": 3.0e-4, "clip_grad_norm": 1.0},
             "schedule": {"kind": "constant"},
             "train": {"steps": 1, "global_batch_size": args.batch, "micro_batch_size": args.batch},
@@ -89,7 +104,7 @@ def hugging_face_weights(model: ModelConfig, value: Callable[[str], Tensor]) -> 
     weights = {
         "model.embed_tokens.weight": value("embedding.weight"),
         "model.norm.weight": value("final_norm.weight"),
-        "lm_head.weight": value("head.weight"),
+        "lm_head.weight": value("embedding.weight" if model.tie_embeddings else "head.weight"),
     }
     for i in range(model.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
@@ -109,10 +124,10 @@ def hugging_face_weights(model: ModelConfig, value: Callable[[str], Tensor]) -> 
     return weights
 
 
-def make_theirs(config: Config, weights: dict[str, Tensor], batches: Tensor) -> Step:
-    """A training step of ``transformers``: takes the step number, returns the loss in nats per token."""
-    m, o = config.model, config.optimizer
-    model = transformers.LlamaForCausalLM(
+def make_transformers(config: Config) -> nn.Module:
+    """``LlamaForCausalLM`` of this configuration."""
+    m = config.model
+    return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=m.vocab_size,
             hidden_size=m.hidden_size,
@@ -128,6 +143,14 @@ def make_theirs(config: Config, weights: dict[str, Tensor], batches: Tensor) -> 
             use_cache=False,
         )
     )
+
+
+def make_theirs(
+    config: Config, model: nn.Module, weights: dict[str, Tensor], batches: Tensor, *, bf16: bool
+) -> Step:
+    """A training step of a model with the names of ``LlamaForCausalLM``: takes the step number, returns the
+    loss in nats per token. ``bf16``: under autocast."""
+    o = config.optimizer
     model.load_state_dict(weights)
     model.train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -138,7 +161,7 @@ def make_theirs(config: Config, weights: dict[str, Tensor], batches: Tensor) -> 
     def step(number: int) -> float:
         tokens = batches[number % len(batches)]
         targets = tokens[:, 1:].contiguous()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
             loss = model(input_ids=tokens[:, :-1].contiguous(), labels=targets, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad_norm)
@@ -159,13 +182,20 @@ def make_ours(config: Config, batches: Tensor) -> tuple[Step, Trainer]:
 
 
 def make_variants(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, Any]]:
-    """The three training steps, all from equal weights, and what was trained."""
-    config = make_config(args, fp8=False)
+    """The training steps, all from equal weights, and what was trained."""
+    config = make_config(args, {})
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(0, args.vocab, (4, args.batch, args.seq + 1), generator=generator)
     ours, trainer = make_ours(config, batches)
-    theirs = make_theirs(config, hugging_face_weights(config.model, trainer.optimizer.master), batches)
-    fp8, _ = make_ours(make_config(args, fp8=True), batches)
+    weights = hugging_face_weights(config.model, trainer.optimizer.master)
+    variants = {
+        f"{peer} {'BF16' if bf16 else 'FP32'}": make_theirs(config, make(config), weights, batches, bf16=bf16)
+        for peer, make in (("transformers", make_transformers), ("plain", PlainLlama.of))
+        for bf16 in (False, True)
+    }
+    variants["fp8train O0"] = ours
+    variants["fp8train FP8"] = make_ours(make_config(args, {"gemm": {"fp8": True}}), batches)[0]
+    variants["fp8train O2"] = make_ours(make_config(args, {"level": "O2"}), batches)[0]
     sizes = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         **config.model.model_dump(
@@ -181,7 +211,12 @@ def make_variants(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, 
         "seq_length": args.seq,
         "tokens_per_step": args.batch * args.seq,
     }
-    return {"transformers": theirs, "fp8train O0": ours, "fp8train FP8": fp8}, sizes
+    return variants, sizes
+
+
+def faster_mode(timings: dict[str, Timing], peer: str) -> str:
+    """Which of a peer's modes is faster here."""
+    return min((f"{peer} FP32", f"{peer} BF16"), key=lambda name: timings[name].median)
 
 
 def check_first_losses(losses: dict[str, list[float]]) -> None:
@@ -198,37 +233,40 @@ def main() -> None:
     losses: dict[str, list[float]] = {name: [] for name in variants}
     recorded = {name: lambda n, name=name: losses[name].append(variants[name](n)) for name in variants}
     timings = time_in_turn(
-        recorded, rounds=args.pairs, steps_per_round=args.steps, warmup=args.warmup, device=CPU
+        recorded,
+        rounds=args.pairs,
+        steps_per_round=args.steps,
+        warmup=args.warmup,
+        device=CPU,
+        clock=time.process_time if args.cpu_time else time.perf_counter,
     )
     check_first_losses(losses)
     tokens = sizes["tokens_per_step"]
     print(
         f"Llama, {sizes['parameters'] / 1e6:.1f}M parameters, {tokens} tokens a step, {args.threads} threads"
     )
+    best = {peer: faster_mode(timings, peer) for peer in ("transformers", "plain")}
     rows, entries = [], {}
     for name, timing in timings.items():
-        ratio = speed_ratio(timing, timings["transformers"])
+        ratios = {peer: speed_ratio(timing, timings[mode]) for peer, mode in best.items()}
+        first, last = losses[name][0], losses[name][-1]
         rows.append(
-            (
-                name,
-                f"{tokens / timing.median:.0f}",
-                str(ratio),
-                f"{losses[name][0]:.4f}",
-                f"{losses[name][-1]:.4f}",
-            )
+            (name, f"{tokens / timing.median:.0f}", *map(str, ratios.values()), f"{first:.4f}", f"{last:.4f}")
         )
         entries[name] = {
             "tokens_per_second": tokens / timing.median,
             "seconds_per_step": list(timing.seconds),
-            "ratio_median": ratio.median,
-            "ratio_range": [ratio.low, ratio.high],
-            "first_loss": losses[name][0],
-            "last_loss": losses[name][-1],
+            "ratios": {p: {"median": r.median, "range": [r.low, r.high]} for p, r in ratios.items()},
+            "first_loss": first,
+            "last_loss": last,
         }
-    print_table(("variant", "tokens/s", "ratio: median (range)", "first loss", "last loss"), rows)
+    header = ("variant", "tokens/s", *(f"÷ {mode}" for mode in best.values()), "first loss", "last loss")
+    print_table(header, rows)
     if args.json is not None:
         machine = describe_machine(CPU) | {"transformers": transformers.__version__}
-        write_json(args.json, {"machine": machine, "model": sizes, "variants": entries})
+        clock = "CPU seconds" if args.cpu_time else "wall seconds"
+        result = {"machine": machine, "model": sizes, "clock": clock, "compared_with": best}
+        write_json(args.json, result | {"variants": entries})
 
 
 if __name__ == "__main__":
