@@ -73,24 +73,30 @@ def test_train_step_says_what_is_wrong_with_a_configuration() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_vs_transformers(tmp_path: Path) -> None:
+def test_vs_peers(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs transformers: pip install 'fp8train[hf]'")
     sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2, "vocab": 256, "seq": 32, "batch": 2}
     sizes |= {"threads": 1, "pairs": 2, "steps": 4, "warmup": 1}
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    result, table = result_of("vs_transformers.py", tmp_path / "result.json", *options)
+    result, table = result_of("vs_peers.py", tmp_path / "result.json", *options, "--tie", "--cpu-time")
     check_machine(result["machine"])
     assert result["machine"]["transformers"]
     assert result["model"]["tokens_per_step"] == 64
-    assert list(result["variants"]) == ["transformers", "fp8train O0", "fp8train FP8"]
-    for name, variant in result["variants"].items():
-        check_numbers(variant, rounds=2)
-        assert name in table
+    peers = [f"{peer} {mode}" for peer in ("transformers", "plain") for mode in ("FP32", "BF16")]
+    ours = ["fp8train O0", "fp8train FP8", "fp8train O2"]
+    assert list(result["variants"]) == peers + ours
+    for peer, mode in result["compared_with"].items():
+        assert mode in peers
+        assert result["variants"][mode]["ratios"][peer]["median"] == 1
     # Equal weights, batches and optimizer: nine steps later the losses have fallen and are still equal.
-    theirs, ours = result["variants"]["transformers"], result["variants"]["fp8train O0"]
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=0.01)
+    theirs = result["variants"]["transformers FP32"]
     assert theirs["last_loss"] < theirs["first_loss"] - 0.1
-    assert ours["last_loss"] == pytest.approx(theirs["last_loss"], abs=0.005)
+    for name, variant in result["variants"].items():
+        assert name in table
+        assert len(variant["seconds_per_step"]) == 2
+        if name not in ("fp8train FP8", "fp8train O2"):
+            assert variant["first_loss"] == pytest.approx(theirs["first_loss"], abs=0.01)
+            assert variant["last_loss"] == pytest.approx(theirs["last_loss"], abs=0.005)
 
 
 def test_optimizer_step(tmp_path: Path) -> None:
