@@ -62,13 +62,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="only check; print the run directory")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, laid over the file in order")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.nnodes > 1 and not options.check and None in (options.master_addr, options.master_port):
+        parser.error("several machines need --master-addr and --master-port")
+    return options
 
 
 def _launch(options: argparse.Namespace, resolved: ResolvedConfig) -> int:
     # After the check, for they cost a second.
+    from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
     from fp8train.comm.processes import choose_device
@@ -85,13 +90,19 @@ def _launch(options: argparse.Namespace, resolved: ResolvedConfig) -> int:
             return _end(recorded(Path(folder)), error.failures, resolved)
         except SignalException as error:
             return _tell(Failure(0, f"ended by {signal.Signals(error.sigval).name}", 128 + error.sigval))
+        except (DistNetworkError, DistStoreError, RendezvousError) as error:
+            where = f" at {options.master_addr}:{options.master_port}" if options.master_addr else ""
+            raise UserError(
+                f"the machines could not meet{where} ({str(error).splitlines()[0]:.160})\n"
+                "is the port free, the address that of machine 0, and has every machine started?"
+            ) from error
         finally:
             del os.environ[FOLDER_VARIABLE]
     return 0
 
 
 def _torchrun_options(options: argparse.Namespace) -> list[str]:
-    if options.nnodes == 1:
+    if options.master_addr is None:
         return ["--standalone", f"--nproc-per-node={options.nproc_per_node}"]
     # Static rendezvous: machine 0 is the first, so rank 0 runs there.
     return [

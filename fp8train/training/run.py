@@ -23,16 +23,14 @@ from fp8train.checkpoint import find_checkpoint, sweep_leftovers
 from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.config.dump import dump_yaml
-from fp8train.config.environment import world_from_environment
+from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
-from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
 from fp8train.training.environment import describe_environment
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
-from fp8train.training.preflight import preflight
 from fp8train.training.reporter import Reporter
 from fp8train.training.resume import resume
 from fp8train.training.run_dir import RunDir
@@ -40,8 +38,13 @@ from fp8train.training.signals import StopRequest
 from fp8train.training.trainer import Trainer
 
 
-def run(resolved: ResolvedConfig) -> int:
-    """Train as ``resolved`` says, in as many processes as torchrun started.
+def run(config: Config, world: World, data: Data) -> int:
+    """Train in as many processes as torchrun started.
+
+    Args:
+        config: what.
+        world: this process among them.
+        data: from :func:`~fp8train.training.preflight.preflight`.
 
     Returns:
         The exit status.
@@ -49,8 +52,6 @@ def run(resolved: ResolvedConfig) -> int:
     Raises:
         UserError: anything the user can mend; nothing that was saved is lost.
     """
-    config, world = resolved.config, world_from_environment()
-    data = preflight(resolved, world_size=world.size, rank=world.rank)
     prepare_machine(config, world.local_size)
     with processes(config.run.device, layout=layout_of(config)) as procs:
         seed_generators(config.run.seed, procs.rank)
