@@ -146,13 +146,7 @@ def _silent(rank: int, status: int) -> Failure:
 
 def _tell(failure: Failure) -> int:
     """Print the last word on a run; its exit status."""
-    if failure.exit_status == INTERRUPTED:
-        text = "interrupted"
-    elif failure.traceback:
-        text = f"rank {failure.rank}: {failure.traceback.rstrip()}"
-    else:
-        text = f"error: {failure.message}"
-    print(text, file=sys.stderr, flush=True)
+    print(failure.last_word(), file=sys.stderr, flush=True)
     return failure.exit_status
 
 

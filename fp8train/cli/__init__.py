@@ -65,8 +65,8 @@ def run_command(arguments: Sequence[str]) -> int:
         return _fail(failure)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    if status == INTERRUPTED and own_rank() == 0:
-        print("interrupted", file=sys.stderr, flush=True)
+    if status == INTERRUPTED:
+        return _fail(describe(KeyboardInterrupt()))
     return status if isinstance(status, int) else 0
 
 
@@ -74,7 +74,7 @@ def _fail(failure: Failure) -> int:
     """Record a failure, print it if this is the rank to do so, and return its status."""
     record(failure)
     if speaks(failure):
-        print(f"error: {failure.message}", file=sys.stderr, flush=True)
+        print(failure.last_word(), file=sys.stderr, flush=True)
     return failure.exit_status
 
 

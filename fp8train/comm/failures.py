@@ -68,6 +68,19 @@ class Failure:
     time: float = 0.0
     traceback: str = ""
 
+    def last_word(self) -> str:
+        """What a terminal shows of it."""
+        if self.exit_status == INTERRUPTED:
+            return "interrupted"
+        if self.traceback and self.peers_lost:
+            return (
+                f"error: rank {self.rank} lost its peers ({self.message.splitlines()[0]:.160})\n"
+                "the one that ended first says why, on its machine and in logs/ of the run directory"
+            )
+        if self.traceback:
+            return f"rank {self.rank}: {self.traceback.rstrip()}"
+        return f"error: {self.message}"
+
 
 def own_rank() -> int:
     """This process's rank as its launcher says it, whatever else is wrong with the environment."""

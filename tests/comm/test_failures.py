@@ -78,6 +78,7 @@ def test_a_description_keeps_status_and_traceback(monkeypatch: pytest.MonkeyPatc
     assert (bug.rank, bug.message, bug.exit_status) == (3, "KeyError: 'layers.0'", 1)
     assert bug.traceback.startswith("Traceback")
     assert bug.traceback.endswith("KeyError: 'layers.0'\n")
+    assert bug.last_word().startswith("rank 3: Traceback")
     mine = describe(ConfigError("a\nb"))
     assert (mine.message, mine.exit_status, mine.traceback) == ("a\nb", 2, "")
     assert describe(KeyboardInterrupt()).exit_status == 130
@@ -137,6 +138,15 @@ def test_under_our_launcher_ranks_are_silent(tmp_path: Path, monkeypatch: pytest
     assert recorded(tmp_path) == [first]
     (tmp_path / "rank0.json").write_text("{torn")
     assert recorded(tmp_path) == [first]
+
+
+def test_lost_peers_are_no_traceback() -> None:
+    text = describe(RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:41")).last_word()
+    assert text.startswith(
+        "error: rank 0 lost its peers (RuntimeError: [pair.cc:538] Connection closed by peer"
+    )
+    assert len(text.splitlines()) == 2
+    assert describe(KeyboardInterrupt()).last_word() == "interrupted"
 
 
 def test_without_a_launcher_rank_0_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
