@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8train.comm.failures import FOLDER_VARIABLE, INTERRUPTED, Failure, cause, recorded
-from fp8train.config.environment import check_started_world
+from fp8train.config.environment import World, check_started_world
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import ResolvedConfig, load_config
 from fp8train.training.preflight import preflight, run_path
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_started_world(world_size)
         resolved = load_config(options.config, options.overrides)
         if options.node_rank == 0:
-            preflight(resolved, world_size=world_size)
+            preflight(resolved, World(world_size))
         if options.check:
             print(run_path(resolved.config).absolute())
             return 0

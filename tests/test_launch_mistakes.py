@@ -89,7 +89,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _old_run(path: Path) -> None:
     resolved = load_config(path, ["run.name=old"])
-    data = preflight(resolved, world_size=1)
+    data = preflight(resolved, World())
     meta = {"config": to_plain(resolved.config), "trainer": {}, "data": data.train.state_dict(4)}
     run = RunDir.open(path.parent, "old", resume="never", overwrite=False, group=None)
     run.write_description("model: {}\n", {})
@@ -260,7 +260,8 @@ FULL = {
 
 
 def test_the_environment_of_torchrun_is_read() -> None:
-    assert world_from_environment(FULL) == World(4, 3, 2, 1)
+    assert world_from_environment(FULL) == World(4, 3, 2, 1, supervised=False)
+    assert world_from_environment(FULL | {"TORCHELASTIC_RUN_ID": "x"}).supervised
     assert world_from_environment({}) == World()
     assert world_from_environment({"WORLD_SIZE": "1"}) == World()
 
