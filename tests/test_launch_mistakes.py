@@ -165,6 +165,13 @@ def test_out_of_memory_is_a_few_lines_with_the_remedy_last(config: Path, process
     assert "ran out of CPU memory" in (config.parent / name / f"logs/rank{record['rank']}.log").read_text()
 
 
+def test_debug_shows_the_traceback_wherever_it_is_written(config: Path) -> None:
+    status, lines = launch(config, 2, "optimizer.lerning_rate=1", "--debug", "run.seed=3")
+    assert status == 1
+    assert lines[0].startswith("Traceback")
+    assert "ConfigError" in lines[-1]
+
+
 # ---- what only a rank can know
 
 
