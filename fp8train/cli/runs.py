@@ -17,12 +17,17 @@ def train(
     overrides: Options = None,
 ) -> int:
     """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
+    from fp8train.config.environment import world_from_environment
     from fp8train.config.resolve import load_config
 
-    resolved = load_config(config, overrides or ())  # before torch is imported: a typo is reported at once
-    from fp8train.training.run import run
+    resolved = load_config(config, overrides or ())
+    from fp8train.training.preflight import preflight
 
-    return run(resolved)
+    world = world_from_environment()
+    data = preflight(resolved, world)
+    from fp8train.training.run import run  # last, because of torch: a mistake is reported at once
+
+    return run(resolved.config, world, data)
 
 
 @app.command(name="config")

@@ -20,16 +20,17 @@ import numpy as np
 import torch
 
 from fp8train.checkpoint import find_checkpoint, sweep_leftovers
-from fp8train.comm.processes import Layout, Processes, choose_threads, processes, world_from_environment
+from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
+from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.config.dump import dump_yaml
-from fp8train.config.errors import ConfigError, UserError
-from fp8train.config.resolve import ResolvedConfig
+from fp8train.config.environment import World
+from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
-from fp8train.config.world import check_world
-from fp8train.data.loading import Data, open_data
+from fp8train.data.loading import Data
 from fp8train.training.environment import describe_environment
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import TrainingLoop
+from fp8train.training.memory import explain, is_out_of_memory
 from fp8train.training.reporter import Reporter
 from fp8train.training.resume import resume
 from fp8train.training.run_dir import RunDir
@@ -37,8 +38,13 @@ from fp8train.training.signals import StopRequest
 from fp8train.training.trainer import Trainer
 
 
-def run(resolved: ResolvedConfig) -> int:
-    """Train as ``resolved`` says, in as many processes as torchrun started.
+def run(config: Config, world: World, data: Data) -> int:
+    """Train in as many processes as torchrun started.
+
+    Args:
+        config: what.
+        world: this process among them.
+        data: from :func:`~fp8train.training.preflight.preflight`.
 
     Returns:
         The exit status.
@@ -46,10 +52,7 @@ def run(resolved: ResolvedConfig) -> int:
     Raises:
         UserError: anything the user can mend; nothing that was saved is lost.
     """
-    config = resolved.config
-    world_size, _, local_world_size, _ = world_from_environment()
-    check_world(config, world_size, origins=resolved.origins)
-    prepare_machine(config, local_world_size)
+    prepare_machine(config, world.local_size)
     with processes(config.run.device, layout=layout_of(config)) as procs:
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -61,7 +64,7 @@ def run(resolved: ResolvedConfig) -> int:
         )
         try:
             with _warnings_to(run_dir):
-                return _run_in(run_dir, config, procs)
+                return _run_in(run_dir, config, procs, data)
         finally:
             run_dir.close()
 
@@ -88,7 +91,7 @@ def seed_generators(seed: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
+def _run_in(run_dir: RunDir, config: Config, procs: Processes, data: Data) -> int:
     step, loop = 0, None
     try:
         if procs.rank == 0:
@@ -100,17 +103,6 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
             verify=config.checkpoint.verify,
         )
         source = None if checkpoint is not None else _source(run_dir, config, procs)
-        data = open_data(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=procs.dp.rank,
-            dp_size=procs.dp.size,
-            seed=config.run.seed,
-            total_steps=config.total_steps,
-            ramp=config.train.batch_sizes.ramp,
-        )
         trainer = _build(config, procs, data)
         _keep_tokenizer(run_dir, data)
         with (
@@ -154,13 +146,27 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes) -> int:
             outcome = loop.run()
             reporter.end(outcome.state, outcome.reason, outcome.step)
     except BaseException as error:
-        status = error.exit_status if isinstance(error, UserError) else 1
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        done = run_dir.recorded_step() if loop is None else loop.done  # a refused resume undoes nothing
-        run_dir.write_status("failed", step=done, reason=reason, exit_code=status)
-        raise
+        with undisturbed():
+            explained = _explain(error, run_dir, config, procs, step=None if loop is None else loop.done + 1)
+            done = run_dir.recorded_step() if loop is None else loop.done  # a refused resume undoes nothing
+            run_dir.write_failure(describe(explained), step=done)
+        if explained is error:
+            raise
+        raise explained from error
     run_dir.write_status(outcome.state, step=outcome.step, reason=outcome.reason, exit_code=0)
     return 0
+
+
+def _explain(
+    error: BaseException, run_dir: RunDir, config: Config, procs: Processes, *, step: int | None
+) -> BaseException:
+    """``error``, or what a person can do something with in its place."""
+    if is_out_of_memory(error):
+        return explain(error, config, rank=procs.rank, dp=procs.dp.size, step=step)
+    first = run_dir.failure()
+    if first is not None and not first.peers_lost and lost_peers(error):
+        return PeerFailedError(first)
+    return error
 
 
 def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
@@ -175,11 +181,6 @@ def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
 
 
 def _build(config: Config, procs: Processes, data: Data) -> Trainer:
-    if config.train.eval_interval and data.valid is None:
-        raise ConfigError(
-            "train.eval_interval is set but there is no validation data; give data.split a validation share "
-            "or set data.valid_prefix"
-        )
     ignore_after = data.eod_id if config.data.mask_end_of_document else None
     try:
         return Trainer(config, procs, vocab_size=data.vocab_size, ignore_after=ignore_after)

@@ -124,7 +124,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "command": ["python", *sys.orig_argv[1:]],
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith_VARIABLES},
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
 
 
