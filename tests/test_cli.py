@@ -84,8 +84,7 @@ def test_user_error_is_one_message_and_status_2(bad: str) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        f"error: {bad}:9: optimizer.lr: is required; for example  lr: 3.0e-04\n"
-        f"{bad}:10: optimizer.lerning_rate: unknown key; did you mean optimizer.lr?\n"
+        f"error: {bad}:10: optimizer.lerning_rate: unknown key; did you mean optimizer.lr?\n"
     )
 
 

@@ -6,8 +6,8 @@ Every message gives the numbers, and values that would do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fp8train.config.blocks import MAX_BLOCK, SAVED_BLOCK, block_size
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SWIGLU_UNIT = 128
 _STATES = "optimizer states"
+_TP = "parallel.tp"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,34 @@ class LayoutProblem:
 
 
 def layout_problems(config: Config) -> Iterator[LayoutProblem]:
-    """Everything that the file alone shows to be wrong with the layout."""
+    """Everything that the file alone shows to be wrong with the layout.
+
+    Where several reasons are against ``parallel.tp``, each ends with the sizes that none is against.
+    """
+    problems = list(_all_problems(config))
+    if sum(_TP in problem.keys for problem in problems) < 2:
+        yield from problems
+        return
+    fitting = one_of(fitting_tp(config))
+    for problem in problems:
+        if _TP in problem.keys:
+            problem = replace(problem, message=f"{problem.message}; nothing is against {_TP}={fitting}")
+        yield problem
+
+
+def fitting_tp(config: Config) -> list[int]:
+    """Sizes of ``parallel.tp``, 1 among them, that nothing in the file is against."""
+    sizes = []
+    for tp in _common_divisors(config.model.num_heads):
+        parallel = config.parallel.model_copy(update={"tp": tp})
+        problems = _all_problems(config.model_copy(update={"parallel": parallel}))
+        if tp == 1 or not any(_TP in problem.keys for problem in problems):
+            sizes.append(tp)
+    return sizes
+
+
+def _all_problems(config: Config) -> Iterator[LayoutProblem]:
+    yield from _batch(config)
     yield from _tensor_parallel(config)
     yield from _context_parallel(config)
     yield from _operand_blocks(config)
@@ -40,40 +68,69 @@ def layout_problems(config: Config) -> Iterator[LayoutProblem]:
 
 
 def _divisors(*numbers: int) -> str:
+    return one_of(_common_divisors(*numbers))
+
+
+def _common_divisors(*numbers: int) -> list[int]:
     common = math.gcd(*numbers)
-    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    return [n for n in range(1, common + 1) if common % n == 0]
+
+
+def one_of(numbers: Sequence[int]) -> str:
+    """``1``, ``1 or 2``, ``1, 2 or 4``."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _batch(config: Config) -> Iterator[LayoutProblem]:
+    train = config.train
+    whole, micro = train.global_batch_size, train.micro_batch_size
+    if whole % micro:
+        below = whole // micro * micro
+        yield LayoutProblem(
+            f"global_batch_size ({whole}) must be a multiple of micro_batch_size ({micro}); nearest legal "
+            f"values: {one_of([size for size in (below, below + micro) if size])}",
+            ("train.global_batch_size", "train.micro_batch_size"),
+        )
 
 
 def _tensor_parallel(config: Config) -> Iterator[LayoutProblem]:
     tp, model = config.parallel.tp, config.model
     if tp == 1:
         return
-    unit = math.gcd(model.ffn_hidden_size, _SWIGLU_UNIT) if model.activation == "swiglu" else 1
-    units = model.ffn_hidden_size // unit
-    per_unit = f" / {unit} (rows of gate and up stay together in units)" if unit > 1 else ""
-    for key, count, name in (
-        ("num_heads", model.num_heads, "model.num_heads"),
-        ("num_kv_heads", model.num_kv_heads, "model.num_kv_heads"),
-        ("ffn_hidden_size", units, f"model.ffn_hidden_size{per_unit}"),
-        ("vocab_multiple", model.vocab_multiple, "model.vocab_multiple"),
-    ):
-        if count % tp:
-            replicate = "; key/value heads are not replicated" if key == "num_kv_heads" else ""
-            yield LayoutProblem(
-                f"parallel.tp ({tp}) must divide {name} = {count}{replicate}; legal: {_divisors(count)}",
-                ("parallel.tp", f"model.{key}"),
-            )
+    counts = _divided_by_tp(config)
+    wrong = {name: count for name, count in counts.items() if count[0] % tp}
+    if wrong:
+        legal = _common_divisors(*(count for count, _ in counts.values()))
+        reasons = " and ".join(f"{name} = {count}{why}" for name, (count, why) in wrong.items())
+        yield LayoutProblem(
+            f"parallel.tp ({tp}) must divide {reasons}; legal: parallel.tp={one_of(legal)}",
+            ("parallel.tp", *wrong),
+        )
     yield from _cut_blocks(config)
     if config.precision.activations == "fp8":
         gated = 2 if model.activation == "swiglu" else 1
         width = gated * model.ffn_hidden_size
         if width % tp == 0 and width // tp % SAVED_BLOCK:
-            legal = _divisors(width // SAVED_BLOCK) if width % SAVED_BLOCK == 0 else "1"
+            legal_text = _divisors(width // SAVED_BLOCK) if width % SAVED_BLOCK == 0 else "1"
             yield LayoutProblem(
                 f"parallel.tp ({tp}) cuts {gated} * model.ffn_hidden_size = {width} inside groups of "
-                f"{SAVED_BLOCK} elements (precision.activations: fp8); legal: {legal}",
+                f"{SAVED_BLOCK} elements (precision.activations: fp8); legal: {legal_text}",
                 ("parallel.tp", "precision.activations"),
             )
+
+
+def _divided_by_tp(config: Config) -> dict[str, tuple[int, str]]:
+    """Counts that tensor parallelism cuts, by key, and a remark on each."""
+    model = config.model
+    unit = math.gcd(model.ffn_hidden_size, _SWIGLU_UNIT) if model.activation == "swiglu" else 1
+    per_unit = f" units of {unit} (rows of gate and up stay together)" if unit > 1 else ""
+    return {
+        "model.num_heads": (model.num_heads, ""),
+        "model.num_kv_heads": (model.num_kv_heads, " (key/value heads are not replicated)"),
+        "model.ffn_hidden_size": (model.ffn_hidden_size // unit, per_unit),
+        "model.vocab_multiple": (model.vocab_multiple, ""),
+    }
 
 
 def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
@@ -186,7 +243,8 @@ def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:
     if stages > layers:
         yield LayoutProblem(
             f"parallel.pp * stages per rank = {parallel.pp} * {parallel.pipeline.stages} = {stages} stages, "
-            f"but model.num_layers is {layers}; every stage needs a block",
+            f"but model.num_layers is {layers} and every stage needs a block; legal: parallel.pp of 1 to "
+            f"{max(1, layers // parallel.pipeline.stages)}",
             ("parallel.pp", "model.num_layers"),
         )
     split = parallel.pipeline.layers
