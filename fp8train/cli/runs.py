@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,11 @@ def train(
 ) -> int:
     """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
     from fp8train.config.resolve import load_config
+    from fp8train.config.threads import threads_from_environment
 
     resolved = load_config(config, overrides or ())  # before torch is imported: a typo is reported at once
+    if resolved.config.run.threads is None:
+        threads_from_environment(os.environ)
     from fp8train.training.run import run
 
     return run(resolved)
@@ -60,7 +64,7 @@ def show_config(
 
         write(describe_recipe(resolved.config))
         return
-    write(dump_yaml(resolved.config) if yaml else explain(resolved))
+    write(dump_yaml(resolved.config) if yaml else explain(resolved, os.environ))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fp8train.config.dump import bounds_updates, effective
@@ -11,17 +11,21 @@ from fp8train.config.keys import describe, key_table
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.scalars import needs_quotes
 from fp8train.config.schema import Config
+from fp8train.config.threads import FROM_ENVIRONMENT, threads_from_environment
 
 
-def explain(resolved: ResolvedConfig) -> str:
+def explain(resolved: ResolvedConfig, environment: Mapping[str, str]) -> str:
     """A table of ``key  value  origin``, one line per value, grouped by section. Plain text, no colour.
 
+    ``environment`` are the variables of a process; of threads it says what a run started with them takes.
     Settings without effect (how FP8 would be done, while it is off) are replaced by one line.
     """
-    plain = effective(resolved.config)
+    plain, origins = effective(resolved.config), dict(resolved.origins)
+    if plain["run"]["threads"] is None and (threads := threads_from_environment(environment)):
+        plain["run"]["threads"], origins["run.threads"] = threads, FROM_ENVIRONMENT
     rows = [
         (name, _show(value), str(origin))
-        for name, origin in resolved.origins.items()
+        for name, origin in origins.items()
         if (value := _lookup(plain, name)) is not _HIDDEN
     ]
     widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 60), (1, 40))]

@@ -44,8 +44,8 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where a device is visible; ``cuda`` without one is an error."""
     threads: PositiveInt | None = None
-    """CPU threads per rank; default: visible cores divided by ranks on the node. Bit-identity holds at equal
-    threads."""
+    """CPU threads per rank; default: ``OMP_NUM_THREADS`` where it is set, else visible cores divided by ranks
+    on the node. Bit-identity holds at equal threads."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing (``torch.use_deterministic_algorithms``). CPU runs are
     always reproducible; on CUDA this costs speed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from fp8train import __version__
 from fp8train.checkpoint import Written
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config, to_plain
+from fp8train.config.threads import VARIABLE, threads_from_environment
 from fp8train.data.loading import Data
 from fp8train.training.console import Console, format_count, format_duration
 from fp8train.training.describe import (
@@ -114,7 +116,9 @@ class Reporter:
         device = self.processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         parameters = sum(p.numel() for p in self.trainer.outline.parameters())
-        where = f"{self.processes.world_size} x {name}, {torch.get_num_threads()} threads each"
+        from_environment = config.run.threads is None and threads_from_environment(os.environ)
+        source = f" ({VARIABLE})" if from_environment else ""
+        where = f"{self.processes.world_size} x {name}, {torch.get_num_threads()} threads each{source}"
         self.say(
             f"fp8train {__version__}, torch {torch.__version__}, {where}; run directory {self.run_dir.path}"
         )
