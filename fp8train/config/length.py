@@ -50,3 +50,29 @@ def _decay(config: Config, length: str) -> Iterator[LayoutProblem]:
             f"schedule.decay_fraction={share:g}",
             ("schedule.decay_fraction", f"schedule.{key}", length),
         )
+
+
+def beyond_the_end(config: Config) -> list[str]:
+    """What happens every so many steps, more than the run has: one line each. Legal, for defaults are meant
+    for long runs, but worth a word."""
+    total, lines = config.total_steps, []
+
+    def told(key: str, interval: int, instead: str) -> None:
+        if interval > total:
+            lines.append(f"{key} ({interval}) is beyond the run's {total} steps: {instead}")
+
+    at_end = "a checkpoint at the end only" if config.checkpoint.save_at_end else "no checkpoint at all"
+    told("checkpoint.interval", config.checkpoint.interval, at_end)
+    told("train.eval_interval", config.train.eval_interval, "one evaluation, at the end")
+    if config.precision.gemm.fp8:
+        told(
+            "logging.cast_statistics_interval",
+            config.logging.cast_statistics_interval,
+            f"casts of step 1 only; logging.cast_statistics_interval={sampling_interval(total)} shows more",
+        )
+    return lines
+
+
+def sampling_interval(steps: int) -> int:
+    """Steps between samples that show the course of a run of ``steps`` steps: ten of them."""
+    return max(1, steps // 10)

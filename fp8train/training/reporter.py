@@ -22,6 +22,7 @@ import torch
 from fp8train import __version__
 from fp8train.checkpoint import Written
 from fp8train.comm.processes import Processes
+from fp8train.config.length import beyond_the_end
 from fp8train.config.schema import Config, to_plain
 from fp8train.config.threads import VARIABLE, threads_from_environment
 from fp8train.data.loading import Data
@@ -130,10 +131,12 @@ class Reporter:
             self.say(f"layout: {describe_layout(self.trainer)}")
         for line in describe_precision(self.trainer):
             self.say(line)
-        for line in precision_warnings(self.trainer):
+        for line in [*precision_warnings(self.trainer), *data.warnings()]:
             self.warn(line)
         for line in data.summary():
             self.say(f"data: {line}")
+        for line in beyond_the_end(config):
+            self.say(f"note: {line}")
 
     def begin(self, step: int) -> None:
         """The loop starts at ``step``: record what runs and start the clock."""

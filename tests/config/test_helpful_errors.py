@@ -8,6 +8,7 @@ import pytest
 
 from fp8train.config.errors import ConfigError
 from fp8train.config.hints import close_match
+from fp8train.config.length import beyond_the_end
 from fp8train.config.resolve import load_config, resolve_mapping
 from fp8train.config.world import check_world
 from tests.config.examples import MINIMAL, message_of, minimal, write
@@ -254,3 +255,20 @@ def test_what_the_run_ends_before(name: str, tmp_path: Path) -> None:
 )
 def test_what_just_fits(overrides: list[str]) -> None:
     resolve_mapping(minimal(), overrides)
+
+
+def test_intervals_beyond_the_run_are_told() -> None:
+    overrides = ["train.eval_interval=11", "checkpoint.interval=12", "precision.level=O2"]
+    config = resolve_mapping(minimal(), overrides).config
+    assert beyond_the_end(config) == [
+        "checkpoint.interval (12) is beyond the run's 10 steps: a checkpoint at the end only",
+        "train.eval_interval (11) is beyond the run's 10 steps: one evaluation, at the end",
+        "logging.cast_statistics_interval (50) is beyond the run's 10 steps: casts of step 1 only; "
+        "logging.cast_statistics_interval=1 shows more",
+    ]
+    overrides = ["train.eval_interval=10", "checkpoint.interval=11", "checkpoint.save_at_end=false"]
+    config = resolve_mapping(minimal(), overrides).config
+    assert beyond_the_end(config) == [
+        "checkpoint.interval (11) is beyond the run's 10 steps: no checkpoint at all"
+    ]
+    assert beyond_the_end(resolve_mapping(minimal(), ["checkpoint.interval=0"]).config) == []
