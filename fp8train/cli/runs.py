@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fp8train.cli.app import Options, app, report_app, write
+from fp8train.cli.app import Options, app, report_app, require_checkpoint, write
 from fp8train.config.errors import UserError
 
 
@@ -72,6 +72,7 @@ def verify(
     path: Annotated[Path, typer.Argument(help="Checkpoint, checkpoints directory or run directory")],
 ) -> int:
     """Check checkpoints completely; one line for each, exit status 0 or 2."""
+    require_checkpoint(path)
     from fp8train.checkpoint.examine import verify_command
 
     return verify_command(path)

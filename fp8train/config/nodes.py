@@ -23,8 +23,8 @@ class Origin:
     """Where a value was set.
 
     ``detail`` is the file for ``file``, the preset's name (``model.family=llama``) for ``preset``, the
-    formula for ``derived``, the variable for ``environment``, and empty for ``default`` and ``command line``. ``line`` and ``column`` count from
-    1.
+    formula for ``derived``, the variable for ``environment``, and empty for ``default`` and ``command line``.
+    ``line`` and ``column`` count from 1.
     """
 
     kind: Literal["default", "preset", "derived", "environment", "file", "command line"]

@@ -29,7 +29,7 @@ def threads_from_environment(environment: Mapping[str, str]) -> int | None:
     first = text.split(",")[0].strip()
     if not (first.isascii() and first.isdigit() and 0 < int(first) < 2**31):
         raise ConfigError(
-            f"{VARIABLE}={shorten(text)!r} is not a number of threads; unset it, or write run.threads=1, which "
-            "it does not change"
+            f"{VARIABLE}={shorten(text)!r} is not a number of threads; unset it, or write run.threads=1, "
+            "which it does not change"
         )
     return int(first)
