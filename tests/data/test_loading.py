@@ -242,9 +242,7 @@ def test_model_vocabulary_too_small(folder):
 
 def test_a_vocabulary_smaller_than_that_of_a_named_tokenizer(folder) -> None:
     named = config(folder / "foreign", tokenizer=str(folder / "a.model"))
-    with pytest.raises(
-        DataError, match=r"vocab_size \(299\) is smaller .*a\.model \(300\)\nset it to"
-    ):
+    with pytest.raises(DataError, match=r"vocab_size \(299\) is smaller .*a\.model \(300\)\nset it to"):
         open_with(named, vocab_size=299)
 
 
