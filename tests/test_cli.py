@@ -286,6 +286,17 @@ def test_config_outputs(good: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| `train.steps` |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "file"), [("--reference", "reference.md"), ("--schema", "schema.json")])
+def test_the_committed_reference_is_what_the_command_prints(
+    option: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["config", option]) == 0
+    printed = capsys.readouterr().out
+    assert (ROOT / "docs" / file).read_text(encoding="utf-8") == printed, (
+        f"write it again: fp8train config {option} > docs/{file}"
+    )
+
+
 def test_data_prepare_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
