@@ -1,6 +1,6 @@
 """Sections whose name is misspelt, read as what was meant.
 
-With ``modle:`` for ``model:`` everything that stands below it would go unchecked, and everything that it
+With ``modeel:`` for ``model:`` everything that stands below it would go unchecked, and everything that it
 should have set would be missing. So such a section is reported and read under the name that it stands for:
 one look then shows what is wrong inside it too. The config is refused either way.
 """

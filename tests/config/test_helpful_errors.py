@@ -23,8 +23,8 @@ def overridden(tmp_path: Path, *overrides: str) -> list[str]:
 
 
 def test_a_misspelt_section_is_not_missing_too(tmp_path: Path) -> None:
-    assert lines_of(tmp_path, MINIMAL.replace("model:", "modle:")) == [
-        "run.yaml:1: modle: unknown key; did you mean model?"
+    assert lines_of(tmp_path, MINIMAL.replace("model:", "modeel:")) == [
+        "run.yaml:1: modeel: unknown key; did you mean model?"
     ]
 
 
@@ -46,8 +46,8 @@ def test_a_section_inside_a_section(tmp_path: Path) -> None:
 
 
 def test_a_section_that_is_there_is_not_replaced(tmp_path: Path) -> None:
-    message = lines_of(tmp_path, MINIMAL + "modle: {family: 3}\n")
-    assert message == ["run.yaml:15: modle: unknown key; did you mean model?"]
+    message = lines_of(tmp_path, MINIMAL + "modeel: {family: 3}\n")
+    assert message == ["run.yaml:15: modeel: unknown key; did you mean model?"]
 
 
 def test_what_is_missing_comes_last(tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_every_problem_is_named_on_five_lines(tmp_path: Path) -> None:
 
 def test_all_overrides_are_judged(tmp_path: Path) -> None:
     text = MINIMAL.replace("  steps: 10\n", "")
-    assert lines_of(tmp_path, text, "modle.num_layers=3", "train.stesp=4", "run.seed=x") == [
-        "command line: modle.num_layers: unknown key; did you mean model.num_layers?",
+    assert lines_of(tmp_path, text, "modeel.num_layers=3", "train.stesp=4", "run.seed=x") == [
+        "command line: modeel.num_layers: unknown key; did you mean model.num_layers?",
         "command line: train.stesp: unknown key; did you mean train.steps?",
         "command line: run.seed: expected a whole number >= 0; got 'x'",
     ]
@@ -154,7 +154,7 @@ SUGGESTIONS = {
     "model.norm=rms_norm": "rmsnorm",
     "optimizer.weigth_decay=1": "optimizer.weight_decay",
     "schedule.warmup_iters=1": "schedule.warmup_steps",
-    "modle.x=3": "model",
+    "modeel.x=3": "model",
 }
 
 
