@@ -9,8 +9,10 @@ import pytest
 from fp8train.config.errors import ConfigError
 from fp8train.config.hints import close_match
 from fp8train.config.length import beyond_the_end
+from fp8train.config.linear_names import linear_paths
 from fp8train.config.resolve import load_config, resolve_mapping
 from fp8train.config.world import check_world
+from fp8train.models.build import outline
 from tests.config.examples import MINIMAL, message_of, minimal, write
 
 
@@ -272,3 +274,41 @@ def test_intervals_beyond_the_run_are_told() -> None:
         "checkpoint.interval (11) is beyond the run's 10 steps: no checkpoint at all"
     ]
     assert beyond_the_end(resolve_mapping(minimal(), ["checkpoint.interval=0"]).config) == []
+
+
+LATE = {
+    "precision.state.exp_avg.sqrt=true": "sqrt: true with format e4m3: it halves the exponents of a second "
+    "moment in 8 or 16 bits; leave it out",
+    "precision.state.exp_avg.format=bf16_remainder": "format: bf16_remainder: it "
+    "pairs a weight with its missing bits; write fp32, which has the same size, or bf16",
+    "precision.state.master.expand=true": "expand: true with format fp16_scaled: only FP8 blocks have a "
+    "range to expand; write format: e4m3 or e5m2 with granularity: block",
+    "precision.gemm.exclude=[layers.9.*]": "precision.gemm.exclude: 'layers.9.*' matches no linear; paths "
+    "look like layers.0.attention.qkv, up to layers.1.mlp.down",
+    "precision.gemm.first_layers_bf16=2": "precision.gemm.fp8 is true but every linear is excluded; relax "
+    "exclude/min_dim/*_layers_bf16 (model.num_layers is 2), or write precision.gemm.fp8=false",
+    "precision.gemm.exclude=[layers.*]": "precision.gemm.fp8 is true but every linear is excluded; relax "
+    "exclude/min_dim/*_layers_bf16 (model.num_layers is 2), or write precision.gemm.fp8=false",
+}
+
+
+@pytest.mark.parametrize("override", LATE)
+def test_what_training_would_refuse_is_refused_by_the_config(override: str, tmp_path: Path) -> None:
+    (line,) = overridden(tmp_path, "precision.level=O2", override)
+    assert line.split(": ", 2)[2] == LATE[override]
+
+
+def test_hadamard_where_it_is_not_built(tmp_path: Path) -> None:
+    nvfp4 = ["precision.level=O2", "precision.recipe=nvfp4_simulated"]
+    (line,) = overridden(tmp_path, *nvfp4, "precision.gemm.output.x.hadamard=true")
+    assert line.endswith(
+        "output.x.hadamard: hadamard: true is built for grad_weight's operands only; remove it"
+    )
+    (line,) = overridden(tmp_path, *nvfp4, "precision.gemm.grad_weight.x.hadamard=false")
+    assert line.endswith("; write the same for both")
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_the_names_of_linears_are_the_models(family: str) -> None:
+    config = resolve_mapping(minimal(), [f"model.family={family}"]).config
+    assert linear_paths(2) == list(outline(config, 64).linears())

@@ -21,7 +21,7 @@ VARIANTS: dict[str, list[str]] = {
     "plain": [],
     "fp8": ["precision.gemm.fp8=true", "precision.gemm.output.x.margin=3",
         "precision.gemm.keep_x=second_copy",
-            "precision.gemm.exclude=[layers.0.*, lm_head]"],
+            "precision.gemm.exclude=[layers.0.*, '*.down']"],
     "fp8_recipe": ["precision.recipe=current", "precision.gemm={fp8: true, keep_x: bf16, min_dim: 64}"],
     "O1": ["precision.level=O1"],
     "O2_paper": ["precision.level=O2", "precision.profile=paper", "precision.gradient.fp8.accumulate=fp8"],
