@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fp8train.config.errors import ConfigError
+from fp8train.config.inert import unread_settings
 from fp8train.config.keys import KeyTable, key_table
 from fp8train.config.loader import load_file
 from fp8train.config.meaningful import says_something
@@ -81,7 +82,7 @@ def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> 
     problems += _fp8_off_but_set(tree) or (
         _fp8_gradients_off_but_set(tree) + _grad_weight_operands_off_but_set(tree)
     )
-    problems += _bound_set_but_unread(tree)
+    problems += _bound_set_but_unread(tree) + unread_settings(root, tree, table)
     config = _validate(tree, table, problems, [error.meant or "" for error in refused])
     raise_problems([*misspelt, *problems], tree, sources, [(error.key, str(error)) for error in refused])
     assert config is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fp8train.config.dump import dump_yaml
 from fp8train.config.errors import ConfigError
 from fp8train.config.hints import close_match
 from fp8train.config.length import beyond_the_end
@@ -312,3 +313,33 @@ def test_hadamard_where_it_is_not_built(tmp_path: Path) -> None:
 def test_the_names_of_linears_are_the_models(family: str) -> None:
     config = resolve_mapping(minimal(), [f"model.family={family}"]).config
     assert linear_paths(2) == list(outline(config, 64).linears())
+
+
+INERT = {
+    "optimizer.eps": (["optimizer.name=lion", "optimizer.eps=1e-3"], "optimizer.name=adamw"),
+    "precision.state.exp_avg_sq.format": (
+        ["optimizer.name=lion", "precision.level=O2", "precision.state.exp_avg_sq.format=e5m2"],
+        "optimizer.name=adamw",
+    ),
+    "schedule.decay_fraction": (["schedule.decay_fraction=0.4"], "schedule.kind=wsd"),
+    "model.rope_theta": (["model.family=gpt", "model.rope_theta=5e5"], "model.positions=rope"),
+}
+
+
+@pytest.mark.parametrize("key", INERT)
+def test_what_another_setting_makes_meaningless(key: str, tmp_path: Path) -> None:
+    overrides, remedy = INERT[key]
+    (line,) = overridden(tmp_path, *overrides)
+    assert line.startswith(f"command line: {key}, ")
+    assert f" has no effect: {remedy.split('=')[0]} is " in line
+    assert f"; remove it, or write {remedy}" in line
+    resolve_mapping(minimal(), [*overrides, remedy])
+    resolve_mapping(minimal(), [*overrides, f"{key}=null"])
+
+
+@pytest.mark.parametrize("key", INERT)
+def test_a_meaningless_setting_at_its_usual_value_is_taken(key: str, tmp_path: Path) -> None:
+    """As in every configuration that was printed in full."""
+    resolved = resolve_mapping(minimal(), INERT[key][0][:-1])
+    again = write(tmp_path, dump_yaml(resolved.config))
+    assert load_config(again).config == resolved.config
