@@ -20,29 +20,34 @@ if TYPE_CHECKING:
 _SWIGLU_UNIT = 128
 _STATES = "optimizer states"
 _TP = "parallel.tp"
+_MOST_RANKS = 1024
+"""Of one axis, that messages offer."""
 
 
 @dataclass(frozen=True)
 class LayoutProblem:
-    """What does not fit, and the keys to change, worst first."""
+    """What does not fit, and the keys to change, worst first. ``legal_tp``: sizes of ``parallel.tp`` that the
+    message offers."""
 
     message: str
     keys: tuple[str, ...]
+    legal_tp: tuple[int, ...] = ()
 
 
 def layout_problems(config: Config) -> Iterator[LayoutProblem]:
     """Everything that the file alone shows to be wrong with the layout.
 
-    Where several reasons are against ``parallel.tp``, each ends with the sizes that none is against.
+    Where several reasons are against ``parallel.tp``, each offers the sizes that none is against.
     """
     problems = list(_all_problems(config))
     if sum(_TP in problem.keys for problem in problems) < 2:
         yield from problems
         return
-    fitting = one_of(fitting_tp(config))
+    fitting = tuple(fitting_tp(config))
     for problem in problems:
-        if _TP in problem.keys:
-            problem = replace(problem, message=f"{problem.message}; nothing is against {_TP}={fitting}")
+        if _TP in problem.keys and problem.legal_tp != fitting:
+            message = f"{problem.message}; {_TP}={one_of(fitting)} fits the rest too"
+            problem = replace(problem, message=message)
         yield problem
 
 
@@ -73,7 +78,12 @@ def _divisors(*numbers: int) -> str:
 
 def _common_divisors(*numbers: int) -> list[int]:
     common = math.gcd(*numbers)
-    return [n for n in range(1, common + 1) if common % n == 0]
+    return [n for n in range(1, min(common, _MOST_RANKS) + 1) if common % n == 0]
+
+
+def _whole_blocks(size: int, block: int) -> list[int]:
+    """In how many parts ``size`` elements can be cut so that every part has whole blocks."""
+    return _common_divisors(size // block) if size % block == 0 else [1]
 
 
 def one_of(numbers: Sequence[int]) -> str:
@@ -106,17 +116,19 @@ def _tensor_parallel(config: Config) -> Iterator[LayoutProblem]:
         yield LayoutProblem(
             f"parallel.tp ({tp}) must divide {reasons}; legal: parallel.tp={one_of(legal)}",
             ("parallel.tp", *wrong),
+            tuple(legal),
         )
     yield from _cut_blocks(config)
     if config.precision.activations == "fp8":
         gated = 2 if model.activation == "swiglu" else 1
         width = gated * model.ffn_hidden_size
         if width % tp == 0 and width // tp % SAVED_BLOCK:
-            legal_text = _divisors(width // SAVED_BLOCK) if width % SAVED_BLOCK == 0 else "1"
+            legal = _whole_blocks(width, SAVED_BLOCK)
             yield LayoutProblem(
                 f"parallel.tp ({tp}) cuts {gated} * model.ffn_hidden_size = {width} inside groups of "
-                f"{SAVED_BLOCK} elements (precision.activations: fp8); legal: {legal_text}",
+                f"{SAVED_BLOCK} elements (precision.activations: fp8); legal: {one_of(legal)}",
                 ("parallel.tp", "precision.activations"),
+                tuple(legal),
             )
 
 
@@ -157,11 +169,12 @@ def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
             if what == _STATES and config.checkpoint.reshard == "requantise" and row // tp % own == 0:
                 continue
             told.add(block)
-            legal = _divisors(row // block) if row % block == 0 else "1"
+            legal = _whole_blocks(row, block)
             yield LayoutProblem(
                 f"parallel.tp ({tp}) cuts rows of {name} = {row} inside a scale block of {block} "
-                f"elements ({what}); legal: {legal}{_smaller_blocks(what, row // tp)}",
+                f"elements ({what}); legal: {one_of(legal)}{_smaller_blocks(what, row // tp)}",
                 ("parallel.tp",),
+                tuple(legal),
             )
 
 
@@ -202,17 +215,19 @@ def _operand_blocks(config: Config) -> Iterator[LayoutProblem]:
         if (cut.what, cut.block) in seen:
             continue
         seen.add((cut.what, cut.block))
+        sizes: list[int] = []
         if cut.what == "data.seq_length":
             unit = cut.block * cut.parts
             legal = f"a multiple of {unit}, for example {max(cut.size // unit, 1) * unit}"
         else:
-            legal = _divisors(cut.size // cut.block) if cut.size % cut.block == 0 else "1"
-            legal = f"parallel.tp of {legal}"
+            sizes = _whole_blocks(cut.size, cut.block)
+            legal = f"parallel.tp of {one_of(sizes)}"
         yield LayoutProblem(
             f"{' and '.join(cut.keys)}: {cut.what} = {cut.size} in {cut.parts} parts goes through scale "
             f"blocks of {cut.block} elements (precision.gemm.{cut.operand}); legal: {legal}, or a recipe "
             "without blocks",
             cut.keys,
+            tuple(sizes),
         )
 
 

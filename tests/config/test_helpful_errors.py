@@ -185,13 +185,13 @@ def test_all_that_is_against_a_layout_at_once() -> None:
     lines = sorted(line.split(": ", 2)[2] for line in str(caught.value).splitlines())
     assert lines == [
         "data.seq_length (30) must be a multiple of parallel.tp * parallel.cp = 4: each of these ranks holds "
-        "a part of every sequence; nearest: 28 or 32; nothing is against parallel.tp=1 or 2",
+        "a part of every sequence; nearest: 28 or 32; parallel.tp=1 or 2 fits the rest too",
         "global_batch_size (8) must be a multiple of micro_batch_size (3); nearest legal values: 6 or 9",
         "parallel.pp * stages per rank = 3 * 1 = 3 stages, but model.num_layers is 2 and every stage needs a "
         "block; legal: parallel.pp of 1 to 2",
         "parallel.tp (4) must divide model.num_heads = 6 and model.num_kv_heads = 2 (key/value heads are not "
         "replicated) and model.ffn_hidden_size = 2 units of 128 (rows of gate and up stay together) and "
-        "model.vocab_multiple = 2; legal: parallel.tp=1 or 2; nothing is against parallel.tp=1 or 2",
+        "model.vocab_multiple = 2; legal: parallel.tp=1 or 2",
     ]
     for tp in (1, 2):
         data["parallel"] = {"tp": tp}
