@@ -1,4 +1,8 @@
-"""Whether what happens at certain steps fits into the run: arithmetic on a validated configuration."""
+"""Whether what happens at certain steps fits into the run: arithmetic on a validated configuration.
+
+A rule for what a person writes, not for the schema: a checkpoint of a run that was started before there was
+such a rule can still be read.
+"""
 
 from __future__ import annotations
 

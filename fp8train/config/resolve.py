@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from fp8train.config.errors import ConfigError
 from fp8train.config.inert import unread_settings
 from fp8train.config.keys import KeyTable, key_table
+from fp8train.config.length import length_problems
 from fp8train.config.loader import load_file
 from fp8train.config.meaningful import says_something
 from fp8train.config.messages import problems_of, raise_problems
@@ -93,7 +94,7 @@ def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Se
     """The config, or None with what is wrong added to ``problems``; nothing where keys are missing that
     ``misspelt`` ones explain."""
     try:
-        return Config.model_validate(tree.plain())
+        config = Config.model_validate(tree.plain())
     except ValidationError as error:
         problems += problems_of(error, tree, table, misspelt)
         if (
@@ -101,6 +102,10 @@ def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Se
         ):  # a preset that fills too little: ours to mend, with pydantic's own report
             raise
         return None
+    for found in length_problems(config):
+        key, *related = found.keys
+        problems.append(Problem(tuple(key.split(".")), found.message, tuple(related)))
+    return config
 
 
 def _fp8_off_but_set(tree: Node) -> list[Problem]:

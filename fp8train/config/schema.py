@@ -22,7 +22,6 @@ from pydantic_core import PydanticCustomError
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
 from fp8train.config.layout import layout_problems
-from fp8train.config.length import length_problems
 from fp8train.config.linear_names import exclusion_problems
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP, OptimizerConfig, ScheduleConfig
@@ -123,7 +122,7 @@ class Config(Section):
                 check()
             except PydanticCustomError as error:
                 found.append(error)
-        problems = [*length_problems(self), *exclusion_problems(self), *layout_problems(self)]
+        problems = [*exclusion_problems(self), *layout_problems(self)]
         found += [contradiction(problem.message, *problem.keys) for problem in problems]
         if found:
             raise contradictions(found)

@@ -12,6 +12,7 @@ from fp8train.config.hints import close_match
 from fp8train.config.length import beyond_the_end
 from fp8train.config.linear_names import linear_paths
 from fp8train.config.resolve import load_config, resolve_mapping
+from fp8train.config.schema import Config, to_plain
 from fp8train.config.world import check_world
 from fp8train.models.build import outline
 from tests.config.examples import MINIMAL, message_of, minimal, write
@@ -343,3 +344,10 @@ def test_a_meaningless_setting_at_its_usual_value_is_taken(key: str, tmp_path: P
     resolved = resolve_mapping(minimal(), INERT[key][0][:-1])
     again = write(tmp_path, dump_yaml(resolved.config))
     assert load_config(again).config == resolved.config
+
+
+def test_a_recorded_configuration_with_a_long_warm_up_is_still_read() -> None:
+    """Of a checkpoint, say: the rule is about what is started now."""
+    plain = to_plain(resolve_mapping(minimal()).config)
+    plain["schedule"]["warmup_steps"] = 11
+    assert Config.model_validate(plain).schedule.warmup_steps == 11
