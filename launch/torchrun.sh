@@ -11,7 +11,7 @@ Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save the run after the current step and end
 
 environment:
   NPROC            processes (default: the number of NVIDIA GPUs, or 1)
-  OMP_NUM_THREADS  CPU threads per process (default: cores / NPROC)
+  OMP_NUM_THREADS  CPU threads per process, unless run.threads is set (default: cores / NPROC)
 TEXT
 }
 

@@ -82,13 +82,60 @@ def test_a_typo_is_reported_before_torch_is_imported(bad: str) -> None:
     assert f"{bad}:10: optimizer.lerning_rate: unknown key; did you mean optimizer.lr?" in done.stderr
 
 
+EARLY = {
+    "eval of nothing": (["eval", "{tmp}/nothing"], "error: {tmp}/nothing: no such directory; give a run "),
+    "eval of a file": (["eval", "{tmp}/file"], "error: {tmp}/file: not a directory; give a run "),
+    "eval without checkpoints": (["eval", "{tmp}"], "error: {tmp} holds no checkpoint; give a run "),
+    "eval of no text": (
+        ["eval", "{run}", "--text", "{tmp}/nothing"],
+        "error: --text {tmp}/nothing: no such file; give a file of text",
+    ),
+    "eval of no task": (["eval", "{run}", "--tasks", "{tmp}"], "error: --tasks {tmp}: not a file; give"),
+    "eval of no dataset": (["eval", "{run}", "--prefix", "{tmp}/x"], "error: dataset {tmp}/x: expected the"),
+    "eval to nowhere": (["eval", "{run}", "--json", "{tmp}/no/x"], "error: --json {tmp}/no/x: its folder "),
+    "eval in a format": (["eval", "{run}", "--numerics", "fp4"], "error: Invalid value for '--numerics': "),
+    "eval of both": (
+        ["eval", "{run}", "--text", "{tmp}/file", "--tasks", "{tmp}/file"],
+        "error: --text and --tasks are evaluated one at a time",
+    ),
+    "verify": (["verify", "{tmp}/nothing"], "error: {tmp}/nothing: no such directory; give a run "),
+    "generate": (["generate", "{tmp}/nothing"], "error: {tmp}/nothing: no such directory; give a run "),
+    "export": (["export", "hf", "{tmp}", "--output", "x"], "error: {tmp} holds no checkpoint; give a run "),
+    "import": (
+        ["import", "hf", "{tmp}", "--output", "x"],
+        "error: {tmp}/config.json: No such file or directory; give the folder of a model",
+    ),
+}
+
+
+def test_wrong_arguments_are_reported_before_torch_is_imported(tmp_path: Path) -> None:
+    """Importing torch takes seconds; one process answers them all without it."""
+    (tmp_path / "file").write_text("x")
+    run = tmp_path / "some" / "run"
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    cases = [[word.format(tmp=tmp_path, run=run) for word in words] for words, _ in EARLY.values()]
+    code = (
+        "import sys; from fp8train.cli import run_command\n"
+        f"for words in {cases!r}:\n"
+        "    print(run_command(words), 'torch' in sys.modules, flush=True)\n"
+        "    print('---', file=sys.stderr, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.splitlines() == ["2 False"] * len(EARLY)
+    answers = done.stderr.split("---\n")
+    for (_, expected), answer in zip(EARLY.values(), answers, strict=False):
+        assert answer.startswith(expected.format(tmp=tmp_path, run=run)), answer
+        assert 1 <= len(answer.splitlines()) <= 5
+
+
 def test_user_error_is_one_message_and_status_2(bad: str) -> None:
     done = command("config", bad)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        f"error: {bad}:9: optimizer.lr: is required; for example  lr: 3.0e-04\n"
-        f"{bad}:10: optimizer.lerning_rate: unknown key; did you mean optimizer.lr?\n"
+        f"error: {bad}:10: optimizer.lerning_rate: unknown key; did you mean optimizer.lr?\n"
     )
 
 
@@ -242,6 +289,17 @@ def test_config_outputs(good: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "base" in json.loads(capsys.readouterr().out)["properties"]
     assert run_command(["config", "--reference"]) == 0
     assert "| `train.steps` |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "file"), [("--reference", "reference.md"), ("--schema", "schema.json")])
+def test_the_committed_reference_is_what_the_command_prints(
+    option: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["config", option]) == 0
+    printed = capsys.readouterr().out
+    assert (ROOT / "docs" / file).read_text(encoding="utf-8") == printed, (
+        f"write it again: fp8train config {option} > docs/{file}"
+    )
 
 
 def test_data_prepare_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ followed.
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,28 +19,22 @@ from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, 
 from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
 from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, is_complete, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
+from fp8train.config import places
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 POINTER_FILE = "latest"
-CHECKPOINTS_DIR = "checkpoints"
-REPLACED_SUFFIX = ".replaced"
-"""Of a checkpoint that a new save of the same step is about to replace."""
+CHECKPOINTS_DIR = places.CHECKPOINTS_DIR
+REPLACED_SUFFIX = places.REPLACED_SUFFIX
+step_of = places.step_of
 
-_STEP_NAME = re.compile(r"step_(\d{8,})")
 _logger = logging.getLogger(__name__)
 
 
 def step_name(step: int) -> str:
     """Directory name of a step's checkpoint: eight digits, more when needed."""
     return f"step_{step:08d}"
-
-
-def step_of(path: Path) -> int | None:
-    """The step in a checkpoint directory's name (``.replaced`` included); None for any other name."""
-    match = _STEP_NAME.fullmatch(path.name.removesuffix(REPLACED_SUFFIX))
-    return int(match[1]) if match else None
 
 
 def write_pointer(root: Path, target: Path) -> None:
@@ -57,7 +50,7 @@ def read_pointer(root: Path) -> Path | None:
     with path.open("rb") as stream:
         name = stream.read(64).decode("ascii", errors="replace").strip()
     target = root / name
-    return target if _STEP_NAME.fullmatch(name) and is_real_dir(target) else None
+    return target if places.STEP_NAME.fullmatch(name) and is_real_dir(target) else None
 
 
 def candidates(root: Path) -> list[Path]:

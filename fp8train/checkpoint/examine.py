@@ -17,6 +17,7 @@ from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, read_meta
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import check_index
 from fp8train.config.errors import UserError
+from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.data.progress import ByteProgress
 
 _LARGE_BYTES = 1 << 28
@@ -111,15 +112,12 @@ def verify_command(path: Path) -> int:
 
 def _find(path: Path) -> tuple[Path | None, list[Path]]:
     """The checkpoints directory, if it is one or a run's, and the checkpoints."""
+    if problem := no_checkpoint_at(path):
+        raise CheckpointError(problem)
     if step_of(path) is not None or (path / MANIFEST_FILE).exists():
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such directory")
         return None, [path]
     root = path / CHECKPOINTS_DIR if is_real_dir(path / CHECKPOINTS_DIR) else path
-    found = [entry for entry in root.iterdir() if step_of(entry) is not None] if root.is_dir() else []
+    found = [entry for entry in root.iterdir() if step_of(entry) is not None]
     if not found:
-        raise CheckpointError(
-            f"{path}: {'holds no checkpoint' if path.exists() else 'no such directory'}; give a "
-            "step_XXXXXXXX, a checkpoints or a run directory"
-        )
+        raise CheckpointError(f"{path} holds no checkpoint; {WHAT_TO_GIVE}")
     return root, sorted(found, key=lambda entry: (step_of(entry) or 0, entry.name))

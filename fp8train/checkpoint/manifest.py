@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fp8train.checkpoint.errors import CorruptCheckpointError, explain_os_error, shorten
 from fp8train.checkpoint.files import is_real_dir, is_real_file
 from fp8train.checkpoint.ranks import Ranks
+from fp8train.config import places
 
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE = places.MANIFEST_FILE
 META_FILE = "meta.json"
 
 Verify = Literal["full", "size"]

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from fp8train.config.errors import UserError
+
 app = typer.Typer(
     name="fp8train",
     help="Pretrain GPT and Llama models, FP8 end to end.",
@@ -39,6 +41,18 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a path without a checkpoint before anything heavy is imported.
+
+    Raises:
+        UserError: what is there instead.
+    """
+    from fp8train.config.places import no_checkpoint_at
+
+    if problem := no_checkpoint_at(path):
+        raise UserError(problem)
 
 
 def write(text: str) -> None:

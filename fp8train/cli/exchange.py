@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fp8train.cli.app import Checkpoint, export_app, import_app, write
+from fp8train.cli.app import Checkpoint, export_app, import_app, require_checkpoint, write
 
 
 class States(StrEnum):
@@ -38,6 +38,7 @@ def states(
     ] = "5GB",
 ) -> None:
     """Write master weights and moments as plain numbers, in safetensors."""
+    require_checkpoint(checkpoint)
     from fp8train.checkpoint.safetensors_files import parse_size
     from fp8train.inference.export_states import export_states
 
@@ -64,6 +65,9 @@ def import_hf(
     text: _Text = None,
 ) -> int:
     """Make a run directory, with a checkpoint of step 0, from a Llama, GPT-2 or GPT-NeoX of transformers."""
+    from fp8train.huggingface.config_json import read_config
+
+    read_config(folder)  # before torch is imported: a wrong folder is reported at once
     from fp8train.huggingface.importing import import_command
 
     return import_command(folder, output=output, check=check, text=text)
@@ -84,6 +88,7 @@ def export_hf(
     text: _Text = None,
 ) -> int:
     """Write a checkpoint as a model of transformers: config.json, safetensors, tokenizer."""
+    require_checkpoint(checkpoint)
     from fp8train.huggingface.exporting import export_command
 
     return export_command(

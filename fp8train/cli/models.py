@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fp8train.cli.app import Checkpoint, Device, app
+from fp8train.cli.app import Checkpoint, Device, app, require_checkpoint
 
 
 class Numerics(StrEnum):
@@ -59,6 +59,7 @@ def generate(
     ] = Device.auto,
 ) -> int:
     """Continue a text with a trained model."""
+    require_checkpoint(checkpoint)
     from fp8train.inference.generate import generate_command
 
     return generate_command(
@@ -142,7 +143,7 @@ def evaluate(
 
     Under torchrun the ranks share the work.
     """
-    from fp8train.training.eval_command import EvalOptions, eval_command
+    from fp8train.training.eval_options import EvalOptions
 
     options = EvalOptions(
         numerics=numerics.value,
@@ -159,5 +160,10 @@ def evaluate(
         apart=apart,
         limit=limit,
         context=context,
+        json_file=json_file,
     )
-    return eval_command(checkpoint, options, device=device.value, json_file=json_file)
+    options.check()
+    require_checkpoint(checkpoint)
+    from fp8train.training.eval_command import eval_command
+
+    return eval_command(checkpoint, options, device=device.value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fp8train.cli.app import Options, app, report_app, write
+from fp8train.cli.app import Options, app, report_app, require_checkpoint, write
 from fp8train.config.errors import UserError
 
 
@@ -19,8 +20,11 @@ def train(
     """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
     from fp8train.config.environment import world_from_environment
     from fp8train.config.resolve import load_config
+    from fp8train.config.threads import threads_from_environment
 
     resolved = load_config(config, overrides or ())
+    if resolved.config.run.threads is None:
+        threads_from_environment(os.environ)
     from fp8train.training.preflight import preflight
 
     world = world_from_environment()
@@ -65,7 +69,7 @@ def show_config(
 
         write(describe_recipe(resolved.config))
         return
-    write(dump_yaml(resolved.config) if yaml else explain(resolved))
+    write(dump_yaml(resolved.config) if yaml else explain(resolved, os.environ))
 
 
 @app.command()
@@ -73,6 +77,7 @@ def verify(
     path: Annotated[Path, typer.Argument(help="Checkpoint, checkpoints directory or run directory")],
 ) -> int:
     """Check checkpoints completely; one line for each, exit status 0 or 2."""
+    require_checkpoint(path)
     from fp8train.checkpoint.examine import verify_command
 
     return verify_command(path)

@@ -23,6 +23,7 @@ from fp8train.comm.collectives import CountedGroup, alone
 from fp8train.comm.failures import describe, record
 from fp8train.config.environment import world_from_environment
 from fp8train.config.errors import ConfigError
+from fp8train.config.threads import threads_from_environment
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -115,8 +116,14 @@ def choose_device(setting: str, local_rank: int) -> torch.device:
 
 
 def choose_threads(setting: int | None, local_world_size: int) -> int:
-    """CPU threads per rank: ``run.threads``, or the node's usable cores divided by its ranks."""
-    return setting or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    """CPU threads per rank: ``run.threads``, else ``OMP_NUM_THREADS``, else the node's usable cores divided
+    by its ranks.
+
+    Raises:
+        ConfigError: the variable is asked and holds no number of threads.
+    """
+    chosen = setting or threads_from_environment(os.environ)
+    return chosen or max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 @contextmanager

@@ -57,8 +57,19 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
-        if (self.prefix is None) == (self.blend is None):
-            raise contradiction("set exactly one of data.prefix and data.blend", "prefix", "blend")
+        if self.prefix is not None and self.blend is not None:
+            raise contradiction(
+                "set exactly one of data.prefix and data.blend; to use the blend write "
+                "data.prefix=null, to use the one dataset data.blend=null",
+                "prefix",
+                "blend",
+            )
+        if self.prefix is None and self.blend is None:
+            raise contradiction(
+                "set exactly one of data.prefix and data.blend; for example data.prefix=data/my_corpus",
+                "prefix",
+                "blend",
+            )
         if self.blend is not None and len(self.blend) == 0:
             raise contradiction("blend is empty; list at least one entry {prefix: ..., weight: ...}", "blend")
         if self.packing is not None and self.kind != "sft":

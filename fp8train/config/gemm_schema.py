@@ -238,6 +238,26 @@ class GemmConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _hadamard(self) -> GemmConfig:
+        """Built where it pays: both operands of the weight gradient, whose product it leaves as it is."""
+        if not self.fp8:
+            return self
+        for use, operand in self.operands().items():
+            if operand.hadamard and not use.startswith("grad_weight"):
+                raise contradiction(
+                    "hadamard: true is built for grad_weight's operands only; remove it", f"{use}.hadamard"
+                )
+        first, second = self.grad_weight.grad_output.hadamard, self.grad_weight.x.hadamard
+        if self.grad_weight.fp8 and first != second:
+            raise contradiction(
+                "hadamard differs between the operands of grad_weight, whose product is the same only if "
+                "both are transformed; write the same for both",
+                "grad_weight.x.hadamard",
+                "grad_weight.grad_output.hadamard",
+            )
+        return self
+
     def operands(self) -> dict[str, QuantConfig]:
         """How each operand is quantised, by use (``output.x``)."""
         return {

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fp8train.config.keys import Fragment, KeyTable
@@ -56,11 +59,63 @@ _ELSEWHERE: dict[str, str] = {
     "train_steps": "train.steps",
     "train_tokens": "train.tokens",
     "warmup": "schedule.warmup_steps",
+    "warmup_iters": "schedule.warmup_steps",
 }
 """What other frameworks call our keys; used in messages only."""
 
+_SAME_MEANING: dict[str, str] = {
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "double": "fp64",
+    "gpt2": "gpt",
+    "layer_norm": "layernorm",
+    "rms_norm": "rmsnorm",
+    "rotary": "rope",
+    "warmup_stable_decay": "wsd",
+}
+"""What others call our values."""
+
 _YES = {"yes", "on", "y", "true"}
 _NO = {"no", "off", "n", "false"}
+
+
+def close_match(word: str, candidates: Iterable[str], *, cutoff: float) -> str | None:
+    """The candidate that ``word`` is a misspelling of, if there is one.
+
+    Similar means: a :mod:`difflib` ratio of at least ``cutoff``, or the same letters in another order. Words
+    that differ in their digits only (``O7`` and ``O3``, ``fp16`` and ``fp8``) are different names, not typos.
+    """
+    similar = [name for name in candidates if name == word or _letters(name) != _letters(word)]
+    if match := difflib.get_close_matches(word, similar, n=1, cutoff=cutoff):
+        return match[0]
+    jumbled = [name for name in similar if len(word) > 2 and Counter(name) == Counter(word)]
+    return jumbled[0] if len(jumbled) == 1 else None
+
+
+def _letters(word: str) -> str:
+    return re.sub(r"[0-9]", "", word.lower()) if re.search(r"[0-9]", word) else f"{word} has no digits"
+
+
+def meant_key(table: KeyTable, path: tuple[str | int, ...]) -> str | None:
+    """The known key that an unknown one probably stands for; None where none is close."""
+    *section, name = (str(step) for step in path)
+    siblings = {key.path[-1]: key.name for key in table.children(section)}
+    counts = Counter(key.path[-1] for key in table.keys.values())
+    elsewhere = {key.path[-1]: key.name for key in table.keys.values() if counts[key.path[-1]] == 1}
+    known = {} if siblings else {full: full for full in table.keys}
+    attempts: tuple[tuple[Mapping[str, str], str, float], ...] = (
+        (siblings, name, 0.7),
+        (_ELSEWHERE, name, 1.0),
+        (elsewhere, name, 1.0),
+        (known, ".".join((*section, name)), 0.85),
+        (_ELSEWHERE, name, 0.8 if len(name) > 3 else 1.0),
+        (elsewhere, name, 0.8 if len(name) > 3 else 1.0),
+    )
+    for candidates, wanted, cutoff in attempts:
+        if match := close_match(wanted, candidates, cutoff=cutoff):
+            return candidates[match]
+    return None
 
 
 def suggest_key(table: KeyTable, path: tuple[str | int, ...]) -> str:
@@ -69,21 +124,9 @@ def suggest_key(table: KeyTable, path: tuple[str | int, ...]) -> str:
     if name in table.keys and "." in name:
         head, _, tail = name.rpartition(".")
         return f"write it nested, key {tail} under section {head}"
-    siblings = {key.path[-1]: key.name for key in table.children(section)}
-    elsewhere = {key.path[-1]: key.name for key in reversed(table.keys.values())}
-    known = {full: full for full in table.keys}
-    whole = ".".join((*section, name))
-    for candidates, wanted, cutoff in (
-        (siblings, name, 0.7),
-        (_ELSEWHERE, name, 1.0),
-        (elsewhere, name, 1.0),
-        (known, whole, 0.85),
-        (_ELSEWHERE, name, 0.8),
-        (elsewhere, name, 0.8),
-        (siblings, name, 0.5),
-    ):
-        if match := difflib.get_close_matches(wanted, candidates, n=1, cutoff=cutoff):
-            return f"did you mean {candidates[match[0]]}?"
+    if meant := meant_key(table, path):
+        return f"did you mean {meant}?"
+    siblings = [key.path[-1] for key in table.children(section)]
     if section and siblings:
         return f"{'.'.join(section)} has {', '.join(siblings)}"
     return f"sections are {', '.join(key.name for key in table.children(()))}"
@@ -101,7 +144,10 @@ def show(value: Any) -> str:
         return "a list" if len(value) > 6 else shorten(f"[{', '.join(map(show, value))}]", 60)
     if isinstance(value, dict):
         return "a mapping"
-    return shorten(repr(value) if isinstance(value, int) else f"{value:g}")
+    if isinstance(value, int):
+        return shorten(repr(value))
+    text = f"{value:g}"
+    return text if not text.lstrip("-").isdigit() else f"{text}.0"  # what a whole number is not
 
 
 def suggest_value(fragment: Fragment, value: Any) -> str:
@@ -116,7 +162,11 @@ def suggest_value(fragment: Fragment, value: Any) -> str:
     if isinstance(value, float) and kinds & {"integer"} and value.is_integer() and abs(value) < 2**63:
         return f"; write {int(value)}"
     if kinds == {"string"} and isinstance(value, (bool, int, float)):
-        return f'; write "{show(value)}" in quotes'
+        choices = [str(choice) for choice in _choices(fragment)]
+        if not choices or show(value) in choices:
+            return f'; write "{show(value)}" in quotes'
+        ending = [choice for choice in choices if choice.endswith(show(value))]
+        return f"; did you mean {ending[0]}?" if len(ending) == 1 else ""
     if kinds == {"array"} and not isinstance(value, (list, tuple)):
         return "; write it in brackets: [...]"
     return ""
@@ -127,23 +177,49 @@ def _suggest_for_text(fragment: Fragment, kinds: set[str], text: str) -> str:
     if "boolean" in kinds and lowered in _YES | _NO:
         return f"; write {'true' if lowered in _YES else 'false'} without quotes"
     spellings = {str(choice).lower(): str(choice) for choice in _choices(fragment)}
-    if match := difflib.get_close_matches(lowered, spellings, n=1, cutoff=0.5):
-        return f"; did you mean {spellings[match[0]]}?"
+    known = _SAME_MEANING.get(lowered, lowered)
+    match = known if known in spellings else close_match(lowered, spellings, cutoff=0.8)
+    if match is not None:
+        return f"; did you mean {spellings[match]}?"
     if kinds & {"integer", "number"}:
-        if lowered in _YES | _NO:
-            return f"; {lowered} is text, not a number"
-        number = _number(text)
-        if number is not None:
-            return f"; write {show(number)} without quotes or separators"
+        return _suggest_number(kinds, text)
     if kinds == {"array"}:
         return "; write it in brackets: [...]"
     return ""
 
 
+_GROUPED = re.compile(r"[-+]?[0-9]{1,3}([_, '][0-9]{3})+")
+"""A whole number whose thousands are set apart."""
+_SEPARATED = re.compile(r"[-+]?[0-9]+(?P<sign>[_, '])[0-9][0-9_, ']*")
+
+
+def _suggest_number(kinds: set[str], text: str) -> str:
+    """How to write the number that ``text`` was meant to be.
+
+    Only thousands in groups of three are read as separators: ``1,000`` is 1000, but ``1,5`` is not 15: it is
+    1.5 where a fraction is legal, and anyone's guess where it is not.
+    """
+    text = text.strip()
+    if text.lower() in _YES | _NO:
+        return f"; {text.lower()} is text, not a number"
+    grouped = _GROUPED.fullmatch(text) is not None and not text.lstrip("+-").startswith("0")
+    plain = re.sub(r"[^-0-9]", "", text)
+    separated = _SEPARATED.fullmatch(text)
+    if separated and separated["sign"] == "," and text.count(",") == 1 and "number" in kinds:
+        or_plain = f", or {plain}" if grouped else ""
+        return f"; write {text.replace(',', '.')} with a decimal point{or_plain}"
+    if grouped:
+        return f"; write {plain} without separators"
+    if separated:
+        return "; write one number, in digits without separators"
+    number = _number(text)
+    return "" if number is None else f"; write {show(number)} without quotes"
+
+
 def _number(text: str) -> int | float | None:
-    """The number that ``text`` was meant to be, or None."""
+    """The number that ``text`` spells, or None."""
     try:
-        value = parse_plain(text.replace("_", "").replace(",", "").strip())
+        value = parse_plain(text)
     except ScalarError:
         return None
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:

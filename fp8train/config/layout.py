@@ -6,8 +6,8 @@ Every message gives the numbers, and values that would do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fp8train.config.blocks import MAX_BLOCK, SAVED_BLOCK, block_size
@@ -19,18 +19,51 @@ if TYPE_CHECKING:
 
 _SWIGLU_UNIT = 128
 _STATES = "optimizer states"
+_TP = "parallel.tp"
+_MOST_RANKS = 1024
+"""Of one axis, that messages offer."""
 
 
 @dataclass(frozen=True)
 class LayoutProblem:
-    """What does not fit, and the keys to change, worst first."""
+    """What does not fit, and the keys to change, worst first. ``legal_tp``: sizes of ``parallel.tp`` that the
+    message offers."""
 
     message: str
     keys: tuple[str, ...]
+    legal_tp: tuple[int, ...] = ()
 
 
 def layout_problems(config: Config) -> Iterator[LayoutProblem]:
-    """Everything that the file alone shows to be wrong with the layout."""
+    """Everything that the file alone shows to be wrong with the layout.
+
+    Where several reasons are against ``parallel.tp``, each offers the sizes that none is against.
+    """
+    problems = list(_all_problems(config))
+    if sum(_TP in problem.keys for problem in problems) < 2:
+        yield from problems
+        return
+    fitting = tuple(fitting_tp(config))
+    for problem in problems:
+        if _TP in problem.keys and problem.legal_tp != fitting:
+            message = f"{problem.message}; {_TP}={one_of(fitting)} fits the rest too"
+            problem = replace(problem, message=message)
+        yield problem
+
+
+def fitting_tp(config: Config) -> list[int]:
+    """Sizes of ``parallel.tp``, 1 among them, that nothing in the file is against."""
+    sizes = []
+    for tp in _common_divisors(config.model.num_heads):
+        parallel = config.parallel.model_copy(update={"tp": tp})
+        problems = _all_problems(config.model_copy(update={"parallel": parallel}))
+        if tp == 1 or not any(_TP in problem.keys for problem in problems):
+            sizes.append(tp)
+    return sizes
+
+
+def _all_problems(config: Config) -> Iterator[LayoutProblem]:
+    yield from _batch(config)
     yield from _tensor_parallel(config)
     yield from _context_parallel(config)
     yield from _operand_blocks(config)
@@ -40,40 +73,76 @@ def layout_problems(config: Config) -> Iterator[LayoutProblem]:
 
 
 def _divisors(*numbers: int) -> str:
+    return one_of(_common_divisors(*numbers))
+
+
+def _common_divisors(*numbers: int) -> list[int]:
     common = math.gcd(*numbers)
-    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    return [n for n in range(1, min(common, _MOST_RANKS) + 1) if common % n == 0]
+
+
+def _whole_blocks(size: int, block: int) -> list[int]:
+    """In how many parts ``size`` elements can be cut so that every part has whole blocks."""
+    return _common_divisors(size // block) if size % block == 0 else [1]
+
+
+def one_of(numbers: Sequence[int]) -> str:
+    """``1``, ``1 or 2``, ``1, 2 or 4``."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _batch(config: Config) -> Iterator[LayoutProblem]:
+    train = config.train
+    whole, micro = train.global_batch_size, train.micro_batch_size
+    if whole % micro:
+        below = whole // micro * micro
+        yield LayoutProblem(
+            f"global_batch_size ({whole}) must be a multiple of micro_batch_size ({micro}); nearest legal "
+            f"values: {one_of([size for size in (below, below + micro) if size])}",
+            ("train.global_batch_size", "train.micro_batch_size"),
+        )
 
 
 def _tensor_parallel(config: Config) -> Iterator[LayoutProblem]:
     tp, model = config.parallel.tp, config.model
     if tp == 1:
         return
-    unit = math.gcd(model.ffn_hidden_size, _SWIGLU_UNIT) if model.activation == "swiglu" else 1
-    units = model.ffn_hidden_size // unit
-    per_unit = f" / {unit} (rows of gate and up stay together in units)" if unit > 1 else ""
-    for key, count, name in (
-        ("num_heads", model.num_heads, "model.num_heads"),
-        ("num_kv_heads", model.num_kv_heads, "model.num_kv_heads"),
-        ("ffn_hidden_size", units, f"model.ffn_hidden_size{per_unit}"),
-        ("vocab_multiple", model.vocab_multiple, "model.vocab_multiple"),
-    ):
-        if count % tp:
-            replicate = "; key/value heads are not replicated" if key == "num_kv_heads" else ""
-            yield LayoutProblem(
-                f"parallel.tp ({tp}) must divide {name} = {count}{replicate}; legal: {_divisors(count)}",
-                ("parallel.tp", f"model.{key}"),
-            )
+    counts = _divided_by_tp(config)
+    wrong = {name: count for name, count in counts.items() if count[0] % tp}
+    if wrong:
+        legal = _common_divisors(*(count for count, _ in counts.values()))
+        reasons = " and ".join(f"{name} = {count}{why}" for name, (count, why) in wrong.items())
+        yield LayoutProblem(
+            f"parallel.tp ({tp}) must divide {reasons}; legal: parallel.tp={one_of(legal)}",
+            ("parallel.tp", *wrong),
+            tuple(legal),
+        )
     yield from _cut_blocks(config)
     if config.precision.activations == "fp8":
         gated = 2 if model.activation == "swiglu" else 1
         width = gated * model.ffn_hidden_size
         if width % tp == 0 and width // tp % SAVED_BLOCK:
-            legal = _divisors(width // SAVED_BLOCK) if width % SAVED_BLOCK == 0 else "1"
+            legal = _whole_blocks(width, SAVED_BLOCK)
             yield LayoutProblem(
                 f"parallel.tp ({tp}) cuts {gated} * model.ffn_hidden_size = {width} inside groups of "
-                f"{SAVED_BLOCK} elements (precision.activations: fp8); legal: {legal}",
+                f"{SAVED_BLOCK} elements (precision.activations: fp8); legal: {one_of(legal)}",
                 ("parallel.tp", "precision.activations"),
+                tuple(legal),
             )
+
+
+def _divided_by_tp(config: Config) -> dict[str, tuple[int, str]]:
+    """Counts that tensor parallelism cuts, by key, and a remark on each."""
+    model = config.model
+    unit = math.gcd(model.ffn_hidden_size, _SWIGLU_UNIT) if model.activation == "swiglu" else 1
+    per_unit = f" units of {unit} (rows of gate and up stay together)" if unit > 1 else ""
+    return {
+        "model.num_heads": (model.num_heads, ""),
+        "model.num_kv_heads": (model.num_kv_heads, " (key/value heads are not replicated)"),
+        "model.ffn_hidden_size": (model.ffn_hidden_size // unit, per_unit),
+        "model.vocab_multiple": (model.vocab_multiple, ""),
+    }
 
 
 def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
@@ -100,11 +169,12 @@ def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
             if what == _STATES and config.checkpoint.reshard == "requantise" and row // tp % own == 0:
                 continue
             told.add(block)
-            legal = _divisors(row // block) if row % block == 0 else "1"
+            legal = _whole_blocks(row, block)
             yield LayoutProblem(
                 f"parallel.tp ({tp}) cuts rows of {name} = {row} inside a scale block of {block} "
-                f"elements ({what}); legal: {legal}{_smaller_blocks(what, row // tp)}",
+                f"elements ({what}); legal: {one_of(legal)}{_smaller_blocks(what, row // tp)}",
                 ("parallel.tp",),
+                tuple(legal),
             )
 
 
@@ -145,17 +215,19 @@ def _operand_blocks(config: Config) -> Iterator[LayoutProblem]:
         if (cut.what, cut.block) in seen:
             continue
         seen.add((cut.what, cut.block))
+        sizes: list[int] = []
         if cut.what == "data.seq_length":
             unit = cut.block * cut.parts
             legal = f"a multiple of {unit}, for example {max(cut.size // unit, 1) * unit}"
         else:
-            legal = _divisors(cut.size // cut.block) if cut.size % cut.block == 0 else "1"
-            legal = f"parallel.tp of {legal}"
+            sizes = _whole_blocks(cut.size, cut.block)
+            legal = f"parallel.tp of {one_of(sizes)}"
         yield LayoutProblem(
             f"{' and '.join(cut.keys)}: {cut.what} = {cut.size} in {cut.parts} parts goes through scale "
             f"blocks of {cut.block} elements (precision.gemm.{cut.operand}); legal: {legal}, or a recipe "
             "without blocks",
             cut.keys,
+            tuple(sizes),
         )
 
 
@@ -186,7 +258,8 @@ def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:
     if stages > layers:
         yield LayoutProblem(
             f"parallel.pp * stages per rank = {parallel.pp} * {parallel.pipeline.stages} = {stages} stages, "
-            f"but model.num_layers is {layers}; every stage needs a block",
+            f"but model.num_layers is {layers} and every stage needs a block; legal: parallel.pp of 1 to "
+            f"{max(1, layers // parallel.pipeline.stages)}",
             ("parallel.pp", "model.num_layers"),
         )
     split = parallel.pipeline.layers

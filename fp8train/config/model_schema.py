@@ -5,11 +5,15 @@ See :mod:`fp8train.config.schema` for how sections work.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from fp8train.config.section import PositiveFloat, PositiveInt, Section, contradiction
+
+MAX_LAYERS = 10_000
+"""Ten times the deepest published decoders. More is a slip of the finger, and a model is built block by
+block: ten million take hours before memory ends."""
 
 
 class RopeScalingConfig(Section):
@@ -43,7 +47,7 @@ class ModelConfig(Section):
     family: Literal["gpt", "llama"] = Field(examples=["llama"])
     """``gpt``: LayerNorm, GELU, biases, learned positions, tied head. ``llama``: RMSNorm, SwiGLU, RoPE, no
     biases, untied."""
-    num_layers: PositiveInt = Field(examples=[12])
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = Field(examples=[12])
     """Number of decoder blocks."""
     hidden_size: PositiveInt = Field(examples=[768])
     """Width of the residual stream."""

@@ -23,11 +23,11 @@ class Origin:
     """Where a value was set.
 
     ``detail`` is the file for ``file``, the preset's name (``model.family=llama``) for ``preset``, the
-    formula for ``derived`` and empty for ``default`` and ``command line``. ``line`` and ``column`` count from
-    1.
+    formula for ``derived``, the variable for ``environment``, and empty for ``default`` and ``command line``.
+    ``line`` and ``column`` count from 1.
     """
 
-    kind: Literal["default", "preset", "derived", "file", "command line"]
+    kind: Literal["default", "preset", "derived", "environment", "file", "command line"]
     detail: str = ""
     line: int | None = None
     column: int | None = None

@@ -69,7 +69,8 @@ class ScheduleConfig(Section):
     def _one_warmup(self) -> ScheduleConfig:
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise contradiction(
-                "set at most one of schedule.warmup_steps and schedule.warmup_fraction",
+                "set at most one of schedule.warmup_steps and schedule.warmup_fraction; to use the steps "
+                "write schedule.warmup_fraction=null, to use the share schedule.warmup_steps=null",
                 "warmup_steps",
                 "warmup_fraction",
             )

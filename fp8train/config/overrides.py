@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.hints import suggest_key
+from fp8train.config.hints import meant_key, suggest_key
 from fp8train.config.keys import KeyTable
 from fp8train.config.nodes import Node, Origin, nest
 from fp8train.config.scalars import shorten
@@ -18,13 +18,32 @@ from fp8train.config.yaml_tree import parse_value
 COMMAND_LINE = Origin("command line")
 
 
+class OverrideError(ConfigError):
+    """One override is wrong. ``key`` is what it names, ``meant`` the key that it probably stands for."""
+
+    def __init__(self, message: str, key: str, meant: str | None = None) -> None:
+        super().__init__(message)
+        self.key, self.meant = key, meant
+
+
 def parse_override(text: str, table: KeyTable) -> Node:
     """The tree that one override stands for.
 
     Raises:
-        ConfigError: no ``=``, no value, bad YAML in the value, or a key the schema does not have (with the
+        OverrideError: no ``=``, no value, bad YAML in the value, or a key the schema does not have (with the
             nearest one).
     """
+    name = text.partition("=")[0].strip()
+    key = shorten(ascii(name)[1:-1], 80)
+    try:
+        return _parse(text, table)
+    except OverrideError:
+        raise
+    except ConfigError as error:
+        raise OverrideError(str(error), key, name) from error
+
+
+def _parse(text: str, table: KeyTable) -> Node:
     name, equals, value = text.partition("=")
     name = name.strip()
     shown = shorten(ascii(text)[1:-1], 80)
@@ -36,9 +55,9 @@ def parse_override(text: str, table: KeyTable) -> Node:
             "command line: base: can only be set in a file; write a file with  base: ...  on its first line"
         )
     if name not in table.keys:
-        raise ConfigError(
-            f"command line: {shorten(ascii(name)[1:-1], 80)}: unknown key; {_suggest(path, table)}"
-        )
+        key = shorten(ascii(name)[1:-1], 80)
+        suggestion, meant = _suggest(path, table)
+        raise OverrideError(f"command line: {key}: unknown key; {suggestion}", key, meant)
     node = parse_value(value, COMMAND_LINE, name) if _encodable(value) else None
     if node is None and not value.strip():
         raise ConfigError(
@@ -64,9 +83,16 @@ def _without_value(name: str, table: KeyTable) -> str:
     return f"; did you mean {match[0]}=VALUE?" if match else ""
 
 
-def _suggest(path: tuple[str, ...], table: KeyTable) -> str:
+def _suggest(path: tuple[str, ...], table: KeyTable) -> tuple[str, str | None]:
+    """The end of the message about an unknown key, and the key that was meant."""
     for end in range(1, len(path)):
         parent = table.keys.get(".".join(path[:end]))
         if parent is not None and not parent.is_section:
-            return f"{parent.name} is a single value; write {parent.name}=..."
-    return suggest_key(table, path)
+            return f"{parent.name} is a single value; write {parent.name}=...", None
+    meant = meant_key(table, path)
+    if meant is None:
+        for end in range(1, len(path)):
+            section = ".".join(path[:end])
+            if section not in table.keys and (known := meant_key(table, path[:end])):
+                return f"there is no section {section}; did you mean {known}?", known
+    return suggest_key(table, path), meant

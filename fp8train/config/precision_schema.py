@@ -9,19 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fp8train.config import state_formats
 from fp8train.config.gemm_schema import GemmConfig
 from fp8train.config.guard_schema import GuardConfig
-from fp8train.config.section import (
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    contradiction,
-)
+from fp8train.config.section import PositiveFloat, PositiveInt, Section, contradiction, contradictions
+from fp8train.config.state_formats import misfit
 
 STATIC_RECIPES = ("mus", "unit_scaling", "umup")
 """Recipes that cast without scales: each is a parametrisation too, of the same name."""
-FP8_STATES = ("e4m3", "e5m2")
-SCALED_STATES = ("fp16_scaled", *FP8_STATES)
+FP8_STATES = state_formats.FP8
+SCALED_STATES = state_formats.SCALED
 """Formats of optimizer states that have scales."""
 ROUNDED_STATES = ("bf16", *SCALED_STATES)
 """Those that lose bits of FP32."""
@@ -136,6 +133,27 @@ class StateConfig(Section):
     bounded_update: bool = True
     """AdamW with a moment in 8 or 16 bits only: no step is longer than one of exact moments could be, so that
     a second moment that was rounded to zero does not divide by ``eps`` (``optim/adamw.py`` derives it)."""
+
+    @model_validator(mode="after")
+    def _formats_fit(self) -> StateConfig:
+        found = []
+        for role in ("master", "exp_avg", "exp_avg_sq"):
+            one: StateFormatConfig = getattr(self, role)
+            problem = misfit(
+                role,
+                name=one.format,
+                granularity=one.granularity,
+                rounding=one.rounding,
+                expand=one.expand,
+                sqrt=one.sqrt,
+            )
+            if problem is not None:
+                field, message = problem
+                keys = [f"{role}.{field}"] + ([f"{role}.format"] if field != "format" else [])
+                found.append(contradiction(message, *keys))
+        if found:
+            raise contradictions(found)
+        return self
 
 
 class TrafficConfig(Section):

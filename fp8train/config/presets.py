@@ -36,11 +36,17 @@ class PresetTable:
 
 
 class Problem(NamedTuple):
-    """Something wrong with the value at ``path``; ``related`` are other keys that it contradicts."""
+    """Something wrong with the value at ``path``.
+
+    ``related`` are other keys that it contradicts, ``missing`` says that there is no value, and ``origin`` is
+    where to look if the tree no longer has ``path``.
+    """
 
     path: tuple[str | int, ...]
     message: str
     related: tuple[str, ...] = ()
+    missing: bool = False
+    origin: Origin | None = None
 
 
 _FAMILIES: dict[str, Values] = {

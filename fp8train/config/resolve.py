@@ -14,12 +14,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from fp8train.config.errors import ConfigError
+from fp8train.config.inert import unread_settings
 from fp8train.config.keys import KeyTable, key_table
+from fp8train.config.length import length_problems
 from fp8train.config.loader import load_file
 from fp8train.config.meaningful import says_something
 from fp8train.config.messages import problems_of, raise_problems
+from fp8train.config.misspelt import rename_misspelt_sections
 from fp8train.config.nodes import DEFAULT, Node, Origin, merge
-from fp8train.config.overrides import parse_override
+from fp8train.config.overrides import OverrideError, parse_override
 from fp8train.config.precision_schema import STATIC_RECIPES
 from fp8train.config.presets import Problem, apply_presets
 from fp8train.config.scalars import ScalarError, check_text
@@ -70,28 +73,40 @@ def resolve_mapping(
 
 def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> ResolvedConfig:
     table = key_table()
+    refused: list[OverrideError] = []
     for text in overrides:
-        root = merge(root, parse_override(text, table))
+        try:
+            root = merge(root, parse_override(text, table))
+        except OverrideError as error:
+            refused.append(error)
+    root, misspelt = rename_misspelt_sections(root, table)
     tree, problems = apply_presets(root)
     problems += _fp8_off_but_set(tree) or (
         _fp8_gradients_off_but_set(tree) + _grad_weight_operands_off_but_set(tree)
     )
-    problems += _bound_set_but_unread(tree)
-    config = _validate(tree, table, problems)
-    raise_problems(problems, tree, sources)
+    problems += _bound_set_but_unread(tree) + unread_settings(root, tree, table)
+    config = _validate(tree, table, problems, [error.meant or "" for error in refused])
+    raise_problems([*misspelt, *problems], tree, sources, [(error.key, str(error)) for error in refused])
     assert config is not None
     return ResolvedConfig(config, _origins(config, tree, table), sources)
 
 
-def _validate(tree: Node, table: KeyTable, problems: list[Problem]) -> Config | None:
-    """The config, or None with at least one entry added to ``problems``."""
+def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Sequence[str]) -> Config | None:
+    """The config, or None with what is wrong added to ``problems``; nothing where keys are missing that
+    ``misspelt`` ones explain."""
     try:
-        return Config.model_validate(tree.plain())
+        config = Config.model_validate(tree.plain())
     except ValidationError as error:
-        problems += problems_of(error, tree, table)
-        if not problems:  # a preset that fills too little: ours to mend, with pydantic's own report
+        problems += problems_of(error, tree, table, misspelt)
+        if (
+            not problems and not misspelt
+        ):  # a preset that fills too little: ours to mend, with pydantic's own report
             raise
         return None
+    for found in length_problems(config):
+        key, *related = found.keys
+        problems.append(Problem(tuple(key.split(".")), found.message, tuple(related)))
+    return config
 
 
 def _fp8_off_but_set(tree: Node) -> list[Problem]:

@@ -17,16 +17,18 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
 from fp8train.config.layout import layout_problems
+from fp8train.config.linear_names import exclusion_problems
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP, OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
-from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
+from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction, contradictions
 from fp8train.config.train_schema import TrainConfig
 
 
@@ -42,8 +44,8 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where a device is visible; ``cuda`` without one is an error."""
     threads: PositiveInt | None = None
-    """CPU threads per rank; default: visible cores divided by ranks on the node. Bit-identity holds at equal
-    threads."""
+    """CPU threads per rank; default: ``OMP_NUM_THREADS`` where it is set, else visible cores divided by ranks
+    on the node. Bit-identity holds at equal threads."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing (``torch.use_deterministic_algorithms``). CPU runs are
     always reproducible; on CUDA this costs speed."""
@@ -103,7 +105,30 @@ class Config(Section):
     """Reporting."""
 
     @model_validator(mode="after")
-    def _accepted_changes_exist(self) -> Config:
+    def _consistent(self) -> Config:
+        """Every rule about several sections, so that all that is broken is told at once."""
+        found = []
+        for check in (
+            self._accepted_changes_exist,
+            self._parametrization,
+            self._keep_best,
+            self._smooth_swiglu,
+            self._saved_activations,
+            self._guard,
+            self._state_plan,
+            self._context,
+        ):
+            try:
+                check()
+            except PydanticCustomError as error:
+                found.append(error)
+        problems = [*exclusion_problems(self), *layout_problems(self)]
+        found += [contradiction(problem.message, *problem.keys) for problem in problems]
+        if found:
+            raise contradictions(found)
+        return self
+
+    def _accepted_changes_exist(self) -> None:
         for name in self.checkpoint.accept_changes:
             if not _is_key(name):
                 raise contradiction(
@@ -111,10 +136,8 @@ class Config(Section):
                     "[precision, optimizer.lr]",
                     "checkpoint.accept_changes",
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _parametrization(self) -> Config:
+    def _parametrization(self) -> None:
         kind, recipe = self.parametrization.kind, self.precision.recipe
         if kind != "standard" and self.model.tie_embeddings:
             raise contradiction(
@@ -147,10 +170,8 @@ class Config(Section):
                 "optimizer.weight_decay",
                 "optimizer.decay_rule",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _keep_best(self) -> Config:
+    def _keep_best(self) -> None:
         best, every, saved = self.checkpoint.keep_best, self.train.eval_interval, self.checkpoint.interval
         if best and not every:
             raise contradiction(
@@ -168,10 +189,8 @@ class Config(Section):
                 "checkpoint.interval",
                 "train.eval_interval",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _smooth_swiglu(self) -> Config:
+    def _smooth_swiglu(self) -> None:
         gemm = self.precision.gemm
         if gemm.fp8 and gemm.smooth_swiglu != "off" and self.model.activation != "swiglu":
             raise contradiction(
@@ -188,12 +207,10 @@ class Config(Section):
                 "precision.gemm.smooth_swiglu",
                 "precision.weights",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _saved_activations(self) -> Config:
+    def _saved_activations(self) -> None:
         if self.precision.activations == "compute":
-            return self
+            return
         for key, value, off in (
             ("activation_checkpointing", self.train.activation_checkpointing, "none"),
             ("compile", self.train.compile, "off"),
@@ -209,13 +226,11 @@ class Config(Section):
                     "precision.activations",
                     f"train.{key}",
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _guard(self) -> Config:
+    def _guard(self) -> None:
         guard = self.precision.guard
         if guard.action == "off":
-            return self
+            return
         if self.logging.cast_statistics_interval == 0:
             raise contradiction(
                 f"precision.guard.action: {guard.action} reads cast statistics, but "
@@ -230,10 +245,8 @@ class Config(Section):
                 "precision.guard.action",
                 "train.compile",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _state_plan(self) -> Config:
+    def _state_plan(self) -> None:
         plan = self.precision.state.plan
         if plan != "default" and self.optimizer.name != "adamw":
             raise contradiction(
@@ -242,10 +255,8 @@ class Config(Section):
                 "precision.state.plan",
                 "optimizer.name",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _context(self) -> Config:
+    def _context(self) -> None:
         if self.data.seq_length > self.model.max_seq_len:
             raise contradiction(
                 f"data.seq_length ({self.data.seq_length}) is longer than "
@@ -253,9 +264,6 @@ class Config(Section):
                 "data.seq_length",
                 "model.max_seq_len",
             )
-        for problem in layout_problems(self):
-            raise contradiction(problem.message, *problem.keys)
-        return self
 
     @property
     def total_steps(self) -> int:

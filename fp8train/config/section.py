@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +18,15 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 def contradiction(message: str, *keys: str) -> PydanticCustomError:
     """The error a validator raises; ``keys`` are the fields of the section that do not fit together, worst
     first."""
-    return PydanticCustomError("contradiction", "{message}", {"message": message, "keys": keys})
+    context = {"message": message, "keys": keys}
+    return PydanticCustomError("contradiction", "{message}", {**context, "all": [context]})
+
+
+def contradictions(errors: Iterable[PydanticCustomError]) -> PydanticCustomError:
+    """Several of them as one error, since a validator can raise only one."""
+    contexts = [context for error in errors for context in (error.context or {})["all"]]
+    message = "; ".join(context["message"] for context in contexts)
+    return PydanticCustomError("contradiction", "{message}", {"message": message, "all": contexts})
 
 
 class Section(BaseModel):

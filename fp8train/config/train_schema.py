@@ -48,19 +48,22 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batch(self) -> TrainConfig:
-        if (self.steps is None) == (self.tokens is None):
-            raise contradiction("set exactly one of train.steps and train.tokens", "steps", "tokens")
-        if self.global_batch_size % self.micro_batch_size:
-            below = self.global_batch_size // self.micro_batch_size * self.micro_batch_size
-            legal = [value for value in (below, below + self.micro_batch_size) if value]
+        if self.steps is not None and self.tokens is not None:
             raise contradiction(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
-                f"({self.micro_batch_size}); nearest legal values: {', '.join(map(str, legal))}",
-                "global_batch_size",
-                "micro_batch_size",
+                "set exactly one of train.steps and train.tokens; to use the tokens write train.steps=null, "
+                "to use the steps train.tokens=null",
+                "steps",
+                "tokens",
+            )
+        if self.steps is None and self.tokens is None:
+            raise contradiction(
+                "set exactly one of train.steps and train.tokens; for example train.steps=1000",
+                "steps",
+                "tokens",
             )
         sizes = self.batch_sizes.all
-        if sizes != sorted(set(sizes)) or any(size % self.micro_batch_size for size in sizes):
+        uneven = any(size % self.micro_batch_size for size in sizes)
+        if self.batch_size_ramp and (sizes != sorted(set(sizes)) or uneven):
             raise contradiction(
                 f"batch_size_ramp must grow, up to global_batch_size, in multiples of micro_batch_size "
                 f"({self.micro_batch_size}); its sizes are {', '.join(map(str, sizes))}",

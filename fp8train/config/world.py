@@ -3,9 +3,11 @@ group."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from fp8train.config.errors import ConfigError
+from fp8train.config.layout import fitting_tp, one_of
 from fp8train.config.nodes import Origin
 from fp8train.config.schema import Config
 
@@ -35,7 +37,7 @@ def data_parallel_size(
         need = dp
     elif dp == "auto":
         need = max(1, world_size // each) * each
-        fix = f"start a multiple of {each} processes, for example {need}"
+        fix = f"start a multiple of {each} processes, for example {need}{_other_tp(config, world_size)}"
     else:
         need = dp * each
         fix = f"start {need} processes, or change parallel.pp, cp or tp"
@@ -45,6 +47,17 @@ def data_parallel_size(
         f"{_place('parallel.dp', origins)}parallel.dp * pp * cp * tp = {numbers} must equal the number of "
         f"processes ({world_size}): {fix} (torchrun --nproc-per-node={need} on one node)"
     )
+
+
+def _other_tp(config: Config, world_size: int) -> str:
+    """Sizes of ``parallel.tp`` that would do for the processes that there are."""
+    parallel = config.parallel
+    others = [
+        tp
+        for tp in fitting_tp(config)
+        if world_size % (parallel.pp * parallel.cp * tp) == 0 and parallel.tp > 1
+    ]
+    return f", or write parallel.tp={one_of(others)}" if others else ""
 
 
 def accumulation_steps(config: Config, dp: int, *, origins: Mapping[str, Origin] | None = None) -> int:
@@ -113,16 +126,31 @@ def check_world(
         ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps` and :func:`check_pipeline`.
     """
     dp = data_parallel_size(config, world_size, origins=origins)
-    micro_batches = accumulation_steps(config, dp, origins=origins)
-    check_pipeline(config, micro_batches, origins=origins)
-    _check_ramp(config, dp)
+    problems: list[str] = []
+    micro_batches = 0
+    with _noted(problems):
+        micro_batches = accumulation_steps(config, dp, origins=origins)
+        check_pipeline(config, micro_batches, origins=origins)
+    with _noted(problems):
+        _check_ramp(config, dp)
+    if problems:
+        raise ConfigError("\n".join(problems))
     return dp, micro_batches
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Adds what is wrong to ``problems``, so that the next check can speak too."""
+    try:
+        yield
+    except ConfigError as error:
+        problems.append(str(error))
 
 
 def _check_ramp(config: Config, dp: int) -> None:
     """Whether every stage of the ramp divides as the whole batch does."""
     unit, parallel = config.train.micro_batch_size * dp, config.parallel
-    for size in config.train.batch_sizes.all:
+    for _, size in config.train.batch_sizes.ramp:
         rounds = size // unit
         fits = parallel.pp == 1 or _schedule_runs(parallel.pipeline.schedule, parallel.pp, rounds)
         if size % unit or not fits:

@@ -25,6 +25,8 @@ from fp8train.data.sidecar import Sidecar, check_same_tokenizer, read_sidecar, s
 from fp8train.data.tokenizer import Tokenizer, load_tokenizer
 
 SplitName = Literal["train", "valid", "test"]
+_PADDED_TO = 1024
+"""Vocabularies are padded to multiples of 64 to 1024, so that they divide over ranks and fit tiles."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ class Data:
                 lines.append(f"{batches.samples.description}, {batches.samples.samples_per_epoch} samples")
         lines[0] += f", {self.epochs:.3g} epochs"
         return lines
+
+    def warnings(self) -> list[str]:
+        """Printable lines: what a run can do with, but was hardly meant."""
+        if self.tokenizer is None:
+            return []
+        known = self.tokenizer.vocab_size
+        if self.vocab_size <= -(-known // _PADDED_TO) * _PADDED_TO:
+            return []
+        return [
+            f"model.vocab_size ({self.vocab_size}) is far above the {known} tokens of {self.tokenizer.path}: "
+            f"{self.vocab_size - known} rows of embedding and head are computed and never used; write "
+            f"model.vocab_size=null to take the tokenizer's, or model.vocab_size={known}"
+        ]
 
 
 def open_data(
@@ -335,6 +350,12 @@ def _vocab_size(
                 f"({sidecar.vocab_size})\nset it to {sidecar.vocab_size}, or leave it out to take the "
                 "tokenizer's"
             )
+    if tokenizer is not None and tokenizer.vocab_size > model_vocab_size:
+        raise DataError(
+            f"model.vocab_size ({model_vocab_size}) is smaller than the vocabulary of {tokenizer.path} "
+            f"({tokenizer.vocab_size})\nset it to {tokenizer.vocab_size}, or leave it out to take the "
+            "tokenizer's"
+        )
     return model_vocab_size
 
 

@@ -8,7 +8,9 @@ perplexities are compared too. Both models are in memory, 8 bytes for each param
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fp8train.config.scalars import shorten
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.files import WeightFiles
 from fp8train.huggingface.formats import decode
@@ -93,9 +96,9 @@ def their_logits(folder: Path) -> Logits:
     Raises:
         HuggingFaceError: transformers cannot read the folder.
     """
-    import transformers
+    with _quiet():
+        import transformers
 
-    with _quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             if getattr(config, "quantization_config", None) is None:
@@ -104,12 +107,20 @@ def their_logits(folder: Path) -> Logits:
                 )
             else:
                 model = _decoded(transformers, config, folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # of whatever kind a config.json provokes in another library
+            reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
             raise HuggingFaceError(
-                f"transformers {transformers.__version__} cannot load {folder}: {str(error).splitlines()[0]}"
+                f"transformers {transformers.__version__} cannot load {folder}: {reason}; mend the folder's "
+                "config.json, or leave the comparison out with --no-check"
             ) from error
     model = model.float().eval()
-    return lambda tokens: model(input_ids=tokens, use_cache=False).logits
+
+    def logits(tokens: Tensor) -> Tensor:
+        with _quiet():
+            found: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return found
+
+    return logits
 
 
 def _decoded(transformers: Any, config: Any, folder: Path) -> nn.Module:
@@ -126,16 +137,29 @@ def _decoded(transformers: Any, config: Any, folder: Path) -> nn.Module:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars of a few milliseconds."""
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _quiet() -> Iterator[None]:
+    """Silence what other libraries log, warn of and draw while they are imported and load a model.
+
+    transformers, and torch and torchao when it imports them, have much to say about ids of special tokens,
+    kernels and progress; the comparison that follows says whether any of it matters. Errors are raised, not
+    logged.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers.utils import logging as theirs
+
+            shown = theirs.is_progress_bar_enabled()
+            theirs.disable_progress_bar()
+            try:
+                yield
+            finally:
+                if shown:
+                    theirs.enable_progress_bar()
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        logging.disable(disabled)
 
 
 def our_logits(model: Decoder) -> Logits:

@@ -18,6 +18,7 @@ from fp8train.checkpoint import find_checkpoint, read_meta
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, step_of, verify_given
 from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from fp8train.checkpoint.ranks import Ranks
+from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.config.schema import Config
 from fp8train.data.tokenizer import Tokenizer, load_tokenizer
 from fp8train.inference.errors import InferenceError
@@ -136,17 +137,14 @@ def resolve_checkpoint(path: Path) -> Path:
         InferenceError: there is no checkpoint.
         CheckpointError: it is damaged.
     """
-    if not path.is_dir():
-        raise InferenceError(f"{path}: {'not a directory' if path.exists() else 'no such directory'}")
+    if problem := no_checkpoint_at(path):
+        raise InferenceError(problem)
     if step_of(path) is not None or (path / MANIFEST_FILE).exists():
         verify_given(path, ranks=Ranks(None), mode="full")
         return path
     root = path / CHECKPOINTS_DIR if (path / CHECKPOINTS_DIR).is_dir() else path
     if not candidates(root):
-        raise InferenceError(
-            f"{path} holds no checkpoint; give a run directory, its {CHECKPOINTS_DIR} directory or a "
-            "step_XXXXXXXX directory"
-        )
+        raise InferenceError(f"{path} holds no checkpoint; {WHAT_TO_GIVE}")
     found = find_checkpoint(root, "auto")
     assert found is not None, "candidates exist, so there is a good one or an error"
     return found

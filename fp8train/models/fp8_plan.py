@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from fp8train.config.errors import ConfigError
 from fp8train.config.gemm_schema import GemmConfig, QuantConfig
+from fp8train.config.linear_names import matches
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.linear import Linear
@@ -119,7 +119,7 @@ def plan_fp8(
     """
     gemm, quant = precision.gemm, linear_quant(precision.gemm)
     for pattern in gemm.exclude:
-        if not any(_matches(path, pattern) for path in linears):
+        if not any(matches(path, pattern) for path in linears):
             raise ConfigError(
                 f"precision.gemm.exclude: {pattern!r} matches no linear; "
                 f"paths look like {next(iter(linears))}"
@@ -153,15 +153,11 @@ def _holding(path: str, precision: PrecisionConfig, *, forward_only: bool) -> Ho
     return "resident" if precision.weights == "fp8" else "cached"
 
 
-def _matches(path: str, pattern: str) -> bool:
-    return fnmatchcase(path, pattern) or fnmatchcase(path + ".weight", pattern)
-
-
 def _reason_to_skip(path: str, linear: Linear, gemm: GemmConfig, num_layers: int) -> str | None:
     layer = int(path.split(".")[1])
     if layer < gemm.first_layers_bf16 or layer >= num_layers - gemm.last_layers_bf16:
         return "first/last layers"
-    if any(_matches(path, pattern) for pattern in gemm.exclude):
+    if any(matches(path, pattern) for pattern in gemm.exclude):
         return "exclude"
     if gemm.min_dim is not None and min(linear.in_features, linear.out_features) < gemm.min_dim:
         return f"dimension < {gemm.min_dim}"

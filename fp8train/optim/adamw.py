@@ -69,10 +69,13 @@ class AdamW(Optimizer):
     def _fused(self, scalars: StepScalars, w: Tensor, gradient: Tensor, m: Tensor, v: Tensor) -> None:
         """The module's formulas in one pass, in place: flat FP32 of one length."""
         step = torch.full((), float(scalars.step), dtype=torch.float32, device=w.device)
-        for part in _vectors(w, gradient, m, v):
+        for weight, grad, exp_avg, exp_avg_sq in _vectors(w, gradient, m, v):
             torch._fused_adamw_(
-                *([tensor] for tensor in part),
-                [],
+                [weight],
+                [grad],
+                [exp_avg],
+                [exp_avg_sq],
+                [],  # of amsgrad
                 [step],
                 lr=scalars.lr,
                 beta1=self.settings.beta1,

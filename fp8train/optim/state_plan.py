@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fp8train.config.state_formats import EXACT, SCALED, misfit
 from fp8train.numerics.blocks import MAX_BLOCK
 
 StateName = Literal["fp32", "fp64", "bf16", "fp16_scaled", "bf16_remainder", "e4m3", "e5m2"]
@@ -23,9 +24,6 @@ Granularity = Literal["tensor", "block"]
 Rounding = Literal["nearest", "stochastic"]
 
 _MIN_BLOCK = 32
-_FP8 = ("e4m3", "e5m2")
-_SCALED = ("fp16_scaled", *_FP8)
-_EXACT = ("fp32", "fp64", "bf16_remainder")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class StateFormat:
     @property
     def is_exact(self) -> bool:
         """Whether every FP32 value survives being stored."""
-        return self.name in _EXACT
+        return self.name in EXACT
 
     @property
     def two_pass(self) -> bool:
@@ -68,7 +66,7 @@ class StateFormat:
     @property
     def is_scaled(self) -> bool:
         """Whether the format has a scale beside its codes."""
-        return self.name in _SCALED
+        return self.name in SCALED
 
     def __str__(self) -> str:
         parts = [f"sqrt({self.name})" if self.sqrt else self.name]
@@ -124,38 +122,18 @@ def _check(key: str, role: str, fmt: StateFormat) -> None:
             raise ValueError(f"{key}.{field}: {value!r}; legal: {', '.join(values)}")
     if not _MIN_BLOCK <= fmt.block <= MAX_BLOCK:
         raise ValueError(f"{key}.block: {fmt.block} elements; legal: {_MIN_BLOCK} to {MAX_BLOCK}")
-    refused = (
-        (
-            fmt.name == "bf16_remainder" and role != "master",
-            "format: bf16_remainder",
-            "it pairs a weight with its missing bits; write fp32, which has the same size, or bf16",
-        ),
-        (
-            fmt.granularity == "tensor" and not fmt.is_scaled,
-            "granularity: tensor",
-            f"{fmt.name} has no scale; leave it out or choose one of {', '.join(_SCALED)}",
-        ),
-        (
-            fmt.block != MAX_BLOCK and not (fmt.is_scaled and fmt.granularity == "block"),
-            f"block: {fmt.block}",
-            "there are no block scales; leave it out or write granularity: block with a scaled format",
-        ),
-        (
-            fmt.expand and not (fmt.name in _FP8 and fmt.granularity == "block"),
-            "expand: true",
-            "only FP8 blocks have a range to expand; write format: e4m3 or e5m2 with granularity: block",
-        ),
-        (
-            fmt.sqrt and (role != "exp_avg_sq" or fmt.is_exact),
-            "sqrt: true",
-            "it halves the exponents of a second moment in 8 or 16 bits; leave it out",
-        ),
-        (
-            fmt.rounding == "stochastic" and fmt.is_exact,
-            "rounding: stochastic",
-            f"{fmt.name} rounds nothing away; write nearest",
-        ),
+    if fmt.block != MAX_BLOCK and not (fmt.is_scaled and fmt.granularity == "block"):
+        raise ValueError(
+            f"{key}.block: {fmt.block} with format {fmt.name}: there are no block scales; leave it out or "
+            "write granularity: block with a scaled format"
+        )
+    problem = misfit(
+        role,
+        name=fmt.name,
+        granularity=fmt.granularity,
+        rounding=fmt.rounding,
+        expand=fmt.expand,
+        sqrt=fmt.sqrt,
     )
-    for wrong, setting, remedy in refused:
-        if wrong:
-            raise ValueError(f"{key}.{setting} with format {fmt.name}: {remedy}")
+    if problem is not None:
+        raise ValueError(f"{key}.{problem[1]}")

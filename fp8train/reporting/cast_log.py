@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp8train.config.length import sampling_interval
 from fp8train.config.loader import load_file
 from fp8train.config.nodes import Node
 from fp8train.reporting.errors import ReportError
@@ -80,6 +81,8 @@ def read_cast_log(run: Path) -> CastLog:
     inference = read_samples(run / INFERENCE_LOG, notes)
     if not training and not inference:
         raise ReportError(_why_nothing(run, status))
+    if training and len({sample.step for sample in training}) == 1 and (advice := _sample_more(run, status)):
+        notes.append(f"{TRAINING_LOG}: one step was sampled; {advice}")
     return CastLog(run, str(status["state"]), int(status["step"]), training, inference, tuple(notes))
 
 
@@ -144,9 +147,22 @@ def _why_nothing(run: Path, status: Mapping[str, Any]) -> str:
             f"{run} kept no cast statistics (logging.cast_statistics_interval: 0); "
             "train with logging.cast_statistics_interval=50, say"
         )
+    where = f"{run} holds no cast statistics yet ({status['state']} at step {status['step']})"
+    return f"{where}; {_sample_more(run, status) or 'the first are written after the first step'}"
+
+
+def _sample_more(run: Path, status: Mapping[str, Any]) -> str:
+    """What to lower where the run is over before the next sample; empty where it is not."""
+    config_file = run / "config.yaml"
+    root = load_file(config_file)[0] if config_file.is_file() else None
+    key = "logging.cast_statistics_interval"
+    interval = None if root is None else _setting(root, *key.split("."))
+    steps = int(status["step"])
+    if status["state"] == "running" or not isinstance(interval, int) or not 0 < steps < interval:
+        return ""
     return (
-        f"{run} holds no cast statistics yet ({status['state']} at step {status['step']}); "
-        "the first are written after the first step"
+        f"{key} is {interval}, more than the {steps} steps of the run; train with "
+        f"{key}={sampling_interval(steps)}"
     )
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from fp8train.comm.processes import Processes, processes
 from fp8train.config.environment import world_from_environment
-from fp8train.data.loading import SplitName
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import TrainedRun, open_run
@@ -28,79 +27,20 @@ from fp8train.inference.text import corpus_requests, read_corpus
 from fp8train.inference.weights import Numerics
 from fp8train.models.build import BuiltModel
 from fp8train.training.console import format_count
+from fp8train.training.eval_options import EvalOptions
 from fp8train.training.evaluation import evaluation_of
 from fp8train.training.metrics import strict
 from fp8train.training.perplexity import Measurement, measure, open_text, relative_difference
 from fp8train.training.run import prepare_machine
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """What to evaluate on: a dataset unless ``text`` or ``tasks`` names files. None: not given.
-
-    Attributes:
-        numerics: which to measure; ``both`` measures once where the run's own are BF16.
-        batch_size: sequences per forward; default: ``train.micro_batch_size``.
-        split: part of a dataset; default ``valid``.
-        batches: of a dataset, see :func:`~fp8train.training.perplexity.open_text`.
-        prefix: dataset, see there.
-        text: files of text.
-        stride: tokens between windows of text; default: the context.
-        one_stream: text documents end to end.
-        json_key: key of the text in ``.jsonl`` files; default ``text``.
-        tasks: files of examples.
-        delimiter: between context and continuation; default a space.
-        apart: tokenise these two by themselves, as fine-tuning does.
-        limit: examples of each task; default all.
-        context: tokens that the model reads at once; default ``model.max_seq_len``.
-    """
-
-    numerics: Numerics | Literal["both"]
-    batch_size: int | None = None
-    split: SplitName | None = None
-    batches: int | None = None
-    prefix: str | None = None
-    text: Sequence[Path] = ()
-    stride: int | None = None
-    one_stream: bool = False
-    json_key: str | None = None
-    tasks: Sequence[Path] = ()
-    delimiter: str | None = None
-    apart: bool = False
-    limit: int | None = None
-    context: int | None = None
-
-    def check(self) -> None:
-        """Refuse options that belong to another kind of evaluation.
-
-        Raises:
-            InferenceError: names the option and what it needs.
-        """
-        dataset = {"--split": self.split, "--batches": self.batches, "--prefix": self.prefix}
-        text = {"--stride": self.stride, "--stream": self.one_stream or None, "--json-key": self.json_key}
-        tasks = {"--delimiter": self.delimiter, "--limit": self.limit, "--apart": self.apart or None}
-        if self.text and self.tasks:
-            raise InferenceError("--text and --tasks are evaluated one at a time; leave one of them out")
-        groups = [("--text", bool(self.text), text), ("--tasks", bool(self.tasks), tasks)]
-        groups += [("a dataset, not of --text or --tasks", not self.text and not self.tasks, dataset)]
-        for owner, chosen, options in groups:
-            given = [name for name, value in options.items() if value is not None]
-            if given and not chosen:
-                raise InferenceError(f"{given[0]} is an option of {owner}")
-        if self.context is not None and not self.text and not self.tasks:
-            raise InferenceError(
-                "--context is for --text and --tasks; datasets have the run's data.seq_length"
-            )
-
-
-def eval_command(checkpoint: Path, options: EvalOptions, *, device: str, json_file: Path | None) -> int:
+def eval_command(checkpoint: Path, options: EvalOptions, *, device: str) -> int:
     """Print how well a checkpoint does.
 
     Args:
         checkpoint: step directory, or run directory for its newest good checkpoint.
         options: on what.
         device: ``auto``, ``cpu`` or ``cuda``.
-        json_file: where rank 0 writes the unrounded numbers; None writes none.
 
     Returns:
         Exit status 0.
@@ -120,8 +60,8 @@ def eval_command(checkpoint: Path, options: EvalOptions, *, device: str, json_fi
             report = _on_tasks(run, options, procs, shown)
         else:
             report = _on_dataset(run, options, procs, shown)
-        if json_file is not None and world.rank == 0:
-            _write_json(json_file, {"checkpoint": str(run.path), "step": run.step, **report})
+        if options.json_file is not None and world.rank == 0:
+            _write_json(options.json_file, {"checkpoint": str(run.path), "step": run.step, **report})
     return 0
 
 

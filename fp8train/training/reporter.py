@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,9 @@ import torch
 from fp8train import __version__
 from fp8train.checkpoint import Written
 from fp8train.comm.processes import Processes
+from fp8train.config.length import beyond_the_end
 from fp8train.config.schema import Config, to_plain
+from fp8train.config.threads import VARIABLE, threads_from_environment
 from fp8train.data.loading import Data
 from fp8train.training.console import Console, format_count, format_duration
 from fp8train.training.describe import (
@@ -114,7 +117,9 @@ class Reporter:
         device = self.processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         parameters = sum(p.numel() for p in self.trainer.outline.parameters())
-        where = f"{self.processes.world_size} x {name}, {torch.get_num_threads()} threads each"
+        from_environment = config.run.threads is None and threads_from_environment(os.environ)
+        source = f" ({VARIABLE})" if from_environment else ""
+        where = f"{self.processes.world_size} x {name}, {torch.get_num_threads()} threads each{source}"
         self.say(
             f"fp8train {__version__}, torch {torch.__version__}, {where}; run directory {self.run_dir.path}"
         )
@@ -126,10 +131,12 @@ class Reporter:
             self.say(f"layout: {describe_layout(self.trainer)}")
         for line in describe_precision(self.trainer):
             self.say(line)
-        for line in precision_warnings(self.trainer):
+        for line in [*precision_warnings(self.trainer), *data.warnings()]:
             self.warn(line)
         for line in data.summary():
             self.say(f"data: {line}")
+        for line in beyond_the_end(config):
+            self.say(f"note: {line}")
 
     def begin(self, step: int) -> None:
         """The loop starts at ``step``: record what runs and start the clock."""

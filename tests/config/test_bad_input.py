@@ -179,13 +179,12 @@ VALUE_CASES = {
     ),
     "quoted_number": (
         changed("lr: 3e-4", 'lr: "3e-4"'),
-        "run.yaml:10: optimizer.lr: expected a number > 0; got '3e-4'; write 0.0003 without quotes "
-        "or separators",
+        "run.yaml:10: optimizer.lr: expected a number > 0; got '3e-4'; write 0.0003 without quotes",
     ),
     "underscores": (
         changed("steps: 10", "steps: 1_000"),
         "run.yaml:12: train.steps: expected a whole number >= 1, or null; got '1_000'; "
-        "write 1000 without quotes or separators",
+        "write 1000 without separators",
     ),
     "float_for_int": (
         changed("steps: 10", "tokens: 1e9"),
@@ -193,7 +192,7 @@ VALUE_CASES = {
     ),
     "half": (
         changed("num_layers: 2", "num_layers: 2.5"),
-        "run.yaml:3: model.num_layers: expected a whole number >= 1; got 2.5",
+        "run.yaml:3: model.num_layers: expected a whole number >= 1 and <= 10000; got 2.5",
     ),
     "infinite": (
         changed("lr: 3e-4", "lr: .inf"),
@@ -237,7 +236,7 @@ VALUE_CASES = {
     ),
     "level": (
         MINIMAL + "precision: {level: O7}\n",
-        "run.yaml:15: precision.level: expected one of: O0, O1, O2, O3; got 'O7'; did you mean O3?",
+        "run.yaml:15: precision.level: expected one of: O0, O1, O2, O3; got 'O7'",
     ),
     "section_is_scalar": (
         MINIMAL + "schedule: cosine\n",
@@ -251,7 +250,7 @@ VALUE_CASES = {
     ),
     "empty_value": (
         changed("num_layers: 2", "num_layers:"),
-        "run.yaml:3: model.num_layers: expected a whole number >= 1; got null; give a value or "
+        "run.yaml:3: model.num_layers: expected a whole number >= 1 and <= 10000; got null; give a value or "
         "remove the line",
     ),
     "empty_preset_value": (
@@ -303,16 +302,18 @@ def test_value(name: str, tmp_path: Path) -> None:
 CONTRADICTIONS = {
     "steps_and_tokens": (
         with_line("train", "tokens: 1000"),
-        "run.yaml:13: train.steps, train.tokens: set exactly one of train.steps and train.tokens "
-        "(train.tokens: run.yaml:12)",
+        "run.yaml:13: train.steps, train.tokens: set exactly one of train.steps and train.tokens; to use the "
+        "tokens write train.steps=null, to use the steps train.tokens=null (train.tokens: run.yaml:12)",
     ),
     "neither": (
         changed("  steps: 10\n", ""),
-        "run.yaml:11: train.steps, train.tokens: set exactly one of train.steps and train.tokens",
+        "run.yaml:11: train.steps, train.tokens: set exactly one of train.steps and train.tokens; for "
+        "example train.steps=1000",
     ),
     "prefix_and_blend": (
         with_line("data", "blend: [{prefix: a, weight: 1}]"),
-        "run.yaml:8: data.prefix, data.blend: set exactly one of data.prefix and data.blend "
+        "run.yaml:8: data.prefix, data.blend: set exactly one of data.prefix and data.blend; to use the "
+        "blend write data.prefix=null, to use the one dataset data.blend=null "
         "(data.blend: run.yaml:7)",
     ),
     "empty_blend": (
@@ -322,7 +323,8 @@ CONTRADICTIONS = {
     "warmups": (
         MINIMAL + "schedule:\n  warmup_steps: 3\n  warmup_fraction: 0.1\n",
         "run.yaml:16: schedule.warmup_steps, schedule.warmup_fraction: "
-        "set at most one of schedule.warmup_steps and schedule.warmup_fraction "
+        "set at most one of schedule.warmup_steps and schedule.warmup_fraction; to use the steps write "
+        "schedule.warmup_fraction=null, to use the share schedule.warmup_steps=null "
         "(schedule.warmup_fraction: run.yaml:17)",
     ),
     "valid_prefix": (
@@ -440,7 +442,7 @@ CONTRADICTIONS = {
         changed("micro_batch_size: 4", "micro_batch_size: 3"),
         "run.yaml:13: train.global_batch_size, train.micro_batch_size: global_batch_size (8) must be "
         "a multiple of "
-        "micro_batch_size (3); nearest legal values: 6, 9 (train.micro_batch_size: run.yaml:14)",
+        "micro_batch_size (3); nearest legal values: 6 or 9 (train.micro_batch_size: run.yaml:14)",
     ),
     "context": (
         with_line("model", "max_seq_len: 16"),
@@ -475,7 +477,9 @@ def test_several_problems_are_listed_in_file_order_on_five_lines(tmp_path: Path)
         ["run.yaml:15", "run.seed"],
         ["run.yaml:16", "logging.interval"],
     ]
-    assert lines[4] == "... and 2 more problems"
+    assert lines[4] == (
+        "... and 2 more problems: logging.wandb.mode (run.yaml:16), checkpoint.interval (run.yaml:17)"
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

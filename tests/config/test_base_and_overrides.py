@@ -68,8 +68,8 @@ def test_contradiction_across_files_names_both(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL, "base.yaml")
     message = message_of(write(tmp_path, "base: base.yaml\ntrain:\n  tokens: 512\n"))
     assert message == (
-        "base.yaml:12: train.steps, train.tokens: set exactly one of train.steps and train.tokens "
-        "(train.tokens: run.yaml:3)"
+        "base.yaml:12: train.steps, train.tokens: set exactly one of train.steps and train.tokens; to use "
+        "the tokens write train.steps=null, to use the steps train.tokens=null (train.tokens: run.yaml:3)"
     )
 
 

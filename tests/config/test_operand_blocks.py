@@ -33,7 +33,7 @@ REFUSED = {
         ("blockwise", ["parallel.tp=4"], {"head_dim": 64, "num_heads": 4, "num_kv_heads": 4}),
         r"parallel\.tp: model\.num_heads \* model\.head_dim = 256 in 4 parts goes through scale blocks of "
         r"128 "
-        r"elements \(precision\.gemm\.output\.x\); legal: parallel\.tp of 1, 2, or a recipe without blocks",
+        r"elements \(precision\.gemm\.output\.x\); legal: parallel\.tp of 1 or 2, or a recipe without blocks",
     ),
     "inputs of attention's output": (
         ("mxfp8", ["parallel.tp=2"], {"head_dim": 8, "num_heads": 4, "num_kv_heads": 4}),

@@ -129,7 +129,7 @@ def test_coat_keeps_activations_in_fp8() -> None:
         with pytest.raises(ConfigError, match=r"or precision\.activations: compute"):
             resolve_mapping(merged(precision={"activations": "fp8"}, train=settings))
     cut = {"parallel": {"tp": 2}, "model": {"family": "gpt", "ffn_hidden_size": 48}}
-    with pytest.raises(ConfigError, match=r"inside groups of 16 elements .* legal: 1, 3"):
+    with pytest.raises(ConfigError, match=r"inside groups of 16 elements .* legal: 1 or 3"):
         resolve_mapping(merged(precision={"activations": "fp8"}, **cut))
     resolve_mapping(merged(precision={"activations": "fp8"}, parallel={"tp": 2}))
 

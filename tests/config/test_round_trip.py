@@ -21,7 +21,7 @@ VARIANTS: dict[str, list[str]] = {
     "plain": [],
     "fp8": ["precision.gemm.fp8=true", "precision.gemm.output.x.margin=3",
         "precision.gemm.keep_x=second_copy",
-            "precision.gemm.exclude=[layers.0.*, lm_head]"],
+            "precision.gemm.exclude=[layers.0.*, '*.down']"],
     "fp8_recipe": ["precision.recipe=current", "precision.gemm={fp8: true, keep_x: bf16, min_dim: 64}"],
     "O1": ["precision.level=O1"],
     "O2_paper": ["precision.level=O2", "precision.profile=paper", "precision.gradient.fp8.accumulate=fp8"],
@@ -84,7 +84,7 @@ def test_defaults_are_those_of_the_schema() -> None:
 
 def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
-    text = explain(load_config(path, ["run.seed=5"]))
+    text = explain(load_config(path, ["run.seed=5"]), {})
     rows = {
         line.split()[0]: line.split(maxsplit=2)[1:]
         for line in text.splitlines()
@@ -97,12 +97,12 @@ def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     assert "precision.gemm.output.x.format" not in rows
     assert "\x1b" not in text
     assert text.splitlines()[-1] == "# 106 settings without effect are not shown: precision.gemm.fp8 is false"
-    fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]))
+    fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]), {})
     assert "precision.gemm.grad_input.grad_output.format" in fp8
     assert "precision.gradient.fp8.block" not in fp8
     assert "not shown: precision.gradient.format is high_precision; " in fp8.splitlines()[-1]
-    assert "not shown" not in explain(load_config(path, ["precision.level=O2"]))
-    exact = explain(load_config(path, ["precision.level=O1"])).splitlines()[-1]
+    assert "not shown" not in explain(load_config(path, ["precision.level=O2"]), {})
+    exact = explain(load_config(path, ["precision.level=O1"]), {}).splitlines()[-1]
     bound = "precision.state.bounded_update is about AdamW's rounded moments"
     assert exact == f"# 1 setting without effect is not shown: {bound}"
 

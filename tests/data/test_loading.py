@@ -240,6 +240,25 @@ def test_model_vocabulary_too_small(folder):
     assert open_with(config(folder / "a"), vocab_size=512).vocab_size == 512
 
 
+def test_a_vocabulary_smaller_than_that_of_a_named_tokenizer(folder) -> None:
+    named = config(folder / "foreign", tokenizer=str(folder / "a.model"))
+    with pytest.raises(DataError, match=r"vocab_size \(299\) is smaller .*a\.model \(300\)\nset it to"):
+        open_with(named, vocab_size=299)
+
+
+def test_a_vocabulary_far_above_the_tokenizers_is_told(folder) -> None:
+    def told(vocab_size: int | None, name: str = "a") -> list[str]:
+        return open_with(config(folder / name), vocab_size=vocab_size).warnings()
+
+    assert told(None) == told(300) == told(304) == told(512) == told(1024) == []  # padding
+    assert told(50304, "foreign") == []  # no tokenizer to compare with
+    assert told(1025) == [
+        f"model.vocab_size (1025) is far above the 300 tokens of {folder / 'a.model'}: 725 rows of embedding "
+        "and head are computed and never used; write model.vocab_size=null to take the tokenizer's, or "
+        "model.vocab_size=300"
+    ]
+
+
 def test_missing_dataset(tmp_path):
     with pytest.raises(DataError) as error:
         open_with(config(tmp_path / "none"))

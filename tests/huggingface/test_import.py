@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,50 @@ def test_a_wrong_import_is_noticed(saved: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(llama, "_parts", wrong)
     with pytest.raises(HuggingFaceError, match=r"largest difference of a logit .*\nthe two models differ"):
         import_command(saved, output=tmp_path / "run", check=None, text=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_only_our_lines_are_printed(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers warns of such ids and generation flags; the comparison does not depend on them."""
+    change_config(saved, bos_token_id=700, eos_token_id=900, pad_token_id=-1)
+    (saved / "generation_config.json").write_text('{"temperature": 0.1, "do_sample": false}')
+    assert import_command(saved, output=tmp_path / "run", check=True, text=None) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    starts = ["LlamaForCausalLM from ", "tokenizer: ", "parity with transformers ", "continue its training: "]
+    assert [line.startswith(start) for line, start in zip(out.splitlines(), starts, strict=True)] == [
+        True
+    ] * 4
+
+
+@pytest.mark.slow
+def test_nothing_that_is_imported_prints(saved: Path, tmp_path: Path) -> None:
+    """In a process of its own: torchao and torch speak when transformers imports them."""
+    words = ["import", "hf", str(saved), "--output", str(tmp_path / "run"), "--check"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fp8train", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"attention_bias": None}, {"torch_dtype": "auto", "dtype": None}, {"tie_word_embeddings": None}],
+)
+def test_whatever_transformers_raises_is_one_line(
+    saved: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    """A TypeError or AttributeError of another library, about a file of the user's."""
+    change_config(saved, **values)
+    with pytest.raises(HuggingFaceError, match=r"^transformers .* cannot load .* with --no-check$") as caught:
+        import_command(saved, output=tmp_path / "run", check=True, text=None)
+    assert len(str(caught.value).splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 

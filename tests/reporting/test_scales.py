@@ -244,6 +244,25 @@ def test_what_cannot_be_reported(folder: Path, run: Path, capsys: pytest.Capture
     assert "status.json is damaged" in message(capsys, str(run))
 
 
+def test_a_run_too_short_for_its_interval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run / "config.yaml"
+    long = config.read_text().replace("cast_statistics_interval: 2", "cast_statistics_interval: 50")
+    config.write_text(long)
+    rows = [row for row in log_of(run) if row["step"] == 1]  # the only step that is sampled whatever happens
+    (run / "casts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    advice = (
+        "logging.cast_statistics_interval is 50, more than the 7 steps of the run; train with "
+        "logging.cast_statistics_interval=1\n"
+    )
+    report(run)
+    assert f"note: casts.jsonl: one step was sampled; {advice}" in capsys.readouterr().out
+    (run / "casts.jsonl").unlink()
+    assert message(capsys, str(run)).endswith(f"holds no cast statistics yet (completed at step 7); {advice}")
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    assert message(capsys, str(run)).endswith("the first are written after the first step\n")
+
+
 def test_a_folder_that_cannot_be_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "file").write_text("")
     assert run_command(["report", "scales", str(run), "--out", str(run / "file")]) == 2
