@@ -84,14 +84,15 @@ _REFERENCE_HEAD = (
     "    fp8train config --reference > docs/reference.md",
     "    fp8train config --schema > docs/schema.json",
     "",
-    "from the schema that checks the file (a test compares). The second file is the same for editors: with",
-    "the YAML language server, write `# yaml-language-server: $schema=PATH/docs/schema.json` on the first",
-    "line.",
+    "from the schema that checks the file (a test compares). The second file is the same for",
+    "editors. With the YAML language server, write this on the first line of a run's file:",
+    "",
+    "    # yaml-language-server: $schema=PATH/docs/schema.json",
     "",
     "Keys are nested in the file (`train: {steps: 1000}`) and dotted on the command line",
-    "(`train.steps=1000`); `key=null` takes back what a file sets. *By preset* means that `model.family`,",
-    "`precision.level`, `.recipe`, `.profile` or `parametrization.kind` fill the key, or another key does:",
-    "`fp8train config FILE` shows with what, and who won.",
+    "(`train.steps=1000`). `key=null` takes back what a file sets. *By preset* means that",
+    "`model.family`, `precision.level`, `.recipe`, `.profile` or `parametrization.kind` fill the key,",
+    "or that another key does. `fp8train config FILE` shows with what, and who won.",
     "",
 )
 
@@ -100,8 +101,8 @@ def reference() -> str:
     """All keys as a Markdown page: what may be written, the default, what it means."""
     table = key_table()
     sections = table.children(())
-    links = ", ".join(f"[{section.name}](#{section.name})" for section in sections)
-    lines = [*_REFERENCE_HEAD, f"Sections: {links}."]
+    lines = [*_REFERENCE_HEAD, "Sections:", ""]
+    lines += [f"- [{section.name}](#{section.name})" for section in sections]
     for section in sections:
         lines += ["", f"## {section.name}", "", section.description, ""]
         lines += ["| key | value | default | meaning |", "|---|---|---|---|"]

@@ -20,7 +20,7 @@ LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 
 
 def linear_paths(num_layers: int) -> list[str]:
-    """Of all blocks, in order."""
+    """Paths of the linears of all layers, in order."""
     return [f"layers.{layer}.{name}" for layer in range(num_layers) for name in LINEARS]
 
 
