@@ -115,14 +115,17 @@ def test_train_passes_the_resolved_config_and_returns_the_status(
 ) -> None:
     seen = []
 
-    def run(resolved: Any) -> int:
-        seen.append(resolved)
+    def run(resolved: Any, **given: Any) -> int:
+        seen.append((resolved, given))
         return 17
 
     with_run(monkeypatch, run)
     assert run_command(["train", good, "optimizer.lr=1e-2", "train.steps=3"]) == 17
-    assert seen[0].config.optimizer.lr == 1e-2
-    assert str(seen[0].origins["train.steps"]) == "command line"
+    [(resolved, given)] = seen
+    assert resolved.config.optimizer.lr == 1e-2
+    assert str(resolved.origins["train.steps"]) == "command line"
+    assert given["console"].total_steps == 3
+    assert given["again"].endswith("optimizer.lr=1e-2 train.steps=3 checkpoint.resume=auto")
 
 
 def test_statuses_of_what_training_raises(
@@ -131,13 +134,13 @@ def test_statuses_of_what_training_raises(
     class TooSmallError(UserError):
         exit_status = 9
 
-    def user_error(resolved: Any) -> int:
+    def user_error(resolved: Any, **given: Any) -> int:
         raise TooSmallError("the dataset is too small")
 
-    def interrupted(resolved: Any) -> int:
+    def interrupted(resolved: Any, **given: Any) -> int:
         raise KeyboardInterrupt
 
-    def bug(resolved: Any) -> int:
+    def bug(resolved: Any, **given: Any) -> int:
         raise ZeroDivisionError("ours")
 
     with_run(monkeypatch, user_error)
@@ -151,14 +154,14 @@ def test_statuses_of_what_training_raises(
         run_command(["train", good])
 
 
-def test_ctrl_c_exits_130(good: str) -> None:
+def test_ctrl_c_exits_130() -> None:
     code = (
         "import sys, time; from types import SimpleNamespace\n"
-        "def run(resolved):\n"
+        "def doctor():\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(30)\n"
-        "sys.modules['fp8train.training.run'] = SimpleNamespace(run=run)\n"
-        f"sys.argv = ['fp8train', 'train', {good!r}]\n"
+        "sys.modules['fp8train.training.doctor'] = SimpleNamespace(doctor=doctor)\n"
+        "sys.argv = ['fp8train', 'doctor']\n"
         "from fp8train.cli import main; main()"
     )
     process = subprocess.Popen(

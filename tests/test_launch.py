@@ -97,6 +97,7 @@ def test_torchrun_arguments(fake_venv: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 3  # the status is torchrun's
     assert result.stdout.splitlines() == [
+        "starting 3 processes: c.yaml optimizer.lr=1e-3 a.b=x y",
         "-m torch.distributed.run --standalone --nproc-per-node=3 -m fp8train train c.yaml "
         "checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
         "threads 5",
@@ -107,7 +108,8 @@ def test_torchrun_keeps_a_given_resume(fake_venv: str) -> None:
     result = call(
         "launch/torchrun.sh", "c.yaml", "checkpoint.resume=never", FP8TRAIN_VENV=fake_venv, NPROC="1"
     )
-    assert result.stdout.splitlines()[0].endswith("train c.yaml checkpoint.resume=never")
+    assert result.stdout.splitlines()[0] == "starting 1 process: c.yaml checkpoint.resume=never"
+    assert result.stdout.splitlines()[1].endswith("train c.yaml checkpoint.resume=never")
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM"])

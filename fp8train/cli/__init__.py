@@ -9,9 +9,11 @@ where torchrun looks for them, so that its own summary names the reason.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ import typer
 from fp8train.cli import datasets, exchange, models, runs
 from fp8train.cli.app import app
 from fp8train.config.errors import UserError
+from fp8train.training.console import print_safely
 
 __all__ = ["app", "datasets", "exchange", "main", "models", "run_command", "runs"]
 
@@ -85,14 +88,26 @@ def _fail(message: str, status: int) -> int:
 
 def _say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        print_safely(f"{message}\n", sys.stderr)
 
 
-def _recorded(function: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int | None]:
-    """``function``, its uncaught exceptions also written where torchrun collects them."""
-    from torch.distributed.elastic.multiprocessing.errors import record
+def _recorded(function: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """``function``, its uncaught exceptions also written where torchrun collects them.
 
-    return record(function)
+    As torch's own decorator ``record`` does, but torch is imported when there is something to record.
+    """
+
+    def recorded(arguments: Sequence[str]) -> int:
+        faulthandler.enable(all_threads=True)
+        try:
+            return function(arguments)
+        except Exception as error:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+            raise
+
+    return recorded
 
 
 def main() -> None:
@@ -100,10 +115,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
-    run: Callable[[Sequence[str]], int | None] = run_command
+    run = run_command
     if "TORCHELASTIC_RUN_ID" in os.environ:
         run = _recorded(run_command)
     status = run(sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # what was done is done, and its status is on record
     # Process groups sit in reference cycles (hooks, stores), and only their destruction joins gloo's threads.
     # One that is still at work while the interpreter is torn down aborts a process that has done its job.
     gc.collect()

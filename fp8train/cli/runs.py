@@ -17,12 +17,9 @@ def train(
     overrides: Options = None,
 ) -> int:
     """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
-    from fp8train.config.resolve import load_config
+    from fp8train.training.command import train_command
 
-    resolved = load_config(config, overrides or ())  # before torch is imported: a typo is reported at once
-    from fp8train.training.run import run
-
-    return run(resolved)
+    return train_command(config, overrides or ())
 
 
 @app.command(name="config")

@@ -27,7 +27,7 @@ from fp8train.checkpoint.files import is_real_file, replace_file
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.training.run_claim import STATUS_FILE, claim
 
-RunState = Literal["running", "completed", "stopped", "failed"]
+RunState = Literal["running", "completed", "stopped", "failed", "interrupted"]
 
 _STREAMS = ("metrics.jsonl", "events.jsonl", "casts.jsonl")
 _logger = logging.getLogger(__name__)
