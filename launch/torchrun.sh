@@ -125,7 +125,10 @@ ask() {
     done
     asked+=("$signal")
     if ! tell && [ "${#told[@]}" -eq 0 ]; then
-        say "SIG$signal: stopping before the first step$([ "$signal" != INT ] || echo "; Ctrl-C once more: quit now")"
+        case "$signal" in
+        INT) say "Ctrl-C: stopping before the first step; Ctrl-C once more: quit now" ;;
+        *) say "SIG$signal: stopping before the first step" ;;
+        esac
     fi
 }
 for signal in INT TERM HUP USR1 USR2; do
@@ -144,5 +147,8 @@ while :; do
         break
     fi
 done
+# Its own status again: it may have ended while a trap cut the wait short.
+status=0
+wait "$torchrun" || status=$?
 [ -z "$quitting" ] || [ "$status" -eq 0 ] || status=130
 exit "$status"

@@ -75,7 +75,7 @@ class StopRequest:
         self._previous_wakeup_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         main = threading.get_ident()
         threading.Thread(target=self._watch, args=(reader, main), daemon=True).start()
-        for number in _SIGNALS:
+        for number in sorted(_SIGNALS):  # SIGTERM is last: launch/torchrun.sh looks for it
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup: the run is to outlive its terminal
             self._previous[number] = signal.signal(number, self._record)
