@@ -128,7 +128,7 @@ class Torchrun:
     def __init__(self, fake_venv: str, worker: str, **environment: str) -> None:
         self.process = subprocess.Popen(
             [str(ROOT / "launch" / "torchrun.sh"), "c.yaml"],
-            env={**os.environ, "FP8TRAIN_VENV": fake_venv, "NPROC": "1", "STUB_WORKER": worker, **environment},
+            env={**os.environ, "FP8TRAIN_VENV": fake_venv, "STUB_WORKER": worker, "NPROC": "1"} | environment,
             stdout=subprocess.PIPE,
             text=True,
             # bash cannot trap what was ignored when it started, as SIGINT is in background jobs

@@ -115,9 +115,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
-    run = run_command
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        run = _recorded(run_command)
+    run = _recorded(run_command) if "TORCHELASTIC_RUN_ID" in os.environ else run_command
     status = run(sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # what was done is done, and its status is on record

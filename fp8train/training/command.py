@@ -17,8 +17,8 @@ from fp8train.training.console import Console
 from fp8train.training.signals import StopRequest
 
 LAUNCHER = "FP8TRAIN_LAUNCHER"
-"""Environment variable in which a launch script leaves the command, in the shell's words, that takes CONFIG and
-overrides and continues by itself."""
+"""Environment variable in which a launch script leaves itself, in the shell's words. It takes CONFIG and
+overrides, and continues by itself."""
 
 _ASKED_ANEW = ("checkpoint.resume=", "run.overwrite=")
 

@@ -1,9 +1,9 @@
 """What a person reads while a run goes on: one line per logged step, in a terminal, a log file or ``| grep``.
 
 On a terminal alone, and not with ``TERM=dumb``, there is a live line too, which every step between two logged
-ones may replace. It stands in the row below the cursor, and the cursor's own row is left empty: what libraries
-and other processes print lands there whole, instead of on top of it. Whoever prints here clears it first.
-Colour (only for numbers that are not finite) is likewise for terminals, and not with ``NO_COLOR`` set
+ones may replace. It stands in the row below the cursor, and the cursor's own row is left empty: what
+libraries and other processes print lands there whole, instead of on top of it. Whoever prints here clears it
+first. Colour (only for numbers that are not finite) is likewise for terminals, and not with ``NO_COLOR`` set
 (https://no-color.org). An output that goes away (a closed pipe or terminal, a full disk) never stops a run:
 the numbers are in ``metrics.jsonl`` too.
 """

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,10 +87,13 @@ def _run(config: Config, console: Console, stop: StopRequest, again: str, direct
         directory.callback(run_dir.close)
         run = _Run(run_dir, config, procs, console, stop)
         stop.stop_file = run_dir.stop_file
-        stop.say = run.say
-        stop.on_quit = run.write_interrupted
-        with _warnings_to(run_dir, console):
-            return run.to_the_end(again)
+        stop.say = partial(_say, run_dir, console)
+        stop.on_quit = lambda: _write_interrupted(run_dir, run.done)
+        try:
+            with _warnings_to(run_dir, console):
+                return run.to_the_end(again)
+        finally:
+            stop.on_quit = partial(_write_interrupted, run_dir, run.done)  # holds no process group
 
 
 @contextmanager
@@ -131,6 +135,17 @@ def seed_generators(seed: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
+def _say(run_dir: RunDir, console: Console, text: str) -> None:
+    """A line for the person watching, and for the rank's log."""
+    run_dir.log(text)
+    console.say(text)
+
+
+def _write_interrupted(run_dir: RunDir, step: int) -> None:
+    """The status of a run that a second Ctrl-C ended."""
+    run_dir.write_status("interrupted", step=step, reason="second Ctrl-C", exit_code=EXIT_INTERRUPTED)
+
+
 @dataclass
 class _Run:
     """A run in its directory."""
@@ -143,21 +158,10 @@ class _Run:
     loop: TrainingLoop | None = None
     """Once there is one; a refused resume undoes nothing."""
 
-    def say(self, text: str) -> None:
-        """A line for the person watching, and for the rank's log."""
-        self.run_dir.log(text)
-        self.console.say(text)
-
     @property
     def done(self) -> int:
         """Steps done."""
         return self.run_dir.recorded_step() if self.loop is None else self.loop.done
-
-    def write_interrupted(self) -> None:
-        """The status of a run that a second Ctrl-C ended."""
-        self.run_dir.write_status(
-            "interrupted", step=self.done, reason="second Ctrl-C", exit_code=EXIT_INTERRUPTED
-        )
 
     def to_the_end(self, again: str) -> int:
         """Train, write the last status, and say what can be done next (``again``: how to continue)."""
@@ -167,7 +171,7 @@ class _Run:
                 outcome = self._train()
             else:
                 self.run_dir.log_event(outcome.state, step=outcome.step, reason=outcome.reason)
-                self.say(f"stopped before training began: {outcome.reason}")
+                _say(self.run_dir, self.console, f"stopped before training began: {outcome.reason}")
         except BaseException as error:
             if self.stop.quitting:
                 raise  # the caller knows

@@ -147,7 +147,7 @@ class StopRequest:
                 elif now - first >= SAME_CTRL_C_S:
                     self.quitting = True
                     threading.Thread(target=self._force, daemon=True).start()
-                    signal.pthread_kill(main, signal.SIGINT)  # the handler may have run too early for the flag
+                    signal.pthread_kill(main, signal.SIGINT)  # the handler may have run before the flag
                     self._answer("quitting now")
 
     def _answer(self, text: str) -> None:

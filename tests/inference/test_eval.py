@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from fp8train.cli import run_command
-from fp8train.config.resolve import load_config
 from fp8train.data.errors import DataError
 from fp8train.data.prepare import prepare
 from fp8train.inference.errors import InferenceError

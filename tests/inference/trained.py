@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from fp8train.config.resolve import load_config
 from fp8train.data.prepare import prepare
 from fp8train.training.command import train_command
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fp8train.cli import run_command
 from fp8train.comm.processes import Layout, Processes, joined_processes
-from fp8train.config.resolve import load_config, resolve_mapping
+from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
 from fp8train.data.prepare_sft import prepare_sft

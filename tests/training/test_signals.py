@@ -53,6 +53,10 @@ def test_a_second_interrupt_raises_only_after_a_second(monkeypatch: pytest.Monke
     def send(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
+    def wait_after(number: signal.Signals) -> None:
+        send(number)
+        time.sleep(60)
+
     with StopRequest(None) as stop:
         stop.say = answers.put
         send(signal.SIGINT)
@@ -67,8 +71,7 @@ def test_a_second_interrupt_raises_only_after_a_second(monkeypatch: pytest.Monke
         assert not stop.quitting
         clock[0] += SAME_CTRL_C_S * 0.2
         with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
-            time.sleep(60)
+            wait_after(signal.SIGINT)
         assert stop.quitting
         assert answers.get(timeout=60) == "quitting now"
         send(signal.SIGINT)  # nothing more to raise

@@ -1,4 +1,4 @@
-"""A run in the hands of a person: its first words, the live line, Ctrl-C once and twice, and a terminal that goes.
+"""A run in the hands of a person: its first words, the live line, Ctrl-C once and twice, a closed terminal.
 
 Every wait is for a text or for the end of a process.
 """
