@@ -79,6 +79,29 @@ def test_a_typo_is_reported_before_torch_is_imported(bad: str) -> None:
     assert f"{bad}:10: optimizer.lerning_rate: unknown key; did you mean optimizer.lr?" in done.stderr
 
 
+@pytest.mark.parametrize("environment", [{}, {"TORCHELASTIC_RUN_ID": "1"}], ids=["alone", "torchrun"])
+def test_the_start_is_announced_before_torch_is_imported(good: str, environment: dict[str, str]) -> None:
+    code = (
+        "import sys; from types import SimpleNamespace\n"
+        "def run(resolved, **given): print('torch is here' if 'torch' in sys.modules else 'no torch yet')\n"
+        "sys.modules['fp8train.training.run'] = SimpleNamespace(run=run)\n"
+        f"sys.argv = ['fp8train', 'train', {good!r}, 'train.steps=3', 'run.name=here']\n"
+        "from fp8train.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    started = f"starting {good}: llama at O0, 3 steps, 1 process; run runs/here"
+    assert done.stdout.splitlines() == [started, "no torch yet"]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_user_error_is_one_message_and_status_2(bad: str) -> None:
     done = command("config", bad)
     assert done.returncode == 2
