@@ -56,7 +56,7 @@ export FP8TRAIN_LAUNCHER
 # torchrun itself answers any signal with a traceback and status 1, and kills workers that need longer than 30 s to save. So it runs
 # in a process group of its own, out of reach of the terminal, and signals go to its children: they save and end with 0, as it then does.
 set -m
-"$python" -m torch.distributed.run --standalone --nproc-per-node="$nproc" -m fp8train train "$config" "${resume[@]}" "$@" &
+"$python" -m fp8train.launch --nproc-per-node="$nproc" "$config" "${resume[@]}" "$@" &
 torchrun=$!
 set +m
 

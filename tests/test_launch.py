@@ -55,7 +55,7 @@ esac
 # Stands in for Python: tells where the run lies, then trains as STUB_RUN says.
 PYTHON = """#!/usr/bin/env bash
 state() { printf '{\\n  "state": "%s",\\n  "step": 1\\n}\\n' "$1" >"$STUB_DIR/run/status.json"; }
-if [ "$1" = -c ]; then echo "probe ${*:3}" >>"$STUB_LOG"; echo "$STUB_DIR/run"; exit 0; fi
+if [ "$3" = --check ]; then echo "python $*" >>"$STUB_LOG"; echo "$STUB_DIR/run"; exit 0; fi
 echo "python $*" >>"$STUB_LOG"
 echo "threads $OMP_NUM_THREADS" >>"$STUB_LOG"
 mkdir "$STUB_DIR/run"
@@ -108,8 +108,7 @@ def test_torchrun_arguments(fake_venv: str, tmp_path: Path) -> None:
     assert result.returncode == 3  # the status is torchrun's
     assert result.stdout.splitlines() == [
         "starting 3 processes: c.yaml optimizer.lr=1e-3 a.b=x y",
-        "-m torch.distributed.run --standalone --nproc-per-node=3 -m fp8train train c.yaml "
-        "checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
+        "-m fp8train.launch --nproc-per-node=3 c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
         "threads 5",
     ]
 
@@ -119,7 +118,7 @@ def test_torchrun_keeps_a_given_resume(fake_venv: str) -> None:
         "launch/torchrun.sh", "c.yaml", "checkpoint.resume=never", FP8TRAIN_VENV=fake_venv, NPROC="1"
     )
     assert result.stdout.splitlines()[0] == "starting 1 process: c.yaml checkpoint.resume=never"
-    assert result.stdout.splitlines()[1].endswith("train c.yaml checkpoint.resume=never")
+    assert result.stdout.splitlines()[1].endswith(" c.yaml checkpoint.resume=never")
 
 
 class Torchrun:
@@ -287,10 +286,11 @@ def test_slurm_starts_one_torchrun_per_node(slurm: FakeSlurm) -> None:
     port = 15000 + 40123 % 17000
     assert slurm.log == [
         "srun --cpu-bind=none --nodes=1 --ntasks=1",
-        "probe c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
+        "python -m fp8train.launch --check --nnodes=2 --nproc-per-node=4 "
+        "c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
         "srun --cpu-bind=none --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1",
-        "python -m torch.distributed.run --node-rank=0 --nnodes=2 --nproc-per-node=4 --master-addr=first "
-        f"--master-port={port} -m fp8train train c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
+        "python -m fp8train.launch --node-rank=0 --nnodes=2 --nproc-per-node=4 --master-addr=first "
+        f"--master-port={port} c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
         "threads 6",
     ]
     assert f"2 x 4 processes, rendezvous at first:{port}" in result.stdout
@@ -308,8 +308,7 @@ def test_slurm_settings_can_be_overridden(slurm: FakeSlurm) -> None:
     slurm.run("c.yaml", "checkpoint.resume=never", **environment)
     assert slurm.log[2].startswith("srun --cpu-bind=none --cpus-per-task=16 --label --mpi=none --nodes=2 ")
     assert slurm.log[3].endswith(
-        "--nproc-per-node=3 --master-addr=10.0.0.1 --master-port=29999 -m fp8train train c.yaml "
-        "checkpoint.resume=never"
+        "--nproc-per-node=3 --master-addr=10.0.0.1 --master-port=29999 c.yaml checkpoint.resume=never"
     )
     assert slurm.log[4] == "threads 5"
 

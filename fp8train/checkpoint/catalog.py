@@ -9,16 +9,20 @@ A directory with a step name is a *candidate*; only its manifest says whether it
 followed.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, shorten
 from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
-from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, verify_checkpoint
+from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, is_complete, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 POINTER_FILE = "latest"
 CHECKPOINTS_DIR = "checkpoints"
@@ -63,6 +67,19 @@ def candidates(root: Path) -> list[Path]:
     back, or saved but not yet pointed at when the job died). Without a usable pointer: all, from new to old,
     with a warning.
     """
+    ordered = _in_order(root)
+    if ordered and read_pointer(root) is None:
+        state = "missing" if not (root / POINTER_FILE).exists() else "unusable"
+        _logger.warning(
+            "%s is %s; falling back to the newest complete checkpoint, %s at best",
+            root / POINTER_FILE,
+            state,
+            ordered[0].name,
+        )
+    return ordered
+
+
+def _in_order(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = {path.name: path for path in root.iterdir() if step_of(path) is not None and is_real_dir(path)}
@@ -70,14 +87,6 @@ def candidates(root: Path) -> list[Path]:
     ordered = sorted(kept, key=lambda path: (-(step_of(path) or 0), path.name))
     target = read_pointer(root)
     if target is None:
-        if ordered:
-            state = "missing" if not (root / POINTER_FILE).exists() else "unusable"
-            _logger.warning(
-                "%s is %s; falling back to the newest complete checkpoint, %s at best",
-                root / POINTER_FILE,
-                state,
-                ordered[0].name,
-            )
         return ordered
     newest = step_of(target) or 0
     return sorted(ordered, key=lambda path: (step_of(path) or 0) > newest)
@@ -127,6 +136,23 @@ def find_checkpoint(
             "restore one from a copy, or start afresh under another run.name or with run.overwrite=true"
         )
     return None
+
+
+def likely_checkpoint(root: Path, resume: str, *, key: str = "checkpoint.resume") -> Path | None:
+    """What :func:`find_checkpoint` will most likely give, for a look before a run: files are listed and not
+    read, damage is passed over without a word, and None is given where nothing looks good.
+
+    Raises :class:`CheckpointError` when an explicit path holds no checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        given = Path(resume)
+        kind = _classify(given, key)
+        if kind == "step":
+            return given
+        root = given / CHECKPOINTS_DIR if kind == "run" else given
+    return next((path for path in _in_order(root) if is_complete(path)), None)
 
 
 def verify_given(path: Path, *, ranks: Ranks, mode: Verify) -> None:

@@ -149,6 +149,15 @@ def verify_checkpoint(
     return manifest
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether a checkpoint's files are all there in the right sizes; nothing large is read."""
+    try:
+        _check_listing(directory)
+    except (CorruptCheckpointError, OSError):
+        return False
+    return True
+
+
 def _check_listing(directory: Path) -> Manifest:
     manifest = read_manifest(directory)
     present = {entry.name for entry in directory.iterdir()} - {MANIFEST_FILE}

@@ -4,16 +4,21 @@ Saving and loading touch the file system on every rank, and any of them can fail
 while its peers waited in the next collective, the job would hang until the process-group timeout and blame an
 innocent rank. So every such step runs through :meth:`Ranks.each`: outcomes are exchanged, and a failure
 anywhere is raised everywhere. The price is one small object all-gather per step, nothing next to file I/O.
+
+torch is imported where there is a group: one process looks at files without it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TypeVar
 
 from fp8train.checkpoint.errors import CheckpointError, explain_os_error
 from fp8train.config.errors import UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -29,8 +34,11 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.rank: int = 0 if group is None else dist.get_rank(group)
-        self.size: int = 1 if group is None else dist.get_world_size(group)
+        self.rank, self.size = 0, 1
+        if group is not None:
+            import torch.distributed as dist
+
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     @property
     def is_first(self) -> bool:
@@ -66,6 +74,8 @@ class Ranks:
             outcome = _Outcome(error=self._portable(error))
         outcomes = [outcome]
         if self.group is not None:
+            import torch.distributed as dist
+
             outcomes = [_Outcome()] * self.size
             dist.all_gather_object(outcomes, outcome, group=self.group)
         failure = next((one.error for one in outcomes if one.error is not None), None)

@@ -3,34 +3,29 @@
 Every command imports what it needs when it runs, so that ``fp8train config`` answers in a fraction of a
 second and needs no torch. What a user can mend (:class:`~fp8train.config.errors.UserError`, a wrong option)
 ends with its message on stderr and exit status 2; Ctrl-C with 130; anything else is a bug and keeps its
-traceback. Under torchrun only rank 0 prints, every rank exits with the status, and failures are also left
-where torchrun looks for them, so that its own summary names the reason.
+traceback. With several ranks one prints, or their launcher does (:mod:`fp8train.comm.failures`); every rank
+exits with the status.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import gc
-import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import typer
 
 from fp8train.cli import datasets, exchange, models, runs
 from fp8train.cli.app import app
+from fp8train.comm.failures import INTERRUPTED, Failure, describe, own_rank, record, speaks
 from fp8train.config.errors import UserError
 from fp8train.training.console import print_safely
 
 __all__ = ["app", "datasets", "exchange", "main", "models", "run_command", "runs"]
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C: 128 + SIGINT, as shells report it."""
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError: newer typer ships click privately
 
@@ -63,51 +58,40 @@ def run_command(arguments: Sequence[str]) -> int:
     except UserError as error:
         if debug:
             raise
-        return _fail(str(error), error.exit_status)
+        return _fail(describe(error))
     except _USAGE_ERROR as error:
         if debug:
             raise
         message = cast(Any, error).format_message().rstrip(".")
-        return _fail(f"{message}; see  fp8train --help", UserError.exit_status)
+        failure = Failure(own_rank(), f"{message}; see  fp8train --help", UserError.exit_status)
+        return _fail(failure)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:
-        _say("interrupted")
+        return _fail(describe(KeyboardInterrupt()))
     return status if isinstance(status, int) else 0
 
 
-def _fail(message: str, status: int) -> int:
-    """Print ``message`` (rank 0), leave it for torchrun's summary (every rank), and return ``status``."""
-    _say(f"error: {message}")
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
-    return status
+def _fail(failure: Failure) -> int:
+    """Record a failure, print it if this is the rank to do so, and return its status."""
+    record(failure)
+    if speaks(failure):
+        print_safely(f"{failure.last_word()}\n", sys.stderr)
+    return failure.exit_status
 
 
-def _say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print_safely(f"{message}\n", sys.stderr)
-
-
-def _recorded(function: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """``function``, its uncaught exceptions also written where torchrun collects them.
-
-    As torch's own decorator ``record`` does, but torch is imported when there is something to record.
-    """
-
-    def recorded(arguments: Sequence[str]) -> int:
-        faulthandler.enable(all_threads=True)
-        try:
-            return function(arguments)
-        except Exception as error:
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)
+def _run_as_rank(arguments: Sequence[str]) -> int:
+    """:func:`run_command` under torchrun: of a bug that all ranks meet, or that costs them their peers, one
+    traceback is printed."""
+    faulthandler.enable()
+    try:
+        return run_command(arguments)
+    except Exception as error:
+        failure = describe(error)
+        record(failure)
+        if speaks(failure):
             raise
-
-    return recorded
+        return failure.exit_status
 
 
 def main() -> None:
@@ -115,7 +99,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
-    run = _recorded(run_command) if "TORCHELASTIC_RUN_ID" in os.environ else run_command
+    run = _run_as_rank if "TORCHELASTIC_RUN_ID" in os.environ else run_command
     status = run(sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # what was done is done, and its status is on record

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fp8train.comm.collectives import CountedGroup, alone
+from fp8train.comm.failures import describe, record
+from fp8train.config.environment import world_from_environment
 from fp8train.config.errors import ConfigError
 
 AXES = ("dp", "pp", "cp", "tp")
@@ -92,18 +94,6 @@ class Processes:
 _DATA_PARALLEL = Layout()
 
 
-def world_from_environment() -> tuple[int, int, int, int]:
-    """(world size, rank, ranks on this node, rank on this node) as torchrun sets them; (1, 0, 1, 0) without
-    it."""
-    get = os.environ.get
-    return (
-        int(get("WORLD_SIZE", "1")),
-        int(get("RANK", "0")),
-        int(get("LOCAL_WORLD_SIZE", "1")),
-        int(get("LOCAL_RANK", "0")),
-    )
-
-
 def choose_device(setting: str, local_rank: int) -> torch.device:
     """The device for ``run.device``.
 
@@ -140,17 +130,28 @@ def processes(
         layout: ranks of a copy of the model; the rest is data-parallel.
         timeout_s: after this long a collective that some rank never joins fails.
     """
-    world_size, _rank, _, local_rank = world_from_environment()
-    device = choose_device(device_setting, local_rank)
+    world = world_from_environment()
+    device = choose_device(device_setting, world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size == 1:
+    if world.size == 1:
         yield Processes(device, 1, 0, alone(), None)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"rank {world.rank} of {world.size} could not meet the others at {where} "
+            f"({str(error).splitlines()[0]:.120})\n"
+            "are all of them running, and is MASTER_ADDR the first node?"
+        ) from error
     try:
         yield joined_processes(device, layout)
+    except BaseException as error:
+        record(describe(error))  # before a peer can notice
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -12,16 +12,18 @@ a step begins where the samples of all steps before end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fp8train.config.batch_sizes import BatchSizes
 from fp8train.config.errors import ConfigError
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import out_of_vocab
 from fp8train.data.samples import Samples
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_batch_sizes(*, global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
@@ -113,6 +115,8 @@ class GlobalBatches:
         Raises:
             DataError: A token is outside the vocabulary; names dataset, document and offset.
         """
+        import torch  # not needed to see whether the data will do, before a run
+
         count = self._sizes.size(step) // self._dp_size
         first = self.samples_before(step) + self._dp_rank * count
         tokens = np.stack([self.samples[first + number] for number in range(count)])
@@ -141,8 +145,8 @@ class GlobalBatches:
             "fingerprint": self.samples.fingerprint,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> int:
-        """Check that a position belongs to this data, go on from it, and return its step.
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that a position belongs to this data.
 
         Raises:
             DataError: Sequence length, data, split or seed differ from the checkpoint's.
@@ -161,6 +165,14 @@ class GlobalBatches:
                 f"  now:        {self.samples.description}, fingerprint {self.samples.fingerprint[:16]}\n"
                 "restore the dataset and the settings, or start a new run"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Check that a position belongs to this data, go on from it, and return its step.
+
+        Raises:
+            DataError: See :meth:`check_state_dict`.
+        """
+        self.check_state_dict(state)
         self._start_step = int(state["step"])
         # Earlier versions did not record the samples: their batches had one size from the start.
         self._start_sample = int(state.get("samples", self._start_step * state["global_batch_size"]))

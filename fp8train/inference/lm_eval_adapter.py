@@ -24,7 +24,8 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from fp8train.comm.collectives import alone
-from fp8train.comm.processes import choose_device, world_from_environment
+from fp8train.comm.processes import choose_device
+from fp8train.config.environment import world_from_environment
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate
 from fp8train.inference.load import load_trained
@@ -62,7 +63,7 @@ class Fp8TrainLM(LM):  # type: ignore[misc]
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if world_from_environment()[0] > 1:
+        if world_from_environment().size > 1:
             raise InferenceError("lm-eval runs in one process here; fp8train eval --tasks uses several")
         if numerics not in ("matched", "bf16"):
             raise InferenceError(f"numerics={numerics}: choose matched or bf16")

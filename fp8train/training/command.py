@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fp8train.config.environment import world_from_environment
 from fp8train.config.resolve import ResolvedConfig, load_config
 from fp8train.training.console import Console
 from fp8train.training.signals import StopRequest
@@ -38,9 +39,13 @@ def train_command(config: Path, overrides: Sequence[str]) -> int:
     ):
         stop.say = console.say
         console.say(starting_line(config, resolved))
-        from fp8train.training.run import run
+        from fp8train.training.preflight import preflight
 
-        return run(resolved, console=console, stop=stop, again=again)
+        world = world_from_environment()
+        data = preflight(resolved, world_size=world.size, rank=world.rank)
+        from fp8train.training.run import run  # last, because of torch: a mistake is reported at once
+
+        return run(resolved.config, world, data, console=console, stop=stop, again=again)
 
 
 def starting_line(config: Path, resolved: ResolvedConfig) -> str:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fp8train.comm.processes import Processes, processes, world_from_environment
+from fp8train.comm.processes import Processes, processes
+from fp8train.config.environment import world_from_environment
 from fp8train.data.loading import SplitName
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
@@ -109,17 +110,17 @@ def eval_command(checkpoint: Path, options: EvalOptions, *, device: str, json_fi
     """
     options.check()
     run = open_run(checkpoint)
-    _, rank, local_world_size, _ = world_from_environment()
-    prepare_machine(run.config, local_world_size)  # in one process: the threads, so the bits, of training
+    world = world_from_environment()
+    prepare_machine(run.config, world.local_size)  # in one process: the threads, so the bits, of training
     with processes(device) as procs:
-        shown = _Shown(rank == 0)
+        shown = _Shown(world.rank == 0)
         if options.text:
             report = _on_text(run, options, procs, shown)
         elif options.tasks:
             report = _on_tasks(run, options, procs, shown)
         else:
             report = _on_dataset(run, options, procs, shown)
-        if json_file is not None and rank == 0:
+        if json_file is not None and world.rank == 0:
             _write_json(json_file, {"checkpoint": str(run.path), "step": run.step, **report})
     return 0
 

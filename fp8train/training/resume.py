@@ -7,19 +7,20 @@ residuals of error feedback) is taken over on the same layout only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fp8train.checkpoint import CheckpointError, OpenCheckpoint, open_checkpoint, restore_rng
+from fp8train.checkpoint import OpenCheckpoint, open_checkpoint, restore_rng
 from fp8train.comm.processes import Processes
-from fp8train.config.changes import Change, changes, check_accepted, is_in, listed
+from fp8train.config.changes import is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
 from fp8train.parallel.gradients.plan import RESIDUAL_PREFIX
+from fp8train.training.preflight import settings_changes
 from fp8train.training.reporter import Reporter
 from fp8train.training.restore import restore
 from fp8train.training.trainer import Trainer
@@ -48,13 +49,8 @@ def resume(
     """
     opened = open_checkpoint(path, group=processes.control, verify="size")
     meta = opened.meta
-    if not {"config", "trainer", "data"} <= meta.keys():
-        raise CheckpointError(
-            f"{path} holds weights but no state of a training run, so nothing can go on from it; start a new "
-            "run from it: checkpoint.init_from"
-        )
-    found = changes(meta["config"], config)
-    _check_changes(found, config, trainer, meta["trainer"], path)
+    found = settings_changes(meta, config, path)
+    _check_trainer(config, trainer, meta["trainer"], path)
     step = data.train.load_state_dict(meta["data"])
     own = _rank_state(opened, config)
     restored = restore(
@@ -83,20 +79,9 @@ def resume(
     return step
 
 
-def _check_changes(
-    found: Sequence[Change], config: Config, trainer: Trainer, meta: dict[str, Any], path: Path
-) -> None:
-    accepted = config.checkpoint.accept_changes
-    check_accepted(found, accepted, str(path))
-    sizes = ("train.global_batch_size", "train.batch_size_ramp")
-    counted = [one.key for one in found if one.key in sizes]
-    if counted and config.train.tokens is not None:
-        raise ConfigError(
-            f"{counted[0]} cannot change in a run whose length is train.tokens: its steps, and so its "
-            "schedule, would be counted anew; write train.steps instead"
-        )
+def _check_trainer(config: Config, trainer: Trainer, meta: dict[str, Any], path: Path) -> None:
     try:
-        trainer.check_meta(meta, lambda key: is_in(key, accepted))
+        trainer.check_meta(meta, lambda key: is_in(key, config.checkpoint.accept_changes))
     except ValueError as error:
         raise ConfigError(f"checkpoint {path}: {error}") from None
 

@@ -27,17 +27,18 @@ import numpy as np
 import torch
 
 from fp8train.checkpoint import find_checkpoint, sweep_leftovers
-from fp8train.comm.processes import Layout, Processes, choose_threads, processes, world_from_environment
+from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
+from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.config.dump import dump_yaml
-from fp8train.config.errors import ConfigError, UserError
-from fp8train.config.resolve import ResolvedConfig
+from fp8train.config.environment import World
+from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
-from fp8train.config.world import check_world
-from fp8train.data.loading import Data, open_data
+from fp8train.data.loading import Data
 from fp8train.training.console import Console, print_safely
 from fp8train.training.environment import describe_environment
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
+from fp8train.training.memory import explain, is_out_of_memory
 from fp8train.training.reporter import Reporter
 from fp8train.training.resume import resume
 from fp8train.training.run_dir import RunDir
@@ -45,11 +46,13 @@ from fp8train.training.signals import EXIT_INTERRUPTED, StopRequest
 from fp8train.training.trainer import Trainer
 
 
-def run(resolved: ResolvedConfig, *, console: Console, stop: StopRequest, again: str) -> int:
-    """Train as ``resolved`` says, in as many processes as torchrun started.
+def run(config: Config, world: World, data: Data, *, console: Console, stop: StopRequest, again: str) -> int:
+    """Train in as many processes as torchrun started.
 
     Args:
-        resolved: the configuration.
+        config: what.
+        world: this process among them.
+        data: from :func:`~fp8train.training.preflight.preflight`.
         console: rank 0's output.
         stop: entered; collects the signals of the whole run.
         again: how the run is continued, for the one who stopped it.
@@ -61,19 +64,18 @@ def run(resolved: ResolvedConfig, *, console: Console, stop: StopRequest, again:
         UserError: anything the user can mend; nothing that was saved is lost.
         KeyboardInterrupt: a second Ctrl-C.
     """
-    config = resolved.config
-    world_size, _, local_world_size, _ = world_from_environment()
-    check_world(config, world_size, origins=resolved.origins)
-    prepare_machine(config, local_world_size)
+    prepare_machine(config, world.local_size)
     with ExitStack() as directory, _quitting_interrupts(stop, console, again):
         try:
-            return _run(config, console, stop, again, directory)
+            return _run(config, data, console, stop, again, directory)
         finally:
             # Process groups sit in reference cycles, and gloo's threads end with them alone.
             gc.collect()
 
 
-def _run(config: Config, console: Console, stop: StopRequest, again: str, directory: ExitStack) -> int:
+def _run(
+    config: Config, data: Data, console: Console, stop: StopRequest, again: str, directory: ExitStack
+) -> int:
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     with processes(config.run.device, layout=layout_of(config)) as procs:
         seed_generators(config.run.seed, procs.rank)
@@ -85,7 +87,7 @@ def _run(config: Config, console: Console, stop: StopRequest, again: str, direct
             group=procs.control,
         )
         directory.callback(run_dir.close)
-        run = _Run(run_dir, config, procs, console, stop)
+        run = _Run(run_dir, config, procs, data, console, stop)
         stop.stop_file = run_dir.stop_file
         stop.say = partial(_say, run_dir, console)
         stop.on_quit = lambda: _write_interrupted(run_dir, run.done)
@@ -153,6 +155,7 @@ class _Run:
     run_dir: RunDir
     config: Config
     procs: Processes
+    data: Data
     console: Console
     stop: StopRequest
     loop: TrainingLoop | None = None
@@ -175,10 +178,13 @@ class _Run:
         except BaseException as error:
             if self.stop.quitting:
                 raise  # the caller knows
-            status = error.exit_status if isinstance(error, UserError) else 1
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.run_dir.write_status("failed", step=self.done, reason=reason, exit_code=status)
-            raise
+            with undisturbed():
+                step = None if self.loop is None else self.loop.done + 1
+                explained = _explain(error, self.run_dir, self.config, self.procs, step=step)
+                self.run_dir.write_failure(describe(explained), step=self.done)
+            if explained is error:
+                raise
+            raise explained from error
         self.run_dir.write_status(outcome.state, step=outcome.step, reason=outcome.reason, exit_code=0)
         if outcome.state == "stopped":
             self.console.say(f"continue with: {again}")
@@ -195,7 +201,7 @@ class _Run:
         return Outcome("stopped", reason, self.done)
 
     def _train(self) -> Outcome:
-        run_dir, config, procs = self.run_dir, self.config, self.procs
+        run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
         checkpoint = find_checkpoint(
@@ -205,17 +211,6 @@ class _Run:
             verify=config.checkpoint.verify,
         )
         source = None if checkpoint is not None else _source(run_dir, config, procs)
-        data = open_data(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=procs.dp.rank,
-            dp_size=procs.dp.size,
-            seed=config.run.seed,
-            total_steps=config.total_steps,
-            ramp=config.train.batch_sizes.ramp,
-        )
         trainer = _build(config, procs, data)
         _keep_tokenizer(run_dir, data)
         with Reporter(
@@ -235,21 +230,19 @@ class _Run:
                 )
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
-                outcome = self._loop(data, trainer, reporter, source, step)
+                outcome = self._loop(trainer, reporter, source, step)
             self.stop.plan = "the run is over, ending"
             reporter.end(outcome.state, outcome.reason, outcome.step)
             return outcome
 
-    def _loop(
-        self, data: Data, trainer: Trainer, reporter: Reporter, source: Path | None, start: int
-    ) -> Outcome:
+    def _loop(self, trainer: Trainer, reporter: Reporter, source: Path | None, start: int) -> Outcome:
         """From here on there is a run to lose."""
         run_dir, config, procs = self.run_dir, self.config, self.procs
         self.loop = loop = TrainingLoop(
             config,
             processes=procs,
             run_dir=run_dir,
-            data=data,
+            data=self.data,
             trainer=trainer,
             reporter=reporter,
             stop_reason=lambda: self.stop.agree(procs.control),
@@ -263,12 +256,24 @@ class _Run:
                 processes=procs,
                 trainer=trainer,
                 reporter=reporter,
-                tokenizer=data.tokenizer,
+                tokenizer=self.data.tokenizer,
             )
         run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
         return loop.run()
+
+
+def _explain(
+    error: BaseException, run_dir: RunDir, config: Config, procs: Processes, *, step: int | None
+) -> BaseException:
+    """``error``, or what a person can do something with in its place."""
+    if is_out_of_memory(error):
+        return explain(error, config, rank=procs.rank, dp=procs.dp.size, step=step)
+    first = run_dir.failure()
+    if first is not None and not first.peers_lost and lost_peers(error):
+        return PeerFailedError(first)
+    return error
 
 
 def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
@@ -283,11 +288,6 @@ def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
 
 
 def _build(config: Config, procs: Processes, data: Data) -> Trainer:
-    if config.train.eval_interval and data.valid is None:
-        raise ConfigError(
-            "train.eval_interval is set but there is no validation data; give data.split a validation share "
-            "or set data.valid_prefix"
-        )
     ignore_after = data.eod_id if config.data.mask_end_of_document else None
     try:
         return Trainer(config, procs, vocab_size=data.vocab_size, ignore_after=ignore_after)

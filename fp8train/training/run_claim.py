@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Literal
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, POINTER_FILE, step_of
 from fp8train.checkpoint.errors import explain_os_error
@@ -52,12 +53,7 @@ def claim(base: Path, name: str, *, resume: str, overwrite: bool) -> tuple[int, 
     Returns the locked file and whether a run is continued. Raises :class:`RunDirError`; see ``RunDir.open``.
     """
     path = base / name
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise RunDirError(f"run.name: {name!r} must be a plain name, not a path")
-    if overwrite and resume == "auto":
-        raise RunDirError(
-            "run.overwrite=true deletes what checkpoint.resume=auto would continue from; set one of them"
-        )
+    _check_settings(name, resume=resume, overwrite=overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
         _holds_run(path)  # refuses someone's folder before a lock file is put there
@@ -76,15 +72,48 @@ def claim(base: Path, name: str, *, resume: str, overwrite: bool) -> tuple[int, 
     return lock_fd, continued
 
 
+def check_claim(base: Path, name: str, *, resume: str, overwrite: bool) -> bool:
+    """Whether :func:`claim` would continue a run. Raises what it would raise as far as looking shows: nothing
+    is written, and whether another job is at work there is not asked.
+    """
+    path = base / name
+    _check_settings(name, resume=resume, overwrite=overwrite)
+    try:
+        return path.is_dir() and _holds_run(path) and _decide(path, resume, overwrite=overwrite) == "continue"
+    except OSError as error:
+        raise RunDirError(
+            f"run directory {path} cannot be read ({explain_os_error(error)}); "
+            "set run.dir to a folder of yours"
+        ) from error
+
+
+def _check_settings(name: str, *, resume: str, overwrite: bool) -> None:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise RunDirError(f"run.name: {name!r} must be a plain name, not a path")
+    if overwrite and resume == "auto":
+        raise RunDirError(
+            "run.overwrite=true deletes what checkpoint.resume=auto would continue from; set one of them"
+        )
+
+
 def _furnish(path: Path, *, fresh: bool) -> None:
     for leftover in path.glob(f".*{TMP_SUFFIX}"):  # of a replacement that was killed
         if _is_own_tmp(leftover.name):
             remove(leftover)
-    if fresh:
-        status = {"state": "running", "step": 0, "reason": "", "exit_code": None}
-        replace_file(path / STATUS_FILE, (json.dumps(status, indent=2) + "\n").encode())
+    # What an earlier job ended with must not be taken for this one's end. Where it had come to stays.
+    step = 0 if fresh else recorded_step(path)
+    status = {"state": "running", "step": step, "reason": "", "exit_code": None}
+    replace_file(path / STATUS_FILE, (json.dumps(status, indent=2) + "\n").encode())
     for folder in (CHECKPOINTS_DIR, "logs", "tb"):
         (path / folder).mkdir(exist_ok=True)
+
+
+def recorded_step(path: Path) -> int:
+    """Steps done as the ``status.json`` of ``path`` has them; 0 where it does not say."""
+    try:
+        return int(json.loads((path / STATUS_FILE).read_text())["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def _is_own_tmp(name: str) -> bool:
@@ -138,6 +167,23 @@ def _lock(path: Path) -> int:
     return fd
 
 
+def in_use(path: Path) -> bool:
+    """Whether a live job holds the run directory ``path``."""
+    try:
+        fd = os.open(path / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
 def _holder(data: bytes) -> str:
     try:
         owner = json.loads(data)
@@ -148,21 +194,28 @@ def _holder(data: bytes) -> str:
 
 
 def _settle(path: Path, *, resume: str, overwrite: bool) -> bool:
-    """Decide between continued (True), begun anew (False) and refused for a directory that a job has used."""
+    """Prepare a directory that a job has used; whether its run is continued."""
+    decision = _decide(path, resume, overwrite=overwrite)
+    if decision == "overwrite":
+        _delete_run(path)
+        return False
+    remove(path / "STOP")  # it was meant for the job that is gone
+    return decision == "continue"
+
+
+def _decide(path: Path, resume: str, *, overwrite: bool) -> Literal["overwrite", "begin", "continue"]:
+    """What becomes of a directory that a job has used, if it is not refused."""
     inside = resume not in ("never", "auto") and Path(resume).resolve().is_relative_to(path.resolve())
     if overwrite:
         if inside:
             raise RunDirError(
                 f"run.overwrite=true would delete the checkpoint to resume from ({resume}); set one of them"
             )
-        _delete_run(path)
-        return False
+        return "overwrite"
     if not _has_started(path):
-        remove(path / "STOP")
-        return False
+        return "begin"
     if resume == "auto" or inside:
-        remove(path / "STOP")  # it was meant for the job that is gone
-        return True
+        return "continue"
     raise RunDirError(
         f"{path} already holds a run. Three ways on:\n"
         "  checkpoint.resume=auto   continue it from its newest checkpoint\n"

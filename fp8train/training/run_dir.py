@@ -6,8 +6,11 @@
 One live job holds the directory (see :mod:`fp8train.training.run_claim`). Records are whole lines, and a
 resumed run's equal an uninterrupted one's: lines after the resumed step are cut off.
 
-Only rank 0 writes; on other ranks every method but :meth:`RunDir.log` does nothing.
+Only rank 0 writes; on other ranks every method but :meth:`RunDir.log` and :meth:`RunDir.write_failure` does
+nothing.
 """
+
+from __future__ import annotations
 
 import errno
 import json
@@ -15,17 +18,20 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, Literal
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR
 from fp8train.checkpoint.errors import explain_os_error
 from fp8train.checkpoint.files import is_real_file, replace_file
 from fp8train.checkpoint.ranks import Ranks
-from fp8train.training.run_claim import STATUS_FILE, claim
+from fp8train.comm.failures import Failure, cause
+from fp8train.training.run_claim import STATUS_FILE, claim, in_use, recorded_step
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 RunState = Literal["running", "completed", "stopped", "failed", "interrupted"]
 
@@ -49,7 +55,7 @@ class RunDir:
     @classmethod
     def open(
         cls, base: str | Path, name: str, *, resume: str, overwrite: bool, group: dist.ProcessGroup | None
-    ) -> "RunDir":
+    ) -> RunDir:
         """Create, continue or overwrite ``base/name`` and lock it; collective over ``group``.
 
         ``resume`` is ``checkpoint.resume`` (``never``, ``auto`` or a path), ``overwrite`` is
@@ -113,21 +119,25 @@ class RunDir:
         status then.
         """
         if self.rank == 0:
-            record = {
-                "state": state,
-                "step": step,
-                "reason": reason,
-                "exit_code": exit_code,
-                "time": time.time(),
-            }
-            replace_file(self.path / STATUS_FILE, _pretty(record))
+            write_status(self.path, state, step=step, reason=reason, exit_code=exit_code)
+
+    def write_failure(self, failure: Failure, *, step: int) -> None:
+        """Write why this rank failed to its log and, unless another one's failure explains it, to
+        ``status.json``, whichever rank it is. A disk that refuses it is told of; nothing is raised.
+        """
+        try:
+            self.log(failure.traceback or f"error: {failure.message}")
+            write_failure(self.path, failure, step=step)
+        except OSError as error:
+            _logger.warning("%s could not be written: %s", STATUS_FILE, explain_os_error(error))
+
+    def failure(self) -> Failure | None:
+        """What ``status.json`` has of this job's failure."""
+        return read_failure(self.path)
 
     def recorded_step(self) -> int:
         """Steps done as ``status.json`` has them; 0 where it does not say."""
-        try:
-            return int(json.loads((self.path / STATUS_FILE).read_text())["step"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return 0
+        return recorded_step(self.path)
 
     def log_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; ``record`` needs an integer ``step``. NaN and infinity are
@@ -188,6 +198,59 @@ class RunDir:
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         _append_whole(self.path / name, (json.dumps(record) + "\n").encode())
+
+
+def write_status(
+    path: Path, state: RunState, *, step: int, reason: str = "", exit_code: int | None = None, **more: Any
+) -> None:
+    """Replace the ``status.json`` of the run directory ``path``; ``more`` are further fields."""
+    record = {"state": state, "step": step, "reason": reason, "exit_code": exit_code, "time": time.time()}
+    replace_file(path / STATUS_FILE, _pretty(record | more))
+
+
+def write_failure(path: Path, failure: Failure, *, step: int) -> None:
+    """Make ``status.json`` say why a job failed, unless it names a failure that explains this one."""
+    first = read_failure(path)
+    if first is not None and cause((first, failure)) is first:
+        return
+    write_status(
+        path,
+        "failed",
+        step=step,
+        reason=failure.message.splitlines()[0],
+        message=failure.message,
+        exit_code=failure.exit_status,
+        rank=failure.rank,
+        peers_lost=failure.peers_lost,
+    )
+
+
+def amend_failure(path: Path, failure: Failure) -> None:
+    """Write, for ranks that were killed, why the job in the run directory ``path`` failed; not if another job
+    has taken it by now. Never raises.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        state = json.loads((path / STATUS_FILE).read_text())["state"]
+        if state in ("running", "failed") and not in_use(path):
+            write_failure(path, failure, step=recorded_step(path))
+
+
+def read_failure(path: Path) -> Failure | None:
+    """The failure that ``status.json`` tells of."""
+    try:
+        record = json.loads((path / STATUS_FILE).read_text())
+        if record["state"] != "failed":
+            return None
+        fields = (
+            record["rank"],
+            record["message"],
+            record["exit_code"],
+            record["peers_lost"],
+            record["time"],
+        )
+        return Failure(*fields)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _pretty(record: Mapping[str, Any]) -> bytes:

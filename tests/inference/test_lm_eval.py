@@ -168,6 +168,9 @@ def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InferenceError, match="max_length=99: the model's context is 32 tokens"):
         Fp8TrainLM(run, max_length=99)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(InferenceError, match="one process"):
         Fp8TrainLM(run)
 

@@ -149,7 +149,11 @@ def test_resume_auto_continues_and_forgets_an_old_stop(tmp_path: Path) -> None:
     run = _open(tmp_path, resume="auto")
     assert run.continued
     assert not run.stop_requested()
-    assert _tree(path) == before
+    after = _tree(path)
+    status = json.loads(after.pop("status.json"))
+    assert (status["state"], status["step"], status["exit_code"]) == ("running", 3, None)
+    del before["status.json"]
+    assert after == before
     assert find_checkpoint(run.checkpoints, "auto") == path / "checkpoints" / "step_00000002"
     run.close()
     assert not _open(tmp_path, "other", resume="auto").continued
