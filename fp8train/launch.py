@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8train.comm.failures import FOLDER_VARIABLE, INTERRUPTED, Failure, cause, recorded
-from fp8train.config.environment import check_started_world
+from fp8train.config.environment import World, check_started_world
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import ResolvedConfig, load_config
 from fp8train.training.preflight import preflight, run_path
@@ -41,12 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_started_world(world_size)
         resolved = load_config(options.config, options.overrides)
         if options.node_rank == 0:
-            preflight(resolved, world_size=world_size)
+            preflight(resolved, World(world_size))
         if options.check:
             print(run_path(resolved.config).absolute())
             return 0
         return _launch(options, resolved)
     except UserError as error:
+        if options.debug:
+            raise
         return _tell(Failure(0, str(error), error.exit_status))
     except KeyboardInterrupt:
         return _tell(Failure(0, "interrupted", INTERRUPTED))
@@ -59,10 +61,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--master-addr", help="address of machine 0; needed with several")
     parser.add_argument("--master-port", type=int, help="a free port there; needed with several")
+    parser.add_argument("--debug", action="store_true", help="torchrun's own output, and all tracebacks")
     parser.add_argument("--check", action="store_true", help="only check; print the run directory")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, laid over the file in order")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.nnodes > 1 and not options.check and None in (options.master_addr, options.master_port):
         parser.error("several machines need --master-addr and --master-port")
     return options
@@ -79,13 +82,16 @@ def _launch(options: argparse.Namespace, resolved: ResolvedConfig) -> int:
     from fp8train.comm.processes import choose_device
 
     choose_device(resolved.config.run.device, options.nproc_per_node - 1)
+    command = [*_torchrun_options(options), "-m", "fp8train", "train", options.config, *options.overrides]
+    if options.debug:
+        run(parse_args([*command, "--debug"]))
+        return 0
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="fp8train_") as folder:
         os.environ[FOLDER_VARIABLE] = folder
         try:
-            command = ["-m", "fp8train", "train", options.config, *options.overrides]
-            run(parse_args([*_torchrun_options(options), *command]))
+            run(parse_args(command))
         except ChildFailedError as error:
             return _end(recorded(Path(folder)), error.failures, resolved)
         except SignalException as error:

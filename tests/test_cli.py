@@ -48,7 +48,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def with_run(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """Let ``fp8train train`` call ``run`` with the resolved config instead of training."""
-    checked = SimpleNamespace(preflight=lambda resolved, *, world_size, rank: resolved)
+    checked = SimpleNamespace(preflight=lambda resolved, world: resolved)
     started = SimpleNamespace(run=lambda config, world, data, **given: run(data, **given))
     monkeypatch.setitem(sys.modules, "fp8train.training.preflight", checked)
     monkeypatch.setitem(sys.modules, "fp8train.training.run", started)

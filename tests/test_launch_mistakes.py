@@ -89,7 +89,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _old_run(path: Path) -> None:
     resolved = load_config(path, ["run.name=old"])
-    data = preflight(resolved, world_size=1)
+    data = preflight(resolved, World())
     meta = {"config": to_plain(resolved.config), "trainer": {}, "data": data.train.state_dict(4)}
     run = RunDir.open(path.parent, "old", resume="never", overwrite=False, group=None)
     run.write_description("model: {}\n", {})
@@ -163,6 +163,13 @@ def test_out_of_memory_is_a_few_lines_with_the_remedy_last(config: Path, process
     assert (record["state"], record["exit_code"], record["step"]) == ("failed", 2, 0)
     assert "ran out of CPU memory" in record["reason"]
     assert "ran out of CPU memory" in (config.parent / name / f"logs/rank{record['rank']}.log").read_text()
+
+
+def test_debug_shows_the_traceback_wherever_it_is_written(config: Path) -> None:
+    status, lines = launch(config, 2, "optimizer.lerning_rate=1", "--debug", "run.seed=3")
+    assert status == 1
+    assert lines[0].startswith("Traceback")
+    assert "ConfigError" in lines[-1]
 
 
 # ---- what only a rank can know
@@ -260,7 +267,8 @@ FULL = {
 
 
 def test_the_environment_of_torchrun_is_read() -> None:
-    assert world_from_environment(FULL) == World(4, 3, 2, 1)
+    assert world_from_environment(FULL) == World(4, 3, 2, 1, supervised=False)
+    assert world_from_environment(FULL | {"TORCHELASTIC_RUN_ID": "x"}).supervised
     assert world_from_environment({}) == World()
     assert world_from_environment({"WORLD_SIZE": "1"}) == World()
 

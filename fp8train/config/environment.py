@@ -21,12 +21,14 @@ class World:
         rank: this one's number.
         local_size: processes on this node.
         local_rank: this one's number on its node.
+        supervised: whether a launcher ends the others when one of them ends, so that one may refuse alone.
     """
 
     size: int = 1
     rank: int = 0
     local_size: int = 1
     local_rank: int = 0
+    supervised: bool = True
 
 
 def world_from_environment(environment: Mapping[str, str] = os.environ) -> World:
@@ -48,6 +50,7 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> World
         _number(environment, "RANK", 0, size - 1),
         local_size,
         _number(environment, "LOCAL_RANK", 0, local_size - 1),
+        "TORCHELASTIC_RUN_ID" in environment,
     )
 
 

@@ -42,7 +42,7 @@ def train_command(config: Path, overrides: Sequence[str]) -> int:
         from fp8train.training.preflight import preflight
 
         world = world_from_environment()
-        data = preflight(resolved, world_size=world.size, rank=world.rank)
+        data = preflight(resolved, world)
         from fp8train.training.run import run  # last, because of torch: a mistake is reported at once
 
         return run(resolved.config, world, data, console=console, stop=stop, again=again)

@@ -17,6 +17,7 @@ from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, likely_checkpoint
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.config.changes import Change, changes, check_accepted
+from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.schema import Config
@@ -25,8 +26,11 @@ from fp8train.data.loading import Data, open_data
 from fp8train.training.run_claim import check_claim
 
 
-def preflight(resolved: ResolvedConfig, *, world_size: int, rank: int = 0) -> Data:
-    """Check a run as far as files and numbers show, on every rank; shared folders are looked at by rank 0.
+def preflight(resolved: ResolvedConfig, world: World) -> Data:
+    """Check a run as far as files and numbers show, on every rank.
+
+    Rank 0 alone looks at the run directory and the checkpoint, and only if its refusal ends the others;
+    without a launcher they would wait for it, so there all ranks learn of it together once they have joined.
 
     Returns:
         The data, opened for this rank and at the position of a new run.
@@ -35,14 +39,14 @@ def preflight(resolved: ResolvedConfig, *, world_size: int, rank: int = 0) -> Da
         UserError: anything the user can mend. Nothing was written.
     """
     config = resolved.config
-    dp, _ = check_world(config, world_size, origins=resolved.origins)
-    checkpoint = _look_at_run(config) if rank == 0 else None
+    dp, _ = check_world(config, world.size, origins=resolved.origins)
+    checkpoint = _look_at_run(config) if world.rank == 0 and world.supervised else None
     data = open_data(
         config.data,
         vocab_size=config.model.vocab_size,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        dp_rank=rank // model_ranks(config),
+        dp_rank=world.rank // model_ranks(config),
         dp_size=dp,
         seed=config.run.seed,
         total_steps=config.total_steps,
