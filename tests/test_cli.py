@@ -49,7 +49,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 def with_run(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """Let ``fp8train train`` call ``run`` with the resolved config instead of training."""
     checked = SimpleNamespace(preflight=lambda resolved, world: resolved)
-    started = SimpleNamespace(run=lambda config, world, data: run(data))
+    started = SimpleNamespace(run=lambda config, world, data, **given: run(data, **given))
     monkeypatch.setitem(sys.modules, "fp8train.training.preflight", checked)
     monkeypatch.setitem(sys.modules, "fp8train.training.run", started)
 
@@ -130,6 +130,31 @@ def test_wrong_arguments_are_reported_before_torch_is_imported(tmp_path: Path) -
         assert 1 <= len(answer.splitlines()) <= 5
 
 
+@pytest.mark.parametrize("environment", [{}, {"TORCHELASTIC_RUN_ID": "1"}], ids=["alone", "torchrun"])
+def test_the_start_is_announced_before_torch_is_imported(good: str, environment: dict[str, str]) -> None:
+    code = (
+        "import sys; from types import SimpleNamespace\n"
+        "def run(*things, **given): print('torch is here' if 'torch' in sys.modules else 'no torch yet')\n"
+        "sys.modules['fp8train.training.run'] = SimpleNamespace(run=run)\n"
+        "checked = SimpleNamespace(preflight=lambda *things, **more: None)\n"
+        "sys.modules['fp8train.training.preflight'] = checked\n"
+        f"sys.argv = ['fp8train', 'train', {good!r}, 'train.steps=3', 'run.name=here']\n"
+        "from fp8train.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    started = f"starting {good}: llama at O0, 3 steps, 1 process; run runs/here"
+    assert done.stdout.splitlines() == [started, "no torch yet"]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_user_error_is_one_message_and_status_2(bad: str) -> None:
     done = command("config", bad)
     assert done.returncode == 2
@@ -165,14 +190,17 @@ def test_train_passes_the_resolved_config_and_returns_the_status(
 ) -> None:
     seen = []
 
-    def run(resolved: Any) -> int:
-        seen.append(resolved)
+    def run(resolved: Any, **given: Any) -> int:
+        seen.append((resolved, given))
         return 17
 
     with_run(monkeypatch, run)
     assert run_command(["train", good, "optimizer.lr=1e-2", "train.steps=3"]) == 17
-    assert seen[0].config.optimizer.lr == 1e-2
-    assert str(seen[0].origins["train.steps"]) == "command line"
+    [(resolved, given)] = seen
+    assert resolved.config.optimizer.lr == 1e-2
+    assert str(resolved.origins["train.steps"]) == "command line"
+    assert given["console"].total_steps == 3
+    assert given["again"].endswith("optimizer.lr=1e-2 train.steps=3 checkpoint.resume=auto")
 
 
 def test_statuses_of_what_training_raises(
@@ -181,13 +209,13 @@ def test_statuses_of_what_training_raises(
     class TooSmallError(UserError):
         exit_status = 9
 
-    def user_error(resolved: Any) -> int:
+    def user_error(resolved: Any, **given: Any) -> int:
         raise TooSmallError("the dataset is too small")
 
-    def interrupted(resolved: Any) -> int:
+    def interrupted(resolved: Any, **given: Any) -> int:
         raise KeyboardInterrupt
 
-    def bug(resolved: Any) -> int:
+    def bug(resolved: Any, **given: Any) -> int:
         raise ZeroDivisionError("ours")
 
     with_run(monkeypatch, user_error)
@@ -201,16 +229,14 @@ def test_statuses_of_what_training_raises(
         run_command(["train", good])
 
 
-def test_ctrl_c_exits_130(good: str) -> None:
+def test_ctrl_c_exits_130() -> None:
     code = (
         "import sys, time; from types import SimpleNamespace\n"
-        "def run(*arguments):\n"
+        "def doctor():\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(30)\n"
-        "sys.modules['fp8train.training.run'] = SimpleNamespace(run=run)\n"
-        "checked = SimpleNamespace(preflight=lambda *arguments, **more: None)\n"
-        "sys.modules['fp8train.training.preflight'] = checked\n"
-        f"sys.argv = ['fp8train', 'train', {good!r}]\n"
+        "sys.modules['fp8train.training.doctor'] = SimpleNamespace(doctor=doctor)\n"
+        "sys.argv = ['fp8train', 'doctor']\n"
         "from fp8train.cli import main; main()"
     )
     process = subprocess.Popen(

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,18 @@ echo "threads $OMP_NUM_THREADS"
 [ -n "${STUB_WORKER:-}" ] || exit 3
 trap 'echo torchrun was hit; exit 1' INT TERM
 set -m  # or the child would ignore SIGINT
-bash -c 'trap "echo worker got INT; exit 0" INT; trap "echo worker got TERM; exit 0" TERM
-    echo ready; while :; do sleep 0.05; done' &
-wait
+bash -c "$STUB_WORKER" &
+wait $!
+"""
+WORKER = """for name in INT TERM HUP; do trap "echo worker got $name; exit 0" $name; done
+echo ready; while :; do sleep 0.05; done
+"""
+# As Python until its handlers are set: a signal would end it.
+LATE_WORKER = f"""echo booting; until [ -e "$STUB_LISTEN" ]; do sleep 0.05; done
+{WORKER}"""
+STUBBORN_WORKER = """count=0; trap "exit 9" TERM
+trap 'count=$((count + 1)); echo "worker got INT $count"; [ $count -lt 2 ] || exit 7' INT
+echo ready; while :; do sleep 0.05; done
 """
 
 # Stands in for Slurm: srun notes its own arguments and runs the command as node 0, scontrol notes a requeue.
@@ -97,6 +107,7 @@ def test_torchrun_arguments(fake_venv: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 3  # the status is torchrun's
     assert result.stdout.splitlines() == [
+        "starting 3 processes: c.yaml optimizer.lr=1e-3 a.b=x y",
         "-m fp8train.launch --nproc-per-node=3 c.yaml checkpoint.resume=auto optimizer.lr=1e-3 a.b=x y",
         "threads 5",
     ]
@@ -106,32 +117,77 @@ def test_torchrun_keeps_a_given_resume(fake_venv: str) -> None:
     result = call(
         "launch/torchrun.sh", "c.yaml", "checkpoint.resume=never", FP8TRAIN_VENV=fake_venv, NPROC="1"
     )
-    assert result.stdout.splitlines()[0].endswith(" c.yaml checkpoint.resume=never")
+    assert result.stdout.splitlines()[0] == "starting 1 process: c.yaml checkpoint.resume=never"
+    assert result.stdout.splitlines()[1].endswith(" c.yaml checkpoint.resume=never")
 
 
-@pytest.mark.parametrize("name", ["INT", "TERM"])
+class Torchrun:
+    """launch/torchrun.sh with a stand-in of torchrun, whose worker is a script."""
+
+    def __init__(self, fake_venv: str, worker: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [str(ROOT / "launch" / "torchrun.sh"), "c.yaml"],
+            env={**os.environ, "FP8TRAIN_VENV": fake_venv, "STUB_WORKER": worker, "NPROC": "1"} | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            # bash cannot trap what was ignored when it started, as SIGINT is in background jobs
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def read_until(self, line: str) -> list[str]:
+        assert self.process.stdout is not None
+        lines = []
+        while f"{line}\n" not in lines:
+            lines.append(self.process.stdout.readline())
+            assert lines[-1], lines
+        return lines
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status and the rest of the output."""
+        try:
+            output, _ = self.process.communicate(timeout=30)
+        finally:
+            self.process.kill()
+        return self.process.returncode, output
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
 def test_a_signal_reaches_the_workers_and_not_torchrun(fake_venv: str, name: str) -> None:
-    number = getattr(signal, f"SIG{name}")
-    process = subprocess.Popen(
-        [str(ROOT / "launch" / "torchrun.sh"), "c.yaml"],
-        env={**os.environ, "FP8TRAIN_VENV": fake_venv, "NPROC": "1", "STUB_WORKER": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        # bash cannot trap what was ignored when it started, as SIGINT is in background jobs
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout is not None
-    lines = []
-    while "ready\n" not in lines:
-        lines.append(process.stdout.readline())
-        assert lines[-1], lines
-    process.send_signal(number)
-    try:
-        output, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert output == f"worker got {name}\n"
-    assert process.returncode == 0
+    job = Torchrun(fake_venv, WORKER)
+    job.read_until("ready")
+    job.process.send_signal(getattr(signal, f"SIG{name}"))
+    assert job.finish() == (0, f"worker got {name}\n")
+
+
+def test_a_signal_waits_until_the_worker_can_listen(fake_venv: str, tmp_path: Path) -> None:
+    listen = tmp_path / "listen"
+    job = Torchrun(fake_venv, LATE_WORKER, STUB_LISTEN=str(listen))
+    job.read_until("booting")
+    job.process.send_signal(signal.SIGTERM)
+    job.read_until("SIGTERM: stopping before the first step")
+    listen.touch()
+    assert job.finish()[0] == 0
+
+
+def test_a_second_ctrl_c_is_status_130_whatever_torchrun_says(fake_venv: str) -> None:
+    job = Torchrun(fake_venv, STUBBORN_WORKER)
+    job.read_until("ready")
+    job.process.send_signal(signal.SIGINT)
+    job.read_until("worker got INT 1")
+    while job.process.poll() is None:  # those of the first second count as the first
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert job.finish() == (130, "worker got INT 2\n")
+
+
+def test_a_second_ctrl_c_ends_workers_that_do_not_listen_yet(fake_venv: str, tmp_path: Path) -> None:
+    job = Torchrun(fake_venv, LATE_WORKER, STUB_LISTEN=str(tmp_path / "never"))
+    job.read_until("booting")
+    while job.process.poll() is None:
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    answer = "Ctrl-C: stopping before the first step; Ctrl-C once more: quit now\n"
+    assert job.finish() == (130, answer)
 
 
 @pytest.mark.parametrize("value", ["0", "two", "-1"])

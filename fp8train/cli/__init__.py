@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, cast
@@ -22,6 +23,7 @@ from fp8train.cli import datasets, exchange, models, runs
 from fp8train.cli.app import app
 from fp8train.comm.failures import INTERRUPTED, Failure, describe, own_rank, record, speaks
 from fp8train.config.errors import UserError
+from fp8train.training.console import print_safely
 
 __all__ = ["app", "datasets", "exchange", "main", "models", "run_command", "runs"]
 
@@ -74,7 +76,7 @@ def _fail(failure: Failure) -> int:
     """Record a failure, print it if this is the rank to do so, and return its status."""
     record(failure)
     if speaks(failure):
-        print(failure.last_word(), file=sys.stderr, flush=True)
+        print_safely(f"{failure.last_word()}\n", sys.stderr)
     return failure.exit_status
 
 
@@ -99,6 +101,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
     run = _run_as_rank if "TORCHELASTIC_RUN_ID" in os.environ else run_command
     status = run(sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # what was done is done, and its status is on record
     # Process groups sit in reference cycles (hooks, stores), and only their destruction joins gloo's threads.
     # One that is still at work while the interpreter is torn down aborts a process that has done its job.
     gc.collect()

@@ -18,20 +18,9 @@ def train(
     overrides: Options = None,
 ) -> int:
     """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
-    from fp8train.config.environment import world_from_environment
-    from fp8train.config.resolve import load_config
-    from fp8train.config.threads import threads_from_environment
+    from fp8train.training.command import train_command
 
-    resolved = load_config(config, overrides or ())
-    if resolved.config.run.threads is None:
-        threads_from_environment(os.environ)
-    from fp8train.training.preflight import preflight
-
-    world = world_from_environment()
-    data = preflight(resolved, world)
-    from fp8train.training.run import run  # last, because of torch: a mistake is reported at once
-
-    return run(resolved.config, world, data)
+    return train_command(config, overrides or ())
 
 
 @app.command(name="config")

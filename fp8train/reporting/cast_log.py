@@ -54,7 +54,7 @@ class CastLog:
 
     Attributes:
         run: the directory.
-        state: of ``status.json``: running, completed, stopped or failed.
+        state: of ``status.json``: running, completed, stopped, failed or interrupted.
         step: the last step that ``status.json`` knows; that of its start for a running job.
         training: samples in training order; empty where there is no such log.
         inference: those of a forward without training.

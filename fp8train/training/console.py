@@ -1,25 +1,39 @@
 """What a person reads while a run goes on: one line per logged step, in a terminal, a log file or ``| grep``.
 
-Colour (only for numbers that are not finite) is used on a terminal alone, and not with ``NO_COLOR`` set
-(https://no-color.org) or ``TERM=dumb``. An output that goes away (a closed pipe, a full disk) never stops a
-run: the numbers are in ``metrics.jsonl`` too.
+On a terminal alone, and not with ``TERM=dumb``, there is a live line too, which every step between two logged
+ones may replace. It stands in the row below the cursor, and the cursor's own row is left empty: what
+libraries and other processes print lands there whole, instead of on top of it. Whoever prints here clears it
+first. Colour (only for numbers that are not finite) is likewise for terminals, and not with ``NO_COLOR`` set
+(https://no-color.org). An output that goes away (a closed pipe or terminal, a full disk) never stops a run:
+the numbers are in ``metrics.jsonl`` too.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
 from typing import TextIO
 
+LIVE_INTERVAL_S = 0.25
+"""Seconds between two live lines, at least."""
+
 _RED, _PLAIN = "\033[1;31m", "\033[0m"
+_CLEAR = "\r\033[J"  # from the start of the cursor's row to the end of the screen
+_UP = "\033[A\r"
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ("", "k", "M", "G", "T", "P")
 
 
 class Console:
-    """Prints on rank 0, is silent elsewhere.
+    """Prints on rank 0, is silent elsewhere; may be used from any thread. As a context manager it clears the
+    live line at the end.
 
     Attributes:
         total_steps: the ``/N`` of a step line.
@@ -31,18 +45,61 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
         self._colour = wants_colour(self._stream)
+        self._live = enabled and is_terminal(self._stream)
+        self._shown = False
+        self._next_live = 0.0
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
 
     def say(self, text: str) -> None:
         """Print text as it is, flushed."""
-        if not self._enabled:
+        with self._alone():
+            self._print(f"{self._cleared()}{text}\n")
+
+    def live_is_due(self) -> bool:
+        """Whether there is a live line and the last one is old enough to be replaced."""
+        return self._live and time.monotonic() >= self._next_live
+
+    def live(self, text: str) -> None:
+        """Show text, cut to the width of the terminal, until anything else is printed; nothing where
+        :meth:`live_is_due` says no."""
+        if not self.live_is_due():
             return
+        self._next_live = time.monotonic() + LIVE_INTERVAL_S
+        with self._alone():
+            before = self._cleared()
+            self._shown = True
+            self._print(f"{before}\n{text[: _columns(self._stream) - 1]}{_UP}")
+
+    def clear(self) -> None:
+        """Remove the live line, for something that is printed elsewhere."""
+        with self._alone():
+            self._print(self._cleared())
+
+    def _cleared(self) -> str:
+        shown, self._shown = self._shown, False
+        return _CLEAR if shown else ""
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Other threads wait, but not for long: one that is stuck on its output holds up nobody else."""
+        mine = self._lock.acquire(timeout=1.0)
         try:
-            print(text, file=self._stream, flush=True)
-        except BrokenPipeError:
-            self._enabled = False
-            _discard(self._stream)
-        except OSError:
-            pass  # a full disk behind a redirection; the next line may fit
+            yield
+        finally:
+            if mine:
+                self._lock.release()
+
+    def _print(self, text: str) -> None:
+        if self._enabled and text and not print_safely(text, self._stream):
+            self._enabled = self._live = False
 
     def step(
         self,
@@ -107,9 +164,52 @@ def step_line(
     return " | ".join(parts)
 
 
+def live_line(
+    step: int,
+    total_steps: int,
+    *,
+    loss: float,
+    loss_step: int,
+    tokens_per_second: float,
+    eta_s: float,
+) -> str:
+    """The text of a live line.
+
+    Args:
+        step: optimizer steps done.
+        total_steps: of the run.
+        loss: the newest that the host knows.
+        loss_step: the step that it belongs to.
+        tokens_per_second: over all devices.
+        eta_s: seconds until the end.
+    """
+    at = "" if loss_step == step else f" at step {loss_step}"
+    return (
+        f"step {step:>{len(str(total_steps))}}/{total_steps} | loss {loss:.4f}{at} | "
+        f"{format_count(tokens_per_second)} tok/s | ETA {format_duration(eta_s)}"
+    )
+
+
+def print_safely(text: str, stream: TextIO) -> bool:
+    """Write and flush; whether the stream is still there. One that is not (a closed pipe or terminal) is
+    replaced by nothing, a full disk only loses the text."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            _discard(stream)
+            return False
+    return True
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether the cursor can be moved on this stream."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def wants_colour(stream: TextIO) -> bool:
-    """Whether ANSI codes belong on this stream."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """Whether colour belongs on this stream."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def format_count(value: float) -> str:
@@ -161,9 +261,16 @@ def _scaled(value: float, base: int, units: tuple[str, ...], *, separator: str) 
     return f"{digits}{separator}{units[exponent]}"
 
 
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
 def _discard(stream: TextIO) -> None:
     """Send what is still buffered to nowhere: at exit Python would try to flush it, and fail."""
-    if stream is sys.stdout:
+    if stream in (sys.stdout, sys.stderr):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

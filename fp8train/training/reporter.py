@@ -26,7 +26,7 @@ from fp8train.config.length import beyond_the_end
 from fp8train.config.schema import Config, to_plain
 from fp8train.config.threads import VARIABLE, threads_from_environment
 from fp8train.data.loading import Data
-from fp8train.training.console import Console, format_count, format_duration
+from fp8train.training.console import Console, format_count, format_duration, live_line
 from fp8train.training.describe import (
     describe_layout,
     describe_precision,
@@ -54,13 +54,14 @@ class Reporter:
         processes: Processes,
         run_dir: RunDir,
         trainer: Trainer,
+        console: Console,
         vocab_size: int,
         samples_before: Callable[[int], int],
     ) -> None:
         """``samples_before``: samples used before a step; a run that was resumed may have had other
         batches."""
         self.config, self.processes, self.run_dir, self.trainer = config, processes, run_dir, trainer
-        self.console = Console(enabled=processes.rank == 0, total_steps=config.total_steps)
+        self.console = console
         self.throughput = Throughput(
             trainer.model.config,
             config.data.seq_length,
@@ -79,6 +80,7 @@ class Reporter:
         )
         self._samples_before = samples_before
         self._state = "failed"
+        self._loss = (math.nan, 0)  # the last on the host, and its step
         self._window_steps = 0
         self._data_seconds = 0.0
         self._skipped = 0
@@ -162,15 +164,17 @@ class Reporter:
         self._skipped += not result.applied
         last = done == self.config.total_steps
         if done % self.config.logging.interval and done != 1 and not last and result.applied:
+            self._live(done, result)
             return
+        loss = float(result.loss)
+        self._loss = (loss, done)
         metrics = {
-            "train/loss": float(result.loss),
+            "train/loss": loss,
             "optim/grad_norm": result.grad_norm,
             "optim/lr": result.lr,
         }
         steps, self._window_steps = self._window_steps, 0
-        samples = self._samples_before(done) - self._samples_before(done - steps)
-        metrics |= self.throughput.measure(steps, samples * self.config.data.seq_length)
+        metrics |= self.throughput.measure(steps, self._tokens(done, steps))
         metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
         metrics["optim/skipped_steps"] = self._skipped
         sent = self.trainer.sent_bytes()
@@ -187,6 +191,25 @@ class Reporter:
         self.console.step(
             done, metrics, mfu_peak=None if peak is None else peak.name, eta_s=self.throughput.eta_s(left)
         )
+
+    def _live(self, done: int, result: StepResult) -> None:
+        """Show how far the window is, from what the host knows: a loss that is still on its way from a device
+        is not waited for."""
+        if not self.console.live_is_due():
+            return
+        if result.loss.device.type == "cpu":
+            self._loss = (float(result.loss), done)
+        total, steps = self.config.total_steps, self._window_steps
+        rate, eta_s = self.throughput.so_far(steps, self._tokens(done, steps), total - done)
+        loss, at = self._loss
+        self.console.live(
+            live_line(done, total, loss=loss, loss_step=at, tokens_per_second=rate, eta_s=eta_s)
+        )
+
+    def _tokens(self, done: int, steps: int) -> int:
+        """Training tokens of the last ``steps`` of ``done`` steps."""
+        samples = self._samples_before(done) - self._samples_before(done - steps)
+        return samples * self.config.data.seq_length
 
     def _scale_events(self, done: int) -> dict[str, float]:
         """Metrics of amaxes that gave no delayed scale since the last logged step, and their names as one

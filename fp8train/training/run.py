@@ -2,18 +2,25 @@
 
 Exit statuses, also in ``status.json``: 0 all steps done, or stopped on request with the state saved; 2
 something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 1 a bug (with a traceback); 130
-a second Ctrl-C.
+a second Ctrl-C (state ``interrupted``), whatever else fails while the run is being left.
+
+The last status is written before the run directory is released, and it is released after the process groups
+are gone: until then a signal can still change how the run ends.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,32 +34,49 @@ from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
+from fp8train.training.console import Console, print_safely
 from fp8train.training.environment import describe_environment
 from fp8train.training.initialise import initialise_from
-from fp8train.training.loop import TrainingLoop
+from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
 from fp8train.training.reporter import Reporter
 from fp8train.training.resume import resume
 from fp8train.training.run_dir import RunDir
-from fp8train.training.signals import StopRequest
+from fp8train.training.signals import EXIT_INTERRUPTED, StopRequest
 from fp8train.training.trainer import Trainer
 
 
-def run(config: Config, world: World, data: Data) -> int:
+def run(config: Config, world: World, data: Data, *, console: Console, stop: StopRequest, again: str) -> int:
     """Train in as many processes as torchrun started.
 
     Args:
         config: what.
         world: this process among them.
         data: from :func:`~fp8train.training.preflight.preflight`.
+        console: rank 0's output.
+        stop: entered; collects the signals of the whole run.
+        again: how the run is continued, for the one who stopped it.
 
     Returns:
         The exit status.
 
     Raises:
         UserError: anything the user can mend; nothing that was saved is lost.
+        KeyboardInterrupt: a second Ctrl-C.
     """
     prepare_machine(config, world.local_size)
+    with ExitStack() as directory, _quitting_interrupts(stop, console, again):
+        try:
+            return _run(config, data, console, stop, again, directory)
+        finally:
+            # Process groups sit in reference cycles, and gloo's threads end with them alone.
+            gc.collect()
+
+
+def _run(
+    config: Config, data: Data, console: Console, stop: StopRequest, again: str, directory: ExitStack
+) -> int:
+    """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     with processes(config.run.device, layout=layout_of(config)) as procs:
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -62,11 +86,33 @@ def run(config: Config, world: World, data: Data) -> int:
             overwrite=config.run.overwrite,
             group=procs.control,
         )
+        directory.callback(run_dir.close)
+        run = _Run(run_dir, config, procs, data, console, stop)
+        stop.stop_file = run_dir.stop_file
+        stop.say = partial(_say, run_dir, console)
+        stop.on_quit = lambda: _write_interrupted(run_dir, run.done)
         try:
-            with _warnings_to(run_dir):
-                return _run_in(run_dir, config, procs, data)
+            with _warnings_to(run_dir, console):
+                return run.to_the_end(again)
         finally:
-            run_dir.close()
+            stop.on_quit = partial(_write_interrupted, run_dir, run.done)  # holds no process group
+
+
+@contextmanager
+def _quitting_interrupts(stop: StopRequest, console: Console, again: str) -> Iterator[None]:
+    """Once a second Ctrl-C came, whatever is raised is its consequence, on this rank or another: the status
+    says so, and the command ends as interrupted."""
+    try:
+        yield
+    except BaseException as error:
+        if not stop.quitting:
+            raise
+        if stop.on_quit is not None:
+            stop.on_quit()
+            console.say(f"continue from the newest checkpoint with: {again}")
+        raise KeyboardInterrupt from error
+    finally:
+        stop.on_quit = None
 
 
 def layout_of(config: Config) -> Layout:
@@ -91,9 +137,71 @@ def seed_generators(seed: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def _run_in(run_dir: RunDir, config: Config, procs: Processes, data: Data) -> int:
-    step, loop = 0, None
-    try:
+def _say(run_dir: RunDir, console: Console, text: str) -> None:
+    """A line for the person watching, and for the rank's log."""
+    run_dir.log(text)
+    console.say(text)
+
+
+def _write_interrupted(run_dir: RunDir, step: int) -> None:
+    """The status of a run that a second Ctrl-C ended."""
+    run_dir.write_status("interrupted", step=step, reason="second Ctrl-C", exit_code=EXIT_INTERRUPTED)
+
+
+@dataclass
+class _Run:
+    """A run in its directory."""
+
+    run_dir: RunDir
+    config: Config
+    procs: Processes
+    data: Data
+    console: Console
+    stop: StopRequest
+    loop: TrainingLoop | None = None
+    """Once there is one; a refused resume undoes nothing."""
+
+    @property
+    def done(self) -> int:
+        """Steps done."""
+        return self.run_dir.recorded_step() if self.loop is None else self.loop.done
+
+    def to_the_end(self, again: str) -> int:
+        """Train, write the last status, and say what can be done next (``again``: how to continue)."""
+        try:
+            outcome = self._stop_at_start()
+            if outcome is None:
+                outcome = self._train()
+            else:
+                self.run_dir.log_event(outcome.state, step=outcome.step, reason=outcome.reason)
+                _say(self.run_dir, self.console, f"stopped before training began: {outcome.reason}")
+        except BaseException as error:
+            if self.stop.quitting:
+                raise  # the caller knows
+            with undisturbed():
+                step = None if self.loop is None else self.loop.done + 1
+                explained = _explain(error, self.run_dir, self.config, self.procs, step=step)
+                self.run_dir.write_failure(describe(explained), step=self.done)
+            if explained is error:
+                raise
+            raise explained from error
+        self.run_dir.write_status(outcome.state, step=outcome.step, reason=outcome.reason, exit_code=0)
+        if outcome.state == "stopped":
+            self.console.say(f"continue with: {again}")
+        elif any(self.run_dir.path.glob("tokenizer.*")) and self.config.checkpoint.save_at_end:
+            self.console.say(f"try it: fp8train generate {shlex.quote(str(self.run_dir.path))} --prompt TEXT")
+        return 0
+
+    def _stop_at_start(self) -> Outcome | None:
+        """A stop that was asked for before the loop, at which nothing is lost. Collective."""
+        reason = self.stop.agree(self.procs.control)
+        if reason is None:
+            return None
+        self.run_dir.clear_stop()
+        return Outcome("stopped", reason, self.done)
+
+    def _train(self) -> Outcome:
+        run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
         checkpoint = find_checkpoint(
@@ -105,56 +213,55 @@ def _run_in(run_dir: RunDir, config: Config, procs: Processes, data: Data) -> in
         source = None if checkpoint is not None else _source(run_dir, config, procs)
         trainer = _build(config, procs, data)
         _keep_tokenizer(run_dir, data)
-        with (
-            StopRequest(run_dir.stop_file) as stop,
-            Reporter(
-                config,
-                processes=procs,
-                run_dir=run_dir,
-                trainer=trainer,
-                vocab_size=data.vocab_size,
-                samples_before=data.train.samples_before,
-            ) as reporter,
-        ):
+        with Reporter(
+            config,
+            processes=procs,
+            run_dir=run_dir,
+            trainer=trainer,
+            console=self.console,
+            vocab_size=data.vocab_size,
+            samples_before=data.train.samples_before,
+        ) as reporter:
             reporter.header(data)
+            step = 0
             if checkpoint is not None:
                 step = resume(
                     checkpoint, config, processes=procs, trainer=trainer, data=data, reporter=reporter
                 )
-            loop = TrainingLoop(
+            outcome = self._stop_at_start()  # building may have taken minutes
+            if outcome is None:
+                outcome = self._loop(trainer, reporter, source, step)
+            self.stop.plan = "the run is over, ending"
+            reporter.end(outcome.state, outcome.reason, outcome.step)
+            return outcome
+
+    def _loop(self, trainer: Trainer, reporter: Reporter, source: Path | None, start: int) -> Outcome:
+        """From here on there is a run to lose."""
+        run_dir, config, procs = self.run_dir, self.config, self.procs
+        self.loop = loop = TrainingLoop(
+            config,
+            processes=procs,
+            run_dir=run_dir,
+            data=self.data,
+            trainer=trainer,
+            reporter=reporter,
+            stop_reason=lambda: self.stop.agree(procs.control),
+            start=start,
+        )
+        run_dir.truncate_after(start or None)
+        if source is not None:
+            initialise_from(
+                source,
                 config,
                 processes=procs,
-                run_dir=run_dir,
-                data=data,
                 trainer=trainer,
                 reporter=reporter,
-                stop_reason=lambda: stop.agree(procs.control),
-                start=step,
+                tokenizer=self.data.tokenizer,
             )
-            run_dir.truncate_after(step or None)
-            if source is not None:
-                initialise_from(
-                    source,
-                    config,
-                    processes=procs,
-                    trainer=trainer,
-                    reporter=reporter,
-                    tokenizer=data.tokenizer,
-                )
-            run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
-            run_dir.write_status("running", step=step)
-            outcome = loop.run()
-            reporter.end(outcome.state, outcome.reason, outcome.step)
-    except BaseException as error:
-        with undisturbed():
-            explained = _explain(error, run_dir, config, procs, step=None if loop is None else loop.done + 1)
-            done = run_dir.recorded_step() if loop is None else loop.done  # a refused resume undoes nothing
-            run_dir.write_failure(describe(explained), step=done)
-        if explained is error:
-            raise
-        raise explained from error
-    run_dir.write_status(outcome.state, step=outcome.step, reason=outcome.reason, exit_code=0)
-    return 0
+        run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
+        run_dir.write_status("running", step=start)
+        self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
+        return loop.run()
 
 
 def _explain(
@@ -196,7 +303,7 @@ def _keep_tokenizer(run_dir: RunDir, data: Data) -> None:
 
 
 @contextmanager
-def _warnings_to(run_dir: RunDir) -> Iterator[None]:
+def _warnings_to(run_dir: RunDir, console: Console) -> Iterator[None]:
     """Send the package's warnings to stderr (rank 0) and to this rank's log."""
 
     class Handler(logging.Handler):
@@ -204,7 +311,8 @@ def _warnings_to(run_dir: RunDir) -> Iterator[None]:
             text = f"{record.levelname.lower()}: {record.getMessage()}"
             run_dir.log(text)
             if run_dir.rank == 0:
-                print(text, file=sys.stderr, flush=True)
+                console.clear()
+                print_safely(f"{text}\n", sys.stderr)
 
     handler, logger = Handler(), logging.getLogger("fp8train")
     logger.addHandler(handler)

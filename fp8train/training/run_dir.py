@@ -33,7 +33,7 @@ from fp8train.training.run_claim import STATUS_FILE, claim, in_use, recorded_ste
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-RunState = Literal["running", "completed", "stopped", "failed"]
+RunState = Literal["running", "completed", "stopped", "failed", "interrupted"]
 
 _STREAMS = ("metrics.jsonl", "events.jsonl", "casts.jsonl")
 _logger = logging.getLogger(__name__)

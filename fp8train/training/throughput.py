@@ -151,6 +151,20 @@ class Throughput:
             metrics["throughput/mfu"] = per_device * self._flops / self.peak.flops
         return metrics
 
+    def so_far(self, steps: int, tokens: int, steps_left: int) -> tuple[float, float]:
+        """Tokens per second of the window until now, and seconds until ``steps_left`` more steps are done
+        (from all windows but the oldest, which the first step slows down). Ends no window.
+
+        Args:
+            steps: optimizer steps in the window, at least one.
+            tokens: training tokens in them, over all ranks.
+            steps_left: after these steps.
+        """
+        seconds = max(self._clock() - self._began - self._excluded, 1e-9)
+        times = sorted([*self._step_seconds[1:], seconds / steps])
+        excluded = self._excluded_total / self._steps if self._steps else 0.0
+        return tokens / seconds, steps_left * (times[len(times) // 2] + excluded)
+
     def eta_s(self, steps_left: int) -> float:
         """Seconds until ``steps_left`` more steps are done; NaN before the first window.
 

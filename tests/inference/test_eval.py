@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from fp8train.cli import run_command
-from fp8train.config.resolve import load_config
 from fp8train.data.errors import DataError
 from fp8train.data.prepare import prepare
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import open_run
-from fp8train.training import run as training
+from fp8train.training.command import train_command
 from fp8train.training.metrics import read_metrics
 from fp8train.training.perplexity import measure, open_text, relative_difference
 from tests.inference.recipes import MARKED, RECIPES
@@ -44,7 +43,7 @@ def train(config: Path, name: str, *overrides: str) -> Path:
     """Train in this process; the run directory."""
     folder = config.parent
     always = (f"run.dir={folder}", f"run.name={name}", "checkpoint.interval=0", "run.overwrite=true")
-    assert training.run(load_config(config, [*always, *overrides])) == 0
+    assert train_command(config, [*always, *overrides]) == 0
     return folder / name
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fp8train.config.resolve import load_config
 from fp8train.data.prepare import prepare
-from fp8train.training import run as training
+from fp8train.training.command import train_command
 
 _TEXT = "how to cut paper with sharp scissors then fold it twice and glue the wet edge under warm light"
 WORDS = _TEXT.split()
@@ -47,6 +46,6 @@ run: {{threads: 1, dir: {folder}, name: run}}
 """
     )
     threads = torch.get_num_threads()
-    assert training.run(load_config(config, overrides)) == 0
+    assert train_command(config, overrides) == 0
     torch.set_num_threads(threads)
     return folder / "run"

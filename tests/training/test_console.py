@@ -6,17 +6,23 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from fp8train.training.console import (
+    LIVE_INTERVAL_S,
     Console,
     format_bytes,
     format_count,
     format_duration,
     format_percent,
+    live_line,
     step_line,
 )
+from fp8train.training.reporter import Reporter
 
 METRICS = {
     "train/loss": 4.12341,
@@ -131,6 +137,70 @@ def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in printed(Terminal())
     assert re.sub(r"\033\[[0-9;]*m", "", printed(Terminal())) == printed(Terminal())
+
+
+LIVE = "\nstep 2/5\033[A\r"
+CLEAR = "\r\033[J"
+
+
+def test_the_live_line_stands_below_an_empty_row_and_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    clock = [100.0]
+    monkeypatch.setattr("fp8train.training.console.time.monotonic", lambda: clock[0])
+    stream = Terminal()
+    with Console(enabled=True, total_steps=5, stream=stream) as console:
+        console.live("step 2/5")
+        assert not console.live_is_due()
+        console.live("too soon")
+        assert stream.getvalue() == LIVE
+        console.say("text")
+        console.say("more")
+        assert stream.getvalue() == f"{LIVE}{CLEAR}text\nmore\n"
+        clock[0] += LIVE_INTERVAL_S
+        console.live("step 3/5" * 30)
+        assert stream.getvalue() == f"{LIVE}{CLEAR}text\nmore\n\n{('step 3/5' * 10)[:79]}\033[A\r"
+    assert stream.getvalue().endswith(f"\r{CLEAR}")
+
+
+@pytest.mark.parametrize("kind", ["file", "dumb terminal", "other rank"])
+def test_no_live_line_where_it_does_not_belong(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb" if kind == "dumb terminal" else "xterm")
+    stream = io.StringIO() if kind == "file" else Terminal()
+    console = Console(enabled=kind != "other rank", total_steps=5, stream=stream)
+    assert not console.live_is_due()
+    console.live("step 2/5")
+    console.clear()
+    assert stream.getvalue() == ""
+
+
+def test_the_text_of_a_live_line() -> None:
+    numbers = {"loss": 4.12341, "tokens_per_second": 12345.6, "eta_s": 3725.0}
+    assert live_line(7, 2000, loss_step=7, **numbers) == (
+        "step    7/2000 | loss 4.1234 | 12.3k tok/s | ETA 1h02m"
+    )
+    assert live_line(7, 2000, loss_step=1, **numbers) == (
+        "step    7/2000 | loss 4.1234 at step 1 | 12.3k tok/s | ETA 1h02m"
+    )
+
+
+@pytest.mark.parametrize(("device", "shown"), [("cpu", "loss 3.0000 |"), ("meta", "loss 4.0000 at step 5 |")])
+def test_a_loss_on_a_device_is_not_waited_for(
+    device: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor on the device "meta" has no value to be looked at."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    reporter: Any = SimpleNamespace(
+        console=Console(enabled=True, total_steps=9, stream=stream),
+        config=SimpleNamespace(total_steps=9),
+        throughput=SimpleNamespace(so_far=lambda steps, tokens, left: (tokens / steps, left)),
+        _tokens=lambda done, steps: 100 * steps,
+        _window_steps=2,
+        _loss=(4.0, 5),
+    )
+    result = SimpleNamespace(loss=torch.full((), 3.0, device=device))
+    Reporter._live(reporter, 7, cast(Any, result))
+    assert f"step 7/9 | {shown} 100 tok/s | ETA 2s" in stream.getvalue()
 
 
 def test_other_ranks_are_silent() -> None:

@@ -187,7 +187,7 @@ def test_a_run_that_fails_lets_the_write_finish(config: Path, monkeypatch: pytes
 
 
 def test_a_stop_waits_for_the_write(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([None, None, "STOP file"])
+    answers = iter([None, None, None, None, "STOP file"])  # twice before the first step
     monkeypatch.setattr(StopRequest, "agree", lambda stop, group: next(answers))
     digest = save_module._digest_own_shards
 

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from fp8train.cli import run_command
 from fp8train.comm.processes import Layout, Processes, joined_processes
-from fp8train.config.resolve import load_config, resolve_mapping
+from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
 from fp8train.data.prepare_sft import prepare_sft
 from fp8train.data.tokenizer_training import train_sentencepiece
 from fp8train.models.build import build_model, initialise
-from fp8train.training import run as training
+from fp8train.training.command import train_command
 from fp8train.training.metrics import read_metrics
 from fp8train.training.trainer import Trainer, inputs_and_targets
 from tests.training.tiny import alone
@@ -178,9 +178,9 @@ def test_resume_and_validation(prefix: str, tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings(prefix)))
     always = (f"run.dir={tmp_path}", "precision.level=O2")
-    assert training.run(load_config(file, [*always, "run.name=whole"])) == 0
+    assert train_command(file, [*always, "run.name=whole"]) == 0
     resume = f"checkpoint.resume={tmp_path}/whole/checkpoints/step_00000004"
-    assert training.run(load_config(file, [*always, "run.name=rest", resume])) == 0
+    assert train_command(file, [*always, "run.name=rest", resume]) == 0
     keys = ("step", "train/loss", "optim/grad_norm", "eval/loss")
 
     def rows(name: str) -> list[tuple[Any, ...]]:

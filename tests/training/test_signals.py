@@ -1,6 +1,7 @@
 """Stop requests: which signals ask, how ranks agree, what a second Ctrl-C does."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from fp8train.training.signals import SAME_CTRL_C_S, StopRequest
 from tests.distributed.pool import GlooPool
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -46,15 +47,45 @@ def test_the_stop_file_asks(tmp_path: Path) -> None:
 def test_a_second_interrupt_raises_only_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("fp8train.training.signals.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(StopRequest, "_force", lambda stop: None)  # would end this process
+    answers: queue.Queue[str] = queue.Queue()
+
+    def send(number: signal.Signals) -> None:
+        os.kill(os.getpid(), number)
+
+    def wait_after(number: signal.Signals) -> None:
+        send(number)
+        time.sleep(60)
+
     with StopRequest(None) as stop:
-        stop._record(signal.SIGINT, None)
+        stop.say = answers.put
+        send(signal.SIGINT)
+        assert answers.get(timeout=60) == (
+            "Ctrl-C: stopping before the first step; Ctrl-C once more: quit now"
+        )
         clock[0] += SAME_CTRL_C_S * 0.9
-        stop._record(signal.SIGINT, None)
+        stop.plan = "saving"
+        send(signal.SIGINT)
+        send(signal.SIGTERM)  # answered after what came before it was looked at
+        assert answers.get(timeout=60) == "SIGTERM: saving"
+        assert not stop.quitting
         clock[0] += SAME_CTRL_C_S * 0.2
         with pytest.raises(KeyboardInterrupt):
-            stop._record(signal.SIGINT, None)
-        stop._record(signal.SIGTERM, None)  # still only a request
+            wait_after(signal.SIGINT)
+        assert stop.quitting
+        assert answers.get(timeout=60) == "quitting now"
+        send(signal.SIGINT)  # nothing more to raise
         assert stop.agree(None) == "SIGINT"
+
+
+def test_a_run_started_with_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(None) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agree(None) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def asked(group, rank, world_size, folder, wishes):
@@ -79,6 +110,7 @@ def asked(group, rank, world_size, folder, wishes):
         ({0: "STOP"}, "STOP file"),
         ({2: "SIGUSR1"}, "SIGUSR1"),
         ({1: "SIGTERM", 2: "SIGUSR2"}, "SIGTERM"),
+        ({0: "SIGHUP"}, "SIGHUP"),
         ({0: "SIGINT", 1: "SIGINT", 2: "SIGTERM"}, "SIGINT"),
     ],
 )

@@ -92,6 +92,31 @@ def test_windows_leave_out_evaluation_and_saving() -> None:
     assert throughput.eta_s(30) == pytest.approx(30 * (1.0 + 5.0 / 30))
 
 
+def test_a_look_at_a_window_does_not_end_it() -> None:
+    clock = Clock()
+    throughput = Throughput(
+        model_of(**LLAMA2_7B),
+        4096,
+        torch.device("cpu"),
+        vocab_size=32000,
+        world_size=4,
+        fp8=False,
+        clock=clock,
+    )
+    clock.now += 60.0
+    throughput.measure(steps=1, tokens=1000)  # the first step, which compiles
+    clock.now += 6.0
+    with throughput.excluded():
+        clock.now += 100.0
+    for _ in range(2):
+        assert throughput.so_far(3, 3000, steps_left=10) == (500.0, 20.0)
+    clock.now += 2.0
+    assert throughput.measure(steps=4, tokens=4000)["time/step_seconds"] == 2.0
+    clock.now += 1.0
+    rate, eta_s = throughput.so_far(1, 1000, steps_left=10)  # windows of 2 s and 1 s a step, 100 s aside
+    assert (rate, eta_s) == (1000.0, pytest.approx(10 * (2.0 + 100.0 / 5)))
+
+
 @pytest.mark.parametrize(
     ("name", "bf16", "fp8"),
     [

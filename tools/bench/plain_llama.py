@@ -21,6 +21,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings, causal."""
+
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
         self.head_dim = width // heads
@@ -30,6 +32,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]; ``cos`` and ``sin`` [S, head_dim / 2]."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -41,6 +44,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, inner, bias=False)
@@ -48,10 +53,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
     def __init__(self, width: int, heads: int, kv_heads: int, inner: int, eps: float) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(width, eps)
@@ -60,12 +68,15 @@ class Layer(nn.Module):
         self.mlp = MLP(width, inner)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass
 class Output:
+    """What ``forward`` returns; ``loss`` in nats per token."""
+
     loss: Tensor
 
 
@@ -95,11 +106,6 @@ class PlainLlama(nn.Module):
         angles = torch.outer(torch.arange(config.data.seq_length), frequencies)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-
-    @classmethod
-    def of(cls, config: Config) -> PlainLlama:
-        """The model of a configuration."""
-        return cls(config)
 
     def forward(self, input_ids: Tensor, labels: Tensor, shift_labels: Tensor) -> Output:
         """Mean cross-entropy of [B, S] tokens and targets."""

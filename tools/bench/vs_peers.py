@@ -190,7 +190,7 @@ def make_variants(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, 
     weights = hugging_face_weights(config.model, trainer.optimizer.master)
     variants = {
         f"{peer} {'BF16' if bf16 else 'FP32'}": make_theirs(config, make(config), weights, batches, bf16=bf16)
-        for peer, make in (("transformers", make_transformers), ("plain", PlainLlama.of))
+        for peer, make in (("transformers", make_transformers), ("plain", PlainLlama))
         for bf16 in (False, True)
     }
     variants["fp8train O0"] = ours
