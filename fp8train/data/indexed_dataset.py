@@ -217,8 +217,8 @@ def _open_index(prefix: str) -> Index:
         if prefix.endswith((".bin", ".idx")) and idx_path(prefix[:-4]).is_file():
             hint = f"\ngive the prefix without its suffix: {prefix[:-4]}"
         raise DataError(
-            f"dataset {prefix}: expected the two files\n  {paths[0]}\n  {paths[1]}\n"
-            f"missing: {', '.join(path.name for path in missing)}{hint}"
+            f"dataset {prefix}: missing: {', '.join(path.name for path in missing)}; "
+            f"expected the two files\n  {paths[0]}\n  {paths[1]}{hint}"
         )
     try:
         return read_index(paths[1])

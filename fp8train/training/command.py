@@ -42,7 +42,8 @@ def train_command(config: Path, overrides: Sequence[str]) -> int:
         StopRequest() as stop,
     ):
         stop.say = console.say
-        console.say(starting_line(config, resolved))
+        if LAUNCHER not in os.environ:  # a launch script has said so
+            console.say(starting_line(config, resolved))
         from fp8train.training.preflight import preflight
 
         data = preflight(resolved, world)
