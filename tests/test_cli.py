@@ -91,7 +91,10 @@ EARLY = {
         "error: --text {tmp}/nothing: no such file; give a file of text",
     ),
     "eval of no task": (["eval", "{run}", "--tasks", "{tmp}"], "error: --tasks {tmp}: not a file; give"),
-    "eval of no dataset": (["eval", "{run}", "--prefix", "{tmp}/x"], "error: dataset {tmp}/x: missing: x.bin"),
+    "eval of no dataset": (
+        ["eval", "{run}", "--prefix", "{tmp}/x"],
+        "error: dataset {tmp}/x: missing: x.bin",
+    ),
     "eval to nowhere": (["eval", "{run}", "--json", "{tmp}/no/x"], "error: --json {tmp}/no/x: its folder "),
     "eval in a format": (["eval", "{run}", "--numerics", "fp4"], "error: Invalid value for '--numerics': "),
     "eval of both": (

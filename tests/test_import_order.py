@@ -1,6 +1,7 @@
 """The layering of the package, read from the import statements."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,37 @@ def test_the_reader_of_imports_sees_all_kinds(tmp_path: Path, monkeypatch: pytes
         "fp8train.models.decoder",
         "torch",
     ]
+
+
+def test_training_imports_no_compiler_and_no_checkpoints_before_it_needs_them() -> None:
+    """They take longer than the rest of torch. A step in FP8 runs without them too."""
+    code = """
+import sys
+import torch
+import fp8train.training.run
+from fp8train.comm.collectives import CountedGroup
+from fp8train.comm.processes import Processes
+from fp8train.config.resolve import resolve_mapping
+from fp8train.training.trainer import Trainer
+config = resolve_mapping({
+    "model": {"family": "llama", "num_layers": 1, "hidden_size": 32, "num_heads": 2, "vocab_size": 64},
+    "data": {"prefix": "none", "seq_length": 16}, "optimizer": {"lr": 0.01},
+    "precision": {"level": "O2"},
+    "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+}).config
+trainer = Trainer(config, Processes(torch.device("cpu"), 1, 0, CountedGroup(None), None), vocab_size=64)
+assert trainer.step(0, torch.randint(64, (1, 1, 17))).applied
+slow = "torch._dynamo torch._inductor torch.distributed.tensor torch.distributed.checkpoint sympy"
+print([name for name in slow.split() if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -26,7 +26,6 @@ from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.save import Order, SavePhase, write_checkpoint
 from fp8train.checkpoint.snapshot import HostSnapshot
-from fp8train.checkpoint.storage import ignore_single_process_warning
 
 _SKEW = timedelta(hours=1)
 """How long the fastest writer waits for the slowest."""
@@ -64,6 +63,8 @@ class BackgroundSaver:
         self._own = None if control is None else dist.new_group(backend="gloo", timeout=_SKEW)
         self._work: _Work | None = None
         if control is None:
+            from fp8train.checkpoint.storage import ignore_single_process_warning
+
             ignore_single_process_warning()  # once and here: the filter is not the thread's to change
 
     @property

@@ -1,25 +1,25 @@
 """Reads a checkpoint into the tensors of a run that may be laid out otherwise than the one that saved it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from fp8train.checkpoint.catalog import step_of
 from fp8train.checkpoint.errors import CorruptCheckpointError
 from fp8train.checkpoint.logical import LogicalTensor, as_logical
-from fp8train.checkpoint.manifest import Manifest, Verify, read_meta_file, verify_checkpoint
-from fp8train.checkpoint.planners import LogicalLoadPlanner
+from fp8train.checkpoint.manifest import METADATA_FILE, Manifest, Verify, read_meta_file, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
-from fp8train.checkpoint.safe_metadata import METADATA_FILE, read_metadata
 from fp8train.checkpoint.save import RANK_STATE_PREFIX
-from fp8train.checkpoint.storage import ShardReader, dcp_call
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 
 class StoredTensor(NamedTuple):
@@ -104,6 +104,11 @@ class OpenCheckpoint:
         *,
         alone: bool,
     ) -> None:
+        import torch.distributed.checkpoint as dcp  # slow to import, so not before the first load
+
+        from fp8train.checkpoint.planners import LogicalLoadPlanner
+        from fp8train.checkpoint.storage import ShardReader, dcp_call
+
         planner = LogicalLoadPlanner(
             ignore=lambda name: name.startswith(RANK_STATE_PREFIX) or unwanted(name),
         )
@@ -196,4 +201,6 @@ def _read_description(path: Path, manifest: Manifest) -> tuple[dict[str, Any], M
         raise CorruptCheckpointError(
             f"{path}: is the checkpoint of step {manifest.step} (meta: {step}), not of its name"
         )
+    from fp8train.checkpoint.safe_metadata import read_metadata
+
     return meta, read_metadata(path / METADATA_FILE, manifest.files)

@@ -5,12 +5,17 @@ ranks may hold the same rectangle (replicas). A checkpoint stores every element 
 be read back: the new rank's rectangle is the union of its intersections with the stored ones.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+if TYPE_CHECKING:  # torch's checkpoints take a second to import: for those who save or load
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ from fp8train.config import places
 
 MANIFEST_FILE = places.MANIFEST_FILE
 META_FILE = "meta.json"
+METADATA_FILE = ".metadata"
+"""DCP's index."""
+SHARD_GLOB = "__{rank}_*.distcp"
+"""DCP's names of one rank's shard files."""
 
 Verify = Literal["full", "size"]
 """``full``: sizes and SHA-256 of everything; ``size``: sizes, and SHA-256 of the small files only."""

@@ -5,16 +5,19 @@ names, shapes and types that the ranks hold, which come from the run and not fro
 compared with the index as it lies on disk, and the index with the sizes of the shard files.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from typing import TYPE_CHECKING
 
 from fp8train.checkpoint.errors import CorruptCheckpointError, shorten
 from fp8train.checkpoint.logical import LogicalTensor
-from fp8train.checkpoint.manifest import FileEntry
-from fp8train.checkpoint.safe_metadata import METADATA_FILE, read_metadata
+from fp8train.checkpoint.manifest import METADATA_FILE, FileEntry
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 Keys = dict[str, str]
 """Shape and type of each logical tensor by name, as text."""
@@ -39,6 +42,8 @@ def check_index(
         CorruptCheckpointError: a tensor is missing, foreign, of another shape or type, not wholly covered, or
             outside its file.
     """
+    from fp8train.checkpoint.safe_metadata import read_metadata  # with torch's checkpoints: slow to import
+
     metadata = read_metadata(directory / METADATA_FILE, files)
     stored: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata  # type: ignore[assignment]
     found = {name: f"{tuple(one.size)} {one.properties.dtype}" for name, one in stored.items()}

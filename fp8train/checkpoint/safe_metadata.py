@@ -24,8 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 
 from fp8train.checkpoint.errors import CorruptCheckpointError
 
-METADATA_FILE = ".metadata"
-
 _RECORDS = frozenset(
     {
         ("torch.distributed.checkpoint.metadata", "Metadata"),

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from fp8train import __version__
@@ -24,13 +23,19 @@ from fp8train.checkpoint.catalog import REPLACED_SUFFIX, delete_checkpoint, step
 from fp8train.checkpoint.errors import CheckpointError, explain_os_error
 from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, remove, write_durable
 from fp8train.checkpoint.logical import LogicalTensor, as_logical
-from fp8train.checkpoint.manifest import MANIFEST_FILE, META_FILE, FileEntry, Manifest, encode, file_entry
-from fp8train.checkpoint.planners import LogicalSavePlanner
+from fp8train.checkpoint.manifest import (
+    MANIFEST_FILE,
+    META_FILE,
+    METADATA_FILE,
+    SHARD_GLOB,
+    FileEntry,
+    Manifest,
+    encode,
+    file_entry,
+)
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import Keys, check_index, describe
 from fp8train.checkpoint.retention import Retention, retain
-from fp8train.checkpoint.safe_metadata import METADATA_FILE
-from fp8train.checkpoint.storage import SHARD_GLOB, ShardWriter, dcp_call
 
 RANK_STATE_PREFIX = "rank_state/"
 """Of the stored names of per-rank tensors: ``rank_state/<rank>/<name>``."""
@@ -154,6 +159,11 @@ def _prepare(order: Order) -> None:
 
 
 def _write_shards(order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks, in_thread: bool) -> None:
+    import torch.distributed.checkpoint as dcp  # slow to import, so not before the first save
+
+    from fp8train.checkpoint.planners import LogicalSavePlanner
+    from fp8train.checkpoint.storage import ShardWriter, dcp_call
+
     planner = LogicalSavePlanner(
         check_space=lambda needed: _check_space(order, needed), on_item=lambda: order.on_phase("data")
     )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fp8train.checkpoint.logical import LogicalTensor
-from fp8train.checkpoint.planners import choose_writers, write_items
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import Keys, describe
 from fp8train.checkpoint.save import RANK_STATE_PREFIX
@@ -64,6 +63,8 @@ class HostSnapshot:
         return copies
 
     def _plan(self, tensors: Mapping[str, LogicalTensor], ranks: Ranks) -> None:
+        from fp8train.checkpoint.planners import choose_writers, write_items  # slow to import
+
         offers = ranks.each(lambda: write_items(tensors))
         self._own = frozenset(item.index.fqn for item in choose_writers(offers)[ranks.rank])
         self._planned = True

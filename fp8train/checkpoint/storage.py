@@ -28,10 +28,6 @@ from fp8train.checkpoint.errors import (
 )
 from fp8train.config.errors import UserError
 
-SHARD_GLOB = "__{rank}_*.distcp"
-"""DCP's names of one rank's shard files."""
-
-
 _COPY_AHEAD_BYTES = 10_000_000
 """Of tensors on a device that are copied to the host while others are written; torch's default."""
 

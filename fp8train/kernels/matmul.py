@@ -26,10 +26,13 @@ def _cpu_multiplies_bf16() -> bool:
     return limit not in _WITHOUT_BF16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-@torch.compiler.assume_constant_result
 def cpu_multiplies_bf16() -> bool:
     """Whether this machine's CPU has BF16 multiplication, asked once."""
     return _cpu_multiplies_bf16()
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: that takes a second.
+cpu_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _widen(x: Tensor) -> bool:
