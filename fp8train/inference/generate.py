@@ -28,7 +28,8 @@ from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import load_trained
 from fp8train.inference.sampling import Sampling, sample
 from fp8train.inference.weights import Numerics
-from fp8train.layers.loss import logits
+from fp8train.layers.head_gemms import HeadGemms
+from fp8train.layers.linear_plan import Alphas
 from fp8train.models.decoder import Decoder
 
 
@@ -75,13 +76,17 @@ def generate(
     assert model.config.vocab_size is not None
     choices = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     device, alpha = model.embedding.weight.device, model.parametrization.head().output
+    for linear in model.linears().values():
+        linear.decode_weight()
+    alphas = Alphas(output=alpha)
+    head = HeadGemms(model.head_weight[:choices], rows=num_samples, alphas=alphas, needs_grad=False)
     caches = model.make_caches(num_samples, len(prompt_tokens) + max_tokens - 1)
     tokens = torch.tensor([list(prompt_tokens)] * num_samples, dtype=torch.int64)
     samples: list[list[int]] = [[] for _ in range(num_samples)]
     running = set(range(num_samples))
     for _ in range(max_tokens):
         last = model.hidden(tokens.to(device), caches)[:, -1]
-        scores = logits(last, model.head_weight, vocab_size=choices, alpha=alpha)
+        scores = head.logits(last)
         if not scores.isfinite().all():
             raise InferenceError(
                 "the model's logits are not finite; take a checkpoint from before it diverged"

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.layers.fp8_operand import Operand, aligned, cropped, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
-from fp8train.numerics.cast import amax_of, cast, uncast
+from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale import scale_from_amax
@@ -154,6 +155,15 @@ class LoadedFp8Weight(Fp8Weight):
         scale = self._delayed_scale("output.w", spec)
         slot = None if scale is None else ScaleSlot(scale, None)
         self.forward = quantize_operand(values, spec, slot, contracted=_CONTRACTED["output.w"])
+
+    def decode(self) -> None:
+        """Keep the codes as BF16 or FP32 numbers of the same values, for GEMMs that would decode them each
+        time: on CPUs. A token of generated text multiplies every weight once, and decoding takes longer than
+        that. The price is 2 or 4 bytes a code instead of 1."""
+        if self.forward is not None and self.forward[0].element_size() == 1:
+            payload, scale_inv = self.forward
+            dtype = torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+            self.forward = decode_finite(payload, dtype), scale_inv
 
     def to(self, device: torch.device) -> None:
         """Move the copy to ``device``, if it was loaded."""

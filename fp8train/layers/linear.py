@@ -208,15 +208,23 @@ class Linear(nn.Module):
         return isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight))
 
     def fp8_codes(self) -> Tensor:
-        """The FP8 weight of the output GEMM as it is stored, padding included; once it was written."""
+        """The FP8 weight of the output GEMM, padding included; once it was written."""
         self.await_weight()
-        assert self._w_forward is not None
-        return self._w_forward[0]
+        assert self._w_forward is not None and self.plan is not None
+        return self._w_forward[0].to(self.plan.quant.output_w.format.dtype)  # exact where it is kept decoded
 
     def fp8_scale_inv(self) -> Tensor:
         """The FP32 scales of :meth:`fp8_codes`: a scalar, or those of rows or blocks."""
         assert self._w_forward is not None
         return self._w_forward[1]
+
+    def decode_weight(self) -> None:
+        """Where a product would decode a loaded FP8 weight each time, decode it now, once:
+        :meth:`~fp8train.layers.fp8_weight.LoadedFp8Weight.decode`. Results keep their bits."""
+        if self.plan is None or self.plan.backend.name != "decode" or self.weight.device.type != "cpu":
+            return
+        if isinstance(self._fp8_weight, LoadedFp8Weight):
+            self._fp8_weight.decode()
 
     @property
     def _w_forward(self) -> Operand | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,8 @@ def test_weights_take_a_byte_and_are_quantised_once(
         fp8_weight, "quantize_operand", lambda x, *a, **k: (sizes.append(x.numel()), quantise(x, *a, **k))[1]
     )
     model = run.load("matched", device=CPU).model
+    linears = model.linears().values()
+    stored = sum(linear.weight_bytes for linear in linears)
     for _ in range(2):
         loss(model, run.config)
         generate(
@@ -168,9 +171,8 @@ def test_weights_take_a_byte_and_are_quantised_once(
             generator=torch.Generator(),
             eod_id=None,
         )
-    linears = model.linears().values()
     assert sizes == [linear.in_features * linear.out_features for linear in linears]
-    assert sum(linear.weight_bytes for linear in linears) == sum(sizes) + 4 * len(linears)  # and the scales
+    assert stored == sum(sizes) + 4 * len(linears)  # and the scales
     for linear in linears:
         assert linear.weight.untyped_storage().nbytes() == linear.weight.element_size()  # one NaN
 
@@ -276,3 +278,29 @@ def test_bf16_needs_no_fp8_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InferenceError, match=r"step_00000004: .* needs .* 8\.9 .*; or use --numerics bf16"):
         run.load("matched", device=CPU)
     assert loss(run.load("bf16", device=CPU).model, run.config) > 0
+
+
+@pytest.mark.parametrize("recipe", ["current", "rowwise"])
+def test_generation_decodes_each_weight_once(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And draws the tokens of weights that every product decodes."""
+    _, run = trained(tmp_path, FP8, *RECIPES[recipe])
+    decoded: list[int] = []
+    plain = fp8_weight.decode_finite
+    monkeypatch.setattr(fp8_weight, "decode_finite", lambda *given: decoded.append(1) or plain(*given))
+
+    def tokens(model: Decoder) -> list[list[int]]:
+        settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": None, "eod_id": None}
+        return generate(model, [1, 2, 3], max_tokens=12, generator=torch.Generator(), **settings)
+
+    model = run.load("matched", device=CPU).model
+    before = loss(model, run.config)
+    once = tokens(model)
+    linears = [linear for linear in model.linears().values() if linear.plan is not None]
+    assert len(decoded) == len(linears) == 8
+    assert tokens(model) == once
+    assert len(decoded) == 8
+    assert loss(model, run.config) == before
+    monkeypatch.setattr(fp8_weight.LoadedFp8Weight, "decode", lambda self: None)
+    assert tokens(run.load("matched", device=CPU).model) == once

@@ -319,7 +319,7 @@ def test_refusals(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--context", "8"], "--context is for --text and --tasks"),
         (["--text", str(text), "--context", "99"], "--context 99 is more than the model's context"),
         (["--text", str(text), "--stride", "33"], "--stride 33 is more than the context of 32 tokens"),
-        (["--text", str(tmp_path / "none")], "none: No such file or directory"),
+        (["--text", str(tmp_path / "none")], "none: no such file; give a file of text"),
         (["--tasks", str(long)], "long.jsonl:1: "),
     ):
         assert run_command(["eval", str(run), *options]) == 2

@@ -14,7 +14,7 @@ each of ours is compared with the *faster* of a peer's two modes. ``ONEDNN_MAX_C
 ``ATEN_CPU_CAPABILITY=avx2`` make any x86 machine such a one.
 
     python tools/bench/vs_peers.py --json tools/bench/results/vs_peers_cpu.json               # 20M parameters
-    python tools/bench/vs_peers.py --quickstart --json tools/bench/results/vs_peers_3m_cpu.json
+    python tools/bench/vs_peers.py --small --json tools/bench/results/vs_peers_3m_cpu.json
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fp8train.layers.mlp import shard_unit
 from fp8train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-QUICKSTART = {"layers": 2, "hidden": 192, "heads": 6, "kv_heads": 2, "vocab": 12288, "batch": 2, "tie": True}
+SMALL = {"layers": 2, "hidden": 192, "heads": 6, "kv_heads": 2, "vocab": 12288, "batch": 2, "tie": True}
 MAX_FIRST_LOSS_DIFFERENCE = 0.02  # nats; BF16 rounding gives a few 1e-3
 Step = Callable[[int], float]
 
@@ -62,12 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each variant")
     parser.add_argument("--tie", action="store_true", help="one matrix for embedding and head")
-    parser.add_argument("--quickstart", action="store_true", help="shape and batch of launch/quickstart.sh")
+    parser.add_argument("--small", action="store_true", help="3 million parameters, a batch of 2")
     parser.add_argument("--cpu-time", action="store_true", help="compare CPU seconds: for a busy machine")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
-    if args.quickstart:
-        vars(args).update(QUICKSTART)
+    if args.small:
+        vars(args).update(SMALL)
     return args
 
 
