@@ -52,13 +52,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = min(len(hidden), _chunk_rows(weight))
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
         gemms = HeadGemms(weight, rows=rows, alphas=alphas, needs_grad=needs_grad)
-        total = torch.zeros((), dtype=gemms.wide, device=hidden.device)
+        found = _Targets.of(targets, vocabulary, gemms.wide)
+        losses = torch.empty_like(found.weight)
         grad_hidden = torch.empty_like(hidden, dtype=gemms.grad_hidden_dtype) if needs_grad else None
         for start in range(0, len(hidden), rows):
-            part, target = hidden[start : start + rows], targets[start : start + rows]
+            part = hidden[start : start + rows]
             logits = gemms.logits(part)
             for block in _blocks(logits, parallel):
-                total += _to_gradient(logits[block], target[block], vocabulary, gemms.wide, needs_grad)
+                tokens = slice(start + block.start, start + block.stop)
+                losses[tokens] = _to_gradient(logits[block], found.of_tokens(tokens), vocabulary, needs_grad)
             if grad_hidden is not None:
                 gradient = gemms.grad_logits(logits)
                 gemms.grad_hidden(gradient, out=grad_hidden[start : start + rows])
@@ -68,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = parallel.scatter_sum(grad_hidden, batch=batch, fp8=False, purpose="tp_head")()
         ctx.save_for_backward(grad_hidden, gemms.grad_weight)
         ctx.dtypes, ctx.batch = (hidden.dtype, weight.dtype), batch
-        return total
+        return losses.masked_fill_(found.weight == 0, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,32 +128,56 @@ class _Vocabulary:
         return x
 
 
-def _to_gradient(
-    logits: Tensor, targets: Tensor, vocabulary: _Vocabulary, wide: torch.dtype, needs_grad: bool
-) -> Tensor:
-    """The summed loss of logits [T, V], which become their own gradient if ``needs_grad``.
+@dataclass(frozen=True)
+class _Targets:
+    """Where the targets' logits are, once for all chunks; each [T, 1].
+
+    Attributes:
+        column: int64, this rank's column of the target; 0 where another rank has it, or nobody.
+        weight: 1 for a target that counts, 0 for one that is left out.
+        here: ``weight`` where this rank has the target's column, else 0.
+    """
+
+    column: Tensor
+    weight: Tensor
+    here: Tensor
+
+    @classmethod
+    def of(cls, targets: Tensor, vocabulary: _Vocabulary, wide: torch.dtype) -> _Targets:
+        """Find int64 targets [T] among this rank's columns."""
+        column = targets[:, None] - vocabulary.first
+        here = (column >= 0) & (column < vocabulary.local)
+        weight = targets[:, None] != IGNORE
+        here &= weight
+        return cls(column.masked_fill(~here, 0), weight.to(wide), here.to(wide))
+
+    def of_tokens(self, tokens: slice) -> _Targets:
+        """Those of some tokens."""
+        return _Targets(self.column[tokens], self.weight[tokens], self.here[tokens])
+
+
+def _to_gradient(logits: Tensor, targets: _Targets, vocabulary: _Vocabulary, needs_grad: bool) -> Tensor:
+    """The losses [T, 1] of logits [T, V], which become their own gradient if ``needs_grad``; without meaning
+    for targets that are left out.
 
     With ``e = exp(logits - max)`` and ``s = sum(e)``, the loss is ``log(s) - (logits[target] - max)`` and its
     gradient ``e / s - onehot(target)``: one exponential serves both. Maximum, sum and target's score are over
     the columns of all ranks.
     """
-    valid = (targets != IGNORE)[:, None]
-    target = targets[:, None].masked_fill(~valid, 0) - vocabulary.first
-    elsewhere = (target < 0) | (target >= vocabulary.local)
-    target = target.masked_fill(elsewhere, 0)
-    scores = logits.to(wide)
-    scores[:, vocabulary.real :] = -torch.inf
+    scores = logits.to(targets.weight.dtype)
+    if vocabulary.real < vocabulary.local:
+        scores[:, vocabulary.real :] = -torch.inf
     largest = vocabulary.reduce(scores.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
     scores = scores.sub_(largest)
-    target_score = scores.gather(1, target).masked_fill_(elsewhere, 0)
-    target_score = vocabulary.reduce(target_score, dist.ReduceOp.SUM)
+    target_score = scores.gather(1, targets.column)
+    if vocabulary.parallel is not None:
+        target_score = vocabulary.reduce(target_score.masked_fill_(targets.here == 0, 0), dist.ReduceOp.SUM)
     total = vocabulary.reduce(scores.exp_().sum(dim=-1, keepdim=True), dist.ReduceOp.SUM)
     if needs_grad:
-        weight = valid.to(wide)
-        scores.mul_(weight / total).scatter_add_(1, target, -weight.masked_fill(elsewhere, 0))
+        scores.mul_(targets.weight / total).scatter_add_(1, targets.column, -targets.here)
         if scores is not logits:
             logits.copy_(scores)
-    return (total.log() - target_score).masked_fill(~valid, 0).sum()
+    return total.log_().sub_(target_score)
 
 
 def linear_cross_entropy(

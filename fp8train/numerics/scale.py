@@ -36,11 +36,10 @@ def exponent_from_amax(amax: Tensor, *, max_exponent: int, margin: int = 0) -> T
     Returns:
         int32 of the same shape, in [-126, 126]; 0 where amax is 0.
     """
-    bits = amax.view(torch.int32)
-    exponent = (bits >> 23) - 127
-    above = ((bits & _MANTISSA_MASK) > _THREE_QUARTERS).to(torch.int32)
-    k = (max_exponent - margin - exponent - above).clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return torch.where(amax == 0, torch.zeros_like(k), k)
+    # Adding this carries into the exponent field where the mantissa is above 1.75: a - 127, plus one there.
+    exponent = (amax.view(torch.int32) + (_MANTISSA_MASK - _THREE_QUARTERS)) >> 23
+    k = (max_exponent - margin + 127 - exponent).clamp_(-MAX_EXPONENT, MAX_EXPONENT)
+    return k.masked_fill_(amax == 0, 0)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
