@@ -13,6 +13,7 @@ states are taken round by round.
 from __future__ import annotations
 
 import argparse
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cpu-time", action="store_true", help="compare CPU seconds: for a busy machine")
     parser.add_argument("--tiny", action="store_true", help="side 1024, 2 rounds")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -151,6 +153,7 @@ def main() -> None:
         steps_per_round=1,
         warmup=1,
         device=device,
+        clock=time.process_time if args.cpu_time else time.perf_counter,
     )
     rows, result = [], {}
     for name, optimizer in optimizers.items():
