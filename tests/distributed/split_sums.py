@@ -20,6 +20,7 @@ from torch import Tensor
 from fp8train.comm.exchange import pack, sum_parts
 from fp8train.layers import fp8_linear, loss
 from fp8train.layers import linear as linear_module
+from fp8train.layers.head_gemms import HeadGemms
 from fp8train.models.decoder import split_dim
 from fp8train.numerics.blocks import as_blocks, block_size, from_blocks, quantize_blocks
 from fp8train.numerics.formats import E4M3
@@ -48,8 +49,8 @@ def sums_in_parts(trainer: Trainer, parts: int, *, fp8_grad_input: bool = False)
         else:
             linear.plan = replace(linear.plan)  # one of its own, to be told apart by
             by_plan[id(linear.plan)] = cut_by_row[name]
-    by_weight[model.head_weight.data_ptr()] = False
     multiply, matmul, to_gradient = fp8_linear._multiply, linear_module.matmul, loss._to_gradient
+    grad_hidden, compute = HeadGemms.grad_hidden, model.head_weight.dtype
 
     def fp8_product(
         plan: Any, a: Any, b: Any, specs: Any, alpha: float, dtype: torch.dtype, **more: Any
@@ -70,12 +71,21 @@ def sums_in_parts(trainer: Trainer, parts: int, *, fp8_grad_input: bool = False)
             return _sum(scaled, a, b, parts, fp8=False)
         return scaled(a, b)
 
-    fp8_linear._multiply, linear_module.matmul, loss.matmul = fp8_product, product, product
+    def heads_grad_hidden(gemms: HeadGemms, gradient: Tensor, out: Tensor) -> None:
+        # Ranks hold columns of the logits, and round their sums over those.
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            return (torch.mm(a, b) * gemms._alphas.grad_input).to(compute)
+
+        out.copy_(_sum(product, gradient, gemms._weight, parts, fp8=False))
+
+    fp8_linear._multiply, linear_module.matmul = fp8_product, product
+    HeadGemms.grad_hidden = heads_grad_hidden  # type: ignore[method-assign]
     loss._to_gradient = partial(_softmax_in_parts, parts=parts)
     try:
         yield
     finally:
-        fp8_linear._multiply, linear_module.matmul, loss.matmul = multiply, matmul, matmul
+        fp8_linear._multiply, linear_module.matmul = multiply, matmul
+        HeadGemms.grad_hidden = grad_hidden  # type: ignore[method-assign]
         loss._to_gradient = to_gradient
         for name, linear in linears.items():
             linear.plan = plans[name]
@@ -97,21 +107,22 @@ def _sum(product: Product, a: Tensor, b: Tensor, parts: int, *, fp8: bool) -> Te
 
 
 def _softmax_in_parts(
-    logits: Tensor, targets: Tensor, vocabulary: Any, wide: torch.dtype, needs_grad: bool, *, parts: int
+    logits: Tensor, targets: Any, vocabulary: Any, needs_grad: bool, *, parts: int
 ) -> Tensor:
-    """Loss and gradient of logits [T, V], their exponentials summed in parts. No target is left out."""
-    scores = logits.to(wide)
+    """Losses [T, 1] and gradient of logits [T, V], their exponentials summed in parts. No target is left
+    out."""
+    scores = logits.to(targets.weight.dtype, copy=True)
     scores[:, vocabulary.real :] = -torch.inf
     scores -= scores.amax(dim=1, keepdim=True)
-    score = scores.gather(1, targets[:, None])
+    score = scores.gather(1, targets.column)
     exponentials = scores.exp()
     sums = [part.contiguous().sum(dim=1, keepdim=True) for part in exponentials.chunk(parts, dim=1)]
     while len(sums) > 1:
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
     if needs_grad:
         gradient = exponentials * (1 / sums[0])
-        logits.copy_(gradient.scatter_add(1, targets[:, None], -torch.ones_like(score)))
-    return (sums[0].log() - score).sum()
+        logits.copy_(gradient.scatter_add(1, targets.column, -torch.ones_like(score)))
+    return sums[0].log() - score
 
 
 def _like(whole: Tensor, part: Tensor) -> Tensor:
