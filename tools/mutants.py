@@ -81,8 +81,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "clipping: gradients are applied unclipped",
         _OPTIMIZER,
-        "* multiplier\n            new_values",
-        "* 1.0\n            new_values",
+        "* multiplier\n            # The rule",
+        "* 1.0\n            # The rule",
         _truth("O2 and 8 and micro"),
     ),
     Mutant(
