@@ -46,8 +46,8 @@ LLAMA = "configs/quickstart/llama.yaml"
 RUNS: dict[str, tuple[str, list[str]]] = {
     "BF16": (LLAMA, []),
     "FP8 GEMMs": ("configs/quickstart/llama_fp8.yaml", []),
-    "O1": (LLAMA, ["precision.level=O1", "run.name=quickstart_llama_o1"]),
-    "O2": (LLAMA, ["precision.level=O2", "run.name=quickstart_llama_o2"]),
+    "O1": (LLAMA, ["precision.level=O1", "run.name=llama_o1"]),
+    "O2": (LLAMA, ["precision.level=O2", "run.name=llama_o2"]),
 }
 WIDTH = max(map(len, RUNS))
 STAGES = 4

@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each variant")
     parser.add_argument("--tie", action="store_true", help="one matrix for embedding and head")
-    parser.add_argument("--quickstart", action="store_true", help="shape and batch of launch/quickstart.sh")
+    parser.add_argument("--quickstart", action="store_true", help="shape and batch of configs/small")
     parser.add_argument("--cpu-time", action="store_true", help="compare CPU seconds: for a busy machine")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
