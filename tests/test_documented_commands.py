@@ -1,8 +1,8 @@
 """The commands that the quick start's page and README.md show, run as they stand there.
 
 A tiny quick start (tools/quickstart.py with overrides) makes the runs that they name. Commands are read from
-the fenced ``bash`` blocks, so one that is changed in a page is tested as changed. What stands for something of
-the reader's own (a corpus, a large model's run) has a small stand-in of the same name.
+the fenced ``bash`` blocks, so one that is changed in a page is tested as changed. What stands for something
+of the reader's own (a corpus, a large model's run) has a small stand-in of the same name.
 """
 
 from __future__ import annotations

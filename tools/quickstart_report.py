@@ -121,7 +121,9 @@ def bigram_loss(resolved: ResolvedConfig) -> float:
 
 def losses_table(results: Sequence[Result], bigram: float) -> Table:
     """Validation losses side by side, with bytes per parameter of the hidden linears."""
-    table = Table(title="after the same batches: validation loss, and bytes per parameter of the hidden linears")
+    table = Table(
+        title="after the same batches: validation loss, and bytes per parameter of the hidden linears"
+    )
     for heading in (
         *("run", "nats/token", "bits/byte", "gap to BF16", "in FP8"),
         *("stored", "sent a step", "seconds"),
@@ -192,7 +194,9 @@ def _draw_differences(axes: Axes, results: Sequence[Result], limit: float) -> No
 
 
 def _points(axes: Axes, x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:
-    axes.plot(x, y, linestyle="", marker=style["marker"], color=style["color"], markerfacecolor="white", zorder=4)
+    axes.plot(
+        x, y, linestyle="", marker=style["marker"], color=style["color"], markerfacecolor="white", zorder=4
+    )
 
 
 def casts_of_last_sample(result: Result) -> tuple[float, float]:
@@ -207,36 +211,22 @@ def summary(results: Sequence[Result], bigram: float, *, took: str) -> list[tupl
     first, last = results[0], results[-1]
     plan, tokens = last.event("model"), last.metrics[-1]["tokens"]
     flushed, saturated = casts_of_last_sample(last)
-    stored = {result.name: sum(result.stored) for result in (first, last)}
-    return [
-        (
-            "trained",
-            f"a Llama of {plan['parameters'] / 1e6:.2f}M parameters, {len(results)} times from the same weights, on "
-            f"{tokens:,} tokens ({tokens * last.bytes_per_token / 1e3:.0f} kB) of Python source",
-        ),
-        (
-            "quality",
-            f"{first.name} {first.bits_per_byte:.3f} bits per byte, {last.name} {last.bits_per_byte:.3f} "
-            f"(gap {last.loss - first.loss:+.4f} nats per token); "
-            f"bigram model {bigram / math.log(2) / first.bytes_per_token:.3f}",
-        ),
-        (
-            "memory",
-            f"{first.name} {stored[first.name]:.2f} bytes per parameter of the hidden linears, "
-            f"{last.name} {stored[last.name]:.2f}: weight, gradient, master, moments",
-        ),
-        (
-            "network",
-            f"{first.name} sends {first.sent:.2f} bytes per parameter and step for gradients, "
-            f"{last.name} {last.sent:.2f} (one of two data-parallel ranks)",
-        ),
-        (
-            "in FP8",
-            f"all three GEMMs of {plan['fp8_linears']} of {plan['hidden_linears']} hidden linears; last sampled step: "
-            f"at most {flushed:.2%} of a tensor flushed, {saturated:.2%} saturated",
-        ),
-        ("time", took),
-    ]
+    size, text = plan["parameters"] / 1e6, tokens * last.bytes_per_token / 1e6
+    counts = bigram / math.log(2) / first.bytes_per_token
+    lines = {
+        "trained": f"a Llama of {size:.2f}M parameters, {len(results)} times from the same weights, on "
+        f"{tokens:,} tokens ({text:.2f} MB) of Python",
+        "quality": f"{first.name} {first.bits_per_byte:.3f} bits per byte, {last.name} "
+        f"{last.bits_per_byte:.3f} (gap {last.loss - first.loss:+.4f} nats per token); bigram {counts:.3f}",
+        "memory": f"{first.name} {sum(first.stored):.2f} bytes per parameter of the hidden linears, "
+        f"{last.name} {sum(last.stored):.2f} (weight, gradient, states)",
+        "network": f"{first.name} {first.sent:.2f} bytes per parameter sent each step for gradients, "
+        f"{last.name} {last.sent:.2f} (a rank of two)",
+        "in FP8": f"{plan['fp8_linears']} of {plan['hidden_linears']} hidden linears in {last.name}, "
+        f"all GEMMs; last sample: {flushed:.2%} flushed, {saturated:.2%} saturated at worst",
+        "time": took,
+    }
+    return list(lines.items())
 
 
 def limits(

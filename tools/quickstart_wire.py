@@ -28,7 +28,9 @@ def main() -> None:
     runs = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     with processes("cpu") as ranks:
-        sent = {name: bytes_per_parameter(ranks, path, overrides) for name, (path, *overrides) in runs.items()}
+        sent = {
+            name: bytes_per_parameter(ranks, path, overrides) for name, (path, *overrides) in runs.items()
+        }
         if ranks.rank == 0:
             print(json.dumps(sent))
 
