@@ -82,7 +82,7 @@ def main() -> int:
     console.print(f"plot of the losses  {plot}\nrun directories     {results[0].directory} and beside it")
     stage(console, STAGES, f"generate from the {results[-1].name} model, prompt {PROMPT!r}")
     console.print(generate(results[-1], resolved.config.model.max_seq_len), markup=False)
-    console.rule("summary", align="left", characters="=")
+    console.print("\n== summary")
     for name, text in summary(results, bigram, took=time_taken(began)):
         console.print(f"{name:<{WIDTH}}  {text}", markup=False)
     console.print()

@@ -23,12 +23,13 @@ from rich.table import Table
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.data.loading import open_data
 
-# Okabe and Ito's colours: told apart by colour-blind readers, and dark to light in grey.
+# Okabe and Ito's colours: told apart by colour-blind readers, and dark to light in grey. The first is wide, for
+# the others lie on it.
 STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#000000", "linestyle": "-", "linewidth": 2.2, "marker": "o"},
+    {"color": "#000000", "linestyle": "-", "linewidth": 3.5, "marker": "o"},
     {"color": "#0072B2", "linestyle": "--", "linewidth": 1.6, "marker": "s"},
     {"color": "#D55E00", "linestyle": "-.", "linewidth": 1.6, "marker": "^"},
-    {"color": "#56B4E9", "linestyle": "-", "linewidth": 1.6, "marker": "D"},
+    {"color": "#56B4E9", "linestyle": ":", "linewidth": 2.0, "marker": "D"},
 )
 
 
@@ -168,9 +169,8 @@ def _draw_losses(axes: Axes, results: Sequence[Result], bigram: float) -> None:
         axes.plot(*result.curve("train/loss_mean"), **line, label=result.name)
         _points(axes, *result.curve("eval/loss"), style)
     axes.plot([], [], "o", markerfacecolor="white", color="#666666", label="on validation text")
-    last = results[0].metrics[-1]["step"]
     axes.axhline(bigram, color="#666666", linewidth=1, linestyle=":")
-    axes.text(last, bigram, "bigram model, validation", ha="right", va="bottom", color="#444444", fontsize=9)
+    axes.text(1, bigram, "bigram model, on validation text", va="top", color="#444444", fontsize=9)
     axes.set_ylabel("loss, nats per token")
     axes.set_title("One small Llama, trained four times on the same batches", fontweight="bold")
     axes.legend(frameon=False)
@@ -180,7 +180,7 @@ def _draw_differences(axes: Axes, results: Sequence[Result], limit: float) -> No
     steps, reference = results[0].curve("train/loss_mean")
     _, checked = results[0].curve("eval/loss")
     axes.axhspan(-limit, limit, color="#eeeeee", linewidth=0)
-    axes.axhline(0, color=STYLES[0]["color"], linewidth=STYLES[0]["linewidth"])
+    axes.axhline(0, color=STYLES[0]["color"], linewidth=1)
     for result, style in zip(results[1:], STYLES[1:], strict=True):
         line = {key: value for key, value in style.items() if key != "marker"}
         axes.plot(steps, result.curve("train/loss_mean")[1] - reference, **line)
