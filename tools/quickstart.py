@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 WIDTH = max(map(len, RUNS))
 STAGES = 4
-MAX_BITS_PER_BYTE = 2.0
+MAX_BITS_PER_BYTE = 1.95
 MAX_GAP = 0.05
 PROMPT = "def __init__(self"
 MAX_NEW_TOKENS = 100
