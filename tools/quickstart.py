@@ -145,7 +145,7 @@ def train(name: str, overrides: list[str]) -> Result:
     resolved = load_config(config, overrides).config
     directory = Path(resolved.run.dir) / resolved.run.name
     command = [sys.executable, "-m", "fp8train", "train", config, "run.overwrite=true", *overrides]
-    began, lines = time.perf_counter(), []
+    lines = []
     with subprocess.Popen(
         command, env=one_thread(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -154,13 +154,15 @@ def train(name: str, overrides: list[str]) -> Result:
             lines.append(line)
             if re.match(r"step \d+: validation loss", line):
                 say(name, line)
+        _, status, used = os.wait4(process.pid, 0)  # of this process alone, which Popen does not tell
+        process.returncode = os.waitstatus_to_exitcode(status)
     if (directory / "logs").is_dir():
         (directory / "logs" / "console.log").write_text("".join(lines))
     if process.returncode:
         raise SystemExit(f"{name} failed with status {process.returncode}:\n{''.join(lines[-20:])}")
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in metrics if "eval/loss" in record][-1]
-    seconds = time.perf_counter() - began
+    seconds = used.ru_utime + used.ru_stime
     return Result(name, directory, last["eval/loss"], last["eval/bits_per_byte"], seconds, metrics)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.data.loading import open_data
 
-# Okabe and Ito's colours: told apart by colour-blind readers, and dark to light in grey. The first is wide, for
+# Okabe and Ito's colours: told apart by colour-blind readers, and dark to light in grey. The first line is wide:
 # the others lie on it.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "linewidth": 3.5, "marker": "o"},
@@ -42,7 +42,7 @@ class Result:
         directory: its run directory.
         loss: validation loss at the end, nats per token.
         bits_per_byte: the same in bits per byte of text.
-        seconds: wall time of its process.
+        cpu_seconds: of its process, start and evaluations included.
         metrics: its metrics.jsonl.
         sent: bytes that one of two ranks sends a step for gradients, per parameter.
     """
@@ -51,7 +51,7 @@ class Result:
     directory: Path
     loss: float
     bits_per_byte: float
-    seconds: float
+    cpu_seconds: float
     metrics: list[dict[str, Any]]
     sent: float = math.nan
 
@@ -127,7 +127,7 @@ def losses_table(results: Sequence[Result], bigram: float) -> Table:
     )
     for heading in (
         *("run", "nats/token", "bits/byte", "gap to BF16", "in FP8"),
-        *("stored", "sent a step", "seconds"),
+        *("stored", "sent a step", "CPU s"),
     ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     bits = bigram / math.log(2) / results[0].bytes_per_token
@@ -142,7 +142,7 @@ def losses_table(results: Sequence[Result], bigram: float) -> Table:
             f"{plan['fp8_linears']} of {plan['hidden_linears']}",
             "{:.2f} + {:.2f}".format(*result.stored),
             f"{result.sent:.2f}",
-            f"{result.seconds:.0f}",
+            f"{result.cpu_seconds:.0f}",
         )
     return table
 
