@@ -23,8 +23,8 @@ from rich.table import Table
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.data.loading import open_data
 
-# Okabe and Ito's colours: told apart by colour-blind readers, and dark to light in grey. The first line is wide:
-# the others lie on it.
+# Okabe and Ito's colours: told apart by colour-blind readers, and dark to light in grey. The first line is
+# wide, since the others lie on it.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "linewidth": 3.5, "marker": "o"},
     {"color": "#0072B2", "linestyle": "--", "linewidth": 1.6, "marker": "s"},
