@@ -1,13 +1,13 @@
 """Perplexity of trained models with their own FP8 numerics and in BF16, as a Markdown table.
 
-    python tools/inference_perplexity.py --runs runs/quickstart/quickstart_llama_fp8 ...
-    python tools/inference_perplexity.py --train runs/inference       # the quick start, every recipe
+    python tools/inference_perplexity.py --runs runs/quickstart/llama_fp8 ...
+    python tools/inference_perplexity.py --train runs/inference       # the small Llama, every recipe
     python tools/inference_perplexity.py --as-recipes runs/inference/current --recipes rowwise mxfp8 ...
 
 ``--train OUT`` trains each of ``--recipes`` (a recipe of ``precision.recipe``, or ``paper`` for the
 profile) into OUT/RECIPE, and continues or skips what is there already: the file of ``configs/recipes``,
-which is the quick start at level O2 with what the recipe needs, or ``--config`` with the recipe laid over
-it. The quick start's dataset must exist (launch/quickstart.sh makes it); ``--overrides`` go to the
+which is the small Llama at level O2 with what the recipe needs, or ``--config`` with the recipe laid over
+it. Its dataset must exist (configs/small/llama.yaml says how to make it); ``--overrides`` go to the
 training. ``--as-recipes RUN`` evaluates one trained model as each of ``--recipes`` would multiply it:
 weights of the standard parametrisation do not know how scales were chosen, so recipes whose scales are
 current or constant need no training of their own (delayed scales are in the checkpoint, and static recipes
@@ -35,7 +35,7 @@ from fp8train.training.perplexity import Measurement, measure, open_text, relati
 from fp8train.training.run import prepare_machine
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK_START = ROOT / "configs/quickstart/llama_fp8.yaml"
+SMALL = ROOT / "configs/small/llama_fp8.yaml"
 RECIPES = [*get_args(PrecisionConfig.model_fields["recipe"].annotation), "paper"]
 HEADINGS = ("recipe", "level", "step", "tokens", "BF16 perplexity", "FP8 perplexity", "difference")
 
@@ -44,7 +44,7 @@ def train(config: Path | None, out: Path, recipe: str, overrides: list[str]) -> 
     """Train (or finish, or find finished) the run of a recipe; its directory."""
     choice = ["precision.profile=paper"] if recipe == "paper" else [f"precision.recipe={recipe}"]
     if config is None:
-        config = QUICK_START if recipe == "paper" else ROOT / f"configs/recipes/{recipe}.yaml"
+        config = SMALL if recipe == "paper" else ROOT / f"configs/recipes/{recipe}.yaml"
         choice += ["precision.level=O2"] if recipe == "paper" else []
     options = [*choice, *overrides, f"run.dir={out}", f"run.name={recipe}", "checkpoint.resume=auto"]
     command = [sys.executable, "-m", "fp8train", "train", str(config), *options]

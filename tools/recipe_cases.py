@@ -1,8 +1,8 @@
-"""Recipes, levels and layouts of the quick start, and why some of them are refused: what
+"""Recipes, levels and layouts of a small Llama, and why some of them are refused: what
 ``tools/recipe_layouts.py`` shows and trains.
 
 A case is a value of ``precision.recipe`` (all that the schema knows, and ``profile: paper``), a level (``O0``
-with FP8 GEMMs) and a layout. Its configuration is ``configs/quickstart/llama.yaml`` with its overrides. It is
+with FP8 GEMMs) and a layout. Its configuration is ``configs/small/llama.yaml`` with its overrides. It is
 *refused* where reading that configuration, counting its processes or planning its GEMMs and optimizer states
 raises; else it is *legal*. No process group is needed for that.
 """
@@ -23,7 +23,7 @@ from fp8train.models.fp8_plan import linear_quant
 from fp8train.optim.from_config import state_plan
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGURATION = ROOT / "configs/quickstart/llama.yaml"
+CONFIGURATION = ROOT / "configs/small/llama.yaml"
 PAPER = "profile: paper"
 RECIPES: tuple[str, ...] = (*get_args(PrecisionConfig.model_fields["recipe"].annotation), PAPER)
 LEVELS: tuple[str, ...] = get_args(PrecisionConfig.model_fields["level"].annotation)
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def overrides(self) -> list[str]:
-        """What turns the quick start into this case."""
+        """What turns the small Llama into this case."""
         chosen = "precision.profile=paper" if self.recipe == PAPER else f"precision.recipe={self.recipe}"
         baseline = ["precision.gemm.fp8=true"] if self.level == "O0" else []
         needs = NEEDS.get(self.recipe, ())

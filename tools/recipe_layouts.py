@@ -1,4 +1,4 @@
-"""Which recipe runs at which level on which layout of the quick start, and why not where it does not.
+"""Which recipe runs at which level on which layout of a small Llama, and why not where it does not.
 
     python tools/recipe_layouts.py                                      # the tables, without training
     python tools/recipe_layouts.py --json runs/recipe_layouts.json      # the same for programs
@@ -6,7 +6,7 @@
     python tools/recipe_layouts.py --train FILE.json [--limit N]        # 20 steps each; resumable
 
 ``tools/recipe_cases.py`` has the cases and says what is refused. ``--train`` runs the legal ones of
-:data:`TRAINED` on gloo: the quick start's model (all its sizes and its vocabulary) on short samples of
+:data:`TRAINED` on gloo: the small model (all its sizes and its vocabulary) on short samples of
 synthetic text whose tokens come from a few entries of the vocabulary, which a model learns in a few steps. A
 case passes if every loss is finite, all ranks have the same ones and the last five are below the first.
 Results go to one JSON file after each case; a case that passed is not run again.
@@ -195,7 +195,7 @@ def as_json(tables: Tables) -> dict[str, Any]:
 
 STEPS = 20
 VOCAB_SIZE = 12288
-"""The quick start's tokenizer has as many pieces."""
+"""The tokenizer of ``configs/small`` has as many pieces."""
 SHORT = (
     *(
         f"train.steps={STEPS}",

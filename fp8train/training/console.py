@@ -147,7 +147,7 @@ def step_line(
         parts.append(f"{_RED}{text}{_PLAIN}" if colour and not math.isfinite(value) else text)
 
     for name, template, show in (
-        ("train/loss", "loss {}", "{:.4f}".format),
+        ("train/loss_mean", "loss {}", "{:.4f}".format),
         ("optim/grad_norm", "grad norm {}", "{:.3f}".format),
         ("optim/lr", "lr {}", "{:.2e}".format),
         ("throughput/tokens_per_second_per_device", "{} tok/s/device", format_count),

@@ -82,6 +82,7 @@ class Reporter:
         self._state = "failed"
         self._loss = (math.nan, 0)  # the last on the host, and its step
         self._window_steps = 0
+        self._window_loss: torch.Tensor | float = 0.0
         self._data_seconds = 0.0
         self._skipped = 0
         self._casts: dict[str, float] = {}
@@ -158,8 +159,14 @@ class Reporter:
         self.throughput.restart()
 
     def step(self, done: int, result: StepResult, *, data_seconds: float) -> None:
-        """A step is done; on logged steps print and record it."""
+        """A step is done; on logged steps print and record it.
+
+        ``train/loss`` is the loss of that step alone. ``train/loss_mean``, which the console shows, is the
+        mean over the steps since the previous logged one (after a resume: since then): of one small batch,
+        a loss says more about the batch than about the model.
+        """
         self._window_steps += 1
+        self._window_loss = self._window_loss + result.loss  # a device scalar: nothing waits for it here
         self._data_seconds += data_seconds
         self._skipped += not result.applied
         last = done == self.config.total_steps
@@ -168,12 +175,14 @@ class Reporter:
             return
         loss = float(result.loss)
         self._loss = (loss, done)
+        steps, self._window_steps = self._window_steps, 0
+        window_loss, self._window_loss = float(self._window_loss), 0.0
         metrics = {
             "train/loss": loss,
+            "train/loss_mean": window_loss / steps,
             "optim/grad_norm": result.grad_norm,
             "optim/lr": result.lr,
         }
-        steps, self._window_steps = self._window_steps, 0
         metrics |= self.throughput.measure(steps, self._tokens(done, steps))
         metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
         metrics["optim/skipped_steps"] = self._skipped

@@ -15,7 +15,7 @@ from fp8train.training.run_dir import RunDir
 from fp8train.training.wandb_tracker import WandbTracker, kept_run_id
 
 # Shown against tokens too: TensorBoard has one x-axis, so these get a second curve.
-_BY_TOKENS = ("train/loss", "eval/loss")
+_BY_TOKENS = ("train/loss", "train/loss_mean", "eval/loss")
 
 
 class EventLog(Protocol):

@@ -62,7 +62,7 @@ def test_loads_and_prints(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_every_size_is_checked() -> None:
-    others = ("quickstart/", "ablations/", "experiments/", "3d/", "recipes/", "sft/")
+    others = ("quickstart/", "small/", "ablations/", "experiments/", "3d/", "recipes/", "sft/")
     sizes = {name for name in FILES if not name.startswith(others)}
     assert sizes == set(PUBLISHED)
 
@@ -132,19 +132,23 @@ def without_name(config: Config) -> dict[str, object]:
     return plain
 
 
-def test_quickstart_pair_differs_in_fp8_only() -> None:
-    bf16 = without_name(load_config(CONFIGS / "quickstart/llama.yaml").config)
-    fp8 = without_name(load_config(CONFIGS / "quickstart/llama_fp8.yaml").config)
+@pytest.mark.parametrize("folder", ["quickstart", "small"])
+def test_a_pair_differs_in_fp8_only(folder: str) -> None:
+    bf16 = without_name(load_config(CONFIGS / f"{folder}/llama.yaml").config)
+    fp8 = without_name(load_config(CONFIGS / f"{folder}/llama_fp8.yaml").config)
     assert not bf16["precision"]["gemm"].pop("fp8")
     assert fp8["precision"]["gemm"].pop("fp8")
     assert bf16 == fp8
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt"])
-def test_quickstart_is_small_and_needs_no_padding(name: str) -> None:
-    config = load_config(CONFIGS / f"quickstart/{name}.yaml").config
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "parameters"),
+    [("quickstart/llama", 4096, 0.385e6), ("quickstart/gpt", 4096, 0.43e6), ("small/llama", 12288, 3.15e6)],
+)
+def test_small_models_need_no_padding(name: str, vocab_size: int, parameters: float) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml").config
     model = config.model
-    assert 3e6 <= num_parameters(model, 12288) <= 6e6
+    assert num_parameters(model, vocab_size) == pytest.approx(parameters, rel=0.05)
     kv = model.num_kv_heads * model.head_dim
     for dim in (model.hidden_size, model.num_heads * model.head_dim, kv, model.ffn_hidden_size):
         assert dim % 16 == 0

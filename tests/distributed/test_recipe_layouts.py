@@ -109,7 +109,7 @@ def test_the_page_says_what_the_schema_does(tables: Tables) -> None:
 
 
 def test_what_is_refused(tables: Tables) -> None:
-    """The quick start's 192 columns have no whole blocks of 128 in two parts."""
+    """The small Llama's 192 columns have no whole blocks of 128 in two parts."""
     assert set(tables.refused) == {Case("blockwise", level, "TP2") for level in LEVELS}
 
 

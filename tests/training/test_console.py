@@ -25,7 +25,7 @@ from fp8train.training.console import (
 from fp8train.training.reporter import Reporter
 
 METRICS = {
-    "train/loss": 4.12341,
+    "train/loss_mean": 4.12341,
     "optim/grad_norm": 1.2344,
     "optim/lr": 3e-4,
     "throughput/tokens_per_second_per_device": 12345.6,
@@ -52,14 +52,14 @@ def test_the_whole_line() -> None:
 
 def test_columns_without_a_number_are_left_out() -> None:
     assert (
-        step_line(3, 10, {"train/loss": 2.0, "fp8/flushed": 0.5})
+        step_line(3, 10, {"train/loss_mean": 2.0, "fp8/flushed": 0.5})
         == "step  3/10 | loss 2.0000 | FP8 under 50.0%"
     )
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
 def test_non_finite_numbers_are_always_shown(value: float, shown: str) -> None:
-    line = step_line(1, 1, {"train/loss": value, "optim/grad_norm": value, "fp8/flushed": value})
+    line = step_line(1, 1, {"train/loss_mean": value, "optim/grad_norm": value, "fp8/flushed": value})
     assert line == f"step 1/1 | loss {shown} | grad norm {shown} | FP8 under {shown}"
 
 
@@ -122,7 +122,7 @@ def test_percent(share: float, shown: str) -> None:
 
 
 def printed(stream: io.StringIO) -> str:
-    Console(enabled=True, total_steps=5, stream=stream).step(1, {"train/loss": math.nan})
+    Console(enabled=True, total_steps=5, stream=stream).step(1, {"train/loss_mean": math.nan})
     return stream.getvalue()
 
 

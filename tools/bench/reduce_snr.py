@@ -1,6 +1,6 @@
 """How much of a gradient survives its reduction: signal-to-noise ratio of every mode on real gradients.
 
-    python tools/bench/reduce_snr.py --data data/quickstart/stdlib --json out.json
+    python tools/bench/reduce_snr.py --data data/stdlib/v12288 --json out.json
     python tools/bench/reduce_snr.py --tiny
 
 A model is trained for a few steps; then the gradients of many micro-batches, one for each simulated rank,
@@ -48,7 +48,7 @@ from fp8train.numerics.formats import E4M3
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 from fp8train.training.trainer import Trainer
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart" / "llama_fp8.yaml"
+SMALL = Path(__file__).parents[2] / "configs" / "small" / "llama_fp8.yaml"
 Gradients = dict[str, Tensor]  # fqn -> FP32 [ranks, rows, columns]
 Reduce = Callable[[Tensor], Tensor]
 
@@ -256,8 +256,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=QUICKSTART)
-    parser.add_argument("--data", default="data/quickstart/stdlib", help="dataset prefix")
+    parser.add_argument("--config", type=Path, default=SMALL)
+    parser.add_argument("--data", default="data/stdlib/v12288", help="dataset prefix")
     parser.add_argument("--steps", type=int, default=50, help="training steps before the capture")
     parser.add_argument("--ranks", default="2,4,8,16,32,64", help="numbers of ranks")
     parser.add_argument("--gloo", default="2,4,8", help="numbers of ranks to run over gloo too; empty: none")

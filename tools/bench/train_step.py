@@ -40,7 +40,7 @@ from fp8train.training.trainer import Trainer
 
 VARIANTS = {"O0": False, "FP8": True}
 TINY = {"layers": 2, "micro_batch": 2, "seq": 64, "steps": 1, "rounds": 2, "warmup": 1, "vocab": 512}
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart" / "llama.yaml"
+SMALL = Path(__file__).parents[2] / "configs" / "small" / "llama.yaml"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=QUICKSTART, help="default: the quick start's Llama")
+    parser.add_argument("--config", type=Path, default=SMALL, help="default: a Llama of 3M parameters")
     parser.add_argument("--layers", type=positive, help="instead of model.num_layers")
     parser.add_argument(
         "--micro-batch", type=positive, help="instead of train.micro_batch_size; one per step"
