@@ -11,7 +11,6 @@ import pytest
 from tools.layouts import table
 
 ROOT = Path(__file__).parents[1]
-# Pages that are not yet in the form that this file checks.
 # Lists what the program says of combinations that it refuses.
 QUOTES_MESSAGES = ("docs/recipe_layouts.md",)
 PAGES = sorted(str(page.relative_to(ROOT)) for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
