@@ -147,8 +147,8 @@ class StopRequest:
                 elif now - first >= SAME_CTRL_C_S:
                     self.quitting = True
                     threading.Thread(target=self._force, daemon=True).start()
+                    self._answer("quitting now")  # first: the main thread may end the process
                     signal.pthread_kill(main, signal.SIGINT)  # the handler may have run before the flag
-                    self._answer("quitting now")
 
     def _answer(self, text: str) -> None:
         """Say it from a thread of its own: an output that nobody reads must not hold up the next signal."""
