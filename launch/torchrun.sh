@@ -38,7 +38,7 @@ if ! [[ "$nproc" =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 # torchrun would set 1 thread and print a banner about it.
-threads=$(($(getconf _NPROCESSORS_ONLN) / nproc))
+threads=$(($(unset OMP_NUM_THREADS && nproc) / nproc)) # of the cores that this shell may use
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 
 config="$1"
