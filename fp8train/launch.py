@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fp8train.comm.failures import FOLDER_VARIABLE, INTERRUPTED, Failure, cause, recorded
 from fp8train.config.environment import World, check_started_world
@@ -54,8 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _tell(Failure(0, "interrupted", INTERRUPTED))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage is that of the script in front, which has its own."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; settings are written section.key=value, see --help\n")
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m fp8train.launch", description="Train in several processes.")
+    parser = _Parser("python -m fp8train.launch", description="Train in several processes.")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes on this machine")
     parser.add_argument("--nnodes", type=int, default=1, help="machines; each runs this command")
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")

@@ -4,11 +4,13 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: [NPROC=N] launch/torchrun.sh CONFIG.yaml [section.key=value ...]
+usage: [NPROC=N] launch/torchrun.sh [--debug] CONFIG.yaml [section.key=value ...]
 
 Runs `fp8train train` under torchrun on this machine. Continues an interrupted run (checkpoint.resume=auto) unless told otherwise.
 Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save the run after the current step and end it with status 0; a second Ctrl-C ends it now,
 with status 130.
+
+  --debug          torchrun's own output, and all tracebacks
 
 environment:
   NPROC            processes (default: the number of NVIDIA GPUs, or 1)
@@ -38,9 +40,14 @@ if ! [[ "$nproc" =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 # torchrun would set 1 thread and print a banner about it.
-threads=$(($(getconf _NPROCESSORS_ONLN) / nproc))
+threads=$(($(unset OMP_NUM_THREADS && nproc) / nproc)) # of the cores that this shell may use
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 
+debug=()
+if [ "$1" = --debug ] && [ "$#" -gt 1 ]; then
+    debug=(--debug)
+    shift
+fi
 config="$1"
 shift
 resume=(checkpoint.resume=auto)
@@ -56,7 +63,7 @@ export FP8TRAIN_LAUNCHER
 # torchrun itself answers any signal with a traceback and status 1, and kills workers that need longer than 30 s to save. So it runs
 # in a process group of its own, out of reach of the terminal, and signals go to its children: they save and end with 0, as it then does.
 set -m
-"$python" -m fp8train.launch --nproc-per-node="$nproc" "$config" "${resume[@]}" "$@" &
+"$python" -m fp8train.launch --nproc-per-node="$nproc" "${debug[@]}" "$config" "${resume[@]}" "$@" &
 torchrun=$!
 set +m
 

@@ -113,6 +113,25 @@ def test_torchrun_arguments(fake_venv: str, tmp_path: Path) -> None:
     ]
 
 
+def test_torchrun_shares_the_cores_that_it_may_use(fake_venv: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    core = min(os.sched_getaffinity(0))
+    done = subprocess.run(
+        [str(ROOT / "launch/torchrun.sh"), "c.yaml"], capture_output=True, text=True, timeout=60,
+        env={**environment, "FP8TRAIN_VENV": fake_venv, "NPROC": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "threads 1"
+
+
+def test_torchrun_takes_debug_before_the_config(fake_venv: str) -> None:
+    result = call("launch/torchrun.sh", "--debug", "c.yaml", "a.b=c", FP8TRAIN_VENV=fake_venv, NPROC="2")
+    assert result.stdout.splitlines()[:2] == [
+        "starting 2 processes: c.yaml a.b=c",
+        "-m fp8train.launch --nproc-per-node=2 --debug c.yaml checkpoint.resume=auto a.b=c",
+    ]
+
+
 def test_torchrun_keeps_a_given_resume(fake_venv: str) -> None:
     result = call(
         "launch/torchrun.sh", "c.yaml", "checkpoint.resume=never", FP8TRAIN_VENV=fake_venv, NPROC="1"

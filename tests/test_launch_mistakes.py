@@ -128,6 +128,7 @@ MISTAKES = {
     "changed_setting": Mistake(
         ("run.name=old", "optimizer.lr=0.5"), "optimizer.lr: 0.01 -> 0.5", "accept_changes=[optimizer.lr]"
     ),
+    "dashes": Mistake(("--optimizer.lr=1",), "--optimizer.lr=1", "section.key=value"),
     "bad_world_size": Mistake((), "WORLD_SIZE is 'two'", "unset WORLD_SIZE", {"WORLD_SIZE": "two"}),
 }
 

@@ -100,7 +100,10 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
     run = _run_as_rank if "TORCHELASTIC_RUN_ID" in os.environ else run_command
-    status = run(sys.argv[1:])
+    try:
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # one more, while the one before was told
+        status = INTERRUPTED
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # what was done is done, and its status is on record
     # Process groups sit in reference cycles (hooks, stores), and only their destruction joins gloo's threads.

@@ -53,7 +53,7 @@ def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem
                 if written is not None and written.value != otherwise:
                     message = (
                         f"has no effect: {rule.switch} is {value}; remove it, or write "
-                        f"{rule.switch}={rule.needs}"
+                        f"{rule.switch}={rule.needs} ({key.name}=null takes back what a file sets)"
                     )
                     problems.append(Problem(path, message, (rule.switch,)))
     return problems

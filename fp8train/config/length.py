@@ -44,14 +44,20 @@ def _decay(config: Config, length: str) -> Iterator[LayoutProblem]:
     warmup = schedule.warmup_steps or 0
     if schedule.warmup_fraction is not None:
         warmup = round(schedule.warmup_fraction * total)
+        if schedule.warmup_fraction + schedule.decay_fraction <= 1 + 1e-9:
+            return  # shares that fit overlap by a rounded step at most
     decay = round(schedule.decay_fraction * total)
     if warmup + decay > total:
-        share = max(0.01, int(100 * (total - warmup) / total) / 100)
+        share = int(100 * (total - warmup) / total) / 100
         key = "warmup_steps" if schedule.warmup_fraction is None else "warmup_fraction"
+        shorter = f"decay_fraction={share:g}"
+        if share == 0:  # warm-up leaves no room
+            left = total - decay if key == "warmup_steps" else 1 - schedule.decay_fraction
+            shorter = f"{key}={left:g}"
         yield LayoutProblem(
             f"warm-up ({warmup} steps) and decay (schedule.decay_fraction: {schedule.decay_fraction:g}, "
             f"{decay} steps) are longer than the run ({total} steps); shorten one of them, for example "
-            f"schedule.decay_fraction={share:g}",
+            f"schedule.{shorter}",
             ("schedule.decay_fraction", f"schedule.{key}", length),
         )
 

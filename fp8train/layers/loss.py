@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary = _Vocabulary(weight.shape[0], vocab_size, parallel)
         if parallel is not None:
             hidden = parallel.gather(hidden, batch=batch, purpose="tp_head")()
-        rows = min(len(hidden), _chunk_rows(weight))
+        rows = max(1, min(len(hidden), _chunk_rows(weight)))
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
         gemms = HeadGemms(weight, rows=rows, alphas=alphas, needs_grad=needs_grad)
         found = _Targets.of(targets, vocabulary, gemms.wide)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,17 @@ def continue_command(config: Path, overrides: Sequence[str], resolved: ResolvedC
         return f"{launcher} {shlex.join([str(config), *kept])}"
     if count != here:
         return "the command that started it, with checkpoint.resume=auto"
-    program = ["fp8train"] if Path(sys.argv[0]).name == "fp8train" else ["python", "-m", "fp8train"]
+    program = _program()
     if count != "1":
         program = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "fp8train"]
     return shlex.join([*program, "train", str(config), *kept, "checkpoint.resume=auto"])
+
+
+def _program() -> list[str]:
+    """This program as it can be typed: its name where the shell finds it under that, else its path."""
+    script = Path(sys.argv[0])
+    if script.name != "fp8train":
+        return ["python", "-m", "fp8train"]
+    found = shutil.which("fp8train")
+    known = found is not None and Path(found).absolute() == script.absolute()
+    return ["fp8train" if known else str(script)]

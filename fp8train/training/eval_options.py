@@ -73,7 +73,7 @@ class EvalOptions:
             )
         for option, files in (("--text", self.text), ("--tasks", self.tasks)):
             for file in files:
-                if not file.is_file():
+                if file.is_dir() or not file.exists():  # a pipe is as good as a file
                     why = "not a file" if file.exists() else "no such file"
                     raise InferenceError(f"{option} {file}: {why}; give a file of text or .jsonl")
         if self.prefix is not None:

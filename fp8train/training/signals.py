@@ -145,15 +145,18 @@ class StopRequest:
                 if first is None:
                     first = now
                 elif now - first >= SAME_CTRL_C_S:
+                    self._answer("quitting now", patience_s=0.5)  # first: then the process may end at once
                     self.quitting = True
                     threading.Thread(target=self._force, daemon=True).start()
                     signal.pthread_kill(main, signal.SIGINT)  # the handler may have run before the flag
-                    self._answer("quitting now")
 
-    def _answer(self, text: str) -> None:
-        """Say it from a thread of its own: an output that nobody reads must not hold up the next signal."""
+    def _answer(self, text: str, *, patience_s: float = 0.0) -> None:
+        """Say it from a thread of its own, and wait for that long: an output that nobody reads must not hold
+        up the next signal."""
         if self.say is not None:
-            threading.Thread(target=self.say, args=(text,), daemon=True).start()
+            speaker = threading.Thread(target=self.say, args=(text,), daemon=True)
+            speaker.start()
+            speaker.join(patience_s)
 
     def _force(self) -> None:
         time.sleep(_UNWIND_S)

@@ -230,6 +230,12 @@ BEYOND = {
         "decay (schedule.decay_fraction: 0.8, 8 steps) are longer than the run (10 steps); shorten one of "
         "them, for example schedule.decay_fraction=0.5 (train.steps: run.yaml:12)",
     ),
+    "no room to decay": (
+        ["schedule.kind=wsd", "schedule.warmup_steps=10", "schedule.decay_fraction=0.8"],
+        "command line: schedule.decay_fraction, schedule.warmup_steps, train.steps: warm-up (10 steps) and "
+        "decay (schedule.decay_fraction: 0.8, 8 steps) are longer than the run (10 steps); shorten one of "
+        "them, for example schedule.warmup_steps=2 (train.steps: run.yaml:12)",
+    ),
     "ramp": (
         ["train.batch_size_ramp=[{steps: 10, global_batch_size: 4}]"],
         "command line: train.batch_size_ramp, train.steps: train.batch_size_ramp takes 10 steps and the run "
@@ -254,6 +260,8 @@ def test_what_the_run_ends_before(name: str, tmp_path: Path) -> None:
     [
         ["schedule.warmup_steps=10"],
         ["schedule.kind=wsd", "schedule.warmup_steps=5", "schedule.decay_fraction=0.5"],
+        # Shares of 7 steps: 3.5 and 3.5, both rounded up.
+        ["schedule.kind=wsd", "schedule.warmup_fraction=0.5", "schedule.decay_fraction=0.5", "train.steps=7"],
         ["train.batch_size_ramp=[{steps: 9, global_batch_size: 4}]"],
     ],
 )
@@ -336,6 +344,13 @@ def test_what_another_setting_makes_meaningless(key: str, tmp_path: Path) -> Non
     assert f"; remove it, or write {remedy}" in line
     resolve_mapping(minimal(), [*overrides, remedy])
     resolve_mapping(minimal(), [*overrides, f"{key}=null"])
+
+
+def test_an_inert_setting_of_a_file_can_be_taken_back_as_the_message_says(tmp_path: Path) -> None:
+    base = {**minimal(), "schedule": {"kind": "wsd", "decay_fraction": 0.4}}
+    with pytest.raises(ConfigError, match=r"schedule\.decay_fraction=null takes back what a file sets"):
+        resolve_mapping(base, ["schedule.kind=cosine"])
+    resolve_mapping(base, ["schedule.kind=cosine", "schedule.decay_fraction=null"])
 
 
 @pytest.mark.parametrize("key", INERT)

@@ -20,6 +20,7 @@ from fp8train.data.prepare import prepare
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import open_run
 from fp8train.training.command import train_command
+from fp8train.training.eval_options import EvalOptions
 from fp8train.training.metrics import read_metrics
 from fp8train.training.perplexity import measure, open_text, relative_difference
 from tests.inference.recipes import MARKED, RECIPES
@@ -278,3 +279,11 @@ def test_progress_of_a_long_evaluation(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"bf16: {i} of 3 batches" for i in (1, 2, 3)]
     assert all(line.endswith(" tokens/s") for line in lines)
+
+
+def test_a_text_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """As the shell's ``<(...)``: opening it to see what it is would already use it up."""
+    os.mkfifo(tmp_path / "text")
+    EvalOptions(numerics="bf16", text=[tmp_path / "text"]).check()
+    with pytest.raises(InferenceError, match="not a file"):
+        EvalOptions(numerics="bf16", text=[tmp_path]).check()

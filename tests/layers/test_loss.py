@@ -153,3 +153,12 @@ def test_evaluation_computes_no_gradient(grad: bool, matmuls: int) -> None:
 def test_logits_leave_out_the_padding() -> None:
     hidden, weight, _ = inputs(5, 16, 13, torch.float64)
     torch.testing.assert_close(logits(hidden, weight, vocab_size=13), (hidden @ weight.t())[:, :13])
+
+
+def test_no_tokens_are_no_loss() -> None:
+    hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(16, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), vocab_size=16)
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad is not None
+    assert not weight.grad.any()

@@ -210,7 +210,19 @@ def test_a_file_that_overwrites_is_told_not_to(tmp_path: Path, monkeypatch: pyte
     config = write_config(tmp_path)
     config.write_text(config.read_text().replace("run: {", "run: {overwrite: true, "))
     monkeypatch.setattr(sys, "argv", ["/usr/bin/fp8train"])
+    monkeypatch.setattr("fp8train.training.command.shutil.which", lambda name: f"/usr/bin/{name}")
     command = continue_command(config, [], load_config(config))
     assert command == f"fp8train train {config} run.overwrite=false checkpoint.resume=auto"
     again = load_config(config, shlex.split(command)[3:]).config
     assert (again.run.overwrite, again.checkpoint.resume) == (False, "auto")
+
+
+@pytest.mark.parametrize("elsewhere", [None, "/usr/bin/fp8train"])
+def test_a_program_that_the_shell_does_not_find_is_named_by_its_path(
+    elsewhere: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a checkout whose environment is not activated."""
+    config = write_config(tmp_path)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/fp8train"])
+    monkeypatch.setattr("fp8train.training.command.shutil.which", lambda name: elsewhere)
+    assert continue_command(config, [], load_config(config)).startswith(".venv/bin/fp8train train ")
