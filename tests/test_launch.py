@@ -149,8 +149,8 @@ class Torchrun:
             env={**os.environ, "FP8TRAIN_VENV": fake_venv, "STUB_WORKER": worker, "NPROC": "1"} | environment,
             stdout=subprocess.PIPE,
             text=True,
-            # bash cannot trap what was ignored when it started, as SIGINT is in background jobs
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # bash cannot trap what was ignored when it started: SIGINT in background jobs, SIGHUP under nohup
+            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)],
         )
 
     def read_until(self, line: str) -> list[str]:

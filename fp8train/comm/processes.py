@@ -17,6 +17,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the group of all ranks as a default, of the moment when it is imported. Torch's
+# checkpoints import it: if that were after the group is made, it would never be destroyed, nor gloo's threads
+# end.
+import torch.distributed.nn.functional
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fp8train.comm.collectives import CountedGroup, alone

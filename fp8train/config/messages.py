@@ -140,9 +140,9 @@ def raise_problems(
 
 
 def _rest(told: Sequence[_Told]) -> str:
-    """One line for the problems that have none of their own."""
+    """One line for the problems that have none of their own; files by their last name, to keep it short."""
     named = [
-        shorten(one.key, 60) + (f" ({shorten(one.where, 80)})" if one.where else "")
+        shorten(one.key, 60) + (f" ({one.where.rpartition('/')[2]})" if one.where else "")
         for one in told[:_MAX_NAMED]
     ]
     more = f", and {len(told) - _MAX_NAMED} more" if len(told) > _MAX_NAMED else ""

@@ -52,17 +52,16 @@ def decode_gemm(
     in_bf16 = out_dtype == torch.bfloat16 and pow2 and alpha == 1.0
     in_bf16 = in_bf16 and not (on_cpu and not cpu_multiplies_bf16())
     work = torch.bfloat16 if in_bf16 else torch.float64 if out_dtype == torch.float64 else torch.float32
-    own = a.numel() <= b.numel() and a.element_size() == 1  # the smaller operand, and not the caller's memory
-    a, b = _values(a, work), _values(b, work)
     if not on_cpu:  # the scales stay on the device: no host sync
+        a, b = _values(a, work), _values(b, work)
         return ((a @ b) * (alpha * scale_inv_a.double() * scale_inv_b.double())).to(out_dtype)
     factor = alpha * float(scale_inv_a) * float(scale_inv_b)
     if in_bf16 and folds(factor):
         # Exact on the smaller operand; outside the range it could leave BF16's normal numbers.
         if a.numel() <= b.numel():
-            return (a.mul_(factor) if own else a * factor) @ b
-        return a @ (b * factor)
-    return _times(a @ b, factor).to(out_dtype)
+            return _scaled(a, factor, work) @ _values(b, work)
+        return _values(a, work) @ _scaled(b, factor, work)
+    return _times(_values(a, work) @ _values(b, work), factor).to(out_dtype)
 
 
 def folds(factor: float) -> bool:
@@ -72,6 +71,12 @@ def folds(factor: float) -> bool:
 
 def _values(payload: Tensor, work: torch.dtype) -> Tensor:
     return decode_finite(payload, work) if payload.element_size() == 1 else payload.to(work)
+
+
+def _scaled(payload: Tensor, scales: Tensor | float, work: torch.dtype) -> Tensor:
+    """``payload · scales`` in ``work``; in place where that is not the caller's memory."""
+    values = _values(payload, work)
+    return values.mul_(scales) if payload.element_size() == 1 else values * scales
 
 
 def _times(product: Tensor, factor: float) -> Tensor:
@@ -99,7 +104,7 @@ def _decode_arrays(
         in_bf16 = cpu_multiplies_bf16() and array_folds(scale_inv_a) and array_folds(scale_inv_b)
     work = torch.bfloat16 if in_bf16 else torch.float64 if out_dtype == torch.float64 else torch.float32
     a, b = (
-        _values(payload, work).mul(expand_scales(scale_inv.to(work), payload.shape))
+        _scaled(payload, expand_scales(scale_inv.to(work), payload.shape), work)
         for payload, scale_inv in ((a, scale_inv_a), (b, scale_inv_b))
     )
     return (a @ b if alpha == 1.0 else (a @ b).mul_(alpha)).to(out_dtype)

@@ -210,7 +210,8 @@ def _fp8_gemm(
 ) -> Tensor:
     if backend == "simulation":
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, False, out_dtype)
-    if backend == "decode" and b.element_size() > 1:  # a weight that was decoded once, for many products
+    if backend == "decode" and a.element_size() == 1 < b.element_size():
+        # a weight that was decoded once, for many products
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     check_operands(a, b)
     if backend == "decode" or not _has_kernel(a, b, scale_inv_a, scale_inv_b):

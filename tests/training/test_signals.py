@@ -6,12 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fp8train.training.signals import SAME_CTRL_C_S, StopRequest
 from tests.distributed.pool import GlooPool
+
+
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """SIGHUP as in a terminal: under nohup it is ignored, and then we ignore it too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
 
@@ -91,6 +101,7 @@ def test_a_run_started_with_nohup_outlives_its_terminal() -> None:
 def asked(group, rank, world_size, folder, wishes):
     """Three agreements; before the second, each rank gets what ``wishes`` says."""
     answers = []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also where the tests run under nohup
     with StopRequest(Path(folder) / "STOP") as stop:
         answers.append(stop.agree(group))
         wish = wishes.get(rank)

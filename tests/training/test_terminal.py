@@ -78,7 +78,8 @@ def in_a_terminal(config: Path, *overrides: str) -> tuple[int, int]:
     """Start a run on a pseudo-terminal that is its controlling one; the process and our side of it."""
     pid, fd = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP):  # the tests may run in the background, or under nohup
+            signal.signal(number, signal.SIG_DFL)
         environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "fp8train", "train", str(config), f"run.dir={config.parent}"]
         os.execve(sys.executable, [*command, *overrides], environment)

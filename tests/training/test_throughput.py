@@ -47,7 +47,10 @@ def test_against_torchs_counter(family: str) -> None:
     trainer = Trainer(config, alone(), vocab_size=VOCAB)
     tokens = torch.randint(VOCAB, (1, samples, seq + 1), generator=torch.Generator().manual_seed(0))
     # The counter cannot see into our operator that multiplies for the weight's gradient.
-    opaque = {torch.ops.fp8train.contribute_grad_weight: lambda g, x, *_, **__: 2 * g[0] * g[1] * x[1]}
+    opaque = {
+        torch.ops.fp8train.contribute_grad_weight: lambda g, x, *_, **__: 2 * g[0] * g[1] * x[1],
+        torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],  # of the head; it knows addmm
+    }
     with FlopCounterMode(display=False, custom_mapping=opaque) as counter, sdpa_kernel(SDPBackend.MATH):
         trainer.step(0, tokens)
     model = trainer.model.config
