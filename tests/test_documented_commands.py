@@ -89,7 +89,7 @@ def test_the_quick_start_says_what_it_did(quick_start: tuple[Path, str]) -> None
     assert 1.0 < float(rows["O2"][5]) < 1.2
     for name in ("trained", "quality", "memory", "network", "in FP8", "time"):
         assert re.search(rf"^{name} +\S", output, re.MULTILINE), name
-    assert re.findall(r"^(ok|FAIL) +(.+?)(?: \([\d.]+\))?$", output, re.MULTILINE)[2:] == [
+    assert re.findall(r"^(ok|FAIL) +(.+?)(?: \([-+\d.]+\))?$", output, re.MULTILINE)[2:] == [
         ("ok", "FP8 at most 0.05 nats above BF16"),
         ("ok", "every hidden linear ran in FP8"),
     ]
