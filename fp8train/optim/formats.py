@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import format_by_name
-from fp8train.optim.scaled_storage import FP16, BlockStorage, ExpandedStorage, RootStorage, TensorStorage
+from fp8train.optim.scaled_storage import BlockStorage, ExpandedStorage, RootStorage, TensorStorage
 from fp8train.optim.state_plan import StateFormat
 from fp8train.optim.storage import BFloat16Storage, Layout, RemainderStorage, Storage, WideStorage
+from fp8train.precision.number_formats import FP16, format_by_name
 
 
 def make_storage(fmt: StateFormat, layout: Layout, *, wide: torch.dtype) -> Storage:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import block_size
 from fp8train.optim.formats import make_master_storage, make_storage
 from fp8train.optim.state_plan import StateFormat
 from fp8train.optim.storage import Layout, Storage
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.scale_blocks import block_size
 
 _FP32 = StateFormat()
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fp8train.config.state_formats import EXACT, SCALED, misfit
-from fp8train.numerics.blocks import MAX_BLOCK
+from fp8train.precision.scale_blocks import MAX_BLOCK
 
 StateName = Literal["fp32", "fp64", "bf16", "fp16_scaled", "bf16_remainder", "e4m3", "e5m2"]
 Granularity = Literal["tensor", "block"]

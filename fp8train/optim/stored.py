@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import MAX_BLOCK
 from fp8train.numerics.cast import amax_of
-from fp8train.numerics.formats import format_by_name
+from fp8train.numerics.formats import dtype_of
 from fp8train.optim.formats import make_storage
 from fp8train.optim.optimizer import CHUNK, Optimizer
 from fp8train.optim.parameter_state import ParameterState, Region, logical_tensors, make_layout
 from fp8train.optim.state_plan import StateFormat, StateName
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.scale_blocks import MAX_BLOCK
 
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Global shape and dtype of stored tensors by name."""
@@ -44,8 +45,8 @@ _PLAIN: dict[torch.dtype, StateName] = {
 }
 _CODES: dict[torch.dtype, StateName] = {
     torch.float16: "fp16_scaled",
-    format_by_name("e4m3").dtype: "e4m3",
-    format_by_name("e5m2").dtype: "e5m2",
+    dtype_of(E4M3): "e4m3",
+    dtype_of(E5M2): "e5m2",
 }
 _SUFFIXES = ("", ".payload", ".weight", ".scale", ".scale_inv", ".amax", ".power", ".remainder")
 

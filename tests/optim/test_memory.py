@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fp8train.numerics.blocks import dequantize_blocks, quantize_blocks
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.block_scales import dequantize_blocks, quantize_blocks
 from fp8train.optim.adamw import AdamW
 from fp8train.optim.optimizer import CHUNK
 from fp8train.optim.state_plan import StateFormat as F
 from fp8train.optim.state_plan import StatePlan
+from fp8train.precision.number_formats import E4M3
 from tests.optim.state_cases import O1, O2, PAPER, single
 
 SR = "stochastic"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.numerics.blocks import block_size
-from fp8train.numerics.formats import E4M3
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.formats import make_master_storage, make_storage
 from fp8train.optim.scaled_storage import ExpandedStorage
 from fp8train.optim.state_plan import StateFormat as F
 from fp8train.optim.storage import Layout, Storage
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.scale_blocks import block_size
 
 CPU = torch.device("cpu")
 KEY = stream_key(3, 5, "exp_avg/w")

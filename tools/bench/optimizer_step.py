@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.formats import E4M3
 from fp8train.optim.adamw import AdamWSettings
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer
@@ -34,6 +33,7 @@ from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.receivers import Everyone, Member
+from fp8train.precision.number_formats import E4M3
 
 _SR = StateFormat("fp16_scaled", rounding="stochastic")
 _TENSOR = StateFormat("fp16_scaled", granularity="tensor")
