@@ -19,7 +19,6 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.resolve import load_config
 from fp8train.config.world import check_world
-from fp8train.optim.from_config import state_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = ROOT / "configs/small/llama.yaml"
@@ -96,7 +95,6 @@ def refusal(case: Case, setting: Sequence[str] = ()) -> str | None:
     try:
         config = load_config(CONFIGURATION, [*case.overrides, *setting]).config
         check_world(config, LAYOUTS[case.layout].ranks)
-        state_plan(config)
     except ConfigError as error:
         text = "; ".join(line.strip() for line in str(error).splitlines())
         return text.replace("command line: ", "").replace(f"{ROOT}/", "")

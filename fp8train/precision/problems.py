@@ -7,7 +7,6 @@ by dotted keys relative to the value, worst first, so that whoever built it from
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, Field, fields
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -42,7 +41,7 @@ def _choices(kind: type) -> dict[str, tuple[object, ...]]:
 
 def illegal_choices(value: Any) -> Iterator[Problem]:
     """One problem for each ``Literal`` field of a dataclass that has another value."""
-    for name, legal in _choices(type(value)).items():
+    for name, legal in _choices(value.__class__).items():
         if (given := getattr(value, name)) not in legal:
             yield Problem(f"{name}: {given!r}; legal: {', '.join(map(str, legal))}", (name,))
 
@@ -55,17 +54,10 @@ def out_of_range(value: object, name: str, low: float, high: float | None, unit:
         yield Problem(f"{name}: {given} {unit}; legal: {legal}", (name,))
 
 
-@cache
-def _fields(kind: Any) -> dict[str, Field[Any]]:
-    return {field.name: field for field in fields(kind)}
-
-
 def unused(value: Any, switch: str, needs: str, *names: str) -> Iterator[Problem]:
     """One problem for each field of ``names`` that is not at its default although ``switch`` is not
     ``needs``, which alone reads it."""
     chosen = getattr(value, switch)
     for name in names if chosen != needs else ():
-        field = _fields(type(value))[name]
-        assert field.default is not MISSING
-        if getattr(value, name) != field.default:
+        if getattr(value, name) != value.__dataclass_fields__[name].default:
             yield Problem(f"{name} belongs to {switch}: {needs}, but {switch} is {chosen}", (name, switch))

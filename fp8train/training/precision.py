@@ -22,7 +22,6 @@ from fp8train.models.decoder import Decoder
 from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.adamw import AdamWSettings
-from fp8train.optim.from_config import state_plan
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer, OptimizerSettings
 from fp8train.parallel.gradients.grids import MAX_MICRO_BATCHES
@@ -260,7 +259,7 @@ def make_run_optimizer(
             parameters,
             built.model.specs,
             settings,
-            state_plan(config),
+            config.state_formats,
             seed=config.run.seed,
             weight_targets=resident if sharding is None else sharding.targets,
             regions=None if sharding is None else sharding.regions,
