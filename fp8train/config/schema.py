@@ -201,14 +201,6 @@ class Config(Section):
                 "precision.gemm.smooth_swiglu",
                 "model.activation",
             )
-        if gemm.fp8 and gemm.smooth_swiglu == "channel" and self.precision.weights == "fp8":
-            raise contradiction(
-                "precision.gemm.smooth_swiglu: channel casts the down projections' weights for every "
-                "micro-batch, but precision.weights is fp8; write precision.weights: compute, or "
-                "smooth_swiglu: token",
-                "precision.gemm.smooth_swiglu",
-                "precision.weights",
-            )
 
     def _saved_activations(self) -> None:
         if self.precision.activations == "compute":
