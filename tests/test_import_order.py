@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 # A package may import only those before it (and itself).
 ORDER = [
     *("config", "numerics", "kernels", "comm", "layers", "models", "parallel", "optim", "data"),
-    *("checkpoint", "inference", "huggingface", "training", "launch", "planning", "reporting", "cli"),
+    *("checkpoint", "inference", "huggingface", "run_dir", "step", "evaluation", "live", "training"),
+    *("launch", "planning", "reporting", "cli"),
 ]
 
 
@@ -111,7 +112,7 @@ import fp8train.training.run
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
 from fp8train.config.resolve import resolve_mapping
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 config = resolve_mapping({
     "model": {"family": "llama", "num_layers": 1, "hidden_size": 32, "num_heads": 2, "vocab_size": 64},
     "data": {"prefix": "none", "seq_length": 16}, "optimizer": {"lr": 0.01},
