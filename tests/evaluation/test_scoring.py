@@ -14,7 +14,8 @@ import torch
 from fp8train.cli import run_command
 from fp8train.comm.collectives import alone
 from fp8train.config.errors import UserError
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.load_tokenizer import load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 from fp8train.evaluation.scoring import Request, encode_pair, score
 from fp8train.evaluation.tasks import encode_task, read_task, task_metrics
 from fp8train.evaluation.text import corpus_requests, read_corpus, windows
