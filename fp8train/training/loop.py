@@ -16,13 +16,13 @@ from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError, UserError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
-from fp8train.training.consistency import check_replicas
-from fp8train.training.evaluation import Evaluation, evaluate
-from fp8train.training.metrics import strict
-from fp8train.training.reporter import Reporter
-from fp8train.training.run_dir import RunDir
+from fp8train.evaluation.validation import Evaluation, evaluate
+from fp8train.live.reporter import Reporter
+from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.metrics import strict
+from fp8train.step.consistency import check_replicas
+from fp8train.step.trainer import StepResult, Trainer
 from fp8train.training.saving import Saving
-from fp8train.training.trainer import StepResult, Trainer
 
 MAX_SKIPPED = 20
 

@@ -24,7 +24,7 @@ from fp8train.layers.head_gemms import HeadGemms
 from fp8train.models.decoder import split_dim
 from fp8train.numerics.blocks import as_blocks, block_size, from_blocks, quantize_blocks
 from fp8train.numerics.formats import E4M3
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 Product = Callable[[Tensor, Tensor], Tensor]
 

@@ -46,7 +46,7 @@ from fp8train.numerics.blocks import (
 from fp8train.numerics.cast import amax_of, cast, uncast
 from fp8train.numerics.formats import E4M3
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 SMALL = Path(__file__).parents[2] / "configs" / "small" / "llama_fp8.yaml"
 Gradients = dict[str, Tensor]  # fqn -> FP32 [ranks, rows, columns]

@@ -3,7 +3,7 @@
 * ``transformers FP32`` and ``transformers BF16``: ``LlamaForCausalLM`` with SDPA attention, FP32 weights,
   without and with BF16 autocast, ``torch.optim.AdamW(fused=True)``, ``clip_grad_norm_``.
 * ``plain FP32`` and ``plain BF16``: the shortest loop in plain torch (:mod:`plain_llama`), likewise.
-* ``fp8train O0``: our :class:`~fp8train.training.trainer.Trainer` as ``fp8train train`` runs it: BF16 weights
+* ``fp8train O0``: our :class:`~fp8train.step.trainer.Trainer` as ``fp8train train`` runs it: BF16 weights
   and GEMMs, FP32 gradients, FP32 master weights and moments, the same clipping.
 * ``fp8train FP8``, ``fp8train O2``: with FP8 GEMMs alone, and the whole level. A CPU has no FP8 units, so
   these are the price of checking a recipe on a laptop.
@@ -42,7 +42,7 @@ from fp8train.config.model_schema import ModelConfig
 from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
 from fp8train.layers.mlp import shard_unit
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 CPU = torch.device("cpu")
 SHARED_KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
