@@ -186,7 +186,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a step without targets is applied",
-        _TRAINER,
+        "fp8train/step/non_finite.py",
         "torch.isfinite(norm) & (num_targets > 0)",
         "torch.isfinite(norm)",
         ("tests/truth/test_edges.py", "-k", "without_any_target"),

@@ -14,7 +14,7 @@ from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.data.batches import GlobalBatches
 from fp8train.layers.loss import IGNORE
-from fp8train.step.trainer import inputs_and_targets
+from fp8train.step.targets import inputs_and_targets
 
 
 @dataclass(frozen=True)

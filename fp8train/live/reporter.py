@@ -38,8 +38,9 @@ from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.metrics import metrics_record, strict
+from fp8train.step.result import StepResult
 from fp8train.step.scale_events import SHOWN, event_metrics
-from fp8train.step.trainer import StepResult, Trainer
+from fp8train.step.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -200,6 +201,19 @@ class Reporter:
         self.console.step(
             done, metrics, mfu_peak=None if peak is None else peak.name, eta_s=self.throughput.eta_s(left)
         )
+
+    def skipped(self, done: int, result: StepResult) -> None:
+        """A step changed nothing: print and record why."""
+        why = "no_targets" if result.no_targets else "not_finite"
+        self.event(
+            "step_skipped", step=done, why=why, grad_norm=str(result.grad_norm), loss=str(float(result.loss))
+        )
+        said = (
+            "not one target token in the global batch"
+            if result.no_targets
+            else f"gradient is not finite (norm {result.grad_norm})"
+        )
+        self.say(f"step {done}: {said}; weights left unchanged")
 
     def _live(self, done: int, result: StepResult) -> None:
         """Show how far the window is, from what the host knows: a loss that is still on its way from a device

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,50 +44,11 @@ from fp8train.step.assemble import (
     tensor_parallel,
 )
 from fp8train.step.monitors import Monitors
+from fp8train.step.non_finite import is_applied
+from fp8train.step.result import StepResult
 from fp8train.step.scale_events import ScaleEvents
 from fp8train.step.sharding import Sharding, make_gather, make_partition
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did.
-
-    Attributes:
-        loss: global mean loss in nats per token, device scalar.
-        grad_norm: norm before clipping, host number, of the gradients of effective weights
-            (:meth:`~fp8train.models.parametrization.Parametrization.norm_weight`).
-        lr: learning rate used.
-        applied: False if the step was skipped and changed nothing: its gradient was not finite, or there was
-            none.
-        no_targets: whether the global batch had no target token, so that there was no gradient; the loss is
-            NaN then.
-    """
-
-    loss: Tensor
-    grad_norm: float
-    lr: float
-    applied: bool
-    no_targets: bool = False
-
-
-def inputs_and_targets(tokens: Tensor, ignore_after: int | None) -> tuple[Tensor, Tensor]:
-    """Cut samples into model inputs and next-token targets.
-
-    Args:
-        tokens: int64 [.., S+1]; a complemented (negative) token is read, but is no target
-            (:mod:`fp8train.data.packing`).
-        ignore_after: an end-of-document id whose following prediction is left out of the loss; None keeps
-            all.
-
-    Returns:
-        (inputs, targets), each [.., S]; left-out targets are -100.
-    """
-    is_target = tokens >= 0
-    inputs = torch.where(is_target, tokens, ~tokens)[..., :-1]
-    targets = torch.where(is_target, tokens, IGNORE)[..., 1:]
-    if ignore_after is not None:
-        targets = torch.where(inputs == ignore_after, IGNORE, targets)
-    return inputs.contiguous(), targets.contiguous()
+from fp8train.step.targets import inputs_and_targets
 
 
 def pipeline_layout(config: Config, processes: Processes, vocab_size: int) -> PipelineLayout | None:
@@ -250,7 +210,7 @@ class Trainer:
         norm = self._global_norm() * self._unscale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
-        grad_norm, applied = float(norm), bool(torch.isfinite(norm) & (num_targets > 0))
+        grad_norm, applied = float(norm), is_applied(norm, num_targets)
         if self.scales is not None:  # first: new weights are cast with the next step's scales
             self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
         if applied:

@@ -37,7 +37,7 @@ from fp8train.data.loading import Data
 from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
 from fp8train.run_dir.directory import RunDir
-from fp8train.run_dir.environment import describe_environment
+from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop

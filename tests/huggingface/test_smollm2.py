@@ -32,7 +32,8 @@ from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.parity import fixed_tokens, perplexity
 from fp8train.inference.load import TrainedRun, open_run
-from fp8train.step.trainer import Trainer, inputs_and_targets
+from fp8train.step.targets import inputs_and_targets
+from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
 from tests.huggingface.models import logits_of, transformers
 from tests.huggingface.smollm2 import save_smollm2

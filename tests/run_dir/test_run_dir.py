@@ -19,7 +19,7 @@ from fp8train.checkpoint import find_checkpoint, save_checkpoint
 from fp8train.config.errors import UserError
 from fp8train.run_dir.claim import RunDirError
 from fp8train.run_dir.directory import RunDir
-from fp8train.run_dir.environment import describe_environment
+from fp8train.run_dir.provenance import describe_environment
 
 
 def _open(base: Path, name: str = "exp", *, resume: str = "never", overwrite: bool = False) -> RunDir:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fp8train.cli import run_command
 from fp8train.run_dir.metrics import read_metrics
+from fp8train.step.result import StepResult
 from fp8train.step.scale_events import SHOWN
-from fp8train.step.trainer import StepResult, Trainer
+from fp8train.step.trainer import Trainer
 from tests.training.launching import write_config
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 

@@ -17,7 +17,8 @@ from fp8train.checkpoint import BackgroundSaver, CheckpointError, Written, read_
 from fp8train.checkpoint import save as save_module
 from fp8train.checkpoint.catalog import step_of
 from fp8train.cli import run_command
-from fp8train.step.trainer import StepResult, Trainer
+from fp8train.step.result import StepResult
+from fp8train.step.trainer import Trainer
 from fp8train.training.signals import StopRequest
 from tests.training.launching import write_config
 

@@ -23,7 +23,8 @@ from fp8train.data.prepare_sft import prepare_sft
 from fp8train.data.tokenizer_training import train_sentencepiece
 from fp8train.models.build import build_model, initialise
 from fp8train.run_dir.metrics import read_metrics
-from fp8train.step.trainer import Trainer, inputs_and_targets
+from fp8train.step.targets import inputs_and_targets
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")

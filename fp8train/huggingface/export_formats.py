@@ -1,7 +1,7 @@
 """What an exported file holds: BF16 or FP32 numbers, or FP8 codes with scales as inference engines read them.
 
 ``fp8_block``
-    DeepSeek-V3's layout: E4M3, one scale for 128x128 elements of each of *their* matrices, stored as
+    DeepSeek-V3's: E4M3, one scale for 128x128 elements of each of *their* matrices, stored as
     ``weight_scale_inv`` (the number that codes are multiplied by); inputs are quantised at run time
     (``activation_scheme: dynamic``). transformers and vLLM read it as ``quant_method: fp8``. Engines join q,
     k, v and gate, up, and cut matrices over ranks, at multiples of 128: a matrix of other sizes stays in
@@ -70,14 +70,14 @@ class ExportFormat:
                 f"{tensor.ours} is not finite; export a checkpoint from before the run diverged"
             )
         if tensor.ours not in self.quantised:
-            parts = tensor.layout.to_theirs(value.to(self.dtype))
+            parts = tensor.arrangement.to_theirs(value.to(self.dtype))
             return dict(zip(tensor.theirs, parts, strict=True))
         spec, suffix = _SPECS[self.name], _SCALE_SUFFIX[self.name]
         if self.name == "fp8_tensor":
             payload, scale_inv = quantize(value, spec)
-            coded = [(part, scale_inv.reshape(1).clone()) for part in tensor.layout.to_theirs(payload)]
+            coded = [(part, scale_inv.reshape(1).clone()) for part in tensor.arrangement.to_theirs(payload)]
         else:
-            coded = [quantize(part, spec) for part in tensor.layout.to_theirs(value)]
+            coded = [quantize(part, spec) for part in tensor.arrangement.to_theirs(value)]
         found: dict[str, Tensor] = {}
         for name, (payload, scale_inv) in zip(tensor.theirs, coded, strict=True):
             found |= {name: payload, name + suffix: scale_inv}
@@ -86,7 +86,7 @@ class ExportFormat:
     def sizes(self, tensor: TensorMap, shape: tuple[int, ...]) -> dict[str, int]:
         """Bytes of what :meth:`encode` gives for a tensor of this shape."""
         found: dict[str, int] = {}
-        for name, part in zip(tensor.theirs, tensor.layout.shapes(shape), strict=True):
+        for name, part in zip(tensor.theirs, tensor.arrangement.shapes(shape), strict=True):
             if tensor.ours not in self.quantised:
                 found[name] = num_bytes(part, self.dtype)
                 continue
@@ -157,7 +157,7 @@ def choose_format(
         path, _, kind = tensor.ours.rpartition(".")
         if not path.startswith("layers.") or kind != "weight" or path.endswith("norm"):
             continue
-        sizes = [size for part in tensor.layout.shapes(shapes[tensor.ours]) for size in part]
+        sizes = [size for part in tensor.arrangement.shapes(shapes[tensor.ours]) for size in part]
         modules = [their.removesuffix(".weight") for their in tensor.theirs]
         if path not in planned:
             kept.setdefault("not in the run's FP8 plan", []).extend(modules)

@@ -1,9 +1,9 @@
 """How one of our tensors lies in the tensors of a Hugging Face file.
 
-Every layout is a permutation of elements (but for the padding of the vocabulary), so it serves FP32 values,
-rounded ones and FP8 codes alike, and a round trip keeps every bit. Both directions are defined by one
-function, :meth:`Layout.views`: views of our tensor, one for each of theirs; exporting reads them, importing
-writes them.
+Every arrangement is a permutation of elements (but for the padding of the vocabulary), so it serves FP32
+values, rounded ones and FP8 codes alike, and a round trip keeps every bit. Both directions are defined by one
+function, :meth:`Arrangement.views`: views of our tensor, one for each of theirs; exporting reads them,
+importing writes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fp8train.layers.mlp import shard_unit
 
 
-class Layout:
+class Arrangement:
     """How one of our tensors lies in theirs; this class: the same on both sides."""
 
     def views(self, ours: Tensor) -> tuple[Tensor, ...]:
@@ -49,11 +49,11 @@ def _merge_rows(view: Tensor, ndim: int) -> tuple[int, ...]:
     return (view.numel() // max(1, torch.Size(rest).numel()), *rest)
 
 
-SAME = Layout()
+SAME = Arrangement()
 
 
 @dataclass(frozen=True)
-class Vocabulary(Layout):
+class Vocabulary(Arrangement):
     """Rows of tokens; ours are padded with rows of zeros, whose logits are never looked at
     (:mod:`fp8train.layers.loss`)."""
 
@@ -66,7 +66,7 @@ class Vocabulary(Layout):
 
 
 @dataclass(frozen=True)
-class SeparateQKV(Layout):
+class SeparateQKV(Arrangement):
     """Queries, keys and values apart; our fused rows are ordered by key/value group
     (:mod:`fp8train.layers.attention`): the group's query heads, its key, its value."""
 
@@ -81,7 +81,7 @@ class SeparateQKV(Layout):
 
 
 @dataclass(frozen=True)
-class GateUp(Layout):
+class GateUp(Arrangement):
     """SwiGLU's gate and up projections apart; ours alternate in units (:mod:`fp8train.layers.mlp`)."""
 
     ffn_hidden_size: int
@@ -93,10 +93,10 @@ class GateUp(Layout):
 
 
 @dataclass(frozen=True)
-class Conv1D(Layout):
+class Conv1D(Arrangement):
     """GPT-2's linears: [in, out], and one tensor for all parts of ``inner``, one after the other."""
 
-    inner: Layout = SAME
+    inner: Arrangement = SAME
 
     def to_theirs(self, ours: Tensor) -> tuple[Tensor, ...]:
         """Their one tensor: the parts of ``inner`` joined, and a matrix transposed to [in, out]."""
