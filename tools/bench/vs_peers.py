@@ -280,10 +280,10 @@ def main() -> None:
     shares = {n: share_in_shared_kernels(variants[n]) for n in (*best.values(), "fp8train O0")}
     print("share of a step in torch's matrix products and attention, which all call alike:")
     print("; ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    bounds = {
-        peer: entries["fp8train O0"]["ratios"][peer]["median"] / shares["fp8train O0"] for peer in best
-    }
-    print("O0's ratio if all else in it took no time:", ", ".join(f"{r:.2f} ({p})" for p, r in bounds.items()))
+    bounds = {peer: entries["fp8train O0"]["ratios"][peer]["median"] / shares["fp8train O0"] for peer in best}
+    print(
+        "O0's ratio if all else in it took no time:", ", ".join(f"{r:.2f} ({p})" for p, r in bounds.items())
+    )
     if args.json is not None:
         machine = describe_machine(CPU) | {"transformers": transformers.__version__}
         clock = "CPU seconds" if args.cpu_time else "wall seconds"
