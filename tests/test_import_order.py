@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # A package may import only those before it (and itself).
 ORDER = [
-    *("config", "numerics", "kernels", "comm", "layers", "models", "parallel", "optim", "data"),
+    *("precision", "config", "numerics", "kernels", "comm", "layers", "models", "parallel", "optim", "data"),
     *("checkpoint", "inference", "huggingface", "run_dir", "step", "evaluation", "live", "training"),
     *("launch", "planning", "reporting", "cli"),
 ]
@@ -97,6 +97,16 @@ def test_numerics_needs_only_torch() -> None:
         for path in files_of("numerics")
         for name in imported_modules(path)
         if name.split(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_precision_needs_nothing() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files_of("precision")
+        for name in imported_modules(path)
+        if name.split(".")[0] not in {"fp8train"} | sys.stdlib_module_names
     ]
     assert not wrong, "\n".join(wrong)
 

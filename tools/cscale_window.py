@@ -48,11 +48,11 @@ from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.linear import Fp8Plan
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model
 from fp8train.models.decoder import Decoder
-from fp8train.numerics.formats import E4M3
-from fp8train.numerics.quant_spec import MAX_CONSTANT, LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.optim.from_config import state_format
 from fp8train.optim.master_weights import MasterWeights
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.operand_cast import MAX_CONSTANT, QuantSpec
 from fp8train.reporting.cast_log import INFERENCE_LOG
 from fp8train.reporting.constant_scale import find_window, plot_windows, summary
 from fp8train.reporting.scales import REPORT_DIR
@@ -193,7 +193,7 @@ def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.devic
     model = _build(config, vocab_size, device, fp8=False).model
     parameters = dict(model.named_parameters())
     opened = open_checkpoint(checkpoint, group=None, verify="size")
-    master = state_format(config.precision.state.master)
+    master = config.precision.state.master.value()
     stored = as_trained(config, vocab_size)  # the plan decides in which format a master is stored
     masters = MasterWeights(parameters, stored.specs, master, opened.tensors)
     opened.read(masters.state_tensors())

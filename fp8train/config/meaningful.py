@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fp8train.config.nodes import Node
-from fp8train.config.precision_schema import FP8_STATES, ROUNDED_STATES, SCALED_STATES
+from fp8train.precision.state_formats import FP8_STATES, ROUNDED_STATES, SCALED_STATES
 
 Condition = Callable[[Node, tuple[str, ...]], bool]
 """Of the whole tree and the section that a key is in: whether the key says something there."""

@@ -28,8 +28,8 @@ from fp8train.huggingface.architecture import TensorMap
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.files import WeightFiles, num_bytes
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.formats import E4M3
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.operand_cast import QuantSpec
 
 FormatName = Literal["bf16", "fp32", "fp8_block", "fp8_tensor"]
 BLOCK = 128

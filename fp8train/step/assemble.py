@@ -19,15 +19,15 @@ from fp8train.config.schema import Config
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel
 from fp8train.models.decoder import Decoder
-from fp8train.numerics.formats import format_by_name
+from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.adamw import AdamWSettings
-from fp8train.optim.from_config import state_plan
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer, OptimizerSettings
 from fp8train.parallel.gradients.grids import MAX_MICRO_BATCHES
 from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
 from fp8train.parallel.zero import Partition
+from fp8train.precision.number_formats import format_by_name
 from fp8train.step.sharding import Sharding
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -121,7 +121,7 @@ def _fp8_gradients(config: Config) -> Fp8Gradients:
     fmt = format_by_name(config.precision.gradient.format)
     return Fp8Gradients(
         format=fmt,
-        accumulate=fmt.dtype if fp8.accumulate == "fp8" else _DTYPES[fp8.accumulate],
+        accumulate=dtype_of(fmt) if fp8.accumulate == "fp8" else _DTYPES[fp8.accumulate],
         reduce=_DTYPES[fp8.reduce] if fp8.reduce == "bf16" or fp8.reduce == "fp32" else fp8.reduce,
         block=fp8.block,
         error_feedback=fp8.error_feedback,
@@ -259,7 +259,7 @@ def make_run_optimizer(
             parameters,
             built.model.specs,
             settings,
-            state_plan(config),
+            config.state_formats,
             seed=config.run.seed,
             weight_targets=resident if sharding is None else sharding.targets,
             regions=None if sharding is None else sharding.regions,

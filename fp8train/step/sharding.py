@@ -14,11 +14,12 @@ from fp8train.config.schema import Config
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import BuiltModel
 from fp8train.numerics.cast import cast, uncast
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.numerics.formats import dtype_of
 from fp8train.optim.parameter_state import Region
 from fp8train.optim.weight_target import WeightTarget
 from fp8train.parallel.zero import Partition, partition
 from fp8train.parallel.zero_weights import Matrix, WeightGather
+from fp8train.precision.operand_cast import QuantSpec
 
 _TIED = "embedding.weight"
 
@@ -140,4 +141,4 @@ def _encode(spec: QuantSpec, scale: Tensor, values: Tensor) -> Tensor:
 
 
 def _decode(spec: QuantSpec, scale_inv: Tensor, codes: Tensor) -> Tensor:
-    return uncast(codes.contiguous().view(spec.format.dtype), scale_inv, torch.bfloat16)
+    return uncast(codes.contiguous().view(dtype_of(spec.format)), scale_inv, torch.bfloat16)

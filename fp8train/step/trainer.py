@@ -30,7 +30,6 @@ from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel, build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
-from fp8train.models.fp8_plan import linear_quant
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradients.store import GradientStore
@@ -140,11 +139,10 @@ class Trainer:
         return Sharding(self.processes, self.built, owners, gather, resident)
 
     def _watch_scales(self) -> ScaleEvents | None:
-        fp8 = self.built.fp8
-        if fp8 is None:
+        fp8, quant = self.built.fp8, self.config.precision.gemm.value()
+        if fp8 is None or quant is None:
             return None
-        casts = linear_quant(self.config.precision.gemm).casts()
-        delayed = [use for use, spec in casts.items() if spec.scale_source == "delayed"]
+        delayed = [use for use, spec in quant.casts().items() if spec.scale_source == "delayed"]
         slots = [f"{path}/{use}" for path in fp8.converted for use in delayed]
         if not slots:
             return None

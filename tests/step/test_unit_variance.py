@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from fp8train.numerics.formats import E5M2
+from fp8train.precision.number_formats import E5M2
 from fp8train.step.trainer import Trainer
 from tests.training.tiny import alone, tiny_config
 

@@ -12,7 +12,7 @@ import torch
 _CPU_ELEMENTS = 1 << 17  # 512 KiB in FP32: a handful of temporaries share a core's second-level cache
 
 
-def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
+def row_chunks(rows: int, width: int, device: torch.device) -> list[slice]:
     """Ranges of ``rows`` rows of ``width`` elements to work on one after the other."""
     if device.type != "cpu":
         return [slice(0, rows)]

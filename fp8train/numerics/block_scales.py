@@ -16,21 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.config.blocks import MAX_BLOCK, block_size
 from fp8train.numerics.cast import cast, decode_finite
-from fp8train.numerics.formats import Format
 from fp8train.numerics.granularity import amax_along
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
-
-__all__ = [
-    "MAX_BLOCK",
-    "as_blocks",
-    "block_size",
-    "decode_e8m0",
-    "dequantize_blocks",
-    "from_blocks",
-    "quantize_blocks",
-]
+from fp8train.precision.number_formats import Format
 
 _BIAS = 127
 _NAN = 255

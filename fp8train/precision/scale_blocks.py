@@ -1,6 +1,6 @@
 """The size of scale blocks: arithmetic that layout checks need before there are tensors.
 
-See :mod:`fp8train.numerics.blocks` for what a block of a gradient or state is, and
+See :mod:`fp8train.numerics.block_scales` for what a block of a gradient or state is, and
 :mod:`fp8train.numerics.granularity` for those of GEMM operands.
 """
 
