@@ -31,7 +31,7 @@ def with_keys(text: str) -> str:
 
 @contextmanager
 def naming_keys() -> Iterator[None]:
-    """As a context or a decorator: a :class:`UserError` that leaves it names keys, not arguments."""
+    """Make a :class:`UserError` that leaves the block, or the decorated function, name keys."""
     try:
         yield
     except UserError as error:
