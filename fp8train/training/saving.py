@@ -30,6 +30,7 @@ from fp8train.checkpoint import (
 )
 from fp8train.checkpoint.readback import describe
 from fp8train.comm.processes import Processes
+from fp8train.config.argument_keys import naming_keys
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
 from fp8train.evaluation.validation import Evaluation
@@ -157,7 +158,8 @@ class Saving:
         step = self.saved_at
         assert step is not None
         try:
-            written = outcome()
+            with naming_keys():
+                written = outcome()
         except CheckpointError as error:
             self.saved_at = None
             if last or self.config.checkpoint.on_failure == "stop":
