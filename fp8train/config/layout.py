@@ -249,11 +249,6 @@ def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pp * parallel.pipeline.stages
     if parallel.pp == 1:
-        if parallel.pipeline.layers is not None or parallel.pipeline.schedule != "1f1b":
-            yield LayoutProblem(
-                "parallel.pipeline is set but parallel.pp is 1; write parallel.pp, or remove it",
-                ("parallel.pipeline.schedule", "parallel.pp"),
-            )
         return
     if stages > layers:
         yield LayoutProblem(

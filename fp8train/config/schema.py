@@ -115,7 +115,6 @@ class Config(Section):
             self._smooth_swiglu,
             self._saved_activations,
             self._guard,
-            self._state_plan,
             self._context,
         ):
             try:
@@ -173,14 +172,7 @@ class Config(Section):
 
     def _keep_best(self) -> None:
         best, every, saved = self.checkpoint.keep_best, self.train.eval_interval, self.checkpoint.interval
-        if best and not every:
-            raise contradiction(
-                f"checkpoint.keep_best: {best} needs evaluations; set train.eval_interval, or write "
-                "keep_best: 0",
-                "checkpoint.keep_best",
-                "train.eval_interval",
-            )
-        if best and not (saved and math.lcm(every, saved) < self.total_steps):
+        if best and every and saved and not (math.lcm(every, saved) < self.total_steps):
             raise contradiction(
                 f"checkpoint.keep_best: {best}, but no step before the end ({self.total_steps}) is both "
                 f"saved (checkpoint.interval: {saved}) and evaluated (train.eval_interval: {every}); make "
@@ -192,13 +184,6 @@ class Config(Section):
 
     def _smooth_swiglu(self) -> None:
         gemm = self.precision.gemm
-        if gemm.fp8 and gemm.smooth_swiglu != "off" and self.model.activation != "swiglu":
-            raise contradiction(
-                f"precision.gemm.smooth_swiglu is about SwiGLU, but model.activation is "
-                f"{self.model.activation}; remove it",
-                "precision.gemm.smooth_swiglu",
-                "model.activation",
-            )
         if gemm.fp8 and gemm.smooth_swiglu == "channel" and self.precision.weights == "fp8":
             raise contradiction(
                 "precision.gemm.smooth_swiglu: channel casts the down projections' weights for every "
@@ -244,16 +229,6 @@ class Config(Section):
                 f"is {self.train.compile}; write train.compile: off, or guard.action: report",
                 "precision.guard.action",
                 "train.compile",
-            )
-
-    def _state_plan(self) -> None:
-        plan = self.precision.state.plan
-        if plan != "default" and self.optimizer.name != "adamw":
-            raise contradiction(
-                f"precision.state.plan: {plan} is a pair of formats for AdamW's two moments, but "
-                f"optimizer.name is {self.optimizer.name}; write precision.state.exp_avg by hand",
-                "precision.state.plan",
-                "optimizer.name",
             )
 
     def _context(self) -> None:

@@ -287,12 +287,12 @@ def test_intervals_beyond_the_run_are_told() -> None:
 
 
 LATE = {
-    "precision.state.exp_avg.sqrt=true": "sqrt: true with format e4m3: it halves the exponents of a second "
-    "moment in 8 or 16 bits; leave it out",
+    "precision.state.exp_avg.sqrt=true": "has no effect: it halves the exponents of a second "
+    "moment; remove it",
     "precision.state.exp_avg.format=bf16_remainder": "format: bf16_remainder: it "
     "pairs a weight with its missing bits; write fp32, which has the same size, or bf16",
-    "precision.state.master.expand=true": "expand: true with format fp16_scaled: only FP8 blocks have a "
-    "range to expand; write format: e4m3 or e5m2 with granularity: block",
+    "precision.state.master.expand=true": "has no effect: precision.state.master.format is fp16_scaled "
+    "(preset precision.level=O2); remove it, or write precision.state.master.format=e4m3",
     "precision.gemm.exclude=[layers.9.*]": "precision.gemm.exclude: 'layers.9.*' matches no linear; paths "
     "look like layers.0.attention.qkv, up to layers.1.mlp.down",
     "precision.gemm.first_layers_bf16=2": "precision.gemm.fp8 is true but every linear is excluded; relax "
@@ -312,7 +312,7 @@ def test_hadamard_where_it_is_not_built(tmp_path: Path) -> None:
     nvfp4 = ["precision.level=O2", "precision.recipe=nvfp4_simulated"]
     (line,) = overridden(tmp_path, *nvfp4, "precision.gemm.output.x.hadamard=true")
     assert line.endswith(
-        "output.x.hadamard: hadamard: true is built for grad_weight's operands only; remove it"
+        "output.x.hadamard: has no effect: it is built for the operands of grad_weight; remove it"
     )
     (line,) = overridden(tmp_path, *nvfp4, "precision.gemm.grad_weight.x.hadamard=false")
     assert line.endswith("; write the same for both")
