@@ -7,10 +7,11 @@ is wrong is told as such, and once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+from fp8train.config.batch_sizes import most_replicas
 
 UNKNOWN: Any = object()
 """Stands for a value that is missing or illegal."""
@@ -162,7 +163,7 @@ class SeveralReplicas:
     def unmet(self, look: Look, section: str) -> Unmet | None:
         """See :class:`Condition`."""
         del section
-        largest = most_replicas(look)
+        largest = _most_replicas(look)
         if largest is None or largest > 1:
             return None
         if look("parallel.dp") == 1:
@@ -175,18 +176,17 @@ class SeveralReplicas:
         )
 
 
-def most_replicas(look: Look) -> int | None:
-    """The largest number of ranks that may share gradients, as far as the settings alone tell: ``dp * cp``,
-    where dp divides every step's micro-batches; None if a value is unknown."""
+def _most_replicas(look: Look) -> int | None:
+    """See :func:`~fp8train.config.batch_sizes.most_replicas`; None if a value is unknown."""
     dp, cp, micro = look("parallel.dp"), look("parallel.cp"), look("train.micro_batch_size")
-    sizes = batch_sizes(look)
+    sizes = _batch_sizes(look)
     numbers: Sequence[Any] = (cp, micro, *sizes, *([] if dp == "auto" else [dp]))
     if not all(type(number) is int and number > 0 for number in numbers):
         return None
-    return int(cp) * (math.gcd(*sizes) // int(micro) if dp == "auto" else int(dp))
+    return most_replicas(dp, cp, micro, sizes)
 
 
-def batch_sizes(look: Look) -> list[Any]:
+def _batch_sizes(look: Look) -> list[Any]:
     """Samples of a step, at the end and in every stage of a ramp."""
     ramp = look("train.batch_size_ramp")
     stages = ramp if isinstance(ramp, list) else []

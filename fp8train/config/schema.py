@@ -111,6 +111,7 @@ class Config(Section):
         for check in (
             self._accepted_changes_exist,
             self._parametrization,
+            self._evaluation,
             self._keep_best,
             self._smooth_swiglu,
             self._saved_activations,
@@ -168,6 +169,15 @@ class Config(Section):
                 f"rate: write at most {MAX_DECAY_PER_STEP:g} (typical: 1e-4)",
                 "optimizer.weight_decay",
                 "optimizer.decay_rule",
+            )
+
+    def _evaluation(self) -> None:
+        if self.train.eval_interval and self.data.split[1] == 0 and self.data.valid_prefix is None:
+            raise contradiction(
+                f"train.eval_interval is {self.train.eval_interval}, but there is no validation data; give "
+                "data.split a validation share, set data.valid_prefix, or write train.eval_interval: 0",
+                "train.eval_interval",
+                "data.split",
             )
 
     def _keep_best(self) -> None:

@@ -297,6 +297,11 @@ LATE = {
     "look like layers.0.attention.qkv, up to layers.1.mlp.down",
     "precision.gemm.first_layers_bf16=2": "precision.gemm.fp8 is true but every linear is excluded; relax "
     "exclude/min_dim/*_layers_bf16 (model.num_layers is 2), or write precision.gemm.fp8=false",
+    "precision.gemm.min_dim=1024": "precision.gemm.fp8 is true but every linear is excluded; relax "
+    "exclude/min_dim/*_layers_bf16 (model.num_layers is 2), or write precision.gemm.fp8=false",
+    "precision.gemm={smooth_swiglu: token, exclude: ['*.down']}": "precision.gemm.smooth_swiglu is about "
+    "down projections in FP8, but all of them are left in high precision (precision.gemm.exclude, which "
+    "recipe: umup fills; or min_dim); remove one of the two",
     "precision.gemm.exclude=[layers.*]": "precision.gemm.fp8 is true but every linear is excluded; relax "
     "exclude/min_dim/*_layers_bf16 (model.num_layers is 2), or write precision.gemm.fp8=false",
 }
