@@ -19,8 +19,6 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.resolve import load_config
 from fp8train.config.world import check_world
-from fp8train.models.fp8_plan import linear_quant
-from fp8train.optim.from_config import state_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = ROOT / "configs/small/llama.yaml"
@@ -97,8 +95,6 @@ def refusal(case: Case, setting: Sequence[str] = ()) -> str | None:
     try:
         config = load_config(CONFIGURATION, [*case.overrides, *setting]).config
         check_world(config, LAYOUTS[case.layout].ranks)
-        linear_quant(config.precision.gemm)
-        state_plan(config)
     except ConfigError as error:
         text = "; ".join(line.strip() for line in str(error).splitlines())
         return text.replace("command line: ", "").replace(f"{ROOT}/", "")

@@ -162,7 +162,7 @@ def _write_shards(order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks,
     import torch.distributed.checkpoint as dcp  # slow to import, so not before the first save
 
     from fp8train.checkpoint.planners import LogicalSavePlanner
-    from fp8train.checkpoint.storage import ShardWriter, dcp_call
+    from fp8train.checkpoint.shard_files import ShardWriter, dcp_call
 
     planner = LogicalSavePlanner(
         check_space=lambda needed: _check_space(order, needed), on_item=lambda: order.on_phase("data")

@@ -23,7 +23,7 @@ from fp8train.cli import datasets, exchange, models, runs
 from fp8train.cli.app import app
 from fp8train.comm.failures import INTERRUPTED, Failure, describe, own_rank, record, speaks
 from fp8train.config.errors import UserError
-from fp8train.training.console import print_safely
+from fp8train.live.console import print_safely
 
 __all__ = ["app", "datasets", "exchange", "main", "models", "run_command", "runs"]
 

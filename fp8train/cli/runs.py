@@ -18,7 +18,7 @@ def train(
     overrides: Options = None,
 ) -> int:
     """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
-    from fp8train.training.command import train_command
+    from fp8train.cli.train_command import train_command
 
     return train_command(config, overrides or ())
 
@@ -83,7 +83,7 @@ def verify(
 @app.command()
 def doctor() -> int:
     """Report what this machine can run, and why not."""
-    from fp8train.training.doctor import doctor as examine
+    from fp8train.cli.doctor import doctor as examine
 
     return examine()
 

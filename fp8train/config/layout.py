@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES, most_replicas
-from fp8train.config.blocks import MAX_BLOCK, SAVED_BLOCK, block_size
 from fp8train.config.operand_blocks import cut_blocks
-from fp8train.config.precision_schema import SCALED_STATES
+from fp8train.precision.scale_blocks import MAX_BLOCK, SAVED_BLOCK, block_size
+from fp8train.precision.state_formats import SCALED_STATES
 
 if TYPE_CHECKING:
     from fp8train.config.schema import Config

@@ -40,8 +40,9 @@ from fp8train.config.conditions import (
     Unmet,
 )
 from fp8train.config.nodes import Node
-from fp8train.config.precision_schema import FP8_STATES, ROUNDED_STATES, SCALED_STATES, STATIC_RECIPES
+from fp8train.config.precision_schema import STATIC_RECIPES
 from fp8train.config.schema import Config
+from fp8train.precision.state_formats import FP8_STATES, ROUNDED_STATES, SCALED_STATES
 
 
 class Rule(NamedTuple):

@@ -14,6 +14,7 @@ world size or the data are checked where those are known.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -30,6 +31,7 @@ from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction, contradictions
 from fp8train.config.train_schema import TrainConfig
+from fp8train.precision.state_formats import StateFormats
 
 
 class RunConfig(Section):
@@ -249,6 +251,15 @@ class Config(Section):
                 "data.seq_length",
                 "model.max_seq_len",
             )
+
+    @property
+    def state_formats(self) -> StateFormats:
+        """How the optimizer stores the states of a matrix in the FP8 plan."""
+        formats = self.precision.state.value()
+        if self.checkpoint.reshard == "requantise":
+            fitted = {role: replace(fmt, fit=True) for role, fmt in formats.formats().items()}
+            formats = replace(formats, **fitted)
+        return replace(formats, exp_avg_sq=None) if self.optimizer.name == "lion" else formats
 
     @property
     def total_steps(self) -> int:

@@ -18,11 +18,12 @@ from fp8train.data.batches import GlobalBatches, check_batch_sizes
 from fp8train.data.blend import Blend
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.packing import PackedSamples
 from fp8train.data.prepare_sft import read_mask
 from fp8train.data.samples import SPLITS, SampleDataset, Samples, split_documents
 from fp8train.data.sidecar import Sidecar, check_same_tokenizer, read_sidecar, sidecar_path, sidecar_tokenizer
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 SplitName = Literal["train", "valid", "test"]
 _PADDED_TO = 1024

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.load_tokenizer import load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -25,8 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp8train.huggingface.arrangements import GateUp, SeparateQKV
 from fp8train.huggingface.errors import HuggingFaceError
-from fp8train.huggingface.layouts import GateUp, SeparateQKV
 from fp8train.models.decoder import Decoder
 
 

@@ -13,8 +13,8 @@ from fp8train.optim.adamw import AdamW, AdamWSettings
 from fp8train.optim.lion import Lion
 from fp8train.optim.optimizer import Optimizer, OptimizerSettings
 from fp8train.optim.parameter_state import Region
-from fp8train.optim.state_plan import StatePlan
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.state_formats import StateFormats
 
 _RULES: dict[str, type[Optimizer]] = {"adamw": AdamW, "lion": Lion}
 
@@ -24,7 +24,7 @@ def make_optimizer(
     parameters: Mapping[str, Tensor],
     specs: Mapping[str, ParamSpec],
     settings: OptimizerSettings,
-    plan: StatePlan,
+    plan: StateFormats,
     *,
     seed: int,
     weight_targets: Mapping[str, WeightTarget] | None = None,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.optim.formats import make_storage
+from fp8train.optim.make_storage import make_storage
 from fp8train.optim.parameter_state import Region, in_plan, make_layout
-from fp8train.optim.state_plan import StateFormat
 from fp8train.optim.storage import Storage
 from fp8train.optim.stored import Described, with_stored_blocks
+from fp8train.precision.state_formats import StateFormat
 
 
 class MasterWeights:

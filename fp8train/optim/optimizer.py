@@ -1,8 +1,8 @@
 """What AdamW and Lion share: states in any format, updated in chunks.
 
 An optimizer keeps, per parameter, a master weight and moments, each in a storage of its own format
-(:mod:`fp8train.optim.state_plan`). A rule says how gradient and old values become new ones, in FP32; this
-file moves the values. Per parameter, one pass over memory in chunks of at most 2^19 elements::
+(:mod:`fp8train.precision.state_formats`). A rule says how gradient and old values become new ones, in FP32;
+this file moves the values. Per parameter, one pass over memory in chunks of at most 2^19 elements::
 
     for each chunk:  gradient, m, v, w decoded → new m, v, w → encoded → parameter = stored w, rounded
 
@@ -34,8 +34,8 @@ from fp8train.numerics.cast import amax_of
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.gradient import GradientReader
 from fp8train.optim.parameter_state import ParameterState, Region, allocate
-from fp8train.optim.state_plan import StatePlan
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.state_formats import StateFormats
 
 CHUNK = 1 << 19
 
@@ -88,7 +88,7 @@ class Optimizer(ABC):
         parameters: Mapping[str, Tensor],
         specs: Mapping[str, ParamSpec],
         settings: OptimizerSettings,
-        plan: StatePlan,
+        plan: StateFormats,
         *,
         seed: int,
         weight_targets: Mapping[str, WeightTarget] | None = None,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import block_size
-from fp8train.optim.formats import make_master_storage, make_storage
-from fp8train.optim.state_plan import StateFormat
+from fp8train.optim.make_storage import make_master_storage, make_storage
 from fp8train.optim.storage import Layout, Storage
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.scale_blocks import block_size
+from fp8train.precision.state_formats import StateFormat
 
 _FP32 = StateFormat()
 
@@ -98,7 +98,7 @@ def make_layout(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch
     Raises:
         ValueError: the region cuts a block.
     """
-    scaled = fmt.is_scaled and fmt.granularity == "block"
+    scaled = fmt.in_blocks
     row = region.shape[-1]
     block = block_size(spec.global_shape[-1], fmt.block) if scaled else 1
     in_part = scaled and row != spec.global_shape[-1]
@@ -184,6 +184,6 @@ def allocate(
         weight=None if memory is None or lives_in_parameter else memory.view(-1),
         target=target,
         in_plan=planned,
-        work=torch.float64 if any(fmt.name == "fp64" for fmt in formats.values()) else wide,
+        work=torch.float64 if any(fmt.format == "fp64" for fmt in formats.values()) else wide,
         chunk=max(unit, chunk // unit * unit),
     )

@@ -23,7 +23,7 @@ from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.schema import Config
 from fp8train.config.world import check_world, model_ranks
 from fp8train.data.loading import Data, open_data
-from fp8train.training.run_claim import check_claim
+from fp8train.run_dir.claim import check_claim
 
 
 def preflight(resolved: ResolvedConfig, world: World) -> Data:

@@ -34,16 +34,16 @@ from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
-from fp8train.training.console import Console, print_safely
-from fp8train.training.environment import describe_environment
+from fp8train.live.console import Console, print_safely
+from fp8train.live.reporter import Reporter
+from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.provenance import describe_environment
+from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
-from fp8train.training.reporter import Reporter
 from fp8train.training.resume import resume
-from fp8train.training.run_dir import RunDir
 from fp8train.training.signals import EXIT_INTERRUPTED, StopRequest
-from fp8train.training.trainer import Trainer
 
 
 def run(config: Config, world: World, data: Data, *, console: Console, stop: StopRequest, again: str) -> int:

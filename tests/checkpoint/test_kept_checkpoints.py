@@ -7,8 +7,8 @@ import torch
 
 from fp8train.checkpoint import open_checkpoint, save_checkpoint
 from fp8train.config.resolve import load_config
+from fp8train.step.trainer import Trainer
 from fp8train.training.restore import restore
-from fp8train.training.trainer import Trainer
 from tests.checkpoint.kept import LEVELS, STEP, VOCAB, digests, expected, losses, train, unpack, write_config
 from tests.training.tiny import alone
 

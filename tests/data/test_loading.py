@@ -13,9 +13,9 @@ from fp8train.config.errors import ConfigError
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from fp8train.data.inspection import inspect_dataset
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.loading import Data, open_data, open_split
 from fp8train.data.prepare import prepare
-from fp8train.data.tokenizer import load_tokenizer
 
 WORDS = [
     "alpha",

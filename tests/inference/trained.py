@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fp8train.cli.train_command import train_command
 from fp8train.data.prepare import prepare
-from fp8train.training.command import train_command
 
 _TEXT = "how to cut paper with sharp scissors then fold it twice and glue the wet edge under warm light"
 WORDS = _TEXT.split()

@@ -15,7 +15,7 @@ import numpy as np
 
 from fp8train.checkpoint import candidates
 from fp8train.data.indexed_dataset import IndexedDatasetWriter
-from fp8train.training.metrics import read_metrics
+from fp8train.run_dir.metrics import read_metrics
 
 STEPS = 40
 NO_EVALUATION = ("train.eval_interval=0", "train.eval_batches=null")

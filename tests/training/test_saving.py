@@ -17,8 +17,9 @@ from fp8train.checkpoint import BackgroundSaver, CheckpointError, Written, read_
 from fp8train.checkpoint import save as save_module
 from fp8train.checkpoint.catalog import step_of
 from fp8train.cli import run_command
+from fp8train.step.result import StepResult
+from fp8train.step.trainer import Trainer
 from fp8train.training.signals import StopRequest
-from fp8train.training.trainer import StepResult, Trainer
 from tests.training.launching import NO_EVALUATION, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

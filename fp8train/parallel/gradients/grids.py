@@ -40,9 +40,9 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES
 from fp8train.numerics.cast import amax_of, cast, decode_finite
 from fp8train.numerics.exact_sum import grid_square_sum, power_of_two_fp64, square_shift
-from fp8train.numerics.formats import E4M3
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 from fp8train.parallel.gradients.receivers import Places
+from fp8train.precision.number_formats import E4M3
 
 HISTORY = 16
 MARGIN = 3

@@ -11,7 +11,6 @@ from torch import Tensor
 from fp8train.comm.auto_scale import MuController
 from fp8train.comm.collectives import CountedGroup
 from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES
-from fp8train.numerics.formats import E4M3
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.parallel.gradients.auto_scales import AutoScales
 from fp8train.parallel.gradients.bucket import Bucket
@@ -22,6 +21,7 @@ from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
 from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.gradients.shared_scale_sum import SharedScaleSum
 from fp8train.parallel.gradients.tensor_storage import TensorStorage
+from fp8train.precision.number_formats import E4M3
 from tests.numerics.fp8_table import E4M3_TABLE
 from tests.numerics.test_statistics import brute_force
 
