@@ -24,7 +24,6 @@ from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.adamw import AdamWSettings
 from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer, OptimizerSettings
-from fp8train.parallel.gradients.grids import MAX_MICRO_BATCHES
 from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
 from fp8train.parallel.zero import Partition
 from fp8train.precision.number_formats import format_by_name
@@ -55,8 +54,7 @@ def make_gradient_plan(
         recorder: where statistics of gradient casts go, at sites ``PATH/grad_weight``.
 
     Raises:
-        ConfigError: ``node_size`` does not divide the ranks; ``exact`` without what makes it exact, or on
-            ranks that differ in it.
+        ConfigError: ``exact`` without what makes it exact on this device, or on ranks that differ in it.
     """
     gradient = config.precision.gradient
     in_fp64 = COMPUTE_DTYPES[config.precision.compute] == torch.float64
@@ -139,22 +137,11 @@ def _groups(node_size: int | None, processes: Processes) -> Groups:
     in_parts = {"parts": processes.tp, "partial": processes.stage} if processes.tp.size > 1 else {}
     if node_size is None or node_size == size:
         return Groups(processes.replicas, **in_parts)
-    if size % node_size:
-        legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        raise ConfigError(
-            f"precision.gradient.fp8.node_size ({node_size}) must divide the data-parallel ranks ({size}); "
-            f"legal: {legal}"
-        )
     return Groups(processes.replicas, *two_levels(processes.replicas, node_size), **in_parts)
 
 
 def _check_exact(config: Config, processes: Processes) -> None:
-    """``exact`` promises equal bits, so everything that a micro-batch's bits depend on must be fixed."""
-    if config.precision.gradient.format != "e4m3":
-        raise ConfigError(
-            "precision.gradient.fp8.reduce: exact counts in units of E4M3; "
-            "write precision.gradient.format: e4m3"
-        )
+    """``exact`` promises equal bits: what a configuration for any device could not tell."""
     if config.run.threads is None and processes.device.type == "cpu":
         raise ConfigError(
             "precision.gradient.fp8.reduce: exact gives the same bits on any number of ranks only at equal "
@@ -164,14 +151,6 @@ def _check_exact(config: Config, processes: Processes) -> None:
         raise ConfigError(
             "precision.gradient.fp8.reduce: exact needs kernels whose result does not depend on timing; "
             "set run.deterministic=true"
-        )
-    micro_batches = config.train.global_batch_size // config.train.micro_batch_size * processes.cp.size
-    if micro_batches > MAX_MICRO_BATCHES:
-        parts = f" in {processes.cp.size} parts each (parallel.cp)" if processes.cp.size > 1 else ""
-        raise ConfigError(
-            f"precision.gradient.fp8.reduce: exact adds at most {MAX_MICRO_BATCHES} micro-batches a step in "
-            f"INT32; train.global_batch_size ({config.train.global_batch_size}) of train.micro_batch_size "
-            f"({config.train.micro_batch_size}){parts} are {micro_batches}; raise train.micro_batch_size"
         )
     _check_ranks_agree(_settings_of_exact(config, processes.device) | _machine(processes.device), processes)
 
