@@ -41,6 +41,7 @@ from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
+from fp8train.evaluation.validation import evaluate
 from fp8train.inference.load import resolve_checkpoint
 from fp8train.inference.weights import as_trained
 from fp8train.kernels.gemm import choose_gemm_backend
@@ -55,9 +56,8 @@ from fp8train.precision.operand_cast import MAX_CONSTANT, QuantSpec
 from fp8train.reporting.cast_log import INFERENCE_LOG
 from fp8train.reporting.constant_scale import find_window, plot_windows, summary
 from fp8train.reporting.scales import REPORT_DIR
-from fp8train.training.evaluation import evaluate
-from fp8train.training.metrics import strict
-from fp8train.training.run_claim import STATUS_FILE
+from fp8train.run_dir.claim import STATUS_FILE
+from fp8train.run_dir.metrics import strict
 
 OPERANDS = ("both", "x", "w")
 

@@ -26,7 +26,7 @@ from fp8train.numerics.block_scales import as_blocks, from_blocks, quantize_bloc
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.scale_blocks import block_size
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
