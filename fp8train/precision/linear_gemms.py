@@ -74,9 +74,9 @@ class LinearQuant:
     @property
     def is_nvfp4(self) -> bool:
         """Whether its GEMMs simulate NVFP4."""
-        return any(spec.is_nvfp4 for spec in self._quantised().values())
+        return any(spec.is_nvfp4 for spec in self.quantised().values())
 
-    def _quantised(self) -> dict[str, QuantSpec]:
+    def quantised(self) -> dict[str, QuantSpec]:
         """The specs that are used, by use."""
         specs = self.operands()
         return {use: specs[use] for gemm, uses in GEMMS.items() if self.in_fp8(gemm) for use in uses}
@@ -94,7 +94,7 @@ class LinearQuant:
                 )
 
     def _nvfp4_in_part(self) -> Iterator[Problem]:
-        specs = self._quantised()
+        specs = self.quantised()
         others = [use for use, spec in specs.items() if not spec.is_nvfp4]
         if self.is_nvfp4 and others:
             yield Problem(
@@ -105,7 +105,7 @@ class LinearQuant:
 
     def _hadamard_alone(self) -> Iterator[Problem]:
         """Built where it pays: both operands of the weight gradient, whose product it leaves as it is."""
-        for use, spec in self._quantised().items():
+        for use, spec in self.quantised().items():
             if spec.hadamard and not use.startswith("grad_weight"):
                 yield Problem(
                     "hadamard: true is built for grad_weight's operands only; remove it", (f"{use}.hadamard",)
