@@ -63,9 +63,24 @@ class LinearQuant:
         """All six specs by use."""
         return {use: getattr(self, use.replace(".", "_")) for uses in GEMMS.values() for use in uses}
 
-    def weight_uses(self) -> tuple[str, ...]:
-        """Uses of the weight that are cast from it, not from one another."""
-        return ("output.w", "grad_input.w") if self.keep_w == "second_copy" else ("output.w",)
+    def against_resident_weights(self) -> Iterator[Problem]:
+        """Why the weight cannot exist in FP8 alone, written piece by piece from a master weight."""
+        if self.keep_w == "bf16":
+            yield Problem(
+                "keep_w: bf16 needs weights in the compute type; write weights: compute, or another keep_w",
+                ("keep_w",),
+            )
+        for use in ("output.w", "grad_input.w") if self.keep_w == "second_copy" else ("output.w",):
+            spec = self.operands()[use]
+            if spec.granularity != "tensor" or spec.scale_source == "mse":
+                key = "scale_source" if spec.scale_source == "mse" else "granularity"
+                yield Problem(
+                    "weights: fp8 is written piece by piece with one scale from the amax of the whole, but "
+                    f"{use}.{key} is {getattr(spec, key)}; write weights: compute, or a recipe with one "
+                    "scale per tensor",
+                    (f"{use}.{key}",),
+                )
+                return
 
     def in_fp8(self, gemm: str) -> bool:
         """Whether this one of :data:`GEMMS` multiplies quantised operands."""
