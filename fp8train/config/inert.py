@@ -11,21 +11,22 @@ from typing import NamedTuple
 from fp8train.config.keys import KeyTable
 from fp8train.config.nodes import Node
 from fp8train.config.presets import Problem, apply_presets
+from fp8train.update_rules.registry import rules_that_read, rules_with_second_moment
 
 
 class _Rule(NamedTuple):
-    """``key``, or what is below it, is read only where ``switch`` has the value ``needs``."""
+    """``key``, or what is below it, is read only where ``switch`` has one of the values ``needs``."""
 
     key: str
     switch: str
-    needs: str
+    needs: tuple[str, ...]
 
 
 _RULES = (
-    _Rule("optimizer.eps", "optimizer.name", "adamw"),
-    _Rule("precision.state.exp_avg_sq", "optimizer.name", "adamw"),
-    _Rule("schedule.decay_fraction", "schedule.kind", "wsd"),
-    _Rule("model.rope_theta", "model.positions", "rope"),
+    _Rule("optimizer.eps", "optimizer.name", rules_that_read("eps")),
+    _Rule("precision.state.exp_avg_sq", "optimizer.name", rules_with_second_moment()),
+    _Rule("schedule.decay_fraction", "schedule.kind", ("wsd",)),
+    _Rule("model.rope_theta", "model.positions", ("rope",)),
 )
 
 
@@ -42,7 +43,7 @@ def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem
         switch = tree.find(rule.switch.split("."))
         value = table.keys[rule.switch].fragment.get("default") if switch is None else switch.value
         legal = table.keys[rule.switch].fragment["enum"]
-        if value == rule.needs or value not in legal:  # what is no choice at all is reported as such
+        if value in rule.needs or value not in legal:  # what is no choice at all is reported as such
             continue
         for key in table.leaves():
             path = key.path
@@ -53,7 +54,7 @@ def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem
                 if written is not None and written.value != otherwise:
                     message = (
                         f"has no effect: {rule.switch} is {value}; remove it, or write "
-                        f"{rule.switch}={rule.needs} ({key.name}=null takes back what a file sets)"
+                        f"{rule.switch}={rule.needs[0]} ({key.name}=null takes back what a file sets)"
                     )
                     problems.append(Problem(path, message, (rule.switch,)))
     return problems

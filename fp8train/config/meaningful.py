@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fp8train.config.nodes import Node
 from fp8train.config.precision_schema import FP8_STATES, ROUNDED_STATES, SCALED_STATES
+from fp8train.update_rules.registry import rules_that_read
 
 Condition = Callable[[Node, tuple[str, ...]], bool]
 """Of the whole tree and the section that a key is in: whether the key says something there."""
@@ -30,9 +31,11 @@ def _beside(name: str, *values: str) -> Condition:
 
 
 def can_be_bounded(optimizer: object, *moments: object) -> bool:
-    """Whether ``precision.state.bounded_update`` has anything to bound: AdamW with a moment that is stored
-    rounded. Of a rule's name and the moments' formats."""
-    return optimizer == "adamw" and any(moment in ROUNDED_STATES for moment in moments)
+    """Whether ``precision.state.bounded_update`` has anything to bound: a rule that reads it, with a moment
+    that is stored rounded. Of a rule's name and the moments' formats."""
+    return optimizer in rules_that_read("bounded_update") and any(
+        moment in ROUNDED_STATES for moment in moments
+    )
 
 
 def _can_be_bounded(tree: Node, section: tuple[str, ...]) -> bool:

@@ -132,7 +132,7 @@ class StateConfig(Section):
     """Second moment."""
     bounded_update: bool = True
     """AdamW with a moment in 8 or 16 bits only: no step is longer than one of exact moments could be, so that
-    a second moment that was rounded to zero does not divide by ``eps`` (``optim/adamw.py`` derives it)."""
+    a second moment that was rounded to zero does not divide by ``eps``: ``update_rules/adamw.py``."""
 
     @model_validator(mode="after")
     def _formats_fit(self) -> StateConfig:

@@ -28,6 +28,7 @@ from fp8train.config.presets import Problem, apply_presets
 from fp8train.config.scalars import ScalarError, check_text
 from fp8train.config.schema import Config
 from fp8train.config.yaml_tree import MAX_DEPTH
+from fp8train.update_rules.registry import rules_that_read
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _bound_set_but_unread(tree: Node) -> list[Problem]:
     if says_something(tree, *path):
         return []
     name = tree.find(("optimizer", "name"))
-    if name is not None and name.value != "adamw":
+    if name is not None and name.value not in rules_that_read("bounded_update"):
         switch, reason = "optimizer.name", f"bounds steps of AdamW: optimizer.name is {name.value}"
     else:
         switch, reason = "precision.state.exp_avg.format", "bounds steps of rounded moments: both are fp32"

@@ -30,6 +30,7 @@ from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction, contradictions
 from fp8train.config.train_schema import TrainConfig
+from fp8train.update_rules.registry import rules_with_second_moment
 
 
 class RunConfig(Section):
@@ -248,9 +249,9 @@ class Config(Section):
 
     def _state_plan(self) -> None:
         plan = self.precision.state.plan
-        if plan != "default" and self.optimizer.name != "adamw":
+        if plan != "default" and self.optimizer.name not in rules_with_second_moment():
             raise contradiction(
-                f"precision.state.plan: {plan} is a pair of formats for AdamW's two moments, but "
+                f"precision.state.plan: {plan} is a pair of formats for a first and a second moment, but "
                 f"optimizer.name is {self.optimizer.name}; write precision.state.exp_avg by hand",
                 "precision.state.plan",
                 "optimizer.name",

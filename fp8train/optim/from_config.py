@@ -6,6 +6,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.precision_schema import StateFormatConfig
 from fp8train.config.schema import Config
 from fp8train.optim.state_plan import StateFormat, StatePlan
+from fp8train.update_rules.registry import rule_named
 
 
 def state_plan(config: Config) -> StatePlan:
@@ -15,7 +16,8 @@ def state_plan(config: Config) -> StatePlan:
         ConfigError: formats that do not fit their role.
     """
     state, fit = config.precision.state, config.checkpoint.reshard == "requantise"
-    second = None if config.optimizer.name == "lion" else state_format(state.exp_avg_sq, fit=fit)
+    has_second = rule_named(config.optimizer.name).has_second_moment
+    second = state_format(state.exp_avg_sq, fit=fit) if has_second else None
     try:
         return StatePlan(state_format(state.master, fit=fit), state_format(state.exp_avg, fit=fit), second)
     except ValueError as error:

@@ -56,7 +56,7 @@ def resume(
     restored = restore(
         trainer,
         opened,
-        roles=trainer.optimizer.roles,
+        roles=trainer.optimizer.states.roles,
         scales=True,
         reshard=config.checkpoint.reshard,
         rank_state=own,
