@@ -23,8 +23,8 @@ from fp8train.config.messages import problems_of, raise_problems
 from fp8train.config.misspelt import rename_misspelt_sections
 from fp8train.config.nodes import DEFAULT, Node, Origin, merge
 from fp8train.config.overrides import OverrideError, parse_override
-from fp8train.config.precision_schema import STATIC_RECIPES
 from fp8train.config.presets import Problem, apply_presets
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.scalars import ScalarError, check_text
 from fp8train.config.schema import Config
 from fp8train.config.yaml_tree import MAX_DEPTH

@@ -27,7 +27,8 @@ from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP, OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
+from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction, contradictions
 from fp8train.config.train_schema import TrainConfig
 from fp8train.update_rules.registry import rules_with_second_moment

@@ -14,7 +14,7 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.guard_schema import GuardConfig
-from fp8train.config.recipes import RECIPES
+from fp8train.config.recipe_registry import RECIPES
 from fp8train.numerics.statistics import FIELDS
 from fp8train.training.guard import Flag, Guard, agreed_readings
 from fp8train.training.trainer import Trainer

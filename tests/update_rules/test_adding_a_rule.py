@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.package_copy import copy_package, run_python
 
 ELEMENT_RULE = '''
 """Signum: the sign of a momentum."""
@@ -72,20 +68,10 @@ print(found[0], found[-1], sorted(trainer.optimizer.states.roles))
 """
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The package and what the script needs of the tests."""
-    clean = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "fp8train", tmp_path / "fp8train", ignore=clean)
-    (tmp_path / "tests/training").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/training/tiny.py", tmp_path / "tests/training")
+    copy_package(tmp_path, "tests/training/tiny.py")
     return tmp_path
 
 
@@ -105,7 +91,7 @@ def test_a_file_and_a_line_add_a_rule(copy: Path, name: str, source: str, roles:
     registry.write_text(registry.read_text().replace(old, old.replace("]", f', "{name}"]')))
 
     summary = source.split('summary = "')[1].split('"')[0]
-    done = run(copy, "-c", TRAIN, str(copy), name, f"``{name}``: {summary}")
+    done = run_python(copy, "-c", TRAIN, str(copy), name, f"``{name}``: {summary}")
     assert done.returncode == 0, done.stderr
     first, last, kept = done.stdout.split(maxsplit=2)
     assert float(last) < float(first) - 0.3
@@ -130,9 +116,9 @@ def test_what_the_rule_does_not_read_or_bear_is_refused(copy: Path) -> None:
     }
     for override, message in refused.items():
         options = ["precision.level=O2", override] if "state" in override else [override]
-        done = run(copy, "-m", "fp8train", "config", str(tiny), *options)
+        done = run_python(copy, "-m", "fp8train", "config", str(tiny), *options)
         assert done.returncode == 2 and message in done.stderr, (override, done.stderr)
-    accepted = run(
+    accepted = run_python(
         copy,
         "-m",
         "fp8train",
