@@ -238,7 +238,7 @@ def test_ctrl_c_exits_130() -> None:
         "def doctor():\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(30)\n"
-        "sys.modules['fp8train.training.doctor'] = SimpleNamespace(doctor=doctor)\n"
+        "sys.modules['fp8train.cli.doctor'] = SimpleNamespace(doctor=doctor)\n"
         "sys.argv = ['fp8train', 'doctor']\n"
         "from fp8train.cli import main; main()"
     )

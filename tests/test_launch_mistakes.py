@@ -27,8 +27,8 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import to_plain
 from fp8train.data.indexed_dataset import IndexedDatasetWriter
+from fp8train.run_dir.directory import RunDir
 from fp8train.training.preflight import preflight
-from fp8train.training.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 

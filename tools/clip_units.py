@@ -35,7 +35,7 @@ from fp8train.comm.collectives import alone
 from fp8train.comm.processes import Processes
 from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 RATES = {"standard": 0.192, "mus": 0.125, "unit_scaling": 0.125, "umup": 1.0}
 """Learning rates; that of ``standard`` is divided by the width."""

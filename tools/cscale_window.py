@@ -41,23 +41,23 @@ from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
+from fp8train.evaluation.validation import evaluate
 from fp8train.inference.load import resolve_checkpoint
 from fp8train.inference.weights import as_trained
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.linear import Fp8Plan
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model
 from fp8train.models.decoder import Decoder
-from fp8train.numerics.formats import E4M3
-from fp8train.numerics.quant_spec import MAX_CONSTANT, LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.optim.from_config import state_format
 from fp8train.optim.master_weights import MasterWeights
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.operand_cast import MAX_CONSTANT, QuantSpec
 from fp8train.reporting.cast_log import INFERENCE_LOG
 from fp8train.reporting.constant_scale import find_window, plot_windows, summary
 from fp8train.reporting.scales import REPORT_DIR
-from fp8train.training.evaluation import evaluate
-from fp8train.training.metrics import strict
-from fp8train.training.run_claim import STATUS_FILE
+from fp8train.run_dir.claim import STATUS_FILE
+from fp8train.run_dir.metrics import strict
 
 OPERANDS = ("both", "x", "w")
 
@@ -193,7 +193,7 @@ def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.devic
     model = _build(config, vocab_size, device, fp8=False).model
     parameters = dict(model.named_parameters())
     opened = open_checkpoint(checkpoint, group=None, verify="size")
-    master = state_format(config.precision.state.master)
+    master = config.precision.state.master.value()
     stored = as_trained(config, vocab_size)  # the plan decides in which format a master is stored
     masters = MasterWeights(parameters, stored.specs, master, opened.tensors)
     opened.read(masters.state_tensors())

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # the tiny model and the workers are the tests'
 
 from fp8train.comm.processes import Layout, Processes, joined_processes  # noqa: E402
 from fp8train.config.errors import ConfigError  # noqa: E402
-from fp8train.training.trainer import Trainer  # noqa: E402
+from fp8train.step.trainer import Trainer  # noqa: E402
 from tests.distributed.pool import GlooPool  # noqa: E402
 from tests.training.tiny import alone, losses, tiny_config  # noqa: E402
 

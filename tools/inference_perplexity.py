@@ -29,8 +29,8 @@ from fp8train.comm.processes import choose_device
 from fp8train.config.recipe_registry import RECIPE_NAMES, STATIC_RECIPES
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
+from fp8train.evaluation.perplexity import Measurement, measure, open_text, relative_difference
 from fp8train.inference.load import TrainedRun, open_run
-from fp8train.training.perplexity import Measurement, measure, open_text, relative_difference
 from fp8train.training.run import prepare_machine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -40,7 +40,7 @@ from fp8train.comm.processes import Layout, Processes, joined_processes  # noqa:
 from fp8train.config.errors import ConfigError  # noqa: E402
 from fp8train.config.resolve import resolve_mapping  # noqa: E402
 from fp8train.config.schema import Config  # noqa: E402
-from fp8train.training.trainer import Trainer  # noqa: E402
+from fp8train.step.trainer import Trainer  # noqa: E402
 from tests.distributed.operand_codes import Changed, Codes, capture, changed  # noqa: E402
 from tests.distributed.pool import GlooPool  # noqa: E402
 from tests.distributed.split_sums import sums_in_parts  # noqa: E402

@@ -52,7 +52,7 @@ def _truth(words: str) -> tuple[str, ...]:
     return (TRUTH, "-m", "not slow", "-k", words)
 
 
-_TRAINER, _OPTIMIZER = "fp8train/training/trainer.py", "fp8train/optim/optimizer.py"
+_TRAINER, _OPTIMIZER = "fp8train/step/trainer.py", "fp8train/optim/optimizer.py"
 _GRADIENTS = "fp8train/parallel/gradients/"
 _STORE, _GRIDS, _BLOCKS = (f"{_GRADIENTS}{name}.py" for name in ("store", "grids", "block_storage"))
 
@@ -186,7 +186,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a step without targets is applied",
-        _TRAINER,
+        "fp8train/step/non_finite.py",
         "torch.isfinite(norm) & (num_targets > 0)",
         "torch.isfinite(norm)",
         ("tests/truth/test_edges.py", "-k", "without_any_target"),

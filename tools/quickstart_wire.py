@@ -19,7 +19,7 @@ import torch
 from fp8train.comm.processes import Processes, processes
 from fp8train.config.resolve import load_config
 from fp8train.data.loading import open_data
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 STEPS = 2
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # the workers and the synthetic text are the test
 
 from fp8train.comm.processes import Layout, joined_processes  # noqa: E402
 from fp8train.config.resolve import load_config  # noqa: E402
-from fp8train.training.trainer import Trainer  # noqa: E402
+from fp8train.step.trainer import Trainer  # noqa: E402
 from tests.distributed.pool import GlooPool  # noqa: E402
 from tests.training.tiny import alone, batches  # noqa: E402
 from tools.recipe_cases import (  # noqa: E402
@@ -202,6 +202,7 @@ SHORT = (
         "data.seq_length=64",
         f"model.vocab_size={VOCAB_SIZE}",
         "train.eval_interval=0",
+        "train.eval_batches=null",
     ),
     *("logging.cast_statistics_interval=0", "run.threads=1", "run.device=cpu"),
 )

@@ -63,7 +63,7 @@ class BackgroundSaver:
         self._own = None if control is None else dist.new_group(backend="gloo", timeout=_SKEW)
         self._work: _Work | None = None
         if control is None:
-            from fp8train.checkpoint.storage import ignore_single_process_warning
+            from fp8train.checkpoint.shard_files import ignore_single_process_warning
 
             ignore_single_process_warning()  # once and here: the filter is not the thread's to change
 

@@ -18,7 +18,7 @@ from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import check_index
 from fp8train.config.errors import UserError
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
-from fp8train.data.progress import ByteProgress
+from fp8train.data.byte_progress import ByteProgress
 
 _LARGE_BYTES = 1 << 28
 """From here on hashing takes seconds, and progress is shown."""

@@ -107,7 +107,7 @@ class OpenCheckpoint:
         import torch.distributed.checkpoint as dcp  # slow to import, so not before the first load
 
         from fp8train.checkpoint.planners import LogicalLoadPlanner
-        from fp8train.checkpoint.storage import ShardReader, dcp_call
+        from fp8train.checkpoint.shard_files import ShardReader, dcp_call
 
         planner = LogicalLoadPlanner(
             ignore=lambda name: name.startswith(RANK_STATE_PREFIX) or unwanted(name),

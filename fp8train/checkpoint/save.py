@@ -162,7 +162,7 @@ def _write_shards(order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks,
     import torch.distributed.checkpoint as dcp  # slow to import, so not before the first save
 
     from fp8train.checkpoint.planners import LogicalSavePlanner
-    from fp8train.checkpoint.storage import ShardWriter, dcp_call
+    from fp8train.checkpoint.shard_files import ShardWriter, dcp_call
 
     planner = LogicalSavePlanner(
         check_space=lambda needed: _check_space(order, needed), on_item=lambda: order.on_phase("data")
@@ -183,7 +183,7 @@ def _check_space(order: Order, needed: int) -> None:
     if needed > free:
         raise CheckpointError(
             f"no room for the checkpoint of step {order.step}: it needs {_mib(needed)}, {order.root} has "
-            f"{_mib(free)} free; free some space or lower checkpoint.keep_last"
+            f"{_mib(free)} free; free some space or lower `keep_last`"
         )
 
 

@@ -143,7 +143,7 @@ def evaluate(
 
     Under torchrun the ranks share the work.
     """
-    from fp8train.training.eval_options import EvalOptions
+    from fp8train.evaluation.options import EvalOptions
 
     options = EvalOptions(
         numerics=numerics.value,
@@ -164,6 +164,6 @@ def evaluate(
     )
     options.check()
     require_checkpoint(checkpoint)
-    from fp8train.training.eval_command import eval_command
+    from fp8train.cli.eval_command import eval_command
 
     return eval_command(checkpoint, options, device=device.value)

@@ -1,8 +1,8 @@
 """FP8 reduction by exchange: FP8 on the wire, FP32 in the sum.
 
 A ring that adds in FP8 rounds at every hop, so its error grows with the number of ranks, and it needs one
-scale that all ranks share. Here nobody adds in FP8. For a block matrix (:mod:`fp8train.numerics.blocks`) on
-N ranks:
+scale that all ranks share. Here nobody adds in FP8. For a block matrix
+(:mod:`fp8train.numerics.block_scales`) on N ranks:
 
 1. every rank quantises its own values, each block with its own scale;
 2. all-to-all: rank r receives part r of every rank, codes and E8M0 scales;
@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.numerics.blocks import dequantize_blocks, quantize_blocks
-from fp8train.numerics.formats import Format
+from fp8train.numerics.block_scales import dequantize_blocks, quantize_blocks
+from fp8train.numerics.formats import dtype_of
+from fp8train.precision.number_formats import Format
 
 Quantized = tuple[Tensor, Tensor]
 """(payload FP8 [blocks, block], E8M0 scales uint8 [blocks])."""
@@ -109,7 +110,7 @@ class Exchange:
         assert self._received is not None
         self._wait()
         # Part ``rank`` as each of the N ranks cast it, decoded and added in FP32, in rank order.
-        total = sum_parts(self._received, self._block, self._format.dtype)
+        total = sum_parts(self._received, self._block, dtype_of(self._format))
         self._received = self._wait = None
         if gather:  # cast again, with scales from the amaxes of the sums
             self.gather(*quantize_blocks(total, self._format))
@@ -129,9 +130,9 @@ class Exchange:
         assert self._wait is not None
         assert self._gathered is not None
         self._wait()
-        parts = [unpack(message, self._block, self._format.dtype) for message in self._gathered]
+        parts = [unpack(message, self._block, dtype_of(self._format)) for message in self._gathered]
         self._gathered = self._wait = None
-        payload = torch.cat([part.view(torch.uint8) for part, _ in parts]).view(self._format.dtype)
+        payload = torch.cat([part.view(torch.uint8) for part, _ in parts]).view(dtype_of(self._format))
         return payload, torch.cat([scales for _, scales in parts])
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.fp8_sum import add_codes, as_chunks
-from fp8train.numerics.formats import Format, format_of
+from fp8train.numerics.formats import dtype_of, format_of
+from fp8train.precision.number_formats import Format
 
 Algorithm = Literal["ring", "tree", "native"]
 
@@ -70,7 +71,7 @@ def _reduce_scatter(codes: Tensor, group: CountedGroup, key: str, reduce: _Reduc
     fmt = format_of(codes.dtype)
     chunks = as_chunks(codes, group.size)
     reduce(chunks, fmt, group, key)
-    return chunks[group.rank].clone().view(fmt.dtype)  # a view would keep all chunks alive
+    return chunks[group.rank].clone().view(dtype_of(fmt))  # a view would keep all chunks alive
 
 
 def _all_reduce(codes: Tensor, group: CountedGroup, key: str, reduce: _Reduce, gather: _Gather) -> Tensor:
@@ -78,7 +79,7 @@ def _all_reduce(codes: Tensor, group: CountedGroup, key: str, reduce: _Reduce, g
     chunks = as_chunks(codes, group.size)
     reduce(chunks, fmt, group, key)
     gather(chunks, group, key)
-    return chunks.flatten()[: codes.numel()].view(fmt.dtype)
+    return chunks.flatten()[: codes.numel()].view(dtype_of(fmt))
 
 
 def _reduce_ring(chunks: Tensor, fmt: Format, group: CountedGroup, key: str) -> None:

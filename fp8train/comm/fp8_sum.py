@@ -29,7 +29,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import E4M3, E5M2, Format, format_of
+from fp8train.numerics.formats import dtype_of, format_of
+from fp8train.precision.number_formats import E4M3, E5M2, Format
 
 MAX_CODE = {E4M3: 0x7E, E5M2: 0x7B}
 """Code of the largest finite value, sign bit clear."""
@@ -56,7 +57,7 @@ def add_fp8(a: Tensor, b: Tensor) -> Tensor:
     fmt = format_of(a.dtype)
     if b.dtype != a.dtype:
         raise ValueError(f"cannot add {b.dtype} to {a.dtype}: FP8 sums need one format")
-    return add_codes(a.view(torch.uint8), b.view(torch.uint8), fmt).view(fmt.dtype)
+    return add_codes(a.view(torch.uint8), b.view(torch.uint8), fmt).view(dtype_of(fmt))
 
 
 def add_codes(a: Tensor, b: Tensor, fmt: Format) -> Tensor:
@@ -68,8 +69,8 @@ def add_codes(a: Tensor, b: Tensor, fmt: Format) -> Tensor:
 
 
 def _add_in_fp16(a: Tensor, b: Tensor, fmt: Format) -> Tensor:
-    total = a.view(fmt.dtype).half() + b.view(fmt.dtype).half()
-    codes = total.clamp(-fmt.max, fmt.max).to(fmt.dtype).view(torch.uint8)
+    total = a.view(dtype_of(fmt)).half() + b.view(dtype_of(fmt)).half()
+    codes = total.clamp(-fmt.max, fmt.max).to(dtype_of(fmt)).view(torch.uint8)
     return torch.where(total.isnan(), _NAN, codes)
 
 
@@ -111,7 +112,7 @@ def fold_ring(codes: Tensor) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
         total = add_codes(total, term, fmt)
-    return total.flatten()[: codes.shape[1]].view(fmt.dtype)
+    return total.flatten()[: codes.shape[1]].view(dtype_of(fmt))
 
 
 def fold_tree(codes: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def fold_tree(codes: Tensor) -> Tensor:
         pairs = len(partial) // 2
         sums = add_codes(partial[0 : 2 * pairs : 2], partial[1 : 2 * pairs : 2], fmt)
         partial = torch.cat([sums, partial[2 * pairs :]])  # an odd one waits for the next level
-    return partial[0].flatten()[: codes.shape[1]].view(fmt.dtype)
+    return partial[0].flatten()[: codes.shape[1]].view(dtype_of(fmt))
 
 
 def fold_wide(codes: Tensor, *, accumulate: torch.dtype = torch.float32) -> Tensor:
@@ -139,7 +140,7 @@ def fold_wide(codes: Tensor, *, accumulate: torch.dtype = torch.float32) -> Tens
     total = codes[0].to(accumulate)
     for term in codes[1:]:
         total = total + term.to(accumulate)
-    return total.clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    return total.clamp(-fmt.max, fmt.max).to(dtype_of(fmt))
 
 
 def _in_owner_order(codes: Tensor, *, first: int) -> Tensor:

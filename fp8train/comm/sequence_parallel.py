@@ -21,8 +21,10 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import pack, sum_parts
-from fp8train.numerics.blocks import as_blocks, block_size, from_blocks, quantize_blocks
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.block_scales import as_blocks, from_blocks, quantize_blocks
+from fp8train.numerics.formats import dtype_of
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.scale_blocks import block_size
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,6 @@ class TensorParallel:
 
         def result() -> Tensor:
             wait()
-            return from_blocks(sum_parts(received, block, E4M3.dtype), shape).to(parts.dtype)
+            return from_blocks(sum_parts(received, block, dtype_of(E4M3)), shape).to(parts.dtype)
 
         return result

@@ -41,9 +41,10 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.fp8_all_reduce import Algorithm
 from fp8train.comm.fp8_sum import chunk_length, count_at_maximum
 from fp8train.numerics.cast import amax_of, cast, uncast
-from fp8train.numerics.formats import E4M3, Format
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale import MAX_EXPONENT, scale_from_amax
+from fp8train.precision.number_formats import E4M3, Format
+from fp8train.precision.operand_cast import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class SharedScaleReduction:
         scale, self._scale_inv = shared_scales(self._amax, self._mus, self._fmt)
         length = chunk_length(sum(self._numels), self._group.size)
         codes = torch.zeros(self._group.size * length, dtype=torch.uint8, device=self._amax.device)
-        codes = codes.view(self._fmt.dtype)
+        codes = codes.view(dtype_of(self._fmt))
         begin = 0
         for index, gradient in enumerate(self._gradients):
             end = begin + gradient.numel()
@@ -208,7 +209,7 @@ class SharedScaleReduction:
             begin = end
         self._gradients = ()
         if self._order is not None:
-            codes = self._order.arrange(codes[:begin].view(torch.uint8)).view(self._fmt.dtype)
+            codes = self._order.arrange(codes[:begin].view(torch.uint8)).view(dtype_of(self._fmt))
         self._wait_for_sum = self._sum(codes, self._group, self._purpose)
 
     @torch.no_grad()

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.numerics.blocks import as_blocks, block_size, dequantize_blocks, from_blocks, quantize_blocks
-from fp8train.numerics.formats import E4M3, E5M2, Format
+from fp8train.numerics.block_scales import as_blocks, dequantize_blocks, from_blocks, quantize_blocks
+from fp8train.numerics.formats import dtype_of
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.scale_blocks import block_size
 
 
 class StageWire:
@@ -46,7 +48,7 @@ class StageWire:
         """Unpack and dequantise a carrier: states of the wire's shape and dtype."""
         message = carrier.view(torch.uint8)
         codes = self._blocks * self._block
-        payload = message[:codes].view(fmt.dtype).view(self._blocks, self._block)
+        payload = message[:codes].view(dtype_of(fmt)).view(self._blocks, self._block)
         values = dequantize_blocks(payload, message[codes : codes + self._blocks])
         return from_blocks(values, self._shape).to(self._dtype)
 

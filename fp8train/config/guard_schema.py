@@ -1,6 +1,6 @@
 """The ``precision.guard`` section: when a linear leaves FP8 for a while.
 
-See :mod:`fp8train.training.guard` for what it does and :mod:`fp8train.config.schema` for how sections work.
+See :mod:`fp8train.step.guard` for what it does and :mod:`fp8train.config.schema` for how sections work.
 """
 
 from __future__ import annotations

@@ -1,33 +1,20 @@
-"""Settings that a person wrote and that another setting makes meaningless: they would be ignored silently.
+"""Settings that a person wrote and that nothing will read: they would be ignored silently, so they are
+refused.
 
 Refused is only what was written *and* differs from what would stand there anyway: a resolved configuration
-that was printed holds every value, and must load again.
+that was printed holds every value, and must load again. So a value that equals its default or its preset may
+be written even where it is moot: it promises nothing that is not so.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
-from fp8train.config.keys import KeyTable
+from fp8train.config.conditions import UNKNOWN, Look, Unmet
+from fp8train.config.keys import Key, KeyTable
 from fp8train.config.nodes import Node
+from fp8train.config.ownership import look_in, why_unread
 from fp8train.config.presets import Problem, apply_presets
-from fp8train.update_rules.registry import rules_that_read, rules_with_second_moment
-
-
-class _Rule(NamedTuple):
-    """``key``, or what is below it, is read only where ``switch`` has one of the values ``needs``."""
-
-    key: str
-    switch: str
-    needs: tuple[str, ...]
-
-
-_RULES = (
-    _Rule("optimizer.eps", "optimizer.name", rules_that_read("eps")),
-    _Rule("precision.state.exp_avg_sq", "optimizer.name", rules_with_second_moment()),
-    _Rule("schedule.decay_fraction", "schedule.kind", ("wsd",)),
-    _Rule("model.rope_theta", "model.positions", ("rope",)),
-)
 
 
 def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem]:
@@ -38,26 +25,53 @@ def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem
         tree: the same over its presets.
         table: the schema's keys.
     """
+    look = _legal(look_in(tree), table)
+    unread = [
+        (key, why)
+        for key in table.keys.values()
+        if _is_written(explicit, key) and (why := why_unread(key.path, look)) is not None
+    ]
+    if not unread:
+        return []
+    rest = explicit
+    for key, _ in unread:
+        rest = _without(rest, key.path)
+    otherwise = look_in(apply_presets(rest)[0])
     problems = []
-    for rule in _RULES:
-        switch = tree.find(rule.switch.split("."))
-        value = table.keys[rule.switch].fragment.get("default") if switch is None else switch.value
-        legal = table.keys[rule.switch].fragment["enum"]
-        if value in rule.needs or value not in legal:  # what is no choice at all is reported as such
-            continue
-        for key in table.leaves():
-            path = key.path
-            if f"{key.name}.".startswith(f"{rule.key}.") and explicit.explicit(path):
-                filled = apply_presets(_without(explicit, path))[0].find(path)
-                otherwise = key.fragment.get("default") if filled is None else filled.value
-                written = tree.find(path)
-                if written is not None and written.value != otherwise:
-                    message = (
-                        f"has no effect: {rule.switch} is {value}; remove it, or write "
-                        f"{rule.switch}={rule.needs[0]} ({key.name}=null takes back what a file sets)"
-                    )
-                    problems.append(Problem(path, message, (rule.switch,)))
+    for key, why in unread:
+        if key.is_section or look_in(tree)(key.name) != otherwise(key.name):
+            remedy = f"remove it, or write {why.remedy}" if why.remedy else "remove it"
+            if explicit.nearest_origin(key.path).kind == "file":
+                remedy = f"{remedy} ({key.name}=null takes back what a file sets)"
+            message = f"has no effect: {why.reason}{_by_preset(why, tree)}; {remedy}"
+            problems.append(Problem(key.path, message, why.keys))
     return problems
+
+
+def _by_preset(why: Unmet, tree: Node) -> str:
+    """Who chose the value that turns the setting off, where no person did."""
+    switch = tree.find(why.keys[0].split(".")) if len(why.keys) == 1 else None
+    return f" ({switch.origin})" if switch is not None and not switch.origin.explicit else ""
+
+
+def _is_written(explicit: Node, key: Key) -> bool:
+    if not key.is_section:
+        return explicit.explicit(key.path)
+    node = explicit.find(key.path)  # an optional section is a value of its own where it is empty
+    return key.optional and node is not None and node.value == {} and node.origin.explicit
+
+
+def _legal(look: Look, table: KeyTable) -> Look:
+    """Values that the schema will refuse are unknown."""
+
+    def legal(name: str) -> Any:
+        value, fragment = look(name), table.keys[name].fragment
+        if "enum" in fragment and value not in fragment["enum"]:
+            return UNKNOWN
+        wrong = fragment.get("type") == "boolean" and not isinstance(value, bool)
+        return UNKNOWN if wrong else value
+
+    return legal
 
 
 def _without(node: Node, path: tuple[str, ...]) -> Node:

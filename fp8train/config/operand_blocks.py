@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from fp8train.config.blocks import DIRECTED, OPERAND_BLOCK
+from fp8train.precision.scale_blocks import DIRECTED, OPERAND_BLOCK
 
 if TYPE_CHECKING:
     from fp8train.config.gemm_schema import GemmConfig, QuantConfig

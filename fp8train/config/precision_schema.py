@@ -9,18 +9,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fp8train.config import state_formats
 from fp8train.config.gemm_schema import GemmConfig
 from fp8train.config.guard_schema import GuardConfig
 from fp8train.config.recipe_registry import DEFAULT_RECIPE, RECIPE_NAMES, described
-from fp8train.config.section import PositiveFloat, PositiveInt, Section, contradiction, contradictions
-from fp8train.config.state_formats import misfit
-
-FP8_STATES = state_formats.FP8
-SCALED_STATES = state_formats.SCALED
-"""Formats of optimizer states that have scales."""
-ROUNDED_STATES = ("bf16", *SCALED_STATES)
-"""Those that lose bits of FP32."""
+from fp8train.config.section import (
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    ValueSection,
+    build,
+    contradiction,
+)
+from fp8train.precision.operand_cast import Rounding
+from fp8train.precision.state_formats import StateFormat, StateFormats, StateGranularity
 
 
 class Fp8GradientConfig(Section):
@@ -99,24 +100,28 @@ class GradientConfig(Section):
     """How FP8 gradients are accumulated and reduced."""
 
 
-class StateFormatConfig(Section):
+class StateFormatConfig(ValueSection):
     """How one optimizer state of the linears that multiply in FP8 is stored."""
 
     format: Literal["fp32", "bf16", "fp16_scaled", "bf16_remainder", "e4m3", "e5m2"]
     """``fp16_scaled``: FP16 with power-of-two scales; ``bf16_remainder`` (master only): a BF16 weight and
     the 16 bits that it lacks, exact FP32."""
-    granularity: Literal["tensor", "block"] = "block"
+    granularity: StateGranularity = "block"
     """What shares a scale, for ``fp16_scaled`` and FP8: a block of a row, or the tensor (as FP8-LM; takes two
     passes)."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding: Rounding = "nearest"
     """``stochastic`` keeps updates smaller than half a unit on average; reproducible."""
     expand: bool = False
     """FP8 blocks only: stretch each block's range over the format's (COAT)."""
     sqrt: bool = False
     """Second moment only: store its root, which needs half the exponents."""
 
+    def value(self) -> StateFormat:
+        """The value that the optimizer takes."""
+        return build(StateFormat, self)
 
-class StateConfig(Section):
+
+class StateConfig(ValueSection):
     """Optimizer states of the linears that multiply in FP8; all other parameters keep FP32 states."""
 
     plan: Literal["default", "coat", "e4m3_e5m2"] = "default"
@@ -133,26 +138,9 @@ class StateConfig(Section):
     """AdamW with a moment in 8 or 16 bits only: no step is longer than one of exact moments could be, so that
     a second moment that was rounded to zero does not divide by ``eps``: ``update_rules/adamw.py``."""
 
-    @model_validator(mode="after")
-    def _formats_fit(self) -> StateConfig:
-        found = []
-        for role in ("master", "exp_avg", "exp_avg_sq"):
-            one: StateFormatConfig = getattr(self, role)
-            problem = misfit(
-                role,
-                name=one.format,
-                granularity=one.granularity,
-                rounding=one.rounding,
-                expand=one.expand,
-                sqrt=one.sqrt,
-            )
-            if problem is not None:
-                field, message = problem
-                keys = [f"{role}.{field}"] + ([f"{role}.format"] if field != "format" else [])
-                found.append(contradiction(message, *keys))
-        if found:
-            raise contradictions(found)
-        return self
+    def value(self) -> StateFormats:
+        """The value that the optimizer takes."""
+        return build(StateFormats, self)
 
 
 class TrafficConfig(Section):

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fp8train.config.meaningful import without_the_meaningless
 from fp8train.config.nodes import Node, Origin, Scalar, merge, nest
+from fp8train.config.ownership import without_what_is_moot
 from fp8train.config.recipe_registry import DEFAULT_RECIPE, RECIPES
 from fp8train.config.recipe_values import Values
 
@@ -27,8 +27,8 @@ class PresetTable:
     """One key whose value fills others.
 
     ``choices`` maps each legal value of ``key`` to the dotted keys it sets; ``default`` is the choice when
-    the key is absent (None: the key is required). A key that says nothing beside the others is not filled:
-    :mod:`fp8train.config.meaningful`.
+    the key is absent (None: the key is required). A key that describes what is not so is not filled:
+    :mod:`fp8train.config.ownership`.
     """
 
     key: str
@@ -239,7 +239,7 @@ def apply_presets(explicit: Node) -> tuple[Node, list[Problem]]:
         for key, value in table.choices[choice].items():
             filled = merge(filled, nest(key.split("."), _leaf(value, origin)))
     tree = merge(filled, explicit, null_takes_back=False)
-    return derive(without_the_meaningless(tree))
+    return derive(without_what_is_moot(tree))
 
 
 def _is_refused(table: PresetTable, choice: str, tree: Node) -> bool:

@@ -19,8 +19,9 @@ import numpy as np
 
 from fp8train.data.cleaning import Report
 from fp8train.data.errors import DataError
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.sources import Unit, read_unit
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 _UNITS_IN_FLIGHT_PER_WORKER = 4
 
@@ -50,7 +51,7 @@ class Encoder:
 
     Attributes:
         tokenizer_path: Tokenizer file.
-        eod_token: As for :func:`fp8train.data.tokenizer.load_tokenizer`.
+        eod_token: As for :func:`fp8train.data.load_tokenizer.load_tokenizer`.
         text_key: Key of the text in JSONL records.
         max_line_bytes: Documents with a longer line are skipped.
     """

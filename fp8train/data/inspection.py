@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset, bin_path
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.sidecar import check_same_tokenizer, read_sidecar, sidecar_tokenizer
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 
 def inspect_dataset(

@@ -14,15 +14,16 @@ from typing import Literal
 import numpy as np
 
 from fp8train.config.data_schema import DataConfig
-from fp8train.data.batches import GlobalBatches, check_batch_sizes
+from fp8train.data.batches import GlobalBatches
 from fp8train.data.blend import Blend
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.packing import PackedSamples
 from fp8train.data.prepare_sft import read_mask
 from fp8train.data.samples import SPLITS, SampleDataset, Samples, split_documents
 from fp8train.data.sidecar import Sidecar, check_same_tokenizer, read_sidecar, sidecar_path, sidecar_tokenizer
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 SplitName = Literal["train", "valid", "test"]
 _PADDED_TO = 1024
@@ -73,9 +74,9 @@ class Data:
         if self.vocab_size <= -(-known // _PADDED_TO) * _PADDED_TO:
             return []
         return [
-            f"model.vocab_size ({self.vocab_size}) is far above the {known} tokens of {self.tokenizer.path}: "
+            f"`vocab_size` ({self.vocab_size}) is far above the {known} tokens of {self.tokenizer.path}: "
             f"{self.vocab_size - known} rows of embedding and head are computed and never used; write "
-            f"model.vocab_size=null to take the tokenizer's, or model.vocab_size={known}"
+            f"`vocab_size`=null to take the tokenizer's, or `vocab_size`={known}"
         ]
 
 
@@ -105,10 +106,8 @@ def open_data(
         ramp: (steps, samples per step) of smaller global batches at the start of training.
 
     Raises:
-        ConfigError: The batch sizes do not divide.
         DataError: The data is missing, damaged, too small, or does not fit the tokenizer or the model.
     """
-    check_batch_sizes(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
     entries = [(config.prefix, 1.0)] if config.prefix is not None else []
     entries += [(entry.prefix, entry.weight) for entry in config.blend or ()]
     datasets = [IndexedDataset(prefix) for prefix, _ in entries if prefix is not None]
@@ -199,7 +198,6 @@ def open_split(
         seed: As for :func:`open_data`.
 
     Raises:
-        ConfigError: The batch sizes do not divide.
         DataError: There is no such split, or its data is missing, damaged, too small or does not fit the
             model.
     """
@@ -217,7 +215,7 @@ def open_split(
         shares = zip(SPLITS, config.split, strict=True)
         apart = ["valid"] if config.valid_prefix is not None else []
         legal = [name for name, share in shares if share > 0] + apart
-        raise DataError(f"data.split is {list(config.split)}: no {split} split; choose {' or '.join(legal)}")
+        raise DataError(f"`split` is {list(config.split)}: no {split} split; choose {' or '.join(legal)}")
     weights = [entry.weight for entry in config.blend or ()]
     samples: Samples = parts[0] if len(parts) == 1 else Blend(parts, weights)
     batches = GlobalBatches(
@@ -290,7 +288,7 @@ def _samples(
     if sidecar is not None and sidecar.mask is not None:
         raise DataError(
             f"dataset {dataset.prefix} holds conversations of which only answers are learnt\n"
-            "write data.kind: sft; to learn all of their text, make a dataset with fp8train data prepare"
+            "write `kind`: sft; to learn all of their text, make a dataset with fp8train data prepare"
         )
     return SampleDataset(
         dataset,
@@ -324,7 +322,7 @@ def _tokenizer(
 def _check_mask(config: DataConfig, tokenizer: Tokenizer | None) -> None:
     if config.mask_end_of_document and tokenizer is None:
         raise DataError(
-            "data.mask_end_of_document needs a tokenizer to know the end-of-document id; set data.tokenizer"
+            "`mask_end_of_document` needs a tokenizer to know the end-of-document id; set `tokenizer`"
         )
 
 
@@ -339,23 +337,21 @@ def _vocab_size(
             raise DataError(
                 f"dataset {datasets[0].prefix} has no {sidecar_path(datasets[0].prefix).name} that names "
                 "its tokenizer\n"
-                "set data.tokenizer, or model.vocab_size"
+                "set `tokenizer`, or `vocab_size`"
             )
         return tokenizer.vocab_size
-    for dataset, sidecar in zip(datasets, sidecars, strict=True):
-        if sidecar is not None and sidecar.vocab_size > model_vocab_size:
+    known = [
+        (f"dataset {dataset.prefix}", sidecar.vocab_size)
+        for dataset, sidecar in zip(datasets, sidecars, strict=True)
+        if sidecar is not None
+    ]
+    known += [] if tokenizer is None else [(str(tokenizer.path), tokenizer.vocab_size)]
+    for what, size in known:
+        if size > model_vocab_size:
             raise DataError(
-                f"model.vocab_size ({model_vocab_size}) is smaller than the vocabulary of dataset "
-                f"{dataset.prefix} "
-                f"({sidecar.vocab_size})\nset it to {sidecar.vocab_size}, or leave it out to take the "
-                "tokenizer's"
+                f"`vocab_size` ({model_vocab_size}) is smaller than the vocabulary of {what} ({size})\n"
+                f"set it to {size}, or leave it out to take the tokenizer's"
             )
-    if tokenizer is not None and tokenizer.vocab_size > model_vocab_size:
-        raise DataError(
-            f"model.vocab_size ({model_vocab_size}) is smaller than the vocabulary of {tokenizer.path} "
-            f"({tokenizer.vocab_size})\nset it to {tokenizer.vocab_size}, or leave it out to take the "
-            "tokenizer's"
-        )
     return model_vocab_size
 
 

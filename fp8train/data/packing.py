@@ -16,7 +16,7 @@ wants conversations apart pays with padding instead (``packing: none``).
 
 **Targets travel in the sign.** A token that is not a target is stored as its complement ``~t = -1 - t``, so a
 sample stays one int64 array and everything between here and the split into inputs and targets
-(:func:`fp8train.training.trainer.inputs_and_targets`) handles it as before.
+(:func:`fp8train.step.targets.inputs_and_targets`) handles it as before.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class PackedSamples:
         if not self._packed:
             raise DataError(
                 f"{dataset.prefix} ({split}): no conversation with a target\n"
-                "give more conversations or a larger share in data.split"
+                "give more conversations or a larger share in `split`"
             )
 
     def _pieces(self) -> list[Piece]:

@@ -16,15 +16,16 @@ from typing import Literal
 
 import numpy as np
 
+from fp8train.data.byte_progress import ByteProgress
 from fp8train.data.cleaning import Report
 from fp8train.data.encoding import Encoder
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.permutation import Permutation
-from fp8train.data.progress import ByteProgress
 from fp8train.data.sidecar import Sidecar, sidecar_path
 from fp8train.data.sources import DEFAULT_PATTERNS, Unit, find_files, plan_units, read_unit, unit_bytes
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 from fp8train.data.tokenizer_training import train_sentencepiece
 
 DEFAULT_VOCAB_SIZE = 8192

@@ -19,10 +19,11 @@ from fp8train.data.conversations import encode_segments, segments_of
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, idx_path
 from fp8train.data.json_lines import json_lines
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.permutation import Permutation
 from fp8train.data.prepare import check_target, replace_file, tokenizer_beside
 from fp8train.data.sidecar import Sidecar, TargetMask, sidecar_path
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 
 def mask_path(prefix: str | Path) -> Path:
@@ -124,8 +125,8 @@ def read_mask(dataset: IndexedDataset, sidecar: Sidecar | None) -> np.ndarray:
     path = mask_path(dataset.prefix)
     if sidecar is None or sidecar.mask is None:
         raise DataError(
-            f"dataset {dataset.prefix} does not say which tokens are targets, which data.kind: sft needs\n"
-            "make it with fp8train data prepare-sft, or write data.kind: pretrain"
+            f"dataset {dataset.prefix} does not say which tokens are targets, which `kind`: sft needs\n"
+            "make it with fp8train data prepare-sft, or write `kind`: pretrain"
         )
     try:
         data = path.read_bytes()

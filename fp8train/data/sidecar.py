@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.load_tokenizer import load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -89,7 +90,7 @@ def read_sidecar(dataset: IndexedDataset) -> Sidecar | None:
         where = ".".join(map(str, first["loc"]))
         raise DataError(
             f"{path}: not the description of a dataset: {where + ': ' if where else ''}{first['msg']}\n"
-            "prepare the dataset again, or delete this file and set data.tokenizer"
+            "prepare the dataset again, or delete this file and set `tokenizer`"
         ) from error
     if (sidecar.documents, sidecar.tokens) != (dataset.num_documents, dataset.num_tokens):
         raise DataError(

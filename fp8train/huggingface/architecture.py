@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
+from fp8train.huggingface.arrangements import SAME, Arrangement
 from fp8train.huggingface.config_json import ConfigJson
-from fp8train.huggingface.layouts import SAME, Layout
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class TensorMap:
     Attributes:
         ours: its name in the decoder.
         theirs: names of the tensors that hold it.
-        layout: how.
+        arrangement: how.
     """
 
     ours: str
     theirs: tuple[str, ...]
-    layout: Layout = SAME
+    arrangement: Arrangement = SAME
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Architecture:
         base_prefix: of the names of everything but the head; files of the bare model lack it.
         buffers: ends of names that older versions saved beside the weights and that hold nothing learned.
         aliases: other names of a tensor, by the name used in ``tensors``.
-        linears: its matrices are ``nn.Linear`` in a layout that FP8 formats of inference engines cover.
+        linears: its matrices are ``nn.Linear`` arranged as FP8 formats of inference engines expect.
         settings: its config.json -> the keys of our ``model`` section.
         config: our settings -> the keys of its config.json.
         head: its name of the output head's weight.
@@ -56,12 +56,12 @@ class Architecture:
     tensors: Callable[[ModelConfig], Sequence[TensorMap]]
 
 
-def vectors(ours: str, theirs: str, layout: Layout = SAME, *, bias: bool = True) -> list[TensorMap]:
+def vectors(ours: str, theirs: str, arrangement: Arrangement = SAME, *, bias: bool = True) -> list[TensorMap]:
     """Weight and, with ``bias``, bias of a module, by module path."""
     kinds = ("weight", "bias") if bias else ("weight",)
-    return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), layout) for kind in kinds]
+    return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), arrangement) for kind in kinds]
 
 
-def head(model: ModelConfig, theirs: str, layout: Layout) -> list[TensorMap]:
+def head(model: ModelConfig, theirs: str, arrangement: Arrangement) -> list[TensorMap]:
     """The output head, where it is not the embedding."""
-    return [] if model.tie_embeddings else [TensorMap("head.weight", (theirs,), layout)]
+    return [] if model.tie_embeddings else [TensorMap("head.weight", (theirs,), arrangement)]

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fp8train.checkpoint.safetensors_files import parse_size, write_safetensors
 from fp8train.huggingface.architecture import Architecture, TensorMap
-from fp8train.huggingface.architectures import architecture_of_model
 from fp8train.huggingface.config_json import CONFIG_FILE
 from fp8train.huggingface.errors import HuggingFaceError
+from fp8train.huggingface.export_formats import ExportFormat, FormatName, choose_format, decode
 from fp8train.huggingface.files import WeightFiles
+from fp8train.huggingface.find_architecture import architecture_of_model
 from fp8train.huggingface.folding import Multipliers, check_foldable
-from fp8train.huggingface.formats import ExportFormat, FormatName, choose_format, decode
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.output import new_folder, read_text
 from fp8train.huggingface.parity import (
@@ -71,7 +71,7 @@ class Export:
     def parameters(self) -> int:
         """Number of parameters of the exported model."""
         shapes = self.shapes
-        parts = [part for one in self.maps for part in one.layout.shapes(shapes[one.ours])]
+        parts = [part for one in self.maps for part in one.arrangement.shapes(shapes[one.ours])]
         return sum(math.prod(part) for part in parts)
 
     def value(self, fqn: str) -> Tensor:
@@ -98,7 +98,7 @@ def plan_export(run: TrainedRun, name: FormatName) -> Export:
 
     Args:
         run: the checkpoint.
-        name: see :mod:`fp8train.huggingface.formats`.
+        name: see :mod:`fp8train.huggingface.export_formats`.
 
     Raises:
         HuggingFaceError: no architecture computes what the model does, or it cannot be stored like that.
@@ -172,7 +172,7 @@ def exported_values(export: Export, files: WeightFiles, fqn: str) -> Tensor:
     """What one of the run's parameters became: read back, laid out as ours and divided by its multiplier."""
     tensor = next(one for one in export.maps if one.ours == fqn)
     shape = export.masters.shapes[fqn]
-    value = tensor.layout.to_ours([decode(files, name) for name in tensor.theirs], shape)
+    value = tensor.arrangement.to_ours([decode(files, name) for name in tensor.theirs], shape)
     return value / export.multipliers.of(fqn, shape)
 
 
@@ -223,7 +223,7 @@ def export_command(
     Args:
         checkpoint: step directory, or run directory for its newest good checkpoint.
         output: folder to make; absent or empty.
-        dtype: see :mod:`fp8train.huggingface.formats`.
+        dtype: see :mod:`fp8train.huggingface.export_formats`.
         max_shard_size: such as ``5GB``.
         check: compare with transformers; None: where it is installed.
         text: file whose perplexity is compared.

@@ -7,8 +7,8 @@ from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
 from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
+from fp8train.huggingface.arrangements import Conv1D, SeparateQKV, Vocabulary
 from fp8train.huggingface.config_json import ConfigJson
-from fp8train.huggingface.layouts import Conv1D, SeparateQKV, Vocabulary
 
 ACTIVATIONS = {
     "gelu": "gelu",

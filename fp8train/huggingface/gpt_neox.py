@@ -7,9 +7,9 @@ from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
 from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
+from fp8train.huggingface.arrangements import Vocabulary
 from fp8train.huggingface.config_json import ConfigJson
 from fp8train.huggingface.gpt2 import ACTIVATIONS
-from fp8train.huggingface.layouts import Vocabulary
 from fp8train.huggingface.rope import rope_config, rope_settings
 
 

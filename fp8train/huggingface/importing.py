@@ -1,6 +1,6 @@
 """``fp8train import hf``: a folder of transformers becomes a run directory with a checkpoint of step 0.
 
-Tensors are read, turned into our layout and written one at a time, so memory is bounded by the largest; the
+Tensors are read, arranged as ours are and written one at a time, so memory is bounded by the largest; the
 parity check, which needs both models whole, can be left out. The run directory appears by a rename, complete
 and checked, or not at all.
 """
@@ -22,10 +22,10 @@ from fp8train.checkpoint.catalog import CHECKPOINTS_DIR
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config, to_plain
 from fp8train.huggingface.architecture import Architecture, TensorMap
-from fp8train.huggingface.architectures import architecture_of_config
 from fp8train.huggingface.config_json import ConfigJson, read_config
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.files import WeightFiles
+from fp8train.huggingface.find_architecture import architecture_of_config
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.output import new_folder, read_text
 from fp8train.huggingface.parity import Parity, check_passed, compare, our_logits, their_logits, wants_check
@@ -147,7 +147,7 @@ def read_ours(files: WeightFiles, names: dict[str, str], tensor: TensorMap, shap
         tensor: which.
         shape: of ours.
     """
-    return tensor.layout.to_ours([files.read(names[name]).float() for name in tensor.theirs], shape)
+    return tensor.arrangement.to_ours([files.read(names[name]).float() for name in tensor.theirs], shape)
 
 
 def match(
@@ -170,7 +170,7 @@ def match(
     names: dict[str, str] = {}
     problems: list[str] = []
     for tensor in maps:
-        for name, shape in zip(tensor.theirs, tensor.layout.shapes(shapes[tensor.ours]), strict=True):
+        for name, shape in zip(tensor.theirs, tensor.arrangement.shapes(shapes[tensor.ours]), strict=True):
             stored = name.removeprefix(architecture.base_prefix) if bare else name
             if stored not in files.names:
                 stored = architecture.aliases.get(stored, stored)

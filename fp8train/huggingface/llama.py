@@ -7,8 +7,8 @@ from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
 from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
+from fp8train.huggingface.arrangements import Arrangement, GateUp, SeparateQKV, Vocabulary
 from fp8train.huggingface.config_json import ConfigJson
-from fp8train.huggingface.layouts import GateUp, Layout, SeparateQKV, Vocabulary
 from fp8train.huggingface.rope import rope_config, rope_settings
 
 
@@ -93,9 +93,11 @@ def _tensors(model: ModelConfig) -> list[TensorMap]:
     return maps
 
 
-def _parts(ours: str, theirs: str, names: tuple[str, ...], layout: Layout, bias: bool) -> list[TensorMap]:
+def _parts(
+    ours: str, theirs: str, names: tuple[str, ...], arrangement: Arrangement, bias: bool
+) -> list[TensorMap]:
     return [
-        TensorMap(f"{ours}.{kind}", tuple(f"{theirs}.{name}.{kind}" for name in names), layout)
+        TensorMap(f"{ours}.{kind}", tuple(f"{theirs}.{name}.{kind}" for name in names), arrangement)
         for kind in (("weight", "bias") if bias else ("weight",))
     ]
 

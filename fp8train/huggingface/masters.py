@@ -15,7 +15,6 @@ from fp8train.inference.load import TrainedRun
 from fp8train.inference.weights import as_trained, inference_config
 from fp8train.models.build import build_model
 from fp8train.models.decoder import Decoder
-from fp8train.optim.from_config import state_format
 from fp8train.optim.master_weights import MasterWeights
 
 
@@ -31,7 +30,7 @@ class MasterReader:
         self.decoder = as_trained(run.config, run.vocab_size)
         self._parameters = dict(self.decoder.named_parameters())
         self._stored = self._opened.tensors
-        self._format = state_format(run.config.precision.state.master)
+        self._format = run.config.precision.state.master.value()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

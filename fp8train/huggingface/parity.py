@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from fp8train.config.scalars import shorten
 from fp8train.huggingface.errors import HuggingFaceError
+from fp8train.huggingface.export_formats import decode
 from fp8train.huggingface.files import WeightFiles
-from fp8train.huggingface.formats import decode
 from fp8train.models.decoder import Decoder
 
 TOLERANCE = 1e-4

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.config.errors import UserError
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.load_tokenizer import load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.load import TOKENIZER_FILES, TrainedRun
 
 _ORDER = tuple(

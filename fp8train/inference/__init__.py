@@ -1,1 +1,1 @@
-"""The use of a trained model: loading it from a checkpoint, continuing text, scoring text and tasks."""
+"""The use of a trained model: loading it from a checkpoint, continuing text, exporting its states."""

@@ -31,11 +31,10 @@ from fp8train.inference.load import TrainedRun, open_run
 from fp8train.inference.weights import as_trained
 from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.checkpoint_states import with_stored_blocks
-from fp8train.optim.from_config import state_plan
 from fp8train.optim.make_storage import make_storage
 from fp8train.optim.parameter_state import Region, in_plan, logical_tensors, place_of
-from fp8train.optim.state_plan import StateFormat
 from fp8train.optim.state_storage import Storage
+from fp8train.precision.state_formats import StateFormat
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,14 @@ def export_states(checkpoint: Path, output: Path, *, max_shard_bytes: int) -> st
     index = output.with_name(f"{stem}{INDEX_SUFFIX}")
     total = sum(state.num_bytes for state in states)
     _check_output(output, [*names, index.name], total)
-    metadata = {"step": str(run.step), "states": str(state_plan(run.config))}
+    metadata = {"step": str(run.step), "states": str(run.config.state_formats)}
     write_safetensors(output.parent, stem, parts, max_bytes=max_shard_bytes, metadata=metadata)
     where = str(output) if len(names) == 1 else f"{len(names)} files beside {index}"
     return f"{where}: {len(states)} tensors, {total:,} bytes in FP32, of {run.path} (step {run.step})"
 
 
 def _states(run: TrainedRun, opened: OpenCheckpoint) -> list[_State]:
-    model, formats = as_trained(run.config, run.vocab_size), state_plan(run.config).formats()
+    model, formats = as_trained(run.config, run.vocab_size), run.config.state_formats.formats()
     stored = opened.tensors
     return [
         _State(

@@ -20,7 +20,8 @@ from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.config.schema import Config
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.load_tokenizer import load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.weights import Numerics, build_trained
 from fp8train.models.build import BuiltModel

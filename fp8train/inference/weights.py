@@ -33,7 +33,6 @@ from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, outli
 from fp8train.models.connect import Fp8Parts, connect_linears, make_fp8_parts
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import plan_fp8
-from fp8train.optim.from_config import state_format
 from fp8train.optim.master_weights import MasterWeights
 
 Numerics = Literal["matched", "bf16"]
@@ -106,7 +105,7 @@ def _fill(model: Decoder, parts: Fp8Parts, config: Config, checkpoint: Path, voc
     masters = MasterWeights(
         dict(stored.named_parameters()),
         stored.specs,
-        state_format(config.precision.state.master),
+        config.precision.state.master.value(),
         opened.tensors,
     )
     scales = {} if parts.scales is None else parts.scales.state_tensors()

@@ -40,7 +40,7 @@ from fp8train.kernels.scaling import (
     native_pair,
     scaled_mm_of_arrays,
 )
-from fp8train.numerics.quant_spec import LinearQuant
+from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 
 ALIGNMENT = 16
 
@@ -102,17 +102,14 @@ def gemms_without_kernel(quant: LinearQuant, capability: tuple[int, int], cuda: 
         capability: of the device.
         cuda: version that torch was built with.
     """
+    specs = quant.operands()
     pairs = {
-        "output": (quant.output_x, quant.output_w),
-        "grad_input": (quant.grad_input_grad_output, quant.grad_input_w),
-        "grad_weight": (quant.grad_weight_grad_output, quant.grad_weight_x),
+        gemm: (specs[a].granularity, specs[b].granularity)
+        for gemm, (a, b) in GEMMS.items()
+        if quant.in_fp8(gemm)
     }
-    if not quant.grad_weight_fp8:
-        del pairs["grad_weight"]
     return [
-        f"{gemm} ({a.granularity} x {b.granularity})"
-        for gemm, (a, b) in pairs.items()
-        if not native_pair(a.granularity, b.granularity, capability, cuda)
+        f"{gemm} ({a} x {b})" for gemm, (a, b) in pairs.items() if not native_pair(a, b, capability, cuda)
     ]
 
 

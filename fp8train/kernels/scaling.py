@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.config.blocks import OPERAND_BLOCK, Granularity
+from fp8train.precision.scale_blocks import OPERAND_BLOCK, Granularity
 
 _BLOCK_PAIRS: set[tuple[Granularity, Granularity]] = {
     ("block_1x128", "block_1x128"),

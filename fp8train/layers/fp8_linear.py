@@ -1,6 +1,6 @@
 """A linear's forward and backward with FP8 operands, as one autograd function.
 
-Each operand of each GEMM is quantised as its :class:`~fp8train.numerics.quant_spec.QuantSpec` says, and
+Each operand of each GEMM is quantised as its :class:`~fp8train.precision.operand_cast.QuantSpec` says, and
 backward keeps FP8 payloads, not BF16 inputs: half the activation memory. The weight arrives quantised, once
 per optimizer step (:mod:`fp8train.layers.fp8_weight`).
 """
@@ -25,8 +25,9 @@ from fp8train.layers.linear_plan import Fp8Plan, LinearCall
 from fp8train.layers.wire import OperandName
 from fp8train.numerics.cast import uncast
 from fp8train.numerics.granularity import expand_scales, scale_tile
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleSlot
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.operand_cast import QuantSpec
 
 
 class CastSlots(NamedTuple):

@@ -15,10 +15,10 @@ from fp8train.numerics.cast import amax_of, cast, operand_amax
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.mse_scale import magnitude_counts, mse_scale
 from fp8train.numerics.nvfp4 import hadamard, quantize_nvfp4
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import cast_statistics
+from fp8train.precision.operand_cast import QuantSpec
 
 Operand = tuple[Tensor, Tensor]
 """(payload, scale_inv): a matrix, and its scales as :mod:`fp8train.numerics.granularity` describes them."""

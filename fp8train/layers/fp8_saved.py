@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8train.config.blocks import SAVED_BLOCK
-from fp8train.numerics.blocks import as_blocks, dequantize_blocks, from_blocks, quantize_blocks
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.block_scales import as_blocks, dequantize_blocks, from_blocks, quantize_blocks
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.scale_blocks import SAVED_BLOCK
 
 
 class _FromCodes(torch.autograd.Function):

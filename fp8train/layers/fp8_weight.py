@@ -29,11 +29,13 @@ from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.layers.fp8_operand import Operand, aligned, cropped, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
+from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.granularity import expand_scales
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import FIELDS, CastRecorder, cast_statistics
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.operand_cast import QuantSpec
 
 _CONTRACTED = {"output.w": 1, "grad_input.w": 0}
 """Dimension of the weight [N, K] that each GEMM sums over."""
@@ -217,7 +219,7 @@ class ResidentFp8Weight(Fp8Weight):
 
     def _allocate(self, spec: QuantSpec, device: torch.device) -> _Copy:
         padded = (aligned(self.shape[0]), aligned(self.shape[1]))
-        payload = torch.zeros(padded, dtype=torch.uint8, device=device).view(spec.format.dtype)
+        payload = torch.zeros(padded, dtype=torch.uint8, device=device).view(dtype_of(spec.format))
         return _Copy(spec, payload, torch.ones((), device=device), torch.ones((), device=device))
 
     @torch.no_grad()

@@ -38,6 +38,7 @@ from fp8train.layers.fp8_weight import (
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
 from fp8train.layers.wire import UNSPLIT, Wire
+from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
 
@@ -211,7 +212,8 @@ class Linear(nn.Module):
         """The FP8 weight of the output GEMM, padding included; once it was written."""
         self.await_weight()
         assert self._w_forward is not None and self.plan is not None
-        return self._w_forward[0].to(self.plan.quant.output_w.format.dtype)  # exact where it is kept decoded
+        # Exact where it is kept decoded.
+        return self._w_forward[0].to(dtype_of(self.plan.quant.output_w.format))
 
     def fp8_scale_inv(self) -> Tensor:
         """The FP32 scales of :meth:`fp8_codes`: a scalar, or those of rows or blocks."""

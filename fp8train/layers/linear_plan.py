@@ -7,7 +7,8 @@ from typing import Literal
 
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.wire import UNSPLIT, Wire
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.operand_cast import QuantSpec
 
 Holding = Literal["cached", "in_forward", "resident", "loaded"]
 """How a linear in FP8 has its weight: in the compute type with FP8 copies of it, cast when it changed; in the

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.matmul import matmul
-from fp8train.layers.blocks import row_blocks
 from fp8train.layers.head_gemms import HeadGemms
 from fp8train.layers.linear_plan import Alphas
+from fp8train.layers.row_chunks import row_chunks
 
 IGNORE = -100
 _STANDARD = Alphas()
@@ -100,7 +100,7 @@ def _blocks(logits: Tensor, parallel: TensorParallel | None) -> list[slice]:
     """Rows of a chunk whose softmax is computed at once; each block costs its collectives."""
     if parallel is not None:
         return [slice(0, len(logits))]
-    return row_blocks(logits.shape[0], logits.shape[1], logits.device)
+    return row_chunks(logits.shape[0], logits.shape[1], logits.device)
 
 
 @dataclass(frozen=True)

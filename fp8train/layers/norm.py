@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fp8train.layers.blocks import row_blocks
 from fp8train.layers.factors import scale_backward
+from fp8train.layers.row_chunks import row_chunks
 
 
 class _BlockedRMSNorm(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
         gain = None if weight is None else weight.to(wide)
         y = torch.empty_like(x)
         inverse_rms = x.new_empty(x.shape[0], 1, dtype=wide)
-        for rows in row_blocks(x.shape[0], x.shape[1], x.device):
+        for rows in row_chunks(x.shape[0], x.shape[1], x.device):
             part = x[rows].to(wide)
             mean_square = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[1])
             inverse_rms[rows] = mean_square.add_(eps).rsqrt_()
@@ -44,7 +44,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
         gain = torch.ones_like(x[0], dtype=wide) if weight is None else weight.to(wide)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(gain)
-        for rows in row_blocks(x.shape[0], x.shape[1], x.device):
+        for rows in row_chunks(x.shape[0], x.shape[1], x.device):
             r, grad = inverse_rms[rows], grads[0][rows].to(wide)
             normalised = x[rows].to(wide) * r
             product = grad * normalised

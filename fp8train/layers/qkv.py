@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.layers.blocks import row_blocks
 from fp8train.layers.rotary import apply_rotary
+from fp8train.layers.row_chunks import row_chunks
 
 Heads = tuple[Tensor, Tensor, Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -61,7 +61,7 @@ def _rotate(source: Tensor, cos: Tensor, sin: Tensor, target: Tensor) -> None:
     cos, sin = (table.view(length, *[1] * (source.dim() - 3), -1) for table in (cos, sin))
     samples = [slice(i, i + 1) for i in range(batch)] if source.device.type == "cpu" else [slice(None)]
     for sample in samples:
-        for rows in row_blocks(length, width, source.device):
+        for rows in row_chunks(length, width, source.device):
             first, second = source[sample, rows].to(cos.dtype).chunk(2, dim=-1)
             target_first, target_second = target[sample, rows].chunk(2, dim=-1)
             target_first.copy_((first * cos[rows]).sub_(second * sin[rows]))

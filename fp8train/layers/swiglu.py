@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.layers.blocks import row_blocks
 from fp8train.layers.factors import Factors, scale
+from fp8train.layers.row_chunks import row_chunks
 
 _NONE = Factors()
 
@@ -24,7 +24,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: Tensor, unit: int, mult: float, factors: Factors) -> Tensor:
         activated = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
-        for rows in row_blocks(fused.shape[0], fused.shape[1], fused.device):
+        for rows in row_chunks(fused.shape[0], fused.shape[1], fused.device):
             gate, up = _halves(fused[rows], unit)
             target = activated[rows].unflatten(-1, (-1, unit))
             torch.mul(_silu(gate, mult), up, out=target)
@@ -38,7 +38,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (fused,) = ctx.saved_tensors
         grad_fused = torch.empty_like(fused)
-        for rows in row_blocks(fused.shape[0], fused.shape[1], fused.device):
+        for rows in row_chunks(fused.shape[0], fused.shape[1], fused.device):
             gate, up = _halves(fused[rows], ctx.unit)
             grad_gate, grad_up = _halves(grad_fused[rows], ctx.unit)
             grad = grads[0][rows].unflatten(-1, (-1, ctx.unit))

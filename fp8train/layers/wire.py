@@ -23,8 +23,8 @@ from typing import Literal
 from torch import Tensor
 
 from fp8train.comm.sequence_parallel import Agreement, TensorParallel
-from fp8train.config.blocks import TWO_LEVELS
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import TWO_LEVELS
 
 Kind = Literal["none", "column", "row"]
 OperandName = Literal["x", "w", "grad_output"]

@@ -16,7 +16,7 @@ from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
 from fp8train.layers.smooth import Smoothing
 from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import PlanReport, linear_quant, plan_fp8
+from fp8train.models.fp8_plan import PlanReport, plan_fp8
 from fp8train.models.mus import MuS
 from fp8train.models.param_spec import initial_value
 from fp8train.models.parametrization import Batch, Parametrization
@@ -102,8 +102,8 @@ def build_model(
     )
     in_parts = part is not None or model.parallel is not None
     report = backend = None
-    if config.precision.gemm.fp8:
-        backend = choose_gemm_backend(device, dtype, linear_quant(config.precision.gemm))
+    if (quant := config.precision.gemm.value()) is not None:
+        backend = choose_gemm_backend(device, dtype, quant)
         report = plan_fp8(
             (outline(config, vocab_size) if in_parts else model).linears(),
             config.precision,

@@ -11,14 +11,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.gemm_schema import GemmConfig, QuantConfig
+from fp8train.config.gemm_schema import GemmConfig
 from fp8train.config.linear_names import matches
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.linear import Linear
 from fp8train.layers.linear_plan import Fp8Plan, Holding, scale_slots
-from fp8train.numerics.formats import format_by_name
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
+from fp8train.precision.operand_cast import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -59,42 +58,6 @@ class PlanReport:
         return line
 
 
-def quant_spec(config: QuantConfig) -> QuantSpec:
-    """The numeric spec of one operand's configuration."""
-    return QuantSpec(
-        format_by_name(config.format),
-        config.granularity,
-        config.scale_source,
-        config.power_of_two,
-        config.margin,
-        config.history,
-        config.reduce,
-        config.interval,
-        config.constant_exponent,
-        config.rounding,
-        config.hadamard,
-    )
-
-
-def linear_quant(gemm: GemmConfig) -> LinearQuant:
-    """The numeric plan of a linear. ``ConfigError`` where the operands do not fit together."""
-    try:
-        return LinearQuant(
-            output_x=quant_spec(gemm.output.x),
-            output_w=quant_spec(gemm.output.w),
-            grad_input_grad_output=quant_spec(gemm.grad_input.grad_output),
-            grad_input_w=quant_spec(gemm.grad_input.w),
-            grad_weight_grad_output=quant_spec(gemm.grad_weight.grad_output),
-            grad_weight_x=quant_spec(gemm.grad_weight.x),
-            keep_x=gemm.keep_x,
-            keep_w=gemm.keep_w,
-            fast_accumulation=gemm.fast_accumulation,
-            grad_weight_fp8=gemm.grad_weight.fp8,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def plan_fp8(
     linears: Mapping[str, Linear],
     precision: PrecisionConfig,
@@ -117,7 +80,8 @@ def plan_fp8(
     Raises:
         ConfigError: an ``exclude`` pattern matches nothing, or nothing is left to convert.
     """
-    gemm, quant = precision.gemm, linear_quant(precision.gemm)
+    gemm, quant = precision.gemm, precision.gemm.value()
+    assert quant is not None
     for pattern in gemm.exclude:
         if not any(matches(path, pattern) for path in linears):
             raise ConfigError(

@@ -16,10 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import Format, format_of
+from fp8train.numerics.formats import dtype_of, format_of
 from fp8train.numerics.granularity import amaxes, expand_scales
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import scale_from_amax
+from fp8train.precision.number_formats import Format
+from fp8train.precision.operand_cast import QuantSpec
 
 
 def amax_of(x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def cast(x: Tensor, fmt: Format, scale: Tensor, *, scale_is_power_of_two: bool =
         scaled = x * scale.to(torch.bfloat16)
     else:
         scaled = x.float() * scale
-    return scaled.clamp_(-fmt.max, fmt.max).to(fmt.dtype)
+    return scaled.clamp_(-fmt.max, fmt.max).to(dtype_of(fmt))
 
 
 def uncast(payload: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

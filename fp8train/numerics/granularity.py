@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.config.blocks import DIRECTED, OPERAND_BLOCK, TWO_LEVELS, Granularity
+from fp8train.precision.scale_blocks import DIRECTED, OPERAND_BLOCK, TWO_LEVELS, Granularity
 
 _BLOCKS = sorted({size for name, size in OPERAND_BLOCK.items() if name not in TWO_LEVELS})
 

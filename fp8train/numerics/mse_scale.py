@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fp8train.numerics.cast import cast, uncast
-from fp8train.numerics.formats import Format
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import MAX_EXPONENT, exponent_from_amax, power_of_two
+from fp8train.precision.number_formats import Format
+from fp8train.precision.operand_cast import QuantSpec
 
 _INFINITY = 0x7F80  # BF16 bits; the finite magnitudes are the integers below
 

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.numerics.formats import E2M1, E4M3
+from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.stochastic import mix_bits, random_bits, round_stochastic, stream_key
+from fp8train.precision.number_formats import E2M1, E4M3
 
 BLOCK = 16
 LARGEST = E4M3.max * E2M1.max
@@ -133,7 +134,7 @@ def _quantize(
     padded = _padded(matrix, high, BLOCK)
     tiles = padded.reshape(padded.shape[0] // high, high, -1, BLOCK)
     block = tiles.abs().amax(dim=(1, 3), keepdim=True)
-    block_scale = (block / E2M1.max * scale).clamp(max=E4M3.max).to(E4M3.dtype).float()
+    block_scale = (block / E2M1.max * scale).clamp(max=E4M3.max).to(dtype_of(E4M3)).float()
     encode = torch.where(block_scale > 0, scale / block_scale, 0.0)
     codes = round_e2m1(tiles * encode, block_bits(tiles) if stochastic else None)
     payload = (codes * block_scale).reshape(padded.shape)[:rows, :columns].to(dtype)

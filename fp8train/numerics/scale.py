@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.precision.operand_cast import QuantSpec
 
 MAX_EXPONENT = 126
 _MANTISSA_MASK = 0x7FFFFF

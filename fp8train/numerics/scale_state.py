@@ -39,8 +39,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import scale_from_amax
+from fp8train.precision.operand_cast import QuantSpec
 
 _PREFIX = "scale_state"
 

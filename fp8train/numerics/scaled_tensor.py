@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fp8train.numerics.cast import quantize, uncast
 from fp8train.numerics.granularity import expand_scales
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.precision.operand_cast import QuantSpec
 
 
 @dataclass(frozen=True)

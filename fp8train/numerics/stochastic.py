@@ -19,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import Format
+from fp8train.numerics.formats import dtype_of
+from fp8train.precision.number_formats import Format
 
 _INT32 = 1 << 32
 
@@ -133,4 +134,4 @@ def cast_stochastic(x: Tensor, fmt: Format, scale: Tensor, bits: Tensor) -> Tens
     ``fmt.dtype``."""
     scaled = (x.float() * scale).clamp_(-fmt.max, fmt.max)
     rounded = round_stochastic(scaled, fmt.mantissa_bits, 1 - fmt.bias, bits)
-    return rounded.clamp_(-fmt.max, fmt.max).to(fmt.dtype)
+    return rounded.clamp_(-fmt.max, fmt.max).to(dtype_of(fmt))

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import MAX_BLOCK
 from fp8train.numerics.cast import amax_of
-from fp8train.numerics.formats import format_by_name
+from fp8train.numerics.formats import dtype_of
 from fp8train.optim.make_storage import make_storage
 from fp8train.optim.optimizer import CHUNK
 from fp8train.optim.parameter_state import ParameterState, Region, logical_tensors, place_of
-from fp8train.optim.state_plan import StateFormat, StateName
 from fp8train.optim.states import OptimizerStates
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.scale_blocks import MAX_BLOCK
+from fp8train.precision.state_formats import StateFormat, StateName
 
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Global shape and dtype of stored tensors by name."""
@@ -45,8 +46,8 @@ _PLAIN: dict[torch.dtype, StateName] = {
 }
 _CODES: dict[torch.dtype, StateName] = {
     torch.float16: "fp16_scaled",
-    format_by_name("e4m3").dtype: "e4m3",
-    format_by_name("e5m2").dtype: "e5m2",
+    dtype_of(E4M3): "e4m3",
+    dtype_of(E5M2): "e5m2",
 }
 _SUFFIXES = ("", ".payload", ".weight", ".scale", ".scale_inv", ".amax", ".power", ".remainder")
 
@@ -92,14 +93,15 @@ def _scaled(described: Described, name: str, shape: tuple[int, ...], codes: Stat
                 return None
             # A row is whole blocks, or ends in a short one: then it had no divisor, and they are the largest.
             block, short = divmod(shape[-1], scales[-1])
-            return StateFormat(codes, block=MAX_BLOCK if short else block, expand=suffix == ".amax")
+            block = MAX_BLOCK if short else block
+            return None if block > MAX_BLOCK else StateFormat(codes, block=block, expand=suffix == ".amax")
     return StateFormat(codes, granularity="tensor")
 
 
 def with_stored_blocks(fmt: StateFormat, described: Described, role: str, fqn: str) -> StateFormat:
     """``fmt``, the format of one state of the run that wrote a checkpoint, with the blocks that it has there:
     a cut may have left smaller ones than whole rows have (``fit`` of a format)."""
-    if not fmt.is_scaled or fmt.granularity != "block":
+    if not fmt.in_blocks:
         return fmt
     found = stored_format(described, role, fqn, root=fmt.sqrt)
     return fmt if found is None else replace(fmt, block=found[0].block)
@@ -124,7 +126,8 @@ class Recast:
     @property
     def only_blocks_differ(self) -> bool:
         """Whether the states would be rounded again merely because a cut changed their blocks."""
-        return replace(self.stored, block=self.now.block) == self.now
+        in_blocks = self.stored.in_blocks and self.now.in_blocks
+        return in_blocks and replace(self.stored, block=self.now.block) == self.now
 
     def __str__(self) -> str:
         sizes = self.only_blocks_differ
@@ -201,7 +204,7 @@ class StoredState:
     @staticmethod
     def _widened(spec: ParamSpec, region: Region, fmt: StateFormat) -> Region:
         """The region, out to whole blocks of its rows."""
-        if not (fmt.is_scaled and fmt.granularity == "block"):
+        if not fmt.in_blocks:
             return region
         start, row = region.offset[-1], spec.global_shape[-1]
         first = start // fmt.block * fmt.block

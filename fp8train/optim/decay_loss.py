@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp8train.optim.state_plan import StateFormat
+from fp8train.precision.state_formats import StateFormat
 
 _MANTISSA_BITS = {"bf16": 7, "fp16_scaled": 10, "e4m3": 3, "e5m2": 2}
 
@@ -25,7 +25,7 @@ def half_units(fmt: StateFormat) -> tuple[float, float] | None:
     rounds no decay away: exact, stochastic, or expanded, whose spacing is another."""
     if fmt.is_exact or fmt.rounding == "stochastic" or fmt.expand:
         return None
-    bits = _MANTISSA_BITS[fmt.name]
+    bits = _MANTISSA_BITS[fmt.format]
     return 2.0 ** -(bits + 2), 2.0 ** -(bits + 1)
 
 
@@ -47,6 +47,6 @@ def explain_lost_decay(fmt: StateFormat, decays: Iterable[float]) -> str | None:
         verdict, below = "moves only some weights by itself", limits[1]
     return (
         f"weight decay removes {shares} of a weight at a step with the peak rate, which {verdict}, as half a "
-        f"unit in the last place of {fmt.name} is {limits[0]:.2g} to {limits[1]:.2g} of it (needed: "
+        f"unit in the last place of {fmt.format} is {limits[0]:.2g} to {limits[1]:.2g} of it (needed: "
         f"{below:.2g}); it acts only together with larger updates"
     )

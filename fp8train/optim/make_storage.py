@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import format_by_name
-from fp8train.optim.scaled_formats import FP16, BlockStorage, ExpandedStorage, RootStorage, TensorStorage
-from fp8train.optim.state_plan import StateFormat
+from fp8train.optim.scaled_formats import BlockStorage, ExpandedStorage, RootStorage, TensorStorage
 from fp8train.optim.state_storage import StatePlace, Storage
 from fp8train.optim.unscaled_formats import BFloat16Storage, RemainderStorage, WideStorage
+from fp8train.precision.number_formats import FP16, format_by_name
+from fp8train.precision.state_formats import StateFormat
 
 
 def make_storage(fmt: StateFormat, place: StatePlace, *, wide: torch.dtype) -> Storage:
@@ -38,25 +38,25 @@ def make_master_storage(
             masters start at zero.
     """
     if weight is not None:
-        if fmt.name in ("fp32", "fp64") and weight.dtype == _wide_dtype(fmt, wide):
+        if fmt.format in ("fp32", "fp64") and weight.dtype == _wide_dtype(fmt, wide):
             return WideStorage(place, weight.dtype, weight)
-        if fmt.name == "bf16_remainder" and weight.dtype == torch.bfloat16:
+        if fmt.format == "bf16_remainder" and weight.dtype == torch.bfloat16:
             return RemainderStorage(place, weight)
     return make_storage(fmt, place, wide=wide)
 
 
 def _wide_dtype(fmt: StateFormat, wide: torch.dtype) -> torch.dtype:
-    return torch.float64 if fmt.name == "fp64" else wide
+    return torch.float64 if fmt.format == "fp64" else wide
 
 
 def _make(fmt: StateFormat, place: StatePlace, wide: torch.dtype) -> Storage:
-    if fmt.name in ("fp32", "fp64"):
+    if fmt.format in ("fp32", "fp64"):
         return WideStorage(place, _wide_dtype(fmt, wide))
-    if fmt.name == "bf16":
+    if fmt.format == "bf16":
         return BFloat16Storage(place)
-    if fmt.name == "bf16_remainder":
+    if fmt.format == "bf16_remainder":
         return RemainderStorage(place)
-    codes = FP16 if fmt.name == "fp16_scaled" else format_by_name(fmt.name)
+    codes = FP16 if fmt.format == "fp16_scaled" else format_by_name(fmt.format)
     if fmt.expand:
         return ExpandedStorage(place, codes)
     return BlockStorage(place, codes) if fmt.granularity == "block" else TensorStorage(place, codes)

@@ -12,8 +12,8 @@ from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.checkpoint_states import Described, with_stored_blocks
 from fp8train.optim.make_storage import make_storage
 from fp8train.optim.parameter_state import Region, in_plan, place_of
-from fp8train.optim.state_plan import StateFormat
 from fp8train.optim.state_storage import Storage
+from fp8train.precision.state_formats import StateFormat
 
 
 class MasterWeights:

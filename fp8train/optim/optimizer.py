@@ -35,9 +35,9 @@ from fp8train.optim.agreement import Agreement
 from fp8train.optim.gradient import GradientReader
 from fp8train.optim.parameter_state import ParameterState, Region
 from fp8train.optim.publishing import Publisher, zero_amax
-from fp8train.optim.state_plan import StatePlan
 from fp8train.optim.states import OptimizerStates
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.rule import Load, Rule, StepScalars
 
 CHUNK = 1 << 19
@@ -56,7 +56,7 @@ class Optimizer:
         rule: Rule,
         parameters: Mapping[str, Tensor],
         specs: Mapping[str, ParamSpec],
-        plan: StatePlan,
+        plan: StateFormats,
         *,
         seed: int,
         weight_targets: Mapping[str, WeightTarget] | None = None,

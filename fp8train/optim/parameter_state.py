@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import block_size
 from fp8train.optim.make_storage import make_master_storage, make_storage
-from fp8train.optim.state_plan import StateFormat, StatePlan
 from fp8train.optim.state_storage import StatePlace, Storage
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.scale_blocks import block_size
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.rule import MatrixRule, Rule
 
 _FP32 = StateFormat()
@@ -112,7 +112,7 @@ def place_of(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.de
     Raises:
         ValueError: the region cuts a block.
     """
-    scaled = fmt.is_scaled and fmt.granularity == "block"
+    scaled = fmt.in_blocks
     row = region.shape[-1]
     block = block_size(spec.global_shape[-1], fmt.block) if scaled else 1
     in_part = scaled and row != spec.global_shape[-1]
@@ -152,7 +152,7 @@ def allocate(
     spec: ParamSpec,
     region: Region,
     rule: Rule,
-    plan: StatePlan,
+    plan: StateFormats,
     target: WeightTarget | None,
     *,
     device: torch.device | None,
@@ -207,6 +207,6 @@ def allocate(
         weight=None if memory is None or lives_in_parameter else memory.view(-1),
         target=target,
         in_plan=planned,
-        work=torch.float64 if any(fmt.name == "fp64" for fmt in formats.values()) else wide,
+        work=torch.float64 if any(fmt.format == "fp64" for fmt in formats.values()) else wide,
         chunk=math.prod(region.shape) if whole else max(unit, chunk // unit * unit),
     )

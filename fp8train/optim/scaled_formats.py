@@ -31,7 +31,7 @@ import math
 import torch
 from torch import Tensor
 
-from fp8train.numerics.blocks import (
+from fp8train.numerics.block_scales import (
     as_blocks,
     block_amax,
     decode_e8m0,
@@ -40,14 +40,11 @@ from fp8train.numerics.blocks import (
     quantize_blocks,
 )
 from fp8train.numerics.cast import cast, decode_finite
-from fp8train.numerics.formats import Format
+from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 from fp8train.numerics.stochastic import cast_stochastic
 from fp8train.optim.state_storage import StatePlace, Storage
-
-FP16 = Format("fp16", torch.float16, exponent_bits=5, mantissa_bits=10, bias=15, max=65504.0)
-"""Like the FP8 formats, but its largest value is just below 2^16 instead of 1.75 · 2^15: scales made for the
-latter leave it a little room."""
+from fp8train.precision.number_formats import Format
 
 _POWER_UNIT = 16
 _MIN_POWER, _MAX_POWER = _POWER_UNIT // 2, _POWER_UNIT * 8
@@ -65,7 +62,7 @@ class _ScaledStorage(Storage):
     def __init__(self, place: StatePlace, fmt: Format) -> None:
         super().__init__(place)
         self.format = fmt
-        self.payload = torch.zeros(place.shape, dtype=fmt.dtype, device=place.device)
+        self.payload = torch.zeros(place.shape, dtype=dtype_of(fmt), device=place.device)
         self._flat = self.payload.view(-1)
 
     def _write(self, start: int, stop: int, payload: Tensor) -> None:

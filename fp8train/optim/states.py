@@ -15,8 +15,8 @@ from torch import Tensor
 from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.cast import amax_of
 from fp8train.optim.parameter_state import ParameterState, Region, allocate, rule_of
-from fp8train.optim.state_plan import StatePlan
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.rule import MatrixRule, Rule
 
 
@@ -33,7 +33,7 @@ class OptimizerStates(Mapping[str, ParameterState]):
         rule: Rule,
         parameters: Mapping[str, Tensor],
         specs: Mapping[str, ParamSpec],
-        plan: StatePlan,
+        plan: StateFormats,
         *,
         weight_targets: Mapping[str, WeightTarget],
         regions: Mapping[str, Region],

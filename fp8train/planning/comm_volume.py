@@ -25,19 +25,20 @@ from typing import NamedTuple
 import torch
 
 from fp8train.comm.processes import AXES
-from fp8train.config.blocks import MAX_BLOCK, block_size
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.build import COMPUTE_DTYPES, outline
 from fp8train.models.decoder import split_dim
-from fp8train.models.fp8_plan import linear_quant, plan_fp8
+from fp8train.models.fp8_plan import plan_fp8
 from fp8train.models.part import ModelPart
 from fp8train.numerics.granularity import scale_tile
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.parallel.pipeline import TIED, PipelineLayout
 from fp8train.parallel.stages import part_of, plan_stages
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import MAX_BLOCK, block_size
 
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
@@ -197,7 +198,7 @@ def tensor_parallel(step: RankStep) -> Volume:
     of the output; ``selective`` runs no linear again. Two ways to quantise one output gradient are two
     gathers. Scales of rows and blocks travel with the codes, 4 bytes each.
     """
-    traffic, quant = step.config.precision.traffic, linear_quant(step.config.precision.gemm)
+    traffic, quant = step.config.precision.traffic, step.config.precision.gemm.value() or LinearQuant()
     forwards = 2 if step.config.train.activation_checkpointing == "full" else 1
     x_casts = [(quant.output_x, 1)] * (1 + forwards)
     if quant.keep_x in ("second_copy", "bf16"):

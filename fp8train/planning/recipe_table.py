@@ -22,6 +22,7 @@ from fp8train.layers.linear_plan import Fp8Plan
 from fp8train.models.build import outline
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
+from fp8train.precision.linear_gemms import GEMMS
 
 Row = tuple[str, ...]
 _LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
@@ -93,24 +94,10 @@ def _linear_rows(model: Decoder, report: PlanReport | None) -> Iterator[Row]:
 
 
 def _operands(plan: Fp8Plan | None, gemm: str) -> str:
-    if plan is None:
+    if plan is None or not plan.quant.in_fp8(gemm):
         return "high precision"
-    first, second = _USES[gemm]
-    quant = plan.quant
-    if gemm == "grad_weight" and not quant.grad_weight_fp8:
-        return "high precision"
-    specs = {
-        "output.x": quant.output_x,
-        "output.w": quant.output_w,
-        "grad_input.grad_output": quant.grad_input_grad_output,
-        "grad_input.w": quant.grad_input_w,
-        "grad_weight.grad_output": quant.grad_weight_grad_output,
-        "grad_weight.x": quant.grad_weight_x,
-    }
-    return ", ".join(f"{use} {specs[f'{gemm}.{use}']}" for use in (first, second))
-
-
-_USES = {"output": ("x", "w"), "grad_input": ("grad_output", "w"), "grad_weight": ("grad_output", "x")}
+    specs = plan.quant.operands()
+    return ", ".join(f"{use.rpartition('.')[2]} {specs[use]}" for use in GEMMS[gemm])
 
 
 def _parameter_rows(model: Decoder) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from fp8train.config.length import sampling_interval
 from fp8train.config.loader import load_file
 from fp8train.config.nodes import Node
 from fp8train.reporting.errors import ReportError
-from fp8train.training.run_claim import STATUS_FILE
+from fp8train.run_dir.claim import STATUS_FILE
 
 TRAINING_LOG = "casts.jsonl"
 INFERENCE_LOG = "inference_casts.jsonl"

@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fp8train.reporting.scales import OPERANDS, Series, moments
+from fp8train.reporting.scale_series import OPERANDS, Series, moments
 
 DPI = 110
 _MOMENTS = {"start": ("#440154", "o"), "middle": ("#21918c", "s"), "end": ("#e8860c", "^")}

@@ -1,5 +1,6 @@
-"""One training run: the step, the loop around it, its run directory, metrics, guards and signals.
+"""A run from its checks to its end: the loop of steps, checkpoints, signals, and where it starts from.
 
-``run`` is the command: it builds everything and starts ``loop``, which calls ``trainer`` once per optimizer
-step and ``saving``, ``evaluation`` and ``reporter`` between steps.
+``preflight`` checks what needs no torch. ``run`` builds everything and starts ``loop``, which calls the
+trainer (:mod:`fp8train.step`) once per optimizer step, and ``saving``, evaluation and the reporter between
+steps.
 """

@@ -16,9 +16,9 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.load import TOKENIZER_FILES
-from fp8train.training.reporter import Reporter
+from fp8train.live.reporter import Reporter
+from fp8train.step.trainer import Trainer
 from fp8train.training.restore import restore
-from fp8train.training.trainer import Trainer
 
 _MAY_DIFFER = ("model.family", "model.vocab_size", "model.vocab_multiple", "model.init_std")
 """Of the model: names and sizes whose effect shows in the shapes of the weights."""

@@ -13,28 +13,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8train.comm.processes import Processes
-from fp8train.config.errors import ConfigError, UserError
+from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
-from fp8train.training.consistency import check_replicas
-from fp8train.training.evaluation import Evaluation, evaluate
-from fp8train.training.metrics import strict
-from fp8train.training.reporter import Reporter
-from fp8train.training.run_dir import RunDir
+from fp8train.evaluation.validation import Evaluation, evaluate
+from fp8train.live.reporter import Reporter
+from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.metrics import strict
+from fp8train.step.consistency import check_replicas
+from fp8train.step.non_finite import SkippedSteps
+from fp8train.step.trainer import Trainer
 from fp8train.training.saving import Saving
-from fp8train.training.trainer import StepResult, Trainer
-
-MAX_SKIPPED = 20
-
-
-class DivergedError(UserError):
-    """Gradients stayed non-finite; the last checkpoint is from before."""
-
-    exit_status = 3
-
-
-class NoTargetsError(UserError):
-    """The data has nothing to learn from for many steps."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ class TrainingLoop:
         self.config, self.processes, self.run_dir = config, processes, run_dir
         self.data, self.trainer, self.reporter, self.stop_reason = data, trainer, reporter, stop_reason
         self.start = self.done = start
-        self._skipped_in_a_row = 0
+        self._skipped = SkippedSteps()
         self.saving = Saving(
             config, processes=processes, run_dir=run_dir, data=data, trainer=trainer, reporter=reporter
         )
@@ -121,7 +110,9 @@ class TrainingLoop:
         if sampled:
             with self.reporter.outside_throughput():
                 self.reporter.monitor(self.trainer.monitors.attention_metrics())
-        self._watch_skips(step + 1, result)
+        if not result.applied:
+            self.reporter.skipped(step + 1, result)
+        self._skipped.count(step + 1, result)
         self.reporter.step(step + 1, result, data_seconds=fetched - began)
 
     def _guard(self, done: int) -> None:
@@ -136,37 +127,6 @@ class TrainingLoop:
         interval = self.config.train.consistency_interval
         if interval and done % interval == 0:
             check_replicas(self.trainer)
-
-    def _watch_skips(self, done: int, result: StepResult) -> None:
-        if result.applied:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        why = "no_targets" if result.no_targets else "not_finite"
-        self.reporter.event(
-            "step_skipped", step=done, why=why, grad_norm=str(result.grad_norm), loss=str(float(result.loss))
-        )
-        if result.no_targets:
-            self.reporter.say(
-                f"step {done}: not one target token in the global batch; weights left unchanged"
-            )
-        else:
-            self.reporter.say(
-                f"step {done}: gradient is not finite (norm {result.grad_norm}); weights left unchanged"
-            )
-        if self._skipped_in_a_row >= MAX_SKIPPED and result.no_targets:
-            raise NoTargetsError(
-                f"step {done}: {MAX_SKIPPED} steps in a row were skipped, the last one because its global "
-                f"batch had no target token; the weights are those of step {done - MAX_SKIPPED}\n"
-                "check what the data leaves out of the loss: data.kind: sft trains on answers only, and "
-                "conversations that are cut at data.seq_length may end before theirs"
-            )
-        if self._skipped_in_a_row >= MAX_SKIPPED:
-            raise DivergedError(
-                f"step {done}: gradients were not finite for {MAX_SKIPPED} steps in a row; "
-                f"the weights are those of step {done - MAX_SKIPPED}\n"
-                "resume from a checkpoint with a lower optimizer.lr; casts.jsonl may show the tensor"
-            )
 
     def _evaluation_due(self, done: int) -> bool:
         interval = self.config.train.eval_interval

@@ -12,7 +12,7 @@ import torch
 
 from fp8train.config.errors import UserError
 from fp8train.config.schema import Config
-from fp8train.training.console import format_bytes
+from fp8train.live.console import format_bytes
 
 _TEXT = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|CUDA error: out of memory|cuda out of memory",

@@ -18,7 +18,7 @@ from fp8train.checkpoint import CheckpointError, LogicalTensor, OpenCheckpoint
 from fp8train.checkpoint.errors import shorten
 from fp8train.config.schema import to_plain
 from fp8train.optim.checkpoint_states import Part, Recast, announce, plan_load, recast, state_names
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 ROLES = ("master", "exp_avg", "exp_avg_sq")
 _DELAYED = "scale_state/"

@@ -19,11 +19,11 @@ from fp8train.config.changes import is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
+from fp8train.live.reporter import Reporter
 from fp8train.parallel.gradients.plan import RESIDUAL_PREFIX
+from fp8train.step.trainer import Trainer
 from fp8train.training.preflight import settings_changes
-from fp8train.training.reporter import Reporter
 from fp8train.training.restore import restore
-from fp8train.training.trainer import Trainer
 
 
 def resume(

@@ -27,23 +27,25 @@ import numpy as np
 import torch
 
 from fp8train.checkpoint import find_checkpoint, sweep_leftovers
+from fp8train.checkpoint.errors import NoGoodCheckpointError
 from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
+from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
 from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
-from fp8train.training.console import Console, print_safely
-from fp8train.training.environment import describe_environment
+from fp8train.live.console import Console, print_safely
+from fp8train.live.reporter import Reporter
+from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.provenance import describe_environment
+from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
-from fp8train.training.reporter import Reporter
 from fp8train.training.resume import resume
-from fp8train.training.run_dir import RunDir
 from fp8train.training.signals import EXIT_INTERRUPTED, StopRequest
-from fp8train.training.trainer import Trainer
 
 
 def run(config: Config, world: World, data: Data, *, console: Console, stop: StopRequest, again: str) -> int:
@@ -171,7 +173,8 @@ class _Run:
         try:
             outcome = self._stop_at_start()
             if outcome is None:
-                outcome = self._train()
+                with naming_keys():
+                    outcome = self._train()
             else:
                 self.run_dir.log_event(outcome.state, step=outcome.step, reason=outcome.reason)
                 _say(self.run_dir, self.console, f"stopped before training began: {outcome.reason}")
@@ -204,12 +207,7 @@ class _Run:
         run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
-        checkpoint = find_checkpoint(
-            run_dir.checkpoints,
-            config.checkpoint.resume,
-            group=procs.control,
-            verify=config.checkpoint.verify,
-        )
+        checkpoint = _newest(run_dir, config, procs)
         source = None if checkpoint is not None else _source(run_dir, config, procs)
         trainer = _build(config, procs, data)
         _keep_tokenizer(run_dir, data)
@@ -276,13 +274,23 @@ def _explain(
     return error
 
 
+def _newest(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
+    """The verified checkpoint that the run continues from, if it does."""
+    resume, verify = config.checkpoint.resume, config.checkpoint.verify
+    try:
+        return find_checkpoint(run_dir.checkpoints, resume, group=procs.control, verify=verify)
+    except NoGoodCheckpointError as error:
+        raise NoGoodCheckpointError(
+            f"{error}, or start afresh under another run.name or with run.overwrite=true"
+        ) from None
+
+
 def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
     """The verified checkpoint that a new run starts from, if it does."""
     if config.checkpoint.init_from is None:
         return None
-    key, path = "checkpoint.init_from", config.checkpoint.init_from
-    verify = config.checkpoint.verify
-    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key=key, verify=verify)
+    path, verify = config.checkpoint.init_from, config.checkpoint.verify
+    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key="init_from", verify=verify)
     assert source is not None
     return source
 
@@ -308,7 +316,7 @@ def _warnings_to(run_dir: RunDir, console: Console) -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            text = f"{record.levelname.lower()}: {record.getMessage()}"
+            text = with_keys(f"{record.levelname.lower()}: {record.getMessage()}")
             run_dir.log(text)
             if run_dir.rank == 0:
                 console.clear()

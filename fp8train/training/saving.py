@@ -30,13 +30,14 @@ from fp8train.checkpoint import (
 )
 from fp8train.checkpoint.readback import describe
 from fp8train.comm.processes import Processes
+from fp8train.config.argument_keys import naming_keys
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.loading import Data
-from fp8train.training.evaluation import Evaluation
-from fp8train.training.metrics import strict
-from fp8train.training.reporter import Reporter
-from fp8train.training.run_dir import RunDir
-from fp8train.training.trainer import Trainer
+from fp8train.evaluation.validation import Evaluation
+from fp8train.live.reporter import Reporter
+from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.metrics import strict
+from fp8train.step.trainer import Trainer
 
 _GRACE_S = 30.0
 """How long a run that failed waits for a checkpoint in flight."""
@@ -157,7 +158,8 @@ class Saving:
         step = self.saved_at
         assert step is not None
         try:
-            written = outcome()
+            with naming_keys():
+                written = outcome()
         except CheckpointError as error:
             self.saved_at = None
             if last or self.config.checkpoint.on_failure == "stop":

@@ -88,6 +88,10 @@ def test_vs_peers(tmp_path: Path) -> None:
     for peer, mode in result["compared_with"].items():
         assert mode in peers
         assert result["variants"][mode]["ratios"][peer]["median"] == 1
+    for peer, bound in result["ratio_if_all_else_were_free"].items():
+        share, ratio = result["share_in_shared_kernels"]["fp8train O0"], result["variants"]["fp8train O0"]
+        assert 0 < share < 1
+        assert bound * share == pytest.approx(ratio["ratios"][peer]["median"], rel=1e-12)
     # Equal weights, batches and optimizer: nine steps later the losses have fallen and are still equal.
     theirs = result["variants"]["transformers FP32"]
     assert theirs["last_loss"] < theirs["first_loss"] - 0.1

@@ -163,7 +163,7 @@ def test_progress_of_large_checkpoints(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fp8train.checkpoint.examine._LARGE_BYTES", 0)
-    monkeypatch.setattr("fp8train.data.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("fp8train.data.byte_progress._SECONDS_BETWEEN_LINES", 0.0)
     assert run_command(["verify", str(run)]) == 0
     captured = capsys.readouterr()
     assert "step_00000006: 100% of 0.0 MB" in captured.err

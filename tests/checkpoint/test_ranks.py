@@ -23,8 +23,8 @@ from fp8train.checkpoint import (
     save_checkpoint,
 )
 from fp8train.config.errors import UserError
-from fp8train.training.run_claim import RunDirError
-from fp8train.training.run_dir import RunDir
+from fp8train.run_dir.claim import RunDirError
+from fp8train.run_dir.directory import RunDir
 
 WORLD = 4
 WHOLE = torch.arange(10 * 12, dtype=torch.uint8).view(10, 12)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange, HierarchicalExchange, padded_blocks
-from fp8train.numerics.blocks import dequantize_blocks, quantize_blocks
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.block_scales import dequantize_blocks, quantize_blocks
+from fp8train.precision.number_formats import E4M3
 
 BLOCKS, BLOCK = 24, 96
 

@@ -30,7 +30,8 @@ from fp8train.comm.fp8_sum import (
 )
 from fp8train.comm.shared_scale import shared_scales
 from fp8train.numerics.cast import amax_of, cast
-from fp8train.numerics.formats import E4M3, E5M2, Format
+from fp8train.numerics.formats import dtype_of
+from fp8train.precision.number_formats import E4M3, E5M2, Format
 from tests.comm import fp8_reference
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE
 
@@ -42,7 +43,7 @@ LENGTHS = [5, 1003, 4096]
 
 def all_pairs(fmt: Format) -> tuple[Tensor, Tensor]:
     code = torch.arange(256, dtype=torch.uint8)
-    return code.repeat_interleave(256).view(fmt.dtype), code.repeat(256).view(fmt.dtype)
+    return code.repeat_interleave(256).view(dtype_of(fmt)), code.repeat(256).view(dtype_of(fmt))
 
 
 def to_bytes(payload: Tensor) -> np.ndarray:
@@ -53,7 +54,7 @@ def some_codes(world_size: int, length: int, fmt: Format) -> Tensor:
     """Payloads [N, n] of every code, NaN and infinity too."""
     generator = torch.Generator().manual_seed(1000 * world_size + length)
     codes = torch.randint(0, 256, (world_size, length), generator=generator, dtype=torch.uint8)
-    return codes.view(fmt.dtype)
+    return codes.view(dtype_of(fmt))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -172,7 +173,7 @@ def test_every_rank_gets_the_bits_of_the_fold(gloo_pool, world_size: int) -> Non
             for length in LENGTHS:
                 key = (name, fmt.name, length)
                 expected = fold(some_codes(world_size, length, fmt)).view(torch.uint8)
-                chunks = as_chunks(expected.view(fmt.dtype), world_size)
+                chunks = as_chunks(expected.view(dtype_of(fmt)), world_size)
                 reduce_bytes = (world_size - 1) * chunk_length(length, world_size)
                 for rank, result in enumerate(per_rank):
                     whole, chunk, sent = result[key]

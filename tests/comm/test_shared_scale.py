@@ -16,7 +16,7 @@ from fp8train.comm.shared_scale import (
     shared_scale_reduce_scatter,
     shared_scales,
 )
-from fp8train.numerics.formats import E4M3, E5M2, Format
+from fp8train.precision.number_formats import E4M3, E5M2, Format
 from tests.comm import fp8_reference
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE, Table
 

@@ -11,11 +11,11 @@ import pytest
 
 from fp8train.data import prepare as prepare_module
 from fp8train.data import sources
+from fp8train.data.byte_progress import ByteProgress
 from fp8train.data.cleaning import Report, clean, clean_json_line
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
 from fp8train.data.prepare import prepare
-from fp8train.data.progress import ByteProgress
 from fp8train.data.sidecar import read_sidecar, sidecar_tokenizer
 from fp8train.data.sources import find_files, plan_units, stdlib_corpus
 
@@ -354,7 +354,7 @@ def test_standard_library_corpus():
 
 def test_progress_in_a_log_file(monkeypatch):
     clock = iter([0.0, 1.0, 11.0, 11.0, 12.0, 25.0, 25.0])
-    monkeypatch.setattr("fp8train.data.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("fp8train.data.byte_progress.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     with ByteProgress("encoding", 4_000_000, stream) as progress:
         for _ in range(4):

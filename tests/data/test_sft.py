@@ -16,12 +16,13 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import resolve_mapping
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.loading import Data, open_data
 from fp8train.data.packing import PackedSamples, Piece, pack
 from fp8train.data.prepare import prepare
 from fp8train.data.prepare_sft import mask_path, prepare_sft, read_mask
 from fp8train.data.sidecar import read_sidecar
-from fp8train.data.tokenizer import Tokenizer, load_tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 _TEXT = "fold the paper twice and glue its wet edge before it dries under warm light"
 WORDS = _TEXT.split()
@@ -223,7 +224,7 @@ def test_malformed_lines_are_named(
 
 
 def test_kinds_do_not_mix(conversations: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"write data\.kind: sft"):
+    with pytest.raises(DataError, match=r"write `kind`: sft"):
         opened(conversations, kind="pretrain")
     with pytest.raises(DataError, match="does not say which tokens are targets"):
         opened(tokenizer.path.with_name("base"))

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8train.data.errors import DataError
-from fp8train.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from fp8train.data.load_tokenizer import load_tokenizer
+from fp8train.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from fp8train.data.tokenizer import Tokenizer
 from fp8train.data.tokenizer_training import train_sentencepiece
 
 STDLIB = Path(sysconfig.get_path("stdlib"))

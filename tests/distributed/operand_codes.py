@@ -13,7 +13,7 @@ from fp8train.comm.processes import Processes
 from fp8train.config.world import accumulation_steps
 from fp8train.layers import fp8_linear
 from fp8train.models.param_spec import Shard
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 Operands = list[tuple[Tensor, Tensor]]
 """Of one linear, a pair for each micro-batch: codes of x [T, K] and of grad_output [T, N], as bytes. T is a

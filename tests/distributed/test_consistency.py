@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from fp8train.comm.processes import joined_processes
-from fp8train.training.consistency import InconsistentError, check_replicas, fingerprint
-from fp8train.training.trainer import Trainer
+from fp8train.step.consistency import InconsistentError, check_replicas, fingerprint
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, tiny_config
 
 

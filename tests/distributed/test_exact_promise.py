@@ -14,7 +14,7 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.parallel.gradients.grids import GridScales
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 from tests.distributed.test_levels import EXACT, digest
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 

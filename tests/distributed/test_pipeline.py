@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fp8train.checkpoint import load_checkpoint, save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
-from fp8train.training.evaluation import evaluate
-from fp8train.training.trainer import Trainer
+from fp8train.evaluation.validation import evaluate
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")

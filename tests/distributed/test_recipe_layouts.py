@@ -18,7 +18,7 @@ from fp8train.comm.processes import Layout, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.keys import key_table
 from fp8train.config.schema import Config
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 from tests.distributed.test_recipes import BLOCKS, RATES
 from tests.distributed.test_tensor_parallel import WIDE
 from tests.training.tiny import VOCAB, alone, batches, tiny_config

@@ -21,8 +21,8 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain
 from fp8train.inference.export_states import export_states
 from fp8train.inference.load import open_run
+from fp8train.step.trainer import Trainer
 from fp8train.training.restore import restore
-from fp8train.training.trainer import Trainer
 from tests.distributed.pool import GlooPool
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 

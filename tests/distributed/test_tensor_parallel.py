@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fp8train.checkpoint import load_checkpoint, save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 from tests.distributed.pool import GlooPool
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 

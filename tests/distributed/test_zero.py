@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from fp8train.checkpoint import load_checkpoint, save_checkpoint
 from fp8train.comm.processes import joined_processes
-from fp8train.training.describe import stored_bytes
-from fp8train.training.trainer import Trainer
+from fp8train.live.describe import stored_bytes
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 
 STEPS = 5

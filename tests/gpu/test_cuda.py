@@ -9,9 +9,9 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
 from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.formats import E4M3, E5M2, Format
-from fp8train.numerics.quant_spec import QuantSpec
-from fp8train.training.trainer import Trainer
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, batches, tiny_config
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fp8train.cli import run_command
 from fp8train.config.resolve import load_config
-from fp8train.data.tokenizer import load_tokenizer
+from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.tokenizer_training import train_sentencepiece
 from tests.huggingface.models import logits_of, their_model, transformers
 

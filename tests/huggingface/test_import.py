@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fp8train.checkpoint import load_checkpoint
 from fp8train.config.resolve import load_config
-from fp8train.huggingface.architectures import architecture_of_config
 from fp8train.huggingface.config_json import ConfigJson, read_config
 from fp8train.huggingface.errors import HuggingFaceError
+from fp8train.huggingface.find_architecture import architecture_of_config
 from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.inference.load import TrainedRun, open_run

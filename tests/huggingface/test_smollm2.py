@@ -25,15 +25,16 @@ from fp8train.comm.collectives import alone
 from fp8train.comm.processes import Processes
 from fp8train.config.resolve import load_config, resolve_mapping
 from fp8train.config.schema import to_plain
+from fp8train.evaluation.scoring import score
+from fp8train.evaluation.tasks import encode_task, read_task, task_metrics
 from fp8train.huggingface.exporting import export_command
 from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.parity import fixed_tokens, perplexity
 from fp8train.inference.load import TrainedRun, open_run
-from fp8train.inference.scoring import score
-from fp8train.inference.tasks import encode_task, read_task, task_metrics
+from fp8train.step.targets import inputs_and_targets
+from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
-from fp8train.training.trainer import Trainer, inputs_and_targets
 from tests.huggingface.models import logits_of, transformers
 from tests.huggingface.smollm2 import save_smollm2
 

@@ -18,7 +18,8 @@ from fp8train.inference.load import TrainedRun, open_run
 from fp8train.layers import fp8_weight
 from fp8train.models.build import BuiltModel, build_model
 from fp8train.models.decoder import Decoder
-from fp8train.training.trainer import Trainer, inputs_and_targets
+from fp8train.step.targets import inputs_and_targets
+from fp8train.step.trainer import Trainer
 from tests.inference.recipes import IN_CI, MARKED, RECIPES, STATIC
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 

@@ -17,9 +17,10 @@ from fp8train.kernels.decode import array_folds
 from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm, gemms_without_kernel, scaled_mm
 from fp8train.kernels.scaling import block_scales, granularity_of, mx_scales, native_pair
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.formats import E4M3
 from fp8train.numerics.granularity import expand_scales
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.operand_cast import QuantSpec
 from tests.kernels.test_gemm import UNIT_ROUNDOFF, assert_within
 
 pytestmark = pytest.mark.usefixtures("each_cpu")

@@ -10,9 +10,9 @@ from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.fp8_weight import Fp8Weight, ResidentFp8Weight
 from fp8train.layers.linear import Fp8Plan, Linear, SinkSlot
 from fp8train.layers.linear_plan import Holding, scale_slots
-from fp8train.numerics.quant_spec import LinearQuant
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.precision.linear_gemms import LinearQuant
 
 CPU = torch.device("cpu")
 

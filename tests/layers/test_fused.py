@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.layers import blocks
-from fp8train.layers.blocks import row_blocks
 from fp8train.layers.embedding import Embedding
 from fp8train.layers.loss import linear_cross_entropy
 from fp8train.layers.norm import RMSNorm
 from fp8train.layers.qkv import split_heads
 from fp8train.layers.rotary import rotary_frequencies, rotary_table
+from fp8train.layers.row_chunks import row_chunks
 from fp8train.layers.swiglu import swiglu
 
 CPU = torch.device("cpu")
@@ -55,10 +55,10 @@ def plain_split(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int
 
 
 def test_row_blocks_cover_every_row_once() -> None:
-    assert row_blocks(10, 1 << 15, CPU) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    assert row_blocks(3, 1 << 20, CPU) == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    assert row_blocks(0, 8, CPU) == []
-    assert row_blocks(10, 1 << 20, torch.device("meta")) == [slice(0, 10)]
+    assert row_chunks(10, 1 << 15, CPU) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert row_chunks(3, 1 << 20, CPU) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert row_chunks(0, 8, CPU) == []
+    assert row_chunks(10, 1 << 20, torch.device("meta")) == [slice(0, 10)]
 
 
 @pytest.mark.usefixtures("small_blocks")

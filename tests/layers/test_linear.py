@@ -20,10 +20,11 @@ from fp8train.layers import fp8_linear, fp8_operand
 from fp8train.layers.fp8_operand import Operand, quantize_matrix
 from fp8train.layers.linear import Alphas, Linear, SinkSlot
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.grad_sink import register_sink
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.connecting import CPU, connect
 
 STANDARD = Alphas()

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.layers.linear import Linear, SinkSlot
-from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.grad_sink import register_sink
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.connecting import CPU, connect, connect_resident, state_of
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from fp8train.layers.fp8_weight import FP8_WEIGHTS
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.layers.linear_plan import Holding
-from fp8train.numerics.formats import E4M3
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.connecting import CPU, connect, plan_of, state_of
 
 NAME = "layers.0.mlp.up"

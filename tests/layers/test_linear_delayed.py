@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8train.layers.linear import Linear
 from fp8train.layers.linear_plan import scale_slots
-from fp8train.numerics.formats import E4M3, E5M2, Format
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
+from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale_state import ScaleState, named_events
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.connecting import CPU, connect, plan_of, state_of
 
 K, N, ROWS = 40, 24, 21
@@ -142,7 +144,7 @@ def cast_with(x: Tensor, spec: QuantSpec) -> Tensor:
     assert spec.constant_exponent is not None
     scale = 2.0**spec.constant_exponent
     scaled = (x.detach().float() * scale).clamp(-spec.format.max, spec.format.max)
-    return scaled.to(spec.format.dtype).double() / scale
+    return scaled.to(dtype_of(spec.format)).double() / scale
 
 
 @pytest.mark.parametrize("name", QUANTS)

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from fp8train.layers.fp8_operand import cropped, padded, quantize_matrix, transposed
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.layers.linear import Linear
-from fp8train.models.fp8_plan import linear_quant
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.granularity import expand_scales
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import FIELDS, CastRecorder
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.connecting import connect
 from tests.layers.test_linear import CPU, DTYPES, Case, ListSink, assert_product, make, run, saved_by
 from tests.training.tiny import tiny_config
@@ -52,7 +52,10 @@ OWN = {
 
 
 def recipe(name: str) -> LinearQuant:
-    return linear_quant(tiny_config(["precision.gemm.fp8=true", f"precision.recipe={name}"]).precision.gemm)
+    config = tiny_config(["precision.gemm.fp8=true", f"precision.recipe={name}"])
+    quant = config.precision.gemm.value()
+    assert quant is not None
+    return quant
 
 
 def quant_of(name: str) -> LinearQuant:

@@ -14,12 +14,13 @@ from fp8train.layers.fp8_operand import aligned, pad_to
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.cast import amax_of, quantize
-from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.grad_sink import register_sink
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import FIELDS, CastRecorder, cast_statistics
 from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.connecting import CPU, connect, connect_resident, state_of
 
 SHAPES = [(48, 32), (24, 40), (33, 17), (3, 5)]  # [N, K]: aligned, and three that need padding

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm
-from fp8train.layers.fp8_weight import ResidentFp8Weight
-from fp8train.models.fp8_plan import linear_quant
-from fp8train.numerics.formats import E2M1, E4M3
 from fp8train.numerics.nvfp4 import hadamard, quantize_nvfp4
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.number_formats import E2M1
+from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.test_linear import CPU, DTYPES, ListSink, assert_product, make, run
 from tests.training.tiny import tiny_config
 
@@ -27,7 +26,9 @@ NV = QuantSpec(E2M1, granularity="nv_1x16", power_of_two=False)
 
 def recipe() -> LinearQuant:
     overrides = ["precision.gemm.fp8=true", "precision.recipe=nvfp4_simulated"]
-    return linear_quant(tiny_config(overrides).precision.gemm)
+    quant = tiny_config(overrides).precision.gemm.value()
+    assert quant is not None
+    return quant
 
 
 def values(x: Tensor, contracted: int, *, square: bool = False, gradient: bool = False) -> Tensor:
@@ -145,58 +146,3 @@ def test_statistics_of_casts() -> None:
         )
         assert found["saturated"] == 0
         assert 12 < found["snr_db"] < 24, site  # 4 bits
-
-
-REFUSED = {
-    "an FP8 granularity": (lambda: QuantSpec(E2M1), "e2m1 has nv_1x16 or nv_16x16"),
-    "FP4 blocks of FP8": (
-        lambda: QuantSpec(E4M3, granularity="nv_1x16", power_of_two=False),
-        "format: e4m3; e2m1 has",
-    ),
-    "stochastic FP8": (
-        lambda: QuantSpec(E4M3, rounding="stochastic"),
-        "rounding: stochastic is built for e2m1",
-    ),
-    "transformed FP8": (lambda: QuantSpec(E4M3, hadamard=True), "hadamard: true is built for e2m1"),
-    "powers of two": (lambda: QuantSpec(E2M1, granularity="nv_1x16"), "write power_of_two: false"),
-    "stochastic squares": (
-        lambda: QuantSpec(E2M1, granularity="nv_16x16", power_of_two=False, rounding="stochastic"),
-        "belong to nv_1x16",
-    ),
-    "half FP4": (
-        lambda: LinearQuant(output_x=NV),
-        r"precision\.gemm\.output\.w is e4m3 and others are e2m1",
-    ),
-    "one of two transformed": (
-        lambda: LinearQuant(
-            **{name: NV for name in ("output_x", "output_w", "grad_input_grad_output", "grad_input_w")},  # type: ignore[arg-type]
-            grad_weight_grad_output=NV,
-            grad_weight_x=QuantSpec(E2M1, granularity="nv_1x16", power_of_two=False, hadamard=True),
-            keep_x="bf16",
-            keep_w="second_copy",
-        ),
-        "differ; their product is the same only if both are transformed",
-    ),
-    "a transformed input of the forward": (
-        lambda: LinearQuant(
-            output_x=QuantSpec(E2M1, granularity="nv_1x16", power_of_two=False, hadamard=True),
-            **{name: NV for name in ("output_w", "grad_input_grad_output", "grad_input_w")},  # type: ignore[arg-type]
-            grad_weight_grad_output=NV,
-            grad_weight_x=NV,
-            keep_x="bf16",
-            keep_w="second_copy",
-        ),
-        r"output\.x\.hadamard: true is built for grad_weight's operands only",
-    ),
-    "a resident weight": (
-        lambda: ResidentFp8Weight(recipe(), torch.Size((32, 32)), CPU),
-        r"write precision\.weights: compute",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(case: str) -> None:
-    build, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        build()

@@ -9,8 +9,8 @@ import pytest
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.sequence_parallel import TensorParallel, Traffic
 from fp8train.layers.wire import Wire, wire
-from fp8train.numerics.formats import E4M3
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.operand_cast import QuantSpec
 
 TENSOR = QuantSpec(E4M3)
 ROW = QuantSpec(E4M3, granularity="row")

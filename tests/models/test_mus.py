@@ -15,7 +15,7 @@ from fp8train.config.schema import Config
 from fp8train.models.build import build_model, initialise, parametrization
 from fp8train.models.decoder import Decoder
 from fp8train.models.parametrization import default_tau
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 from tests.models.settings import VOCAB_SIZE, gradients, random_tokens, tiny_config, tiny_model
 from tests.training.tiny import alone, batches, losses
 from tests.training.tiny import tiny_config as training_config

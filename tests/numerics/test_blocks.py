@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-from fp8train.numerics.blocks import (
+from fp8train.numerics.block_scales import (
     as_blocks,
-    block_size,
     decode_e8m0,
     dequantize_blocks,
     from_blocks,
     quantize_blocks,
 )
-from fp8train.numerics.formats import E4M3, E5M2, Format
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.scale_blocks import block_size
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE
 
 FORMATS = [pytest.param(E4M3, E4M3_TABLE, id="e4m3"), pytest.param(E5M2, E5M2_TABLE, id="e5m2")]

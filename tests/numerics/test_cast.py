@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fp8train.numerics.cast import amax_of, cast, decode_finite, quantize, uncast
-from fp8train.numerics.formats import E4M3, E5M2, Format, format_by_name, format_of
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.numerics.formats import dtype_of, format_of
+from fp8train.precision.number_formats import E4M3, E5M2, Format, format_by_name
+from fp8train.precision.operand_cast import QuantSpec
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE, Table
 
 FORMATS = [pytest.param(E4M3, E4M3_TABLE, id="e4m3"), pytest.param(E5M2, E5M2_TABLE, id="e5m2")]
@@ -23,7 +24,7 @@ def codes(payload: Tensor) -> list[int]:
 
 
 def all_codes(fmt: Format) -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(fmt.dtype)
+    return torch.arange(256, dtype=torch.uint8).view(dtype_of(fmt))
 
 
 def is_nan_code(table: Table, code: int) -> bool:
@@ -54,7 +55,7 @@ def test_formats_are_described_by_their_definition() -> None:
         assert fmt.exponent_bits + fmt.mantissa_bits == 7
         assert fmt.max == 1.75 * 2.0**fmt.max_exponent  # the scale rule relies on it
         assert format_by_name(fmt.name) is fmt
-        assert format_of(fmt.dtype) is fmt
+        assert format_of(dtype_of(fmt)) is fmt
     with pytest.raises(ValueError, match="unknown FP8 format 'e3m4'; legal: e4m3, e5m2"):
         format_by_name("e3m4")
     with pytest.raises(ValueError, match=r"torch\.bfloat16 is not an FP8 type"):
@@ -95,7 +96,7 @@ def test_uncast_with_a_scale(fmt: Format, table: Table, exponent: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_decode_finite_of_every_finite_code(fmt: Format, table: Table, dtype: torch.dtype) -> None:
     finite = [code for code in range(256) if math.isfinite(table.decode(code))]
-    payload = torch.tensor(finite, dtype=torch.uint8).view(fmt.dtype)
+    payload = torch.tensor(finite, dtype=torch.uint8).view(dtype_of(fmt))
     decoded = decode_finite(payload, dtype)
     assert decoded.dtype == dtype
     expected = torch.tensor([table.decode(code) for code in finite], dtype=torch.float64)
@@ -235,7 +236,7 @@ def test_quantize(fmt: Format, table: Table, dtype: torch.dtype, power_of_two: b
         scale = np.float32(table.max) / amax
         assert float(scale_inv) == float(np.float32(1) / scale)
     scaled = x.float().numpy() * scale
-    assert payload.dtype == fmt.dtype
+    assert payload.dtype == dtype_of(fmt)
     assert scale_inv.dtype == torch.float32
     assert codes(payload) == [table.encode(float(value)) for value in scaled.flatten()]
     assert (

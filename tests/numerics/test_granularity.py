@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.formats import E4M3, E5M2, Format
 from fp8train.numerics.granularity import expand_scales, scale_tile
-from fp8train.numerics.quant_spec import LinearQuant, QuantSpec
 from fp8train.numerics.scaled_tensor import ScaledTensor
 from fp8train.numerics.statistics import FIELDS, cast_statistics
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE
 
 DIRECTED = ("row", "block_1x128", "mx_1x32")
@@ -188,55 +188,6 @@ def test_statistics_of_broadcast_scales() -> None:
     assert row["log2_scale"] == -1.0  # the mean of 0 and -2
     assert row["flushed"] == 0.25  # 2^-9 / 4 is below half of the smallest subnormal
     assert row["saturated"] == 0
-
-
-def test_directed_specs_are_other_quantisations_for_each_gemm() -> None:
-    for granularity in DIRECTED:
-        spec = QuantSpec(E4M3, granularity=granularity)
-        assert spec.directed
-        uses = dict.fromkeys(
-            ("output_x", "output_w", "grad_input_grad_output", "grad_input_w"), spec
-        ) | dict.fromkeys(("grad_weight_grad_output", "grad_weight_x"), spec)
-        with pytest.raises(ValueError, match=r"keep_x: same .* lie along .* use second_copy"):
-            LinearQuant(**uses, keep_w="second_copy")
-        with pytest.raises(ValueError, match=r"keep_w: same .* lie along"):
-            LinearQuant(**uses, keep_x="bf16")
-        quant = LinearQuant(**uses, keep_x="second_copy", keep_w="requantise")
-        assert set(quant.casts()) == {
-            *("output.x", "output.w", "grad_input.grad_output", "grad_weight.x"),
-            *("grad_input.w", "grad_weight.grad_output"),
-        }
-    square = QuantSpec(E4M3, granularity="block_128x128")
-    assert not square.directed
-    with pytest.raises(ValueError, match="keep_w: second_copy has no effect"):
-        LinearQuant(output_w=square, grad_input_w=square, keep_w="second_copy")
-
-
-def test_grad_weight_in_high_precision_needs_the_unquantised_input() -> None:
-    with pytest.raises(ValueError, match=r"grad_weight\.fp8: false .* keep_x is same; write .*keep_x: bf16"):
-        LinearQuant(grad_weight_fp8=False)
-    quant = LinearQuant(grad_weight_fp8=False, keep_x="bf16")
-    assert set(quant.casts()) == {"output.x", "output.w", "grad_input.grad_output"}
-    assert "grad_weight=high precision" in str(quant)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"granularity": "column"}, r"granularity: 'column'; legal: tensor, row, block_1x128"),
-        (
-            {"granularity": "row", "scale_source": "delayed"},
-            r"granularity: row takes each scale from its own amax; write scale_source: current",
-        ),
-        ({"granularity": "block_1x128", "scale_source": "mse"}, r"for scale_source: mse"),
-        ({"granularity": "mx_1x32", "power_of_two": False}, r"mx_1x32 has powers of two"),
-        ({"scale_source": "mse", "margin": 1}, r"mse chooses among powers of two; remove .* margin"),
-        ({"scale_source": "mse", "power_of_two": False}, r"mse chooses among powers of two"),
-    ],
-)
-def test_refusals(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        QuantSpec(E4M3, **settings)  # type: ignore[arg-type]
 
 
 def test_tiles() -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fp8train.numerics.cast import amax_of
-from fp8train.numerics.formats import E4M3, E5M2, Format
 from fp8train.numerics.mse_scale import magnitude_counts, mse_scale
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE
 
 TABLES = {E4M3: E4M3_TABLE, E5M2: E5M2_TABLE}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import E4M3, E5M2, Format
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale import exponent_from_amax, power_of_two, scale_from_amax
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
 
 FORMATS = [E4M3, E5M2]
 LIMIT = Fraction(2) ** 126

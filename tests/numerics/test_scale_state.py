@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import E4M3, E5M2
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scale_state import ScaleState, named_events, record_amax
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.operand_cast import QuantSpec
 
 CPU = torch.device("cpu")
 SPECS = {

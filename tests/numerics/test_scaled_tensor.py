@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils import _pytree as pytree
 
-from fp8train.numerics.formats import E4M3, E5M2, Format
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.scaled_tensor import ScaledTensor
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
 
 arrays = hnp.arrays(
     np.float32,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fp8train.numerics.cast import cast, quantize
-from fp8train.numerics.formats import E4M3, E5M2, Format
-from fp8train.numerics.quant_spec import QuantSpec
 from fp8train.numerics.statistics import FIELDS, CastRecorder, cast_statistics
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE
 
 TABLES = {"e4m3": E4M3_TABLE, "e5m2": E5M2_TABLE}

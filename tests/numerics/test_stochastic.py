@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8train.numerics.formats import E4M3, E5M2
 from fp8train.numerics.stochastic import cast_stochastic, random_bits, round_stochastic, stream_key
+from fp8train.precision.number_formats import E4M3, E5M2
 
 CPU = torch.device("cpu")
 TARGETS = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.models.fp8_plan import linear_quant
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.formats import E4M3, E5M2, Format
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.numerics.formats import dtype_of
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.operand_cast import QuantSpec
 from tests.training.tiny import tiny_config
 
 pytest.importorskip("torchao", reason="needs torchao: pip install -e .[dev]")
@@ -24,7 +24,7 @@ def theirs(x: Tensor, fmt: Format, granularity: str, contracted: int, power_of_t
     """Values of torchao's operand."""
     quantised = hp_tensor_to_float8_dynamic(
         x,
-        fmt.dtype,
+        dtype_of(fmt),
         LinearMMConfig(),
         scaling_granularity=ScalingGranularity(granularity),
         axiswise_dim=0 if contracted == 0 else -1,
@@ -59,7 +59,8 @@ def test_codes_and_scales_are_torchaos(
 def test_the_recipes_are_torchaos(ours: str, name: str) -> None:
     """Format, granularity and which GEMMs are in FP8, operand by operand."""
     gemm = tiny_config(["precision.gemm.fp8=true", f"precision.recipe={ours}"]).precision.gemm
-    quant = linear_quant(gemm)
+    quant = gemm.value()
+    assert quant is not None
     config = Float8LinearConfig.from_recipe_name(name)
     pairs = [
         (quant.output_x, config.cast_config_input),
@@ -74,6 +75,6 @@ def test_the_recipes_are_torchaos(ours: str, name: str) -> None:
     for spec, cast in pairs[: 4 + 2 * quant.grad_weight_fp8]:
         expected = {ScalingGranularity.AXISWISE: "row", ScalingGranularity.TENSORWISE: "tensor"}
         assert spec.granularity == expected[cast.scaling_granularity]
-        assert cast.target_dtype in (None, spec.format.dtype)
+        assert cast.target_dtype in (None, dtype_of(spec.format))
         assert spec.power_of_two == config.round_scales_to_power_of_2
         assert spec.scale_source == "current"

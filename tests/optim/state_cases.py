@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
-from fp8train.optim.state_plan import StateFormat, StatePlan
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamWSettings
 from fp8train.update_rules.rule import Rule, RuleSettings
 
 SETTINGS = AdamWSettings(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 FP16_MASTER = StateFormat("fp16_scaled", rounding="stochastic")
-O1 = StatePlan(master=FP16_MASTER)
-O2 = StatePlan(FP16_MASTER, StateFormat("e4m3"), StateFormat("fp16_scaled"))
-PAPER = StatePlan(
+O1 = StateFormats(master=FP16_MASTER)
+O2 = StateFormats(FP16_MASTER, StateFormat("e4m3"), StateFormat("fp16_scaled"))
+PAPER = StateFormats(
     StateFormat("fp16_scaled", granularity="tensor"),
     StateFormat("e4m3", granularity="tensor"),
     StateFormat("fp16_scaled", granularity="tensor"),
 )
 _EXPANDED = StateFormat("e4m3", expand=True)
-COAT = StatePlan(FP16_MASTER, _EXPANDED, _EXPANDED)
+COAT = StateFormats(FP16_MASTER, _EXPANDED, _EXPANDED)
 """``precision.state.plan: coat`` at O1 to O3."""
-E4M3_E5M2 = StatePlan(
+E4M3_E5M2 = StateFormats(
     StateFormat("fp16_scaled", granularity="tensor"),
     StateFormat("e4m3", granularity="tensor"),
     StateFormat("e5m2", granularity="tensor"),
@@ -103,7 +103,7 @@ def run_step(optimizer: Optimizer, gradients: Mapping[str, Tensor], step: int, *
 
 def single(
     rule: type[Rule],
-    plan: StatePlan,
+    plan: StateFormats,
     value: Tensor,
     *,
     settings: RuleSettings = SETTINGS,

@@ -13,7 +13,7 @@ from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import CHUNK, Optimizer
-from fp8train.optim.state_plan import StateFormat, StatePlan
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 
 SETTINGS = AdamWSettings(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
@@ -35,7 +35,7 @@ def spec(fqn: str, shape: tuple[int, ...], **changes) -> ParamSpec:
 
 
 def adamw(parameters: dict[str, nn.Parameter], specs: dict[str, ParamSpec]) -> Optimizer:
-    return Optimizer(AdamW(SETTINGS), parameters, specs, StatePlan(), seed=0)
+    return Optimizer(AdamW(SETTINGS), parameters, specs, StateFormats(), seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -141,7 +141,7 @@ def test_clip_multiplier() -> None:
     assert clip_multiplier(torch.tensor(torch.nan), 1.0).isnan()
 
 
-def moved_beside_an_outlier(plan: StatePlan, neighbour: float, settings: AdamWSettings) -> list[float]:
+def moved_beside_an_outlier(plan: StateFormats, neighbour: float, settings: AdamWSettings) -> list[float]:
     """Steps in learning rates of a weight that sees one gradient, in the block of a gradient of 1."""
     described = {"a": spec("a", (1, 128), in_fp8_plan=True, decay=None)}
     parameters = {"a": nn.Parameter(torch.zeros(1, 128))}
@@ -161,8 +161,8 @@ def moved_beside_an_outlier(plan: StatePlan, neighbour: float, settings: AdamWSe
 @pytest.mark.parametrize("neighbour", [1e-3, 1e-4, 1e-5, 1e-6])
 def test_a_second_moment_that_rounded_to_zero_makes_no_long_step(exp_avg_sq: str, neighbour: float) -> None:
     """Beside an outlier in its block, a small v is lost before the m that belongs to it."""
-    rounded = StatePlan(exp_avg=StateFormat("e4m3"), exp_avg_sq=StateFormat(exp_avg_sq))
-    assert max(moved_beside_an_outlier(StatePlan(), neighbour, SETTINGS)) <= 1.01
+    rounded = StateFormats(exp_avg=StateFormat("e4m3"), exp_avg_sq=StateFormat(exp_avg_sq))
+    assert max(moved_beside_an_outlier(StateFormats(), neighbour, SETTINGS)) <= 1.01
     assert max(moved_beside_an_outlier(rounded, neighbour, SETTINGS)) <= 1.25
 
 
@@ -170,12 +170,12 @@ def test_a_second_moment_that_rounded_to_zero_makes_no_long_step(exp_avg_sq: str
 def test_without_the_bound_it_does(exp_avg_sq: str, neighbour: float) -> None:
     """As FP8-LM has it: v was stored as 0 beside an m that was not, and eps alone divides."""
     free = replace(SETTINGS, bounded_update=False)
-    rounded = StatePlan(exp_avg=StateFormat("e4m3"), exp_avg_sq=StateFormat(exp_avg_sq))
+    rounded = StateFormats(exp_avg=StateFormat("e4m3"), exp_avg_sq=StateFormat(exp_avg_sq))
     # At step 2, m = 0.9 · 0.1 · g over 1 - 0.9^2.
     expected = 0.09 * neighbour / (1 - 0.9**2) / SETTINGS.eps
     moved = moved_beside_an_outlier(rounded, neighbour, free)
     assert moved[1] == pytest.approx(expected, rel=0.3)  # m has 4 bits here, or fewer
-    exact = [moved_beside_an_outlier(StatePlan(), neighbour, settings) for settings in (free, SETTINGS)]
+    exact = [moved_beside_an_outlier(StateFormats(), neighbour, settings) for settings in (free, SETTINGS)]
     assert exact[0] == exact[1]
 
 

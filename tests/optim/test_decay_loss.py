@@ -11,7 +11,7 @@ from torch import nn
 from fp8train.optim.decay_loss import explain_lost_decay, half_units
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
-from fp8train.optim.state_plan import StateFormat, StatePlan
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 from tests.optim.test_adamw import spec
 
@@ -28,7 +28,7 @@ def decay_kept(fmt: StateFormat, decay: float, *, steps: int, gradients: float, 
         settings = AdamWSettings(lr=lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=weight_decay)
         specs = {"w": spec("w", SHAPE, in_fp8_plan=True)}
         parameters = {"w": nn.Parameter(torch.zeros(SHAPE))}
-        optimizer = Optimizer(AdamW(settings), parameters, specs, StatePlan(fmt), seed=0)
+        optimizer = Optimizer(AdamW(settings), parameters, specs, StateFormats(fmt), seed=0)
         optimizer.states.seed_master("w", start)
         for step in range(1, steps + 1):
             reader = TensorGradient(gradients * torch.randn(SHAPE))
@@ -58,7 +58,7 @@ def test_decay_alone(case: str) -> None:
         settings = AdamWSettings(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=decay / 1e-3)
         specs = {"w": spec("w", SHAPE, in_fp8_plan=True)}
         parameters = {"w": nn.Parameter(torch.zeros(SHAPE))}
-        optimizer = Optimizer(AdamW(settings), parameters, specs, StatePlan(fmt), seed=0)
+        optimizer = Optimizer(AdamW(settings), parameters, specs, StateFormats(fmt), seed=0)
         torch.manual_seed(1)
         optimizer.states.seed_master("w", torch.randn(SHAPE).sign() * (0.5 + torch.rand(SHAPE)))
         before = optimizer.states.master("w").clone()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
-from fp8train.optim.state_plan import StateFormat as F
-from fp8train.optim.state_plan import StatePlan
+from fp8train.precision.state_formats import StateFormat as F
+from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 from fp8train.update_rules.lion import Lion
 from fp8train.update_rules.rule import RuleSettings
@@ -35,33 +35,33 @@ SHAPE, STEPS, SEED = (32, 256), 200, 3
 SR = "stochastic"
 
 # Plan, measured drift, bound. Everything that is not named is FP32.
-DRIFT: dict[str, tuple[StatePlan, float, float]] = {
-    "fp32": (StatePlan(), 4.5e-6, 1e-5),
-    "master bf16_remainder": (StatePlan(F("bf16_remainder")), 4.5e-6, 1e-5),
-    "master fp16": (StatePlan(F("fp16_scaled")), 3.6e-3, 5e-3),
-    "master fp16 SR": (StatePlan(FP16_MASTER), 5.1e-3, 7e-3),
-    "master fp16 tensor": (StatePlan(F("fp16_scaled", granularity="tensor")), 3.6e-3, 5e-3),
-    "master bf16 SR": (StatePlan(F("bf16", rounding=SR)), 4.2e-2, 6e-2),
-    "master bf16": (StatePlan(F("bf16")), 9.9e-2, 0.14),
-    "master e4m3 SR": (StatePlan(F("e4m3", rounding=SR)), 0.30, 0.4),
-    "m bf16": (StatePlan(exp_avg=F("bf16")), 1.2e-3, 2e-3),
-    "m fp16": (StatePlan(exp_avg=F("fp16_scaled")), 1.5e-4, 3e-4),
-    "m e4m3": (StatePlan(exp_avg=F("e4m3")), 2.0e-2, 3e-2),
-    "m e4m3 SR": (StatePlan(exp_avg=F("e4m3", rounding=SR)), 2.7e-2, 4e-2),
-    "m e4m3 tensor": (StatePlan(exp_avg=F("e4m3", granularity="tensor")), 6.2e-2, 0.1),
-    "m e4m3 expanded": (StatePlan(exp_avg=F("e4m3", expand=True)), 1.8e-2, 2.6e-2),
-    "m e5m2": (StatePlan(exp_avg=F("e5m2")), 4.3e-2, 6e-2),
-    "v bf16": (StatePlan(exp_avg_sq=F("bf16")), 1.0e-3, 2e-3),
-    "v fp16": (StatePlan(exp_avg_sq=F("fp16_scaled")), 1.3e-4, 3e-4),
-    "v fp16 tensor": (StatePlan(exp_avg_sq=F("fp16_scaled", granularity="tensor")), 5.8e-3, 1.2e-2),
-    "v e4m3 expanded": (StatePlan(exp_avg_sq=F("e4m3", expand=True)), 2.3e-2, 3.5e-2),
-    "v e5m2 expanded": (StatePlan(exp_avg_sq=F("e5m2", expand=True)), 2.8e-2, 4.2e-2),
-    "v sqrt e4m3 SR": (StatePlan(exp_avg_sq=F("e4m3", sqrt=True, rounding=SR)), 4.3e-2, 6.5e-2),
-    "v sqrt e4m3": (StatePlan(exp_avg_sq=F("e4m3", sqrt=True)), 0.22, 0.32),
-    "v e5m2 SR": (StatePlan(exp_avg_sq=F("e5m2", rounding=SR)), 4.9e-2, 8e-2),
+DRIFT: dict[str, tuple[StateFormats, float, float]] = {
+    "fp32": (StateFormats(), 4.5e-6, 1e-5),
+    "master bf16_remainder": (StateFormats(F("bf16_remainder")), 4.5e-6, 1e-5),
+    "master fp16": (StateFormats(F("fp16_scaled")), 3.6e-3, 5e-3),
+    "master fp16 SR": (StateFormats(FP16_MASTER), 5.1e-3, 7e-3),
+    "master fp16 tensor": (StateFormats(F("fp16_scaled", granularity="tensor")), 3.6e-3, 5e-3),
+    "master bf16 SR": (StateFormats(F("bf16", rounding=SR)), 4.2e-2, 6e-2),
+    "master bf16": (StateFormats(F("bf16")), 9.9e-2, 0.14),
+    "master e4m3 SR": (StateFormats(F("e4m3", rounding=SR)), 0.30, 0.4),
+    "m bf16": (StateFormats(exp_avg=F("bf16")), 1.2e-3, 2e-3),
+    "m fp16": (StateFormats(exp_avg=F("fp16_scaled")), 1.5e-4, 3e-4),
+    "m e4m3": (StateFormats(exp_avg=F("e4m3")), 2.0e-2, 3e-2),
+    "m e4m3 SR": (StateFormats(exp_avg=F("e4m3", rounding=SR)), 2.7e-2, 4e-2),
+    "m e4m3 tensor": (StateFormats(exp_avg=F("e4m3", granularity="tensor")), 6.2e-2, 0.1),
+    "m e4m3 expanded": (StateFormats(exp_avg=F("e4m3", expand=True)), 1.8e-2, 2.6e-2),
+    "m e5m2": (StateFormats(exp_avg=F("e5m2")), 4.3e-2, 6e-2),
+    "v bf16": (StateFormats(exp_avg_sq=F("bf16")), 1.0e-3, 2e-3),
+    "v fp16": (StateFormats(exp_avg_sq=F("fp16_scaled")), 1.3e-4, 3e-4),
+    "v fp16 tensor": (StateFormats(exp_avg_sq=F("fp16_scaled", granularity="tensor")), 5.8e-3, 1.2e-2),
+    "v e4m3 expanded": (StateFormats(exp_avg_sq=F("e4m3", expand=True)), 2.3e-2, 3.5e-2),
+    "v e5m2 expanded": (StateFormats(exp_avg_sq=F("e5m2", expand=True)), 2.8e-2, 4.2e-2),
+    "v sqrt e4m3 SR": (StateFormats(exp_avg_sq=F("e4m3", sqrt=True, rounding=SR)), 4.3e-2, 6.5e-2),
+    "v sqrt e4m3": (StateFormats(exp_avg_sq=F("e4m3", sqrt=True)), 0.22, 0.32),
+    "v e5m2 SR": (StateFormats(exp_avg_sq=F("e5m2", rounding=SR)), 4.9e-2, 8e-2),
     "O1": (O1, 5.1e-3, 7e-3),
     "O2": (O2, 2.1e-2, 3e-2),
-    "O2, v e4m3 expanded": (StatePlan(FP16_MASTER, F("e4m3"), F("e4m3", expand=True)), 3.0e-2, 4.5e-2),
+    "O2, v e4m3 expanded": (StateFormats(FP16_MASTER, F("e4m3"), F("e4m3", expand=True)), 3.0e-2, 4.5e-2),
     "coat": (COAT, 2.9e-2, 4.4e-2),
     "paper": (PAPER, 6.2e-2, 0.1),
 }
@@ -88,7 +88,7 @@ def advance(optimizer: Optimizer, gradients: list[Tensor]) -> None:
         )
 
 
-def drift_of(plan: StatePlan, training: tuple[Tensor, list[Tensor], ReferenceAdamW]) -> float:
+def drift_of(plan: StateFormats, training: tuple[Tensor, list[Tensor], ReferenceAdamW]) -> float:
     value, gradients, reference = training
     optimizer, _ = single(AdamW, plan, value)
     advance(optimizer, gradients)
@@ -109,16 +109,22 @@ def test_drift_from_fp64(name: str, training: tuple[Tensor, list[Tensor], Refere
     ("plan", "at_least"),
     [
         # In brackets: without AdamW's bound on m over the root of v.
-        (StatePlan(exp_avg_sq=F("e4m3", granularity="tensor")), 0.75),  # measured 1.5 (19): 70 % of v flushed
-        (StatePlan(exp_avg_sq=F("e4m3")), 0.3),  # measured 0.58 (5.9): 12 % flushed
-        (StatePlan(exp_avg_sq=F("e5m2", granularity="tensor")), 0.2),  # measured 0.39 (1.9): 4 % flushed
+        (
+            StateFormats(exp_avg_sq=F("e4m3", granularity="tensor")),
+            0.75,
+        ),  # measured 1.5 (19): 70 % of v flushed
+        (StateFormats(exp_avg_sq=F("e4m3")), 0.3),  # measured 0.58 (5.9): 12 % flushed
+        (StateFormats(exp_avg_sq=F("e5m2", granularity="tensor")), 0.2),  # measured 0.39 (1.9): 4 % flushed
         (E4M3_E5M2, 0.2),  # measured 0.35 (1.9): the same second moment
-        (StatePlan(master=F("e4m3", granularity="tensor")), 0.9),  # measured 0.96: nearly every update lost
+        (
+            StateFormats(master=F("e4m3", granularity="tensor")),
+            0.9,
+        ),  # measured 0.96: nearly every update lost
     ],
-    ids=lambda value: str(value) if isinstance(value, StatePlan) else "",
+    ids=lambda value: str(value) if isinstance(value, StateFormats) else "",
 )
 def test_formats_that_the_paper_warns_of_are_visibly_bad(
-    plan: StatePlan, at_least: float, training: tuple[Tensor, list[Tensor], ReferenceAdamW]
+    plan: StateFormats, at_least: float, training: tuple[Tensor, list[Tensor], ReferenceAdamW]
 ) -> None:
     assert drift_of(plan, training) > at_least
 
@@ -137,7 +143,7 @@ def test_updates_below_half_a_unit_stall_to_nearest_and_follow_on_average(fmt: s
     value += ulp * torch.rand(value.shape, generator=torch.Generator().manual_seed(4))
     moved = {}
     for rounding in ("nearest", "stochastic"):
-        plan = StatePlan(F(fmt, rounding=rounding))  # type: ignore[arg-type]
+        plan = StateFormats(F(fmt, rounding=rounding))  # type: ignore[arg-type]
         optimizer, _ = single(AdamW, plan, value, settings=settings)
         before = optimizer.states.master("w").clone()
         advance(optimizer, [torch.ones(value.shape)] * steps)
@@ -172,7 +178,7 @@ def test_a_second_moment_without_noise(
     for gradient in gradients:
         reference.step(gradient)
     for rounding, measured in (("nearest", nearest), ("stochastic", stochastic)):
-        plan = StatePlan(exp_avg_sq=F(fmt, rounding=rounding, **options))  # type: ignore[arg-type]
+        plan = StateFormats(exp_avg_sq=F(fmt, rounding=rounding, **options))  # type: ignore[arg-type]
         optimizer, _ = single(AdamW, plan, torch.zeros(SHAPE))
         advance(optimizer, gradients)
         v = optimizer.states.decoded("w", "exp_avg_sq").double().clamp(min=1e-30)
@@ -191,9 +197,9 @@ def test_lion_in_low_precision_follows_lion(training: tuple[Tensor, list[Tensor]
         m = 0.99 * m + 0.01 * gradient.double()
     # Measured 5e-6, 6e-3, 3.2e-2: a sign flips where it is a close call.
     for plan, bound in (
-        (StatePlan(exp_avg_sq=None), 5e-5),
-        (StatePlan(FP16_MASTER, exp_avg_sq=None), 1e-2),
-        (StatePlan(FP16_MASTER, F("e4m3", rounding="stochastic"), None), 5e-2),
+        (StateFormats(exp_avg_sq=None), 5e-5),
+        (StateFormats(FP16_MASTER, exp_avg_sq=None), 1e-2),
+        (StateFormats(FP16_MASTER, F("e4m3", rounding="stochastic"), None), 5e-2),
     ):
         optimizer, _ = single(Lion, plan, value, settings=settings)
         advance(optimizer, gradients)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.numerics.formats import E4M3, E5M2, Format
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.make_storage import make_storage
 from fp8train.optim.scaled_formats import ExpandedStorage
-from fp8train.optim.state_plan import StateFormat as F
 from fp8train.optim.state_storage import StatePlace
+from fp8train.precision.number_formats import E4M3, E5M2, Format
+from fp8train.precision.state_formats import StateFormat as F
 
 CPU = torch.device("cpu")
 BLOCK = 128

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fp8train.numerics.blocks import dequantize_blocks, quantize_blocks
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.block_scales import dequantize_blocks, quantize_blocks
 from fp8train.optim.optimizer import CHUNK
-from fp8train.optim.state_plan import StateFormat as F
-from fp8train.optim.state_plan import StatePlan
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.state_formats import StateFormat as F
+from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.adamw import AdamW
 from tests.optim.state_cases import O1, O2, PAPER, single
 
 SR = "stochastic"
-EVERYTHING = StatePlan(
+EVERYTHING = StateFormats(
     F("fp16_scaled", rounding=SR), F("e4m3", expand=True, rounding=SR), F("e4m3", expand=True, rounding=SR)
 )
 
@@ -66,7 +66,7 @@ class BlockGradient:
         return dequantize_blocks(self._payload[blocks], self._scales[blocks]).view(-1)
 
 
-def peak_of_a_step(plan: StatePlan, num_elements: int) -> int:
+def peak_of_a_step(plan: StateFormats, num_elements: int) -> int:
     shape = (num_elements // 1024, 1024)
     optimizer, _ = single(AdamW, plan, 0.02 * torch.randn(shape))
     reader = BlockGradient(torch.randn(shape))
@@ -94,10 +94,10 @@ def test_the_tracker_counts() -> None:
 # Peak in chunks of FP32 as measured, and the most allowed.
 @pytest.mark.parametrize(
     ("plan", "chunks"),
-    [(StatePlan(), 3), (O1, 8), (O2, 8), (PAPER, 8), (EVERYTHING, 12)],
+    [(StateFormats(), 3), (O1, 8), (O2, 8), (PAPER, 8), (EVERYTHING, 12)],
     ids=["fp32", "O1", "O2", "paper", "everything at once"],
 )
-def test_temporaries_are_a_few_chunks(plan: StatePlan, chunks: int) -> None:
+def test_temporaries_are_a_few_chunks(plan: StateFormats, chunks: int) -> None:
     peak = peak_of_a_step(plan, 2 * CHUNK)
     print(f"{plan}: peak {peak / CHUNK / 4:.2f} chunks")
     assert peak <= chunks * 4 * CHUNK

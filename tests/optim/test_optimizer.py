@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fp8train.models.param_spec import Shard
 from fp8train.optim.optimizer import Optimizer
 from fp8train.optim.parameter_state import Region
-from fp8train.optim.state_plan import StateFormat as F
-from fp8train.optim.state_plan import StatePlan
+from fp8train.precision.state_formats import StateFormat as F
+from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 from fp8train.update_rules.lion import Lion
 from fp8train.update_rules.rule import RuleSettings
@@ -31,11 +31,11 @@ from tests.optim.state_cases import (
 
 LION = RuleSettings(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
 SR = "stochastic"
-O2_BYTES = StatePlan(FP16_MASTER, F("e4m3"), F("e4m3", sqrt=True, rounding=SR))
-O2_EXPANDED = StatePlan(FP16_MASTER, F("e4m3"), F("e4m3", expand=True))
-REMAINDER = StatePlan(F("bf16_remainder"), F("bf16", rounding=SR), F("e5m2", expand=True, rounding=SR))
+O2_BYTES = StateFormats(FP16_MASTER, F("e4m3"), F("e4m3", sqrt=True, rounding=SR))
+O2_EXPANDED = StateFormats(FP16_MASTER, F("e4m3"), F("e4m3", expand=True))
+REMAINDER = StateFormats(F("bf16_remainder"), F("bf16", rounding=SR), F("e5m2", expand=True, rounding=SR))
 PLANS = {
-    "fp32": StatePlan(),
+    "fp32": StateFormats(),
     "O1": O1,
     "O2": O2,
     "O2 8-bit v": O2_BYTES,
@@ -62,7 +62,7 @@ def test_a_plain_plan_has_the_bits_of_torch(shape: tuple[int, int]) -> None:
     """Exact states: masters and moments of torch's own fused AdamW. It computes the last few elements of a
     call without vector instructions, so it gets a length that it has no tail of."""
     value, gradients = initial(shape), gradients_for(shape, 3)
-    optimizer, parameter = single(AdamW, StatePlan(), value)
+    optimizer, parameter = single(AdamW, StateFormats(), value)
     short = -math.prod(shape) % 64
     w = nn.functional.pad(value.flatten(), (0, short)).requires_grad_()
     s = SETTINGS
@@ -89,7 +89,7 @@ def test_fp32_states_equal_the_formula_in_fp64(count: int) -> None:
     """The module's formulas, written out once more in FP64."""
     shape = (32, 48)
     value, gradients = initial(shape), gradients_for(shape, count)
-    optimizer, _ = single(AdamW, StatePlan(), value)
+    optimizer, _ = single(AdamW, StateFormats(), value)
     w, m, v = value.double(), torch.zeros(shape).double(), torch.zeros(shape).double()
     s = SETTINGS
     for step, g in enumerate((gradient.double() for gradient in gradients), 1):
@@ -133,7 +133,7 @@ def test_formats_are_chosen_by_global_shape() -> None:
 def test_fp64_parameters_keep_fp64() -> None:
     parameter = nn.Parameter(torch.ones(4, 32, dtype=torch.float64))
     optimizer = Optimizer(
-        AdamW(SETTINGS), {"w": parameter}, {"w": matrix_spec("w", (4, 32))}, StatePlan(), seed=0
+        AdamW(SETTINGS), {"w": parameter}, {"w": matrix_spec("w", (4, 32))}, StateFormats(), seed=0
     )
     assert {t.dtype for t in optimizer.states.tensors().values()} == {torch.float64}
     assert optimizer.states.master("w").data_ptr() == parameter.data_ptr()
@@ -142,17 +142,17 @@ def test_fp64_parameters_keep_fp64() -> None:
 @pytest.mark.parametrize(
     ("plan", "at_most", "exactly"),
     [
-        (StatePlan(), 12.0, 12.0),
+        (StateFormats(), 12.0, 12.0),
         (O1, 10.1, 10 + 1 / 128),
         (O2, 5.1, 5 + 3 / 128),
         (O2_BYTES, 4.2, 4 + 3 / 128),
         (O2_EXPANDED, 4.2, 4 + 7 / 128),
-        (StatePlan(FP16_MASTER, F("e4m3"), F("e5m2", rounding=SR)), 4.2, 4 + 3 / 128),
+        (StateFormats(FP16_MASTER, F("e4m3"), F("e5m2", rounding=SR)), 4.2, 4 + 3 / 128),
         (PAPER, 5.1, 5.0),
     ],
     ids=str,
 )
-def test_stored_bytes_per_parameter(plan: StatePlan, at_most: float, exactly: float) -> None:
+def test_stored_bytes_per_parameter(plan: StateFormats, at_most: float, exactly: float) -> None:
     optimizer, _ = single(AdamW, plan, torch.zeros(512, 1024))
     stored = optimizer.states.stored_bytes(in_plan_only=True)
     per_parameter = sum(stored.values()) / optimizer.states.num_elements(in_plan_only=True)
@@ -169,7 +169,7 @@ def test_resume_is_bit_identical(rule: str, name: str) -> None:
     plan = PLANS[name]
     settings: RuleSettings = SETTINGS
     if rule == "lion":
-        plan, settings = StatePlan(plan.master, plan.exp_avg, None), LION
+        plan, settings = StateFormats(plan.master, plan.exp_avg, None), LION
     gradients = gradients_for(shape, 8)
 
     def fresh(value: Tensor) -> tuple[Optimizer, nn.Parameter]:
@@ -271,7 +271,7 @@ def test_parameters_are_the_rounding_of_the_stored_master(name: str) -> None:
 def test_zero_gradients_leave_finite_states(rule: str, name: str) -> None:
     plan, settings = PLANS[name], SETTINGS
     if rule == "lion":
-        plan, settings = StatePlan(plan.master, plan.exp_avg, None), LION  # type: ignore[assignment]
+        plan, settings = StateFormats(plan.master, plan.exp_avg, None), LION  # type: ignore[assignment]
     value = initial((8, 256))
     value[3] = 0.0
     optimizer, parameter = single(AdamW if rule == "adamw" else Lion, plan, value, settings=settings)
@@ -287,7 +287,7 @@ def test_zero_gradients_leave_finite_states(rule: str, name: str) -> None:
 
 def test_a_master_that_outgrows_its_scale_in_one_step_does_not_saturate() -> None:
     """From zero, and by a factor of 10^6, within a step."""
-    for plan in (O1, StatePlan(F("fp16_scaled", granularity="tensor"))):
+    for plan in (O1, StateFormats(F("fp16_scaled", granularity="tensor"))):
         optimizer, _ = single(AdamW, plan, torch.zeros(4, 128))
         for step, lr in ((1, 1e-3), (2, 1e3), (3, 1e-3)):
             optimizer.rule.settings = AdamWSettings(lr=lr, beta1=0.9, beta2=0.95, eps=1e-30, weight_decay=0.0)
@@ -366,7 +366,7 @@ def test_weight_targets_get_the_stored_master(name: str) -> None:
 def test_flushed_share_is_counted() -> None:
     shape = (16, 256)
     gradient = gradients_for(shape, 1)[0]
-    plan = StatePlan(exp_avg=F("e4m3"), exp_avg_sq=F("e4m3", granularity="tensor"))
+    plan = StateFormats(exp_avg=F("e4m3"), exp_avg_sq=F("e4m3", granularity="tensor"))
     optimizer, _ = single(AdamW, plan, initial(shape))
     assert optimizer.statistics() == {}
     run_step(optimizer, {"w": gradient}, 1, count_flushed=True)
@@ -383,7 +383,7 @@ def test_flushed_share_is_counted() -> None:
 def test_another_rule_in_the_checkpoint_is_refused() -> None:
     optimizer, _ = single(AdamW, O2, initial((8, 128)))
     other, _ = single(AdamW, O1, initial((8, 128)))
-    lion, _ = single(Lion, StatePlan(exp_avg_sq=None), initial((8, 128)), settings=LION)
+    lion, _ = single(Lion, StateFormats(exp_avg_sq=None), initial((8, 128)), settings=LION)
     optimizer.check_state_meta(other.state_meta())  # other formats: its states are recast
     with pytest.raises(ValueError, match="rule is adamw, but the checkpoint was written with lion"):
         optimizer.check_state_meta(lion.state_meta())
@@ -393,16 +393,16 @@ def test_a_plan_that_does_not_fit_the_rule_is_refused() -> None:
     parameters = {"w": nn.Parameter(torch.zeros(2, 32))}
     specs = {"w": matrix_spec("w", (2, 32))}
     with pytest.raises(ValueError, match="lion keeps no second moment, but its format is fp32"):
-        Optimizer(Lion(LION), parameters, specs, StatePlan(), seed=0)
+        Optimizer(Lion(LION), parameters, specs, StateFormats(), seed=0)
     with pytest.raises(ValueError, match="adamw keeps a second moment, but its format is None"):
-        Optimizer(AdamW(SETTINGS), parameters, specs, StatePlan(exp_avg_sq=None), seed=0)
+        Optimizer(AdamW(SETTINGS), parameters, specs, StateFormats(exp_avg_sq=None), seed=0)
 
 
 def test_lion_moves_by_the_sign() -> None:
     value = torch.ones(4, 32, dtype=torch.float64)
     optimizer, _ = single(
         Lion,
-        StatePlan(exp_avg_sq=None),
+        StateFormats(exp_avg_sq=None),
         value,
         settings=RuleSettings(lr=0.125, beta1=0.5, beta2=0.75, weight_decay=0.0),
     )

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.numerics.blocks import block_size
-from fp8train.numerics.formats import E4M3
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.make_storage import make_master_storage, make_storage
 from fp8train.optim.scaled_formats import ExpandedStorage
-from fp8train.optim.state_plan import StateFormat as F
 from fp8train.optim.state_storage import StatePlace, Storage
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.scale_blocks import block_size
+from fp8train.precision.state_formats import StateFormat as F
 
 CPU = torch.device("cpu")
 KEY = stream_key(3, 5, "exp_avg/w")
@@ -68,9 +68,9 @@ def test_to_nearest_the_error_is_half_a_unit(fmt: F, shape: tuple[int, ...]) -> 
     storage = storage_of(fmt, shape)
     fill(storage, x)
     error = ((read(storage) - x) / x).abs()
-    assert float(error.max()) <= HALF_ULP[fmt.name] * (1 + 1e-3)
+    assert float(error.max()) <= HALF_ULP[fmt.format] * (1 + 1e-3)
     if fmt.expand:  # a block spans about 6 binades of the format's 17 or 31: k is well above 1
-        assert float(error.square().mean().sqrt()) < {"e4m3": 0.015, "e5m2": 0.018}[fmt.name]
+        assert float(error.square().mean().sqrt()) < {"e4m3": 0.015, "e5m2": 0.018}[fmt.format]
 
 
 @pytest.mark.parametrize("fmt", SCALED, ids=str)
@@ -79,7 +79,7 @@ def test_scaled_codes_follow_the_definition(fmt: F) -> None:
     x = moments((4, 256), sigma=2.0)
     storage = storage_of(fmt, (4, 256))
     fill(storage, x)
-    largest = {"fp16_scaled": 57344.0, "e4m3": 448.0, "e5m2": 57344.0}[fmt.name]
+    largest = {"fp16_scaled": 57344.0, "e4m3": 448.0, "e5m2": 57344.0}[fmt.format]
     groups = x.view(-1, 128) if fmt.granularity == "block" else x.view(1, -1)
     payload = storage.tensors()[".payload"].view(groups.shape)
     for group, codes in zip(groups, payload, strict=True):
@@ -191,7 +191,7 @@ def test_stochastic_rounding_is_reproducible_and_right_on_average(fmt: F) -> Non
     assert float((read(storage) != read(again)).float().mean()) > 0.1
     bias = (read(storage).double().mean(dim=0) / row.double() - 1).abs().max()
     # 2048 draws, each off by at most two half units: 4.5 standard deviations; the expanded range has a bias
-    assert float(bias) < HALF_ULP[fmt.name] * (0.11 if not fmt.expand else 0.2)
+    assert float(bias) < HALF_ULP[fmt.format] * (0.11 if not fmt.expand else 0.2)
 
 
 def test_bytes_per_element() -> None:

@@ -14,7 +14,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
 from fp8train.planning.comm_volume import Flow, most_loaded, rank_steps, volume
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import batches, tiny_config
 
 ROOT = Path(__file__).parents[2]

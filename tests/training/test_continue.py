@@ -17,9 +17,9 @@ from fp8train.checkpoint import CheckpointError, capture_rng, save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain
+from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
 from fp8train.training.resume import resume
-from fp8train.training.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 STEP = 3

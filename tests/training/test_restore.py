@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fp8train.checkpoint import CheckpointError, OpenCheckpoint, open_checkpoint, save_checkpoint
 from fp8train.config.schema import to_plain
+from fp8train.step.trainer import Trainer
 from fp8train.training.restore import Restored, restore
-from fp8train.training.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 STEP = 3

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.cli import run_command
+from fp8train.cli.train_command import train_command
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
@@ -21,9 +22,9 @@ from fp8train.data.loading import Data, open_data
 from fp8train.data.prepare_sft import prepare_sft
 from fp8train.data.tokenizer_training import train_sentencepiece
 from fp8train.models.build import build_model, initialise
-from fp8train.training.command import train_command
-from fp8train.training.metrics import read_metrics
-from fp8train.training.trainer import Trainer, inputs_and_targets
+from fp8train.run_dir.metrics import read_metrics
+from fp8train.step.targets import inputs_and_targets
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")

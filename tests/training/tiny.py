@@ -13,7 +13,7 @@ from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
 from fp8train.data.batches import GlobalBatches
 from fp8train.data.samples import Place
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 VOCAB = 64
 

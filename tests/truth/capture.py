@@ -19,8 +19,8 @@ from fp8train.models.build import build_model, initialise
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.store import GradientStore
-from fp8train.training.precision import make_gradient_plan
-from fp8train.training.trainer import Trainer
+from fp8train.step.assemble import make_gradient_plan
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
-from fp8train.training.trainer import StepResult, Trainer, inputs_and_targets
+from fp8train.step.result import StepResult
+from fp8train.step.targets import inputs_and_targets
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches
 from tests.truth.adamw import Rule, cosine, updated
 from tests.truth.capture import OnRank, Recorder, over_ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches
 from tests.truth.capture import Recorder
 from tests.truth.cases import AFTER_A_MILLION, CASES, EXACT, FEEDBACK, SHORT, Case, run_case

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches
 from tests.truth.capture import grouped_store, watch_arrivals, watch_launches
 from tests.truth.cases import Case

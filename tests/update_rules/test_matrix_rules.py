@@ -12,7 +12,7 @@ from fp8train.models.param_spec import Shard
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
 from fp8train.optim.parameter_state import Region
-from fp8train.optim.state_plan import StateFormat, StatePlan
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 from fp8train.update_rules.rule import Load, MatrixRule, NewValues, RuleSettings, StepScalars
 from tests.optim.state_cases import FP16_MASTER, heavy_tailed_gradients, matrix_spec, run_step
@@ -60,7 +60,9 @@ def formula(value: Tensor, gradients: list[Tensor]) -> Tensor:
     return w
 
 
-def optimizer_of(plan: StatePlan, value: Tensor, *, chunk: int) -> tuple[Optimizer, dict[str, nn.Parameter]]:
+def optimizer_of(
+    plan: StateFormats, value: Tensor, *, chunk: int
+) -> tuple[Optimizer, dict[str, nn.Parameter]]:
     """Of a hidden matrix in the FP8 plan, a head and a norm."""
     shape = tuple(value.shape)
     specs = {
@@ -83,7 +85,7 @@ START = 0.02 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
 
 def test_a_matrix_is_updated_as_a_whole_and_the_rest_by_the_element_rule() -> None:
     """Chunks of 64 elements: the rule must not see them."""
-    optimizer, parameters = optimizer_of(StatePlan(exp_avg_sq=None), START, chunk=64)
+    optimizer, parameters = optimizer_of(StateFormats(exp_avg_sq=None), START, chunk=64)
     head = nn.Parameter(START.double())
     theirs = torch.optim.AdamW([head], 0.01, (0.9, 0.95), 1e-8, weight_decay=0.1)
     for step, gradient in enumerate(GRADIENTS, 1):
@@ -108,7 +110,7 @@ def test_a_matrix_is_updated_as_a_whole_and_the_rest_by_the_element_rule() -> No
 @pytest.mark.parametrize("granularity", ["block", "tensor"])
 def test_its_states_have_any_format(granularity: str) -> None:
     """An FP8 momentum, in one pass and in two; the errors are those of its rounding."""
-    plan = StatePlan(FP16_MASTER, StateFormat("e4m3", granularity=granularity), None)  # type: ignore[arg-type]
+    plan = StateFormats(FP16_MASTER, StateFormat("e4m3", granularity=granularity), None)  # type: ignore[arg-type]
     optimizer, parameters = optimizer_of(plan, START, chunk=1 << 10)
     for step, gradient in enumerate(GRADIENTS, 1):
         run_step(optimizer, {"w": gradient, "head": gradient, "norm": gradient[0].clone()}, step)
@@ -128,7 +130,9 @@ def test_a_matrix_that_is_cut_is_refused(cut: str) -> None:
         kept = r"\(8, 128\)"
     message = rf"w: orthogonal updates whole matrices, but this rank keeps {kept} of \(8, 256\)"
     with pytest.raises(ValueError, match=message):
-        Optimizer(rule(), {"w": parameter}, {"w": spec}, StatePlan(exp_avg_sq=None), seed=0, regions=regions)
+        Optimizer(
+            rule(), {"w": parameter}, {"w": spec}, StateFormats(exp_avg_sq=None), seed=0, regions=regions
+        )
 
 
 def test_it_declares_what_it_and_its_element_rule_read() -> None:
@@ -140,7 +144,7 @@ def test_it_declares_what_it_and_its_element_rule_read() -> None:
 
 def test_gradients_are_multiplied_by_the_clip_factor() -> None:
     """A polar factor does not notice; the momentum does."""
-    optimizer, _ = optimizer_of(StatePlan(exp_avg_sq=None), START, chunk=64)
+    optimizer, _ = optimizer_of(StateFormats(exp_avg_sq=None), START, chunk=64)
     gradients = {"w": GRADIENTS[0], "head": GRADIENTS[0], "norm": GRADIENTS[0][0].clone()}
     optimizer.step(
         lambda fqn: TensorGradient(gradients[fqn]),

@@ -35,7 +35,7 @@ from fp8train.config.resolve import load_config, resolve_mapping
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, model_ranks
 from fp8train.planning.comm_volume import Flow, most_loaded, rank_steps, volume
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 LEVELS = ("O0", "O1", "O2", "O3")
 LIMIT = 0.01

@@ -24,28 +24,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.formats import E4M3
 from fp8train.optim.optimizer import Optimizer
-from fp8train.optim.state_plan import StateFormat, StatePlan
 from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.receivers import Everyone, Member
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 
 _SR = StateFormat("fp16_scaled", rounding="stochastic")
 _TENSOR = StateFormat("fp16_scaled", granularity="tensor")
 PLANS = {
-    "FP32": StatePlan(),
-    "O1": StatePlan(_SR),
-    "O2": StatePlan(_SR, StateFormat("e4m3"), StateFormat("fp16_scaled")),
-    "O2, v E4M3 expanded": StatePlan(_SR, StateFormat("e4m3"), StateFormat("e4m3", expand=True)),
-    "O2, v sqrt E4M3": StatePlan(
+    "FP32": StateFormats(),
+    "O1": StateFormats(_SR),
+    "O2": StateFormats(_SR, StateFormat("e4m3"), StateFormat("fp16_scaled")),
+    "O2, v E4M3 expanded": StateFormats(_SR, StateFormat("e4m3"), StateFormat("e4m3", expand=True)),
+    "O2, v sqrt E4M3": StateFormats(
         _SR, StateFormat("e4m3"), StateFormat("e4m3", sqrt=True, rounding="stochastic")
     ),
-    "paper": StatePlan(_TENSOR, StateFormat("e4m3", granularity="tensor"), _TENSOR),
-    "BF16 + remainder, O2 moments": StatePlan(
+    "paper": StateFormats(_TENSOR, StateFormat("e4m3", granularity="tensor"), _TENSOR),
+    "BF16 + remainder, O2 moments": StateFormats(
         StateFormat("bf16_remainder"), StateFormat("e4m3"), StateFormat("fp16_scaled")
     ),
 }
@@ -100,7 +100,7 @@ def gradient_reader(size: int, device: torch.device) -> GradientReader:
     return bucket.reader(0)
 
 
-def make(plan: StatePlan, size: int, device: torch.device) -> tuple[Optimizer, nn.Parameter]:
+def make(plan: StateFormats, size: int, device: torch.device) -> tuple[Optimizer, nn.Parameter]:
     """An optimizer of one BF16 matrix."""
     parameter = nn.Parameter(torch.zeros(size, size, dtype=torch.bfloat16, device=device))
     spec = ParamSpec("w", "hidden", (size, size), size, size, "normal", 0.02, 1.0, "lr_times_lambda", True)

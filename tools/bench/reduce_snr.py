@@ -36,17 +36,12 @@ from fp8train.comm.processes import Processes
 from fp8train.comm.shared_scale import shared_scale_all_reduce, shared_scales
 from fp8train.config.resolve import load_config
 from fp8train.data.loading import open_data
-from fp8train.numerics.blocks import (
-    as_blocks,
-    block_size,
-    dequantize_blocks,
-    from_blocks,
-    quantize_blocks,
-)
+from fp8train.numerics.block_scales import as_blocks, dequantize_blocks, from_blocks, quantize_blocks
 from fp8train.numerics.cast import amax_of, cast, uncast
-from fp8train.numerics.formats import E4M3
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
-from fp8train.training.trainer import Trainer
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.scale_blocks import block_size
+from fp8train.step.trainer import Trainer
 
 SMALL = Path(__file__).parents[2] / "configs" / "small" / "llama_fp8.yaml"
 Gradients = dict[str, Tensor]  # fqn -> FP32 [ranks, rows, columns]
@@ -165,7 +160,7 @@ def quality(gradients: Gradients, ranks: int, reduce: Reduce) -> Quality:
 def capture(args: argparse.Namespace, count: int) -> Gradients:
     """Train a little, then take the gradients of ``count`` micro-batches one by one."""
     overrides = [f"data.prefix={args.data}", "train.steps=1000000", "train.global_batch_size=1"]
-    overrides += ["train.micro_batch_size=1", "train.eval_interval=0", *args.overrides]
+    overrides += ["train.micro_batch_size=1", *args.overrides]
     config = load_config(args.config, overrides).config
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     data = open_data(

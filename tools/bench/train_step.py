@@ -10,7 +10,7 @@ Embedding and head are not cut, so few layers of a large vocabulary understate w
 * Speed: variants run alternately in this process; ratios are taken round by round.
 * Memory, CUDA: the allocator's peak over the warm-up, less what earlier variants hold.
 * Memory, CPU: peak resident size of a forked process that runs the warm-up, torch's own 300 MB included.
-* TFLOP/s and MFU: :mod:`fp8train.training.throughput`. A token takes ``6 · matmul parameters
+* TFLOP/s and MFU: :mod:`fp8train.live.throughput`. A token takes ``6 · matmul parameters
   + 6 · layers · heads · head_dim · sequence`` FLOPs: forward 2 for each weight, and in attention
   2·2·S·head_dim for each head (scores, then values), of which the causal mask leaves half; backward twice the
   forward. BF16 is held against the BF16 peak, FP8 against the FP8 peak; an unknown device gets no MFU.
@@ -35,8 +35,8 @@ from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
-from fp8train.training.throughput import flops_per_token, memory_bytes, peak_of
-from fp8train.training.trainer import Trainer
+from fp8train.live.throughput import flops_per_token, memory_bytes, peak_of
+from fp8train.step.trainer import Trainer
 
 VARIANTS = {"O0": False, "FP8": True}
 TINY = {"layers": 2, "micro_batch": 2, "seq": 64, "steps": 1, "rounds": 2, "warmup": 1, "vocab": 512}

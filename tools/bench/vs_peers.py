@@ -3,10 +3,13 @@
 * ``transformers FP32`` and ``transformers BF16``: ``LlamaForCausalLM`` with SDPA attention, FP32 weights,
   without and with BF16 autocast, ``torch.optim.AdamW(fused=True)``, ``clip_grad_norm_``.
 * ``plain FP32`` and ``plain BF16``: the shortest loop in plain torch (:mod:`plain_llama`), likewise.
-* ``fp8train O0``: our :class:`~fp8train.training.trainer.Trainer` as ``fp8train train`` runs it: BF16 weights
+* ``fp8train O0``: our :class:`~fp8train.step.trainer.Trainer` as ``fp8train train`` runs it: BF16 weights
   and GEMMs, FP32 gradients, FP32 master weights and moments, the same clipping.
 * ``fp8train FP8``, ``fp8train O2``: with FP8 GEMMs alone, and the whole level. A CPU has no FP8 units, so
   these are the price of checking a recipe on a laptop.
+
+The last lines say how much of a step is in torch's matrix products and attention, which every variant calls
+alike: a bound on what anything else can gain.
 
 All train from equal weights on equal batches; the script refuses to report if their first losses differ by
 more than BF16 rounding explains. A CPU without BF16 instructions runs torch's BF16 GEMMs as scalar loops, so
@@ -31,6 +34,7 @@ import transformers
 from measure import Timing, describe_machine, print_table, speed_ratio, time_in_turn, write_json
 from plain_llama import PlainLlama
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
@@ -38,9 +42,11 @@ from fp8train.config.model_schema import ModelConfig
 from fp8train.config.resolve import resolve_mapping
 from fp8train.config.schema import Config
 from fp8train.layers.mlp import shard_unit
-from fp8train.training.trainer import Trainer
+from fp8train.step.trainer import Trainer
 
 CPU = torch.device("cpu")
+SHARED_KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
+"""What all variants leave to torch: matrix products and attention, by how their names begin."""
 SMALL = {"layers": 2, "hidden": 192, "heads": 6, "kv_heads": 2, "vocab": 12288, "batch": 2, "tie": True}
 MAX_FIRST_LOSS_DIFFERENCE = 0.02  # nats; BF16 rounding gives a few 1e-3
 Step = Callable[[int], float]
@@ -219,6 +225,15 @@ def faster_mode(timings: dict[str, Timing], peer: str) -> str:
     return min((f"{peer} FP32", f"{peer} BF16"), key=lambda name: timings[name].median)
 
 
+def share_in_shared_kernels(step: Step) -> float:
+    """The share of one step's operator time that torch's matrix products and attention take."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step(0)
+    events = recorded.key_averages()
+    shared = sum(e.self_cpu_time_total for e in events if e.key.startswith(SHARED_KERNELS))
+    return shared / sum(e.self_cpu_time_total for e in events)
+
+
 def check_first_losses(losses: dict[str, list[float]]) -> None:
     """Equal weights and batches must give equal losses, or the comparison is void."""
     first = {name: values[0] for name, values in losses.items()}
@@ -262,10 +277,18 @@ def main() -> None:
         }
     header = ("variant", "tokens/s", *(f"÷ {mode}" for mode in best.values()), "first loss", "last loss")
     print_table(header, rows)
+    shares = {n: share_in_shared_kernels(variants[n]) for n in (*best.values(), "fp8train O0")}
+    print("share of a step in torch's matrix products and attention, which all call alike:")
+    print("; ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    bounds = {peer: entries["fp8train O0"]["ratios"][peer]["median"] / shares["fp8train O0"] for peer in best}
+    print(
+        "O0's ratio if all else in it took no time:", ", ".join(f"{r:.2f} ({p})" for p, r in bounds.items())
+    )
     if args.json is not None:
         machine = describe_machine(CPU) | {"transformers": transformers.__version__}
         clock = "CPU seconds" if args.cpu_time else "wall seconds"
         result = {"machine": machine, "model": sizes, "clock": clock, "compared_with": best}
+        result |= {"share_in_shared_kernels": shares, "ratio_if_all_else_were_free": bounds}
         write_json(args.json, result | {"variants": entries})
 
 

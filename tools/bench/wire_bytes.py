@@ -26,13 +26,13 @@ from torch import Tensor
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange
 from fp8train.comm.shared_scale import shared_scale_all_reduce
-from fp8train.numerics.blocks import quantize_blocks
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.block_scales import quantize_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.grids import GridScales
 from fp8train.parallel.gradients.integer_storage import Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import CodeSum, IntegerSum
 from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
+from fp8train.precision.number_formats import E4M3
 
 BLOCK = 128
 

@@ -18,11 +18,18 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.exchange import Quantized
-from fp8train.numerics.blocks import as_blocks, decode_e8m0, dequantize_blocks, from_blocks, quantize_blocks
-from fp8train.numerics.formats import Format
+from fp8train.numerics.block_scales import (
+    as_blocks,
+    decode_e8m0,
+    dequantize_blocks,
+    from_blocks,
+    quantize_blocks,
+)
+from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.held import HeldBlocks
 from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.parallel.gradients.recorder import GradientRecorder
+from fp8train.precision.number_formats import Format
 
 
 def row_blocks(members: Sequence[Member], block: int) -> list[int]:
@@ -66,7 +73,7 @@ class BlockStorage:
         self.places = places
         self._format, self._block, self._recorder = fmt, block, recorder
         shape = (places.total, block)
-        self._payload = torch.zeros(shape, dtype=torch.uint8, device=device).view(fmt.dtype)
+        self._payload = torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype_of(fmt))
         self._scales = torch.full((places.total,), 127, dtype=torch.uint8, device=device)
         self._accumulator = (
             None if accumulate is None else torch.zeros(shape, dtype=accumulate, device=device)

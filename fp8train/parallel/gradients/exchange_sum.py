@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.exchange import Exchange, HierarchicalExchange
-from fp8train.numerics.blocks import from_blocks
+from fp8train.numerics.block_scales import from_blocks
 from fp8train.parallel.gradients.block_storage import BlockStorage
 from fp8train.parallel.gradients.held import Held, HeldValues
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp8train.numerics.blocks import dequantize_blocks, from_blocks
+from fp8train.numerics.block_scales import dequantize_blocks, from_blocks
 from fp8train.numerics.cast import uncast
 from fp8train.parallel.gradients.receivers import Places
 

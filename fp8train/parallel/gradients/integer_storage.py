@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fp8train.numerics.cast import amax_of, cast
 from fp8train.numerics.exact_sum import power_of_two_fp64
-from fp8train.numerics.formats import E4M3
 from fp8train.numerics.scale import power_of_two
 from fp8train.parallel.gradients.grids import GRID_BITS, GridScales, HeldSums, StepGrids, code_integers
 from fp8train.parallel.gradients.receivers import Places
 from fp8train.parallel.gradients.recorder import GradientRecorder
+from fp8train.precision.number_formats import E4M3
 
 
 class Points(Protocol):

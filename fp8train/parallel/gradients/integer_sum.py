@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.grids import CODE_UNIT, HeldSums, code_integers
 from fp8train.parallel.gradients.integer_storage import IntegerStorage
+from fp8train.precision.number_formats import E4M3
 
 PURPOSE = "gradient_exact"
 
@@ -70,7 +71,7 @@ class CodeSum:
         """Send every rank the codes of its part: one byte per element."""
         sums = self._storage.places.arrange(self._storage.integers())
         # Integers that are one code each are that code again: exact both ways.
-        codes = (sums.float() * 2.0**CODE_UNIT).to(E4M3.dtype).view(torch.uint8)
+        codes = (sums.float() * 2.0**CODE_UNIT).to(dtype_of(E4M3)).view(torch.uint8)
         codes = codes.view(self._group.size, -1)
         self._received = torch.empty_like(codes)
         self._wait = self._group.all_to_all(self._received, codes, purpose=PURPOSE)
@@ -80,7 +81,7 @@ class CodeSum:
         assert self._wait is not None
         assert self._received is not None
         self._wait()
-        self._part = code_integers(self._received.view(E4M3.dtype)).sum(dim=0, dtype=torch.int32)
+        self._part = code_integers(self._received.view(dtype_of(E4M3))).sum(dim=0, dtype=torch.int32)
         self._received = self._wait = None
         if not self._storage.places.scattered:
             everything = self._storage.integers().view(self._group.size, -1)

@@ -23,8 +23,6 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange, HierarchicalExchange
 from fp8train.comm.fp8_all_reduce import Algorithm
 from fp8train.models.param_spec import ParamSpec
-from fp8train.numerics.blocks import MAX_BLOCK, block_size
-from fp8train.numerics.formats import E4M3, Format
 from fp8train.parallel.gradients.auto_scales import AutoScales
 from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
@@ -49,6 +47,8 @@ from fp8train.parallel.gradients.tensor_storage import TensorStorage
 from fp8train.parallel.gradients.wide_storage import WideStorage
 from fp8train.parallel.gradients.wide_sum import WideSum
 from fp8train.parallel.zero import Partition
+from fp8train.precision.number_formats import E4M3, Format
+from fp8train.precision.scale_blocks import MAX_BLOCK, block_size
 
 PURPOSE = "gradient_fp8_plan"
 """Name of FP8-plan gradients in the byte counters; the others are ``gradient``."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fp8train.numerics.cast import quantize, uncast
-from fp8train.numerics.formats import Format
-from fp8train.numerics.quant_spec import QuantSpec
+from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.receivers import Places
+from fp8train.precision.number_formats import Format
+from fp8train.precision.operand_cast import QuantSpec
 
 
 @dataclass
@@ -46,10 +47,10 @@ class TensorStorage:
         """Allocate sums of zero. Args: ``places``: counted in elements; ``accumulate``: BF16, FP32, or
         ``fmt.dtype``."""
         self.places, self.format, self._spec = places, fmt, QuantSpec(fmt)
-        in_fp8 = accumulate == fmt.dtype
+        in_fp8 = accumulate == dtype_of(fmt)
         self._accumulators = [
             _Accumulator(
-                torch.zeros(m.shape, dtype=torch.uint8, device=device).view(fmt.dtype)
+                torch.zeros(m.shape, dtype=torch.uint8, device=device).view(dtype_of(fmt))
                 if in_fp8
                 else torch.zeros(m.shape, dtype=accumulate, device=device),
                 torch.ones((), device=device) if in_fp8 else None,

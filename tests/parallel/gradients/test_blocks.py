@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear
-from fp8train.numerics.blocks import as_blocks, block_size, dequantize_blocks, from_blocks, quantize_blocks
-from fp8train.numerics.formats import E4M3
+from fp8train.numerics.block_scales import as_blocks, dequantize_blocks, from_blocks, quantize_blocks
 from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
 from fp8train.parallel.gradients.receivers import Everyone, Member
 from fp8train.parallel.gradients.store import GradientStore
+from fp8train.precision.number_formats import E4M3
+from fp8train.precision.scale_blocks import block_size
 from tests.numerics.fp8_table import E4M3_TABLE
 
 CPU = torch.device("cpu")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.numerics.formats import E4M3
 from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
 from fp8train.parallel.gradients.receivers import (
     Member,
@@ -17,6 +16,7 @@ from fp8train.parallel.gradients.receivers import (
     row_elements,
 )
 from fp8train.parallel.zero import Kind, partition
+from fp8train.precision.number_formats import E4M3
 
 SHAPES = {"a": (12, 3), "b": (5, 2), "c": (7,), "d": (2, 4)}
 MEMBERS = [Member(fqn, shape) for fqn, shape in SHAPES.items()]

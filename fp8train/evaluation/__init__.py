@@ -1,0 +1,1 @@
+"""How good a model is: validation while it trains; perplexity, scores of text and tasks of a checkpoint."""

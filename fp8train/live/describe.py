@@ -1,0 +1,181 @@
+"""What a run stores in which format: the header's lines about precision, and bytes per parameter.
+
+Bytes are persistent between steps, scales included. *Per parameter of the FP8 plan* counts the matrices
+whose linears multiply in FP8 (all hidden linears where FP8 is off): gradient, master weight and moments.
+The compute copy of the weights and the accumulator of micro-batches stand beside them, as does the whole
+model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fp8train.config.precision_schema import StateFormatConfig
+from fp8train.config.schema import Config
+from fp8train.live.console import format_bytes, format_count
+from fp8train.optim.decay_loss import explain_lost_decay
+from fp8train.optim.parameter_state import in_plan
+from fp8train.step.trainer import Trainer
+from fp8train.update_rules.registry import rule_named
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes that this rank stores, by what they are for.
+
+    Attributes:
+        parameters: elements of the hidden linears' matrices.
+        states: by what: ``gradient``, then the optimizer's roles; of those matrices.
+        compute_copy: their weights as the GEMMs read them.
+        accumulator: of those matrices, while micro-batches add up.
+        whole_model: everything above for all parameters.
+    """
+
+    parameters: int
+    states: dict[str, int]
+    compute_copy: int
+    accumulator: int
+    whole_model: int
+
+    def per_parameter(self) -> dict[str, float]:
+        """``{what: bytes}`` per parameter of the FP8 plan, with ``total`` over ``states``."""
+        shares = {name: count / self.parameters for name, count in self.states.items()}
+        return {
+            **shares,
+            "total": sum(shares.values()),
+            "compute_copy": self.compute_copy / self.parameters,
+            "accumulator": self.accumulator / self.parameters,
+        }
+
+    def __str__(self) -> str:
+        shares = self.per_parameter()
+        states = ", ".join(f"{name} {shares[name]:.2f}" for name in self.states)
+        return (
+            f"{shares['total']:.2f} bytes per parameter of the hidden linears ({states}) "
+            f"+ compute copy {shares['compute_copy']:.2f} + accumulator {shares['accumulator']:.2f}; "
+            f"whole model {format_bytes(self.whole_model)}"
+        )
+
+
+def stored_bytes(trainer: Trainer) -> StoredBytes:
+    """Count the bytes that ``trainer`` has allocated."""
+    linears = trainer.model.linears()
+    matrices = {f"{path}.weight": linear for path, linear in linears.items()}
+    elements = sum(linear.weight.numel() for linear in matrices.values())
+    buckets = trainer.store.buckets
+    gradient = accumulator = 0
+    for bucket in buckets:
+        inside = sum(member.numel for member in bucket.members if member.fqn in matrices)
+        share = inside / sum(member.numel for member in bucket.members)
+        gradient += round(share * bucket.stored_bytes)
+        accumulator += round(share * bucket.accumulator_bytes)
+    roles = trainer.optimizer.states.stored_bytes_of(matrices)
+    copies = {fqn: linear.weight_bytes for fqn, linear in matrices.items()}
+    others = sum(p.nbytes for fqn, p in trainer.model.named_parameters() if fqn not in matrices)
+    whole = (
+        sum(bucket.stored_bytes + bucket.accumulator_bytes for bucket in buckets)
+        + sum(trainer.optimizer.states.stored_bytes(in_plan_only=False).values())
+        + sum(copies.values())
+        + others
+    )
+    return StoredBytes(elements, {"gradient": gradient, **roles}, sum(copies.values()), accumulator, whole)
+
+
+def describe_layout(trainer: Trainer) -> str:
+    """The process layout and the parameters of each rank; every rank calls it."""
+    processes, parallel = trainer.processes, trainer.config.parallel
+    own = torch.tensor([sum(p.numel() for p in trainer.model.parameters())], device=processes.device)
+    counts = own.new_empty(processes.everyone.size, 1)
+    processes.everyone.all_gather(counts, own, purpose="setup")()
+    low, high = format_count(int(counts.min())), format_count(int(counts.max()))
+    each = low if low == high else f"{low} to {high}"
+    line = f"{processes.describe()}; {each} parameters per rank"
+    if trainer.sharding is None:
+        return line
+    states = sum(parameter.numel() for parameter in trainer.sharding.parameters.values())
+    return f"{line}, optimizer states of {format_count(states)} (ZeRO-1 by {parallel.zero_partition})"
+
+
+def describe_precision(trainer: Trainer) -> list[str]:
+    """Lines for the header: exactly what is FP8 and what is not."""
+    config, built = trainer.config, trainer.built
+    precision = config.precision
+    kept = ", of norms and non-linearities kept in e4m3 (1x16)" if precision.activations == "fp8" else ""
+    lines = [f"precision: {precision.level}, {precision.compute} activations{kept}; {_others(config)}"]
+    rule = trainer.model.parametrization
+    if config.parametrization.kind != "standard" or rule.gradient_scale != 1.0:
+        fate = "divided out of gradients" if rule.true_gradients else "unit-scale gradients"
+        lines.append(
+            f"parametrization: {config.parametrization.kind}; mean loss times {rule.gradient_scale:g} in "
+            f"backward ({fate})"
+        )
+    if built.fp8 is None:
+        lines.append("FP8: off")
+    else:
+        assert built.backend is not None
+        recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
+        lines.append(f"{built.fp8} [{built.backend.reason}]{recipe}")
+        lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
+    if trainer.pipeline is None:
+        lines.append(f"memory: {stored_bytes(trainer)}")
+    else:
+        lines.append(f"pipeline: {trainer.pipeline.layout.describe()}")
+        lines.append(f"memory of this rank's stages: {stored_bytes(trainer)}")
+    return lines
+
+
+def precision_warnings(trainer: Trainer) -> list[str]:
+    """What a person should know before they spend the time: decay that rounding takes back."""
+    optimizer, specs = trainer.optimizer, trainer.outline.specs.values()
+    decays = [optimizer.peak_decay(spec) for spec in specs if in_plan(spec)]
+    lost = explain_lost_decay(optimizer.states.plan.master, decays)
+    remedy = "to keep it, write precision.state.master.rounding: stochastic"
+    return [] if lost is None else [f"precision.state.master.rounding is nearest: {lost}; {remedy}"]
+
+
+def _others(config: Config) -> str:
+    gradient = config.precision.gradient
+    wide = "fp64" if config.precision.compute == "fp64" else "fp32"
+    whose = "gradients" if gradient.format == "high_precision" else "gradients outside the FP8 plan"
+    return (
+        f"{whose} accumulated in {gradient.accumulate} and reduced in {gradient.reduce}, "
+        f"{config.optimizer.name} states outside the FP8 plan in {wide}"
+    )
+
+
+def _weights(config: Config) -> str:
+    resident = config.precision.weights == "fp8"
+    return (
+        "in FP8 only, cast from the master" if resident else f"in {config.precision.compute}, cast every step"
+    )
+
+
+def _gradients(trainer: Trainer) -> str:
+    gradient = trainer.config.precision.gradient
+    if gradient.format == "high_precision":
+        return "in high precision"
+    fp8 = gradient.fp8
+    if fp8.reduce == "exact":
+        return f"{gradient.format} (one scale per tensor) of each micro-batch, added as integers"
+    if fp8.reduce in ("bf16", "fp32") and trainer.sharding is not None:
+        return f"accumulated in {fp8.accumulate} and reduced in {fp8.reduce} to their owners, not cast"
+    scales = "one scale per tensor" if fp8.reduce == "shared_scale" else f"blocks of up to {fp8.block}"
+    return f"{gradient.format} ({scales}), accumulated in {fp8.accumulate}, reduced by {fp8.reduce}"
+
+
+def _states(config: Config) -> str:
+    state = config.precision.state
+    roles = rule_named(config.optimizer.name).roles()
+    return ", ".join(f"{role} {_format(getattr(state, role))}" for role in roles)
+
+
+def _format(state: StateFormatConfig) -> str:
+    name = f"sqrt({state.format})" if state.sqrt else state.format
+    if state.format in ("fp32", "bf16_remainder"):
+        return name
+    extra: list[str] = [state.granularity] if state.format != "bf16" else []
+    extra += ["expanded"] if state.expand else []
+    extra += ["stochastic"] if state.rounding == "stochastic" else []
+    return f"{name} ({', '.join(extra)})" if extra else name

@@ -1,0 +1,144 @@
+"""TensorBoard and Weights & Biases behind one interface; neither can stop or slow a run.
+
+Both show what ``metrics.jsonl`` already holds, so whatever goes wrong in them costs a curve on a web page,
+not data: it is reported once as an event, and the tracker is left alone from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fp8train.config.schema import LoggingConfig
+from fp8train.live.wandb_tracker import WandbTracker, kept_run_id
+from fp8train.run_dir.directory import RunDir
+
+# Shown against tokens too: TensorBoard has one x-axis, so these get a second curve.
+_BY_TOKENS = ("train/loss", "train/loss_mean", "eval/loss")
+
+
+class EventLog(Protocol):
+    """Takes what happened, for example :meth:`fp8train.run_dir.directory.RunDir.log_event`."""
+
+    def __call__(self, kind: str, *, step: int, **fields: Any) -> None:
+        """Record an event of this kind after this step."""
+
+
+class Tracker(Protocol):
+    """One place that shows curves. No method raises, and only ``close`` may wait."""
+
+    name: str
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Show the numbers of a step."""
+
+    def close(self, status: str) -> None:
+        """Finish with this status: ``completed``, ``stopped`` or ``failed``."""
+
+    def take_problem(self) -> str | None:
+        """Return what went wrong since the last call, if anything; each problem once."""
+
+
+class Trackers:
+    """The trackers that the configuration asks for; none on ranks other than 0."""
+
+    def __init__(
+        self,
+        logging: LoggingConfig,
+        run_dir: RunDir,
+        event: EventLog,
+        *,
+        run_name: str,
+        run_config: Mapping[str, Any],
+        enabled: bool,
+    ) -> None:
+        """``event`` is told about trackers that fail; ``run_config`` is what W&B shows as the run's
+        settings."""
+        self._event = event
+        self._step = 0
+        self._trackers: list[Tracker] = []
+        if enabled and logging.tensorboard:
+            self._trackers.append(TensorBoardTracker(run_dir.tensorboard))
+        if enabled and logging.wandb.mode != "off":
+            self._trackers.append(
+                WandbTracker(
+                    logging.wandb,
+                    directory=run_dir.path,
+                    run_id=kept_run_id(run_dir.path),
+                    run_name=run_name,
+                    run_config=run_config,
+                )
+            )
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Show the numbers of a step on every tracker, and report trackers that failed."""
+        self._step = step
+        for tracker in self._trackers:
+            tracker.log(step, tokens, metrics)
+        self._report()
+
+    def close(self, status: str = "failed") -> None:
+        """Finish every tracker with this status: ``completed``, ``stopped`` or ``failed``. Waits a bounded
+        time for what is still under way."""
+        for tracker in self._trackers:
+            tracker.close(status)
+        self._report()
+        self._trackers = []
+
+    def _report(self) -> None:
+        for tracker in self._trackers:
+            problem = tracker.take_problem()
+            if problem is not None:
+                self._event("tracker_failed", step=self._step, tracker=tracker.name, problem=problem)
+
+
+class TensorBoardTracker:
+    """Event files under ``tb/``. A resumed run hides what an earlier one wrote after the resumed step."""
+
+    name = "tensorboard"
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: Any = None
+        self._problem: str | None = None
+        self._dead = False
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Write numbers; the writer has its own thread and file buffer."""
+        if self._dead:
+            return
+        try:
+            if self._writer is None:
+                # Imported here: a run without TensorBoard need not have it, and it costs a second.
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._directory), purge_step=step, flush_secs=30)
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+                if name in _BY_TOKENS:
+                    self._writer.add_scalar(f"{name}_by_tokens", value, tokens)
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: its thread died, e.g. on a full disk
+            self._fail(error)
+
+    def close(self, status: str) -> None:
+        """Write what is buffered and close the file."""
+        if self._writer is None or self._dead:
+            return
+        try:
+            self._writer.close()
+        except (OSError, RuntimeError) as error:
+            self._fail(error)
+
+    def take_problem(self) -> str | None:
+        """Return what went wrong since the last call, if anything; each problem once."""
+        problem, self._problem = self._problem, None
+        return problem
+
+    def _fail(self, error: Exception) -> None:
+        self._dead = True
+        self._problem = f"{type(error).__name__}: {error}"

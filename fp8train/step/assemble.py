@@ -1,0 +1,246 @@
+"""Makes, from ``precision`` in the configuration, gradient storage and reduction and the optimizer of one
+process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fp8train.comm.collectives import CountedGroup
+from fp8train.comm.processes import Processes, two_levels
+from fp8train.comm.sequence_parallel import TensorParallel, Traffic
+from fp8train.config.errors import ConfigError
+from fp8train.config.schema import Config
+from fp8train.layers.fp8_weight import ResidentFp8Weight
+from fp8train.models.build import COMPUTE_DTYPES, BuiltModel
+from fp8train.models.decoder import Decoder
+from fp8train.numerics.formats import dtype_of
+from fp8train.numerics.statistics import CastRecorder
+from fp8train.optim.optimizer import Optimizer
+from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.parallel.zero import Partition
+from fp8train.precision.number_formats import format_by_name
+from fp8train.step.sharding import Sharding
+from fp8train.update_rules.registry import rule_named
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_gradient_plan(
+    config: Config,
+    processes: Processes,
+    built: BuiltModel,
+    *,
+    outline: Decoder | None = None,
+    owners: Partition | None = None,
+    contributions: int,
+    recorder: CastRecorder | None = None,
+) -> GradientPlan:
+    """Decide how this process's gradients are stored and reduced.
+
+    Args:
+        config: a validated configuration.
+        processes: this process's place in the job.
+        built: the model and its FP8 plan.
+        outline: the whole model, where ``built`` is a part of it.
+        owners: under ZeRO, who keeps the optimizer states of what.
+        contributions: micro-batches of a step on this rank.
+        recorder: where statistics of gradient casts go, at sites ``PATH/grad_weight``.
+
+    Raises:
+        ConfigError: ``exact`` without what makes it exact on this device, or on ranks that differ in it.
+    """
+    gradient = config.precision.gradient
+    in_fp64 = COMPUTE_DTYPES[config.precision.compute] == torch.float64
+    fp8 = None if gradient.format == "high_precision" else _fp8_gradients(config)
+    exact = fp8 is not None and fp8.reduce == "exact"
+    if exact:
+        _check_exact(config, processes)
+    # Grids are of the whole model on every rank: their state is one tensor, and all ranks agree on it.
+    model = outline if exact and outline is not None else built.model
+    return GradientPlan(
+        dict(model.named_parameters()),
+        accumulate=torch.float64 if in_fp64 else _DTYPES[gradient.accumulate],
+        reduce=torch.float64 if in_fp64 else _DTYPES[gradient.reduce],
+        bucket_bytes=gradient.bucket_mib * 2**20,
+        groups=_groups(gradient.fp8.node_size if fp8 is not None else None, processes),
+        device=processes.device,
+        fp8=fp8,
+        agree=processes.stage if processes.pp.size == 1 else processes.everyone,
+        in_fp8_plan=() if built.fp8 is None else [f"{path}.weight" for path in built.fp8.converted],
+        contributions=contributions,
+        recorder=None if recorder is None else _GradientSites(recorder),
+        unchanged=_settings_of_exact(config, processes.device) if exact else None,
+        specs=built.model.specs,
+        owners=owners,
+    )
+
+
+def tensor_parallel(config: Config, processes: Processes) -> TensorParallel | None:
+    """The ranks among which matrices and activations are cut; None for one."""
+    if processes.sequence.size == 1:
+        return None
+    traffic = config.precision.traffic
+    return TensorParallel(
+        processes.tp,
+        processes.sequence,
+        processes.cp,
+        Traffic(
+            activations=traffic.activations == "fp8",
+            grad_output=traffic.grad_output == "fp8",
+            grad_input=traffic.grad_input == "fp8",
+            output=traffic.output == "fp8",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _GradientSites:
+    """Names a gradient's cast site after its linear, as the operands' are."""
+
+    recorder: CastRecorder
+
+    @property
+    def active(self) -> bool:
+        return self.recorder.active
+
+    def record(self, fqn: str, source: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
+        self.recorder.record(f"{fqn.removesuffix('.weight')}/grad_weight", source, payload, scale_inv)
+
+
+def _fp8_gradients(config: Config) -> Fp8Gradients:
+    fp8 = config.precision.gradient.fp8
+    fmt = format_by_name(config.precision.gradient.format)
+    return Fp8Gradients(
+        format=fmt,
+        accumulate=dtype_of(fmt) if fp8.accumulate == "fp8" else _DTYPES[fp8.accumulate],
+        reduce=_DTYPES[fp8.reduce] if fp8.reduce == "bf16" or fp8.reduce == "fp32" else fp8.reduce,
+        block=fp8.block,
+        error_feedback=fp8.error_feedback,
+        between_nodes=fp8.between_nodes,
+        algorithm=fp8.sum,
+        mu_criterion=fp8.mu_criterion,
+        mu_threshold=fp8.mu_threshold if fp8.mu_criterion == "count" else None,
+        mu_window=fp8.mu_window,
+        mu_initial=fp8.mu_initial,
+    )
+
+
+def _groups(node_size: int | None, processes: Processes) -> Groups:
+    size = processes.replicas.size
+    in_parts = {"parts": processes.tp, "partial": processes.stage} if processes.tp.size > 1 else {}
+    if node_size is None or node_size == size:
+        return Groups(processes.replicas, **in_parts)
+    return Groups(processes.replicas, *two_levels(processes.replicas, node_size), **in_parts)
+
+
+def _check_exact(config: Config, processes: Processes) -> None:
+    """``exact`` promises equal bits: what a configuration for any device could not tell."""
+    if config.run.threads is None and processes.device.type == "cpu":
+        raise ConfigError(
+            "precision.gradient.fp8.reduce: exact gives the same bits on any number of ranks only at equal "
+            "threads per rank; set run.threads, for example run.threads=1"
+        )
+    if processes.device.type == "cuda" and not config.run.deterministic:
+        raise ConfigError(
+            "precision.gradient.fp8.reduce: exact needs kernels whose result does not depend on timing; "
+            "set run.deterministic=true"
+        )
+    _check_ranks_agree(_settings_of_exact(config, processes.device) | _machine(processes.device), processes)
+
+
+def _settings_of_exact(config: Config, device: torch.device) -> dict[str, int | str | None]:
+    """What the user sets and the bits of a micro-batch's gradient, or their grid, depend on. Threads do not
+    count on CUDA. Ranks that hold parts of matrices or sequences round parts of its sums."""
+    return {
+        "parallel.tp": config.parallel.tp,
+        "parallel.cp": config.parallel.cp,
+        "run.device": device.type,
+        "run.threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.global_batch_size": config.train.global_batch_size,
+    }
+
+
+def _machine(device: torch.device) -> dict[str, int | str | None]:
+    """What of the machine they depend on: the kernels that torch has and chooses."""
+    if device.type == "cuda":
+        return {"torch version": torch.__version__, "GPU": torch.cuda.get_device_name(device)}
+    return {"torch version": torch.__version__, "CPU capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def _check_ranks_agree(ours: dict[str, int | str | None], processes: Processes) -> None:
+    """Collective over all ranks.
+
+    Raises:
+        ConfigError: a value is not the same on all of them; on every rank, with the same text.
+    """
+    if processes.control is None:
+        return
+    everyone: list[dict[str, int | str | None]] = [{} for _ in range(processes.world_size)]
+    dist.all_gather_object(everyone, ours, group=processes.control)
+    for key in ours:
+        ranks_of: dict[int | str | None, list[int]] = {}
+        for rank, values in enumerate(everyone):
+            ranks_of.setdefault(values[key], []).append(rank)
+        if len(ranks_of) > 1:
+            found = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
+            raise ConfigError(
+                "precision.gradient.fp8.reduce: exact needs a micro-batch's gradient to have the same bits "
+                f"on every rank, but {key} differs: {found}; make it the same on all"
+            )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def make_run_optimizer(
+    config: Config,
+    built: BuiltModel,
+    processes: Processes,
+    resident: Mapping[str, ResidentFp8Weight],
+    sharding: Sharding | None = None,
+) -> Optimizer:
+    """The optimizer of a model; it writes the ``resident`` FP8 weights itself.
+
+    Raises:
+        ConfigError: state formats that do not fit.
+    """
+    hyperparameters = config.optimizer.model_dump() | {
+        "eps": config.optimizer.eps * built.model.parametrization.eps_unit,
+        "bounded_update": config.precision.state.bounded_update,
+    }
+    parameters: Mapping[str, Tensor] = dict(built.model.named_parameters())
+    group = processes.tp
+    if sharding is not None:
+        parameters, group = sharding.parameters, processes.stage
+    try:
+        return Optimizer(
+            rule_named(config.optimizer.name).of(hyperparameters),
+            parameters,
+            built.model.specs,
+            config.state_formats,
+            seed=config.run.seed,
+            weight_targets=resident if sharding is None else sharding.targets,
+            regions=None if sharding is None else sharding.regions,
+            agree=None if group.size == 1 else partial(_all_reduce_max, group),
+            device=processes.device,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def all_reduce_max(processes: Processes, tensor: Tensor) -> None:
+    """The elementwise maximum over all ranks that hold the same blocks, in place."""
+    _all_reduce_max(processes.stage, tensor)
+
+
+def _all_reduce_max(group: CountedGroup, tensor: Tensor) -> None:
+    group.all_reduce(tensor, purpose="amax", op=torch.distributed.ReduceOp.MAX)()

@@ -1,0 +1,135 @@
+"""What is watched while a run trains: FP8 casts, the guard over them, flushed states, query projections.
+
+Statistics of the whole model are put together from the ranks that hold its parts, so most methods are
+collective; all wait for the device and are called on the steps that are sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8train.comm.processes import Processes
+from fp8train.config.schema import Config
+from fp8train.models.build import BuiltModel
+from fp8train.numerics.statistics import CastRecorder
+from fp8train.optim.optimizer import Optimizer
+from fp8train.parallel.pipeline import Pipeline
+from fp8train.step.guard import Flag, Guard, agreed_readings
+
+
+class Monitors:
+    """The monitors of one process: what it records of a step, and the guard that acts on it.
+
+    Attributes:
+        recorder: FP8 cast statistics; None without FP8 or with statistics off.
+        guard: which linears are out of FP8 for a while; None if it is off.
+        pipeline: whose ranks hold the rest of the model; None with one stage. Set once it is built.
+    """
+
+    def __init__(self, config: Config, processes: Processes, built: BuiltModel) -> None:
+        """``built``: the model, whose linears are connected to the recorder later."""
+        self.config, self.processes, self.built = config, processes, built
+        self.pipeline: Pipeline | None = None
+        self.recorder = self._make_recorder()
+        self.guard: Guard | None = None
+        if config.precision.guard.action != "off" and built.fp8 is not None:
+            self.guard = Guard(config.precision.guard, built.fp8.converted)
+
+    def _make_recorder(self) -> CastRecorder | None:
+        """With sites of the whole model; this process records those that it holds."""
+        if self.built.fp8 is None or self.config.logging.cast_statistics_interval == 0:
+            return None
+        operands = ["x", "w", "grad_output"]
+        if self.config.precision.gradient.format != "high_precision":
+            operands.append("grad_weight")
+        sites = [f"{path}/{operand}" for path in self.built.fp8.converted for operand in operands]
+        return CastRecorder(sites, self.processes.device)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the current step's casts are recorded."""
+        return self.recorder is not None and self.recorder.active
+
+    def before_step(self, step: int) -> None:
+        """Let linears back into FP8 whose time is over before ``step`` (1-based) begins."""
+        if self.guard is not None and self.guard.release(step):
+            self._apply_guard()
+
+    def cast_rows(self) -> dict[str, dict[str, float]]:
+        """Cast statistics of the last sampled step, of the whole model: ``{site: {field: value}}``; waits for
+        the device. Collective over the pipeline's ranks. Of a tensor that other data-, tensor- or
+        context-parallel ranks hold parts of, they are those of this rank's part."""
+        assert self.recorder is not None
+        if self.pipeline is None:
+            return self.recorder.collect()
+        return self.recorder.collect(self.pipeline.combine_rows(self.recorder.rows, self.recorder.recorded()))
+
+    def watch(self, done: int) -> list[Flag]:
+        """Show the guard the statistics of step ``done`` (1-based), which was sampled; nothing without a
+        guard. Collective over all ranks; waits for the device."""
+        if self.guard is None:
+            return []
+        assert self.recorder is not None
+        rows = self.recorder.rows
+        if self.pipeline is not None:
+            rows = self.pipeline.combine_rows(rows, self.recorder.recorded())
+        table = agreed_readings(self.recorder.sites, rows, self.processes.everyone)
+        flags = self.guard.observe(done, table)
+        self._apply_guard()
+        return flags
+
+    def state(self) -> dict[str, Any]:
+        """Host state of the monitors for a checkpoint."""
+        return {} if self.guard is None else {"guard": self.guard.state()}
+
+    def load_state(self, meta: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's host state, of any run."""
+        if self.guard is not None and "guard" in meta:
+            self.guard.load_state(meta["guard"])
+            self._apply_guard()
+
+    def _apply_guard(self) -> None:
+        assert self.guard is not None
+        for path, linear in self.built.model.linears().items():
+            linear.leaves_fp8 = path in self.guard.locked
+        if self.recorder is not None:  # what is not cast must not be logged as if it were
+            self.recorder.forget(
+                f"{path}/{operand}" for path in self.guard.locked for operand in ("x", "grad_output")
+            )
+
+    def guard_metrics(self) -> dict[str, float]:
+        """How many linears are out of FP8; nothing without a guard."""
+        return {} if self.guard is None else {"fp8/guarded_linears": float(len(self.guard.locked))}
+
+    def optimizer_metrics(self, optimizer: Optimizer) -> dict[str, float]:
+        """Shares of optimizer states that the last applied step flushed to zero, if it was sampled; waits for
+        the device. Collective over the pipeline's ranks."""
+        shares, elements = optimizer.statistics(), optimizer.states.num_elements(in_plan_only=True)
+        if self.processes.pp.size > 1:
+            shares = self._shares_of_all_stages(optimizer, shares, elements)
+        return {f"optim/{name.replace('/', '_')}": float(value) for name, value in shares.items()}
+
+    def _shares_of_all_stages(
+        self, optimizer: Optimizer, shares: dict[str, Tensor], elements: int
+    ) -> dict[str, Tensor]:
+        formats = optimizer.states.plan.formats()
+        names = [f"flushed/{role}" for role, fmt in formats.items() if not fmt.is_exact]
+        counts = torch.tensor(
+            [*(float(shares.get(name, 0.0)) * elements for name in names), elements],
+            dtype=torch.float64,
+            device=self.processes.device,
+        )
+        self.processes.pp.all_reduce(counts, purpose="statistics")()
+        return {name: count / counts[-1] for name, count in zip(names, counts[:-1], strict=True)}
+
+    def attention_metrics(self) -> dict[str, float]:
+        """``train/query_norm_max``: the largest spectral norm of a query head's projection in the model;
+        waits for the device. Collective over all ranks."""
+        norms = [block.attention.query_norms().max() for block in self.built.model.held_blocks()]
+        largest = torch.stack(norms).max()
+        self.processes.everyone.all_reduce(largest, purpose="statistics", op=torch.distributed.ReduceOp.MAX)()
+        return {"train/query_norm_max": float(largest)}

@@ -1,0 +1,90 @@
+"""The doctor: what it says about this machine, and that it notices what is broken."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8train.cli import doctor as module
+from fp8train.cli.doctor import Finding, cpu_flags, doctor, examine, fp8_matmul_error, table
+
+
+def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("Able to train on ")
+    columns = {line.split("  ")[0]: line for line in lines[:-2]}
+    assert torch.__version__ in columns["PyTorch"]
+    assert " ok " in columns["FP8 matmul cpu"]
+    assert " ok " in columns["gloo"]
+    # aligned: every status starts in the same column
+    width = max(len(finding.item) for finding in examine())
+    assert {line[width + 2 :].split()[0] for line in lines[:-2]} <= {"ok", "limited", "missing"}
+
+
+def test_items_are_unique_and_explained() -> None:
+    findings = examine()
+    items = [finding.item for finding in findings]
+    assert len(set(items)) == len(items)
+    assert all(finding.explanation for finding in findings)
+
+
+def test_the_error_of_a_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8_matmul_error(torch.device("cpu")) <= 1e-6
+    right = torch.nn.functional.scaled_mm
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_mm", lambda *args, **kwargs: right(*args, **kwargs) * (1 + 2**-8)
+    )
+    assert fp8_matmul_error(torch.device("cpu")) == pytest.approx(2**-8, rel=1e-3)
+
+
+def test_something_broken_makes_the_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "fp8_matmul_error", lambda device: 0.5)
+    assert doctor() == 1
+    assert "Not able to train: FP8 matmul cpu" in capsys.readouterr().out
+
+
+def test_a_refused_product_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> float:
+        raise NotImplementedError("no kernel\nlong C++ trace")
+
+    monkeypatch.setattr(module, "fp8_matmul_error", refuse)
+    finding = next(f for f in examine() if f.item == "FP8 matmul cpu")
+    assert finding == Finding("FP8 matmul cpu", "broken", "no kernel")
+
+
+def test_the_other_apex_is_not_taken_for_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert module._apex().status == "missing"
+    assert "not NVIDIA's extensions" in module._apex().explanation
+    (tmp_path / "amp_C.py").touch()
+    importlib.invalidate_caches()
+    assert module._apex().status == "ok"
+
+
+def test_cpu_flags(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(
+        "processor\t: 0\nflags\t\t: fpu avx512_bf16 amx_bf16\n\nprocessor\t: 1\nflags\t\t: other\n"
+    )
+    assert cpu_flags(file) == {"fpu", "avx512_bf16", "amx_bf16"}
+    assert cpu_flags(tmp_path / "absent") == set()
+
+
+def test_the_table_is_aligned() -> None:
+    text = table([Finding("a", "ok", "x"), Finding("longer", "missing", "y")])
+    assert text == "a       ok       x\nlonger  missing  y"
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_described() -> None:
+    findings = {finding.item: finding for finding in examine()}
+    assert torch.cuda.get_device_name(0) in findings["GPU 0"].explanation
+    if torch.cuda.get_device_capability(0) >= (8, 9):
+        assert findings["FP8 matmul cuda"].status == "ok"
