@@ -28,10 +28,12 @@ from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP, OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
+from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction, contradictions
 from fp8train.config.train_schema import TrainConfig
 from fp8train.precision.state_formats import StateFormats
+from fp8train.update_rules.registry import rule_named
 
 
 class RunConfig(Section):
@@ -259,7 +261,8 @@ class Config(Section):
         if self.checkpoint.reshard == "requantise":
             fitted = {role: replace(fmt, fit=True) for role, fmt in formats.formats().items()}
             formats = replace(formats, **fitted)
-        return replace(formats, exp_avg_sq=None) if self.optimizer.name == "lion" else formats
+        has_second = rule_named(self.optimizer.name).has_second_moment
+        return formats if has_second else replace(formats, exp_avg_sq=None)
 
     @property
     def total_steps(self) -> int:

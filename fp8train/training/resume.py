@@ -49,7 +49,7 @@ def resume(run: ReadyRun, path: Path) -> int:
     restored = restore(
         trainer,
         opened,
-        roles=trainer.optimizer.roles,
+        roles=trainer.optimizer.states.roles,
         scales=True,
         reshard=config.checkpoint.reshard,
         rank_state=own,
