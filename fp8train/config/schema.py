@@ -117,7 +117,6 @@ class Config(Section):
             self._parametrization,
             self._evaluation,
             self._keep_best,
-            self._smooth_swiglu,
             self._saved_activations,
             self._guard,
             self._context,
@@ -194,17 +193,6 @@ class Config(Section):
                 "checkpoint.keep_best",
                 "checkpoint.interval",
                 "train.eval_interval",
-            )
-
-    def _smooth_swiglu(self) -> None:
-        gemm = self.precision.gemm
-        if gemm.fp8 and gemm.smooth_swiglu == "channel" and self.precision.weights == "fp8":
-            raise contradiction(
-                "precision.gemm.smooth_swiglu: channel casts the down projections' weights for every "
-                "micro-batch, but precision.weights is fp8; write precision.weights: compute, or "
-                "smooth_swiglu: token",
-                "precision.gemm.smooth_swiglu",
-                "precision.weights",
             )
 
     def _saved_activations(self) -> None:
