@@ -278,12 +278,6 @@ def _nodes(config: Config) -> Iterator[LayoutProblem]:
 def _exact(config: Config) -> Iterator[LayoutProblem]:
     """``exact`` promises equal bits, so everything that a micro-batch's bits depend on must be fixed."""
     run, train, cp, key = config.run, config.train, config.parallel.cp, "precision.gradient.fp8.reduce"
-    if config.precision.gradient.format != "e4m3":
-        yield LayoutProblem(
-            f"{key}: exact counts in units of E4M3, but precision.gradient.format is "
-            f"{config.precision.gradient.format}; write precision.gradient.format: e4m3",
-            ("precision.gradient.format", key),
-        )
     on_cpu, on_cuda = run.threads is not None, run.deterministic
     if not {"cpu": on_cpu, "cuda": on_cuda, "auto": on_cpu or on_cuda}[run.device]:
         threads = "equal threads per rank: set run.threads, for example run.threads=1"
