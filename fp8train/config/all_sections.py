@@ -21,6 +21,7 @@ from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section
 from fp8train.config.train_schema import TrainConfig
 from fp8train.precision.state_formats import StateFormats
+from fp8train.update_rules.registry import rule_named
 
 
 class RunConfig(Section):
@@ -103,7 +104,8 @@ class AllSections(Section):
         if self.checkpoint.reshard == "requantise":
             fitted = {role: replace(fmt, fit=True) for role, fmt in formats.formats().items()}
             formats = replace(formats, **fitted)
-        return replace(formats, exp_avg_sq=None) if self.optimizer.name == "lion" else formats
+        has_second = rule_named(self.optimizer.name).has_second_moment
+        return formats if has_second else replace(formats, exp_avg_sq=None)
 
     @property
     def total_steps(self) -> int:

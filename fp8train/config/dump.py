@@ -10,7 +10,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from fp8train.config.ownership import look_at, why_unread
-from fp8train.config.precision_schema import STATIC_RECIPES
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.scalars import needs_quotes
 from fp8train.config.schema import Config, to_plain
 

@@ -14,6 +14,8 @@ from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES, most_replicas
 from fp8train.config.operand_blocks import cut_blocks
 from fp8train.precision.scale_blocks import MAX_BLOCK, SAVED_BLOCK, block_size
 from fp8train.precision.state_formats import SCALED_STATES
+from fp8train.update_rules.registry import rule_named
+from fp8train.update_rules.rule import MatrixRule
 
 _SWIGLU_UNIT = 128
 _STATES = "optimizer states"
@@ -68,6 +70,7 @@ def _all_problems(config: AllSections) -> Iterator[LayoutProblem]:
     yield from _gradient_reduction(config)
     yield from _pipeline_parallel(config)
     yield from _execution(config)
+    yield from _whole_matrices(config)
 
 
 def _divisors(*numbers: int) -> str:
@@ -328,4 +331,24 @@ def _execution(config: AllSections) -> Iterator[LayoutProblem]:
             f"train.compile: block cannot split backward for the schedule {parallel.pipeline.schedule}; "
             "write train.compile: off, or schedule: 1f1b or interleaved_1f1b",
             ("train.compile", "parallel.pipeline.schedule"),
+        )
+
+
+def _whole_matrices(config: AllSections) -> Iterator[LayoutProblem]:
+    """What would cut the matrices of a rule that needs them whole."""
+    parallel, name = config.parallel, config.optimizer.name
+    if not issubclass(rule_named(name), MatrixRule):
+        return
+    needs = f"optimizer.name: {name} updates whole matrices, but"
+    if parallel.tp > 1:
+        yield LayoutProblem(
+            f"{needs} parallel.tp ({parallel.tp}) cuts them; write parallel.tp: 1",
+            (_TP, "optimizer.name"),
+            (1,),
+        )
+    if parallel.zero != "none" and parallel.zero_partition == "rows":
+        yield LayoutProblem(
+            f"{needs} parallel.zero_partition: rows cuts their states; write parallel.zero_partition: "
+            "whole_tensor",
+            ("parallel.zero_partition", "optimizer.name"),
         )

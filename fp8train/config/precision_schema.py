@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from fp8train.config.gemm_schema import GemmConfig
 from fp8train.config.guard_schema import GuardConfig
+from fp8train.config.recipe_registry import DEFAULT_RECIPE, RECIPE_NAMES, described
 from fp8train.config.section import (
     PositiveFloat,
     PositiveInt,
@@ -36,9 +37,6 @@ from fp8train.precision.precision import Precision
 from fp8train.precision.scale_blocks import MAX_BLOCK, MIN_BLOCK
 from fp8train.precision.state_formats import StateFormat, StateFormats, StateGranularity
 from fp8train.precision.traffic import Traffic
-
-STATIC_RECIPES = ("mus", "unit_scaling", "umup")
-"""Recipes that cast without scales: each is a parametrisation too, of the same name."""
 
 
 class Fp8GradientConfig(ValueSection):
@@ -137,7 +135,7 @@ class StateConfig(ValueSection):
     """Second moment."""
     bounded_update: bool = True
     """AdamW with a moment in 8 or 16 bits only: no step is longer than one of exact moments could be, so that
-    a second moment that was rounded to zero does not divide by ``eps`` (``optim/adamw.py`` derives it)."""
+    a second moment that was rounded to zero does not divide by ``eps``: ``update_rules/adamw.py``."""
 
     def value(self) -> StateFormats:
         """The value that the optimizer takes."""
@@ -178,34 +176,9 @@ class PrecisionConfig(ValueSection):
     """O0: high precision everywhere (FP8 GEMMs by ``gemm.fp8``). O1: FP8 GEMMs, FP8 gradients and their
     reduction, FP16 master weights. O2: O1 and FP8/FP16 moments. O3: O2, ZeRO, and FP8 between
     ranks."""
-    recipe: Literal[
-        "current",
-        "fp8_amax",
-        "te_current",
-        "te_delayed",
-        "te_delayed_recent",
-        "mse",
-        "cscale",
-        "rowwise",
-        "rowwise_gw_hp",
-        "blockwise",
-        "mxfp8",
-        "nvfp4_simulated",
-        "coat_act",
-        "mus",
-        "unit_scaling",
-        "umup",
-    ] = "current"
-    """How FP8 scales are chosen; fills ``gemm``. ``current``: this tensor's amax, a power of two
-    (``fp8_amax``: the same, by its paper's name; ``coat_act``: with ``activations: fp8``). ``te_current``:
-    likewise, in FP32. ``te_delayed``: the largest amax of the last 1024 steps; ``te_delayed_recent``: that
-    of the last step; both for weights too, in FP32. ``mse``: the power of two of least squared error.
-    ``cscale``: constants. ``rowwise``: a scale for each contracted vector, E4M3 everywhere;
-    ``rowwise_gw_hp``: weight gradients from unquantised operands. ``blockwise``: 1x128 and 128x128, E4M3
-    (DeepSeek-V3). ``mxfp8``: 1x32, E4M3. ``nvfp4_simulated``: FP4 operands, rounded and then multiplied in
-    high precision: slower than BF16, for research. All these but ``cscale`` keep weights in the compute
-    type. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill ``parametrization`` too, which keeps
-    tensors near unit variance."""
+    recipe: Literal[RECIPE_NAMES] = Field(  # type: ignore[valid-type]
+        DEFAULT_RECIPE, description=f"How FP8 scales are chosen; fills ``gemm``. {described()}"
+    )
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
     scale per tensor everywhere, shared-scale reduction with auto-scaling from 1/sqrt(N), masters rounded to

@@ -24,7 +24,7 @@ from fp8train.config.all_sections import AllSections
 from fp8train.config.layout import layout_problems
 from fp8train.config.linear_names import exclusion_problems
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP
-from fp8train.config.precision_schema import STATIC_RECIPES
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.section import contradiction, contradictions
 
 

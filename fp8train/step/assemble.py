@@ -20,12 +20,11 @@ from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import BuiltModel
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.optim.adamw import AdamWSettings
-from fp8train.optim.make import make_optimizer
-from fp8train.optim.optimizer import Optimizer, OptimizerSettings
+from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.zero import Partition
 from fp8train.step.sharding import Sharding
+from fp8train.update_rules.registry import rule_named
 
 
 def make_gradient_buckets(
@@ -182,30 +181,19 @@ def make_run_optimizer(
     Raises:
         ConfigError: state formats that do not fit.
     """
-    o = config.optimizer
-    settings: OptimizerSettings
-    if o.name == "adamw":
-        eps = o.eps * built.model.parametrization.eps_unit
-        settings = AdamWSettings(
-            lr=o.lr,
-            beta1=o.beta1,
-            beta2=o.beta2,
-            weight_decay=o.weight_decay,
-            eps=eps,
-            bounded_update=config.precision.state.bounded_update,
-        )
-    else:
-        settings = OptimizerSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay)
+    hyperparameters = config.optimizer.model_dump() | {
+        "eps": config.optimizer.eps * built.model.parametrization.eps_unit,
+        "bounded_update": config.precision.state.bounded_update,
+    }
     parameters: Mapping[str, Tensor] = dict(built.model.named_parameters())
     group = processes.tp
     if sharding is not None:
         parameters, group = sharding.parameters, processes.stage
     try:
-        return make_optimizer(
-            o.name,
+        return Optimizer(
+            rule_named(config.optimizer.name).of(hyperparameters),
             parameters,
             built.model.specs,
-            settings,
             config.state_formats,
             seed=config.run.seed,
             weight_targets=resident if sharding is None else sharding.targets,

@@ -20,7 +20,7 @@ from fp8train.cli import run_command
 from fp8train.step.result import StepResult
 from fp8train.step.trainer import Trainer
 from fp8train.training.signals import StopRequest
-from tests.training.launching import NO_EVALUATION, write_config
+from tests.training.launching import write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = pytest.mark.parametrize("mode", ["sync", "async"])
@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(config: Path, name: str, mode: str, *overrides: str) -> tuple[int, Path]:
     """Train 8 steps in this process, saving every 2; exit status and run directory."""
     words = ["train", str(config), f"run.dir={config.parent}", f"run.name={name}", "train.steps=8"]
-    words += ["checkpoint.interval=2", *NO_EVALUATION, "train.global_batch_size=4"]
+    words += ["checkpoint.interval=2", "train.eval_interval=0", "train.global_batch_size=4"]
     words += ["logging.cast_statistics_interval=0", "checkpoint.keep_last=9"]
     words += [f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}", *overrides]
     return run_command(words), config.parent / name

@@ -149,7 +149,7 @@ class Recorder:
     def _read(self, grad, multiplier: Tensor) -> None:
         self.seen.multiplier = float(multiplier)
         self.seen.read = self.flat.zeros()
-        for fqn, state in self.trainer.optimizer.parameter_states.items():
+        for fqn, state in self.trainer.optimizer.states.items():
             values = grad(fqn).chunk(0, state.numel).detach().clone()
             self._own(self.seen.read, fqn).copy_(values.view(state.region.shape))
 
@@ -167,10 +167,10 @@ class Recorder:
     def states(self) -> dict[str, Tensor]:
         """Decoded master weights and moments, by role; of the logical tensors, on every rank."""
         optimizer = self.trainer.optimizer
-        found = {role: self.flat.zeros() for role in optimizer.roles}
+        found = {role: self.flat.zeros() for role in optimizer.states.roles}
         for role, vector in found.items():
-            for fqn in optimizer.parameter_states:
-                self._own(vector, fqn).copy_(optimizer.state(fqn, role))
+            for fqn in optimizer.states:
+                self._own(vector, fqn).copy_(optimizer.states.decoded(fqn, role))
         return {role: self.whole(vector) for role, vector in found.items()}
 
     def bits(self) -> dict[str, str]:
