@@ -17,13 +17,14 @@ from typing import NamedTuple, get_args
 from fp8train.comm.processes import Layout
 from fp8train.config.errors import ConfigError
 from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.recipe_registry import RECIPE_NAMES
 from fp8train.config.resolve import load_config
 from fp8train.config.world import check_world
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = ROOT / "configs/small/llama.yaml"
 PAPER = "profile: paper"
-RECIPES: tuple[str, ...] = (*get_args(PrecisionConfig.model_fields["recipe"].annotation), PAPER)
+RECIPES: tuple[str, ...] = (*RECIPE_NAMES, PAPER)
 LEVELS: tuple[str, ...] = get_args(PrecisionConfig.model_fields["level"].annotation)
 COMMON = ("train.micro_batch_size=1",)
 """Two micro-batches a step: one for each data-parallel rank, or for each pipeline stage."""

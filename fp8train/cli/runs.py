@@ -30,6 +30,10 @@ def show_config(
     yaml: Annotated[bool, typer.Option("--yaml", help="Print the resolved config as YAML.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema for editors.")] = False,
     reference: Annotated[bool, typer.Option("--reference", help="Print all keys as Markdown.")] = False,
+    world: Annotated[
+        int | None,
+        typer.Option(min=1, help="Check that this many processes can run it.", show_default=False),
+    ] = None,
     recipe: Annotated[
         bool,
         typer.Option("--recipe", help="Print formats, scales, multipliers and rates of every layer."),
@@ -39,8 +43,8 @@ def show_config(
     if sum((yaml, schema, reference, recipe)) > 1:
         raise UserError("--yaml, --schema, --reference and --recipe exclude each other")
     if schema or reference:
-        if config is not None:
-            raise UserError("--schema and --reference describe every config; leave out CONFIG")
+        if config is not None or world is not None:
+            raise UserError("--schema and --reference describe every config; leave out CONFIG and --world")
         from fp8train.config.editor_schema import dump_editor_schema
         from fp8train.config.explain import reference as markdown_reference
 
@@ -53,6 +57,10 @@ def show_config(
     from fp8train.config.resolve import load_config
 
     resolved = load_config(config, overrides or ())
+    if world is not None:
+        from fp8train.config.world import check_world
+
+        check_world(resolved.config, world, origins=resolved.origins)
     if recipe:
         from fp8train.planning.recipe_table import describe_recipe
 

@@ -6,8 +6,25 @@ agree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+MAX_EXACT_MICRO_BATCHES = (2**31 - 1) // (448 * 2**9)
+"""Micro-batches of a step whose gradients fit into INT32 sums of E4M3 codes in units of 2^-9, the largest of
+which is 448 (``precision.gradient.fp8.reduce: exact``)."""
+
+
+def most_replicas(dp: int | str, cp: int, micro_batch: int, sizes: Sequence[int]) -> int:
+    """The largest number of ranks among which gradients may add up, as far as settings alone tell.
+
+    Args:
+        dp: ``parallel.dp``; ``auto`` can be whatever divides the micro-batches of every step.
+        cp: ``parallel.cp``.
+        micro_batch: ``train.micro_batch_size``.
+        sizes: global batch sizes of all steps.
+    """
+    return cp * (math.gcd(*sizes) // micro_batch if dp == "auto" else int(dp))
 
 
 @dataclass(frozen=True)

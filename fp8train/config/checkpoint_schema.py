@@ -67,10 +67,4 @@ class CheckpointConfig(Section):
                 "or leave it out",
                 "init_from",
             )
-        if self.init_from is None and self.init_mode != "model":
-            raise contradiction(
-                f"init_mode: {self.init_mode} says what to take from init_from, which is not set",
-                "init_mode",
-                "init_from",
-            )
         return self

@@ -48,7 +48,8 @@ class DataConfig(Section):
     shuffle_seed: NonNegativeInt | None = None
     """Seed of the sample order; default ``run.seed``."""
     mask_end_of_document: bool = False
-    """Exclude the prediction made *from* an end-of-document token from the loss."""
+    """Exclude the prediction made *from* an end-of-document token from the loss; not with ``kind: sft``,
+    which has a mask of its own."""
     kind: Literal["pretrain", "sft"] = "pretrain"
     """``sft``: conversations made by ``fp8train data prepare-sft``; the loss is that of their answers."""
     packing: Literal["best_fit", "none"] | None = None
@@ -72,17 +73,6 @@ class DataConfig(Section):
             )
         if self.blend is not None and len(self.blend) == 0:
             raise contradiction("blend is empty; list at least one entry {prefix: ..., weight: ...}", "blend")
-        if self.packing is not None and self.kind != "sft":
-            raise contradiction(
-                "packing is about conversations; write kind: sft, or remove packing", "packing", "kind"
-            )
-        if self.mask_end_of_document and self.kind == "sft":
-            raise contradiction(
-                "kind: sft has a mask of its own, in which what follows an end of document is no target "
-                "unless an answer begins there; remove mask_end_of_document",
-                "mask_end_of_document",
-                "kind",
-            )
         if self.split[0] <= 0:
             raise contradiction("the training share (first number) must be larger than 0", "split")
         if self.valid_prefix is not None and self.split[1] > 0:

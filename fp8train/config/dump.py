@@ -9,8 +9,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from fp8train.config.meaningful import can_be_bounded
-from fp8train.config.precision_schema import STATIC_RECIPES
+from fp8train.config.ownership import look_at, why_unread
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.scalars import needs_quotes
 from fp8train.config.schema import Config, to_plain
 
@@ -57,8 +57,7 @@ def effective(config: Config) -> dict[str, Any]:
 
 def bounds_updates(config: Config) -> bool:
     """Whether ``precision.state.bounded_update`` has any effect."""
-    state = config.precision.state
-    return can_be_bounded(config.optimizer.name, state.exp_avg.format, state.exp_avg_sq.format)
+    return why_unread(("precision", "state", "bounded_update"), look_at(config)) is None
 
 
 def dump_yaml(config: Config) -> str:

@@ -1,32 +1,31 @@
-"""Settings that a person wrote and that another setting makes meaningless: they would be ignored silently.
+"""Settings that a person wrote and that nothing will read: they would be ignored silently, so they are
+refused.
 
 Refused is only what was written *and* differs from what would stand there anyway: a resolved configuration
-that was printed holds every value, and must load again.
+that was printed holds every value, and must load again. So a value that equals its default or its preset may
+be written even where it is moot: it promises nothing that is not so.
+
+A later place may turn off what an earlier one describes: ``train.eval_interval=0`` on the command line, or in
+a file over its ``base:``, also takes back the ``eval_batches`` below it, as ``eval_batches=null`` would.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from fp8train.config.keys import KeyTable
-from fp8train.config.nodes import Node
+from fp8train.config.conditions import UNKNOWN, Look, Unmet
+from fp8train.config.keys import Key, KeyTable
+from fp8train.config.nodes import Node, Origin
+from fp8train.config.ownership import look_in, why_unread
 from fp8train.config.presets import Problem, apply_presets
 
 
-class _Rule(NamedTuple):
-    """``key``, or what is below it, is read only where ``switch`` has the value ``needs``."""
+class _Unread(NamedTuple):
+    """A setting that was written and that nothing reads."""
 
-    key: str
-    switch: str
-    needs: str
-
-
-_RULES = (
-    _Rule("optimizer.eps", "optimizer.name", "adamw"),
-    _Rule("precision.state.exp_avg_sq", "optimizer.name", "adamw"),
-    _Rule("schedule.decay_fraction", "schedule.kind", "wsd"),
-    _Rule("model.rope_theta", "model.positions", "rope"),
-)
+    key: Key
+    why: Unmet
 
 
 def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem]:
@@ -37,35 +36,108 @@ def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem
         tree: the same over its presets.
         table: the schema's keys.
     """
+    unread = _unread(explicit, tree, table)
+    if not unread:
+        return []
+    otherwise = look_in(apply_presets(_without(explicit, unread))[0])
     problems = []
-    for rule in _RULES:
-        switch = tree.find(rule.switch.split("."))
-        value = table.keys[rule.switch].fragment.get("default") if switch is None else switch.value
-        legal = table.keys[rule.switch].fragment["enum"]
-        if value == rule.needs or value not in legal:  # what is no choice at all is reported as such
-            continue
-        for key in table.leaves():
-            path = key.path
-            if f"{key.name}.".startswith(f"{rule.key}.") and explicit.explicit(path):
-                filled = apply_presets(_without(explicit, path))[0].find(path)
-                otherwise = key.fragment.get("default") if filled is None else filled.value
-                written = tree.find(path)
-                if written is not None and written.value != otherwise:
-                    message = (
-                        f"has no effect: {rule.switch} is {value}; remove it, or write "
-                        f"{rule.switch}={rule.needs} ({key.name}=null takes back what a file sets)"
-                    )
-                    problems.append(Problem(path, message, (rule.switch,)))
+    for key, why in unread:
+        if key.is_section or look_in(tree)(key.name) != otherwise(key.name):
+            remedy = f"remove it, or write {why.remedy}" if why.remedy else "remove it"
+            if explicit.nearest_origin(key.path).kind == "file":
+                remedy = f"{remedy} ({key.name}=null takes back what a file sets)"
+            message = f"has no effect: {why.reason}{_by_preset(why, tree)}; {remedy}"
+            problems.append(Problem(key.path, message, why.keys))
     return problems
 
 
-def _without(node: Node, path: tuple[str, ...]) -> Node:
-    """The tree without the value at ``path``, which is there."""
+def without_what_later_places_turn_off(explicit: Node, table: KeyTable, sources: Sequence[str]) -> Node:
+    """``explicit`` without the settings that are moot because of a place over theirs.
+
+    Args:
+        explicit: what was written, without presets.
+        table: the schema's keys.
+        sources: the files, later ones laid over earlier ones.
+    """
+    while True:
+        tree = apply_presets(explicit)[0]
+        turned_off = [
+            one
+            for one in _unread(explicit, tree, table)
+            if (own := _place(explicit.nearest_origin(one.key.path), explicit, sources)) is not None
+            and any(
+                (place := _switch_place(k, explicit, tree, sources)) and place > own for k in one.why.keys
+            )
+        ]
+        if not turned_off:
+            return explicit
+        explicit = _without(explicit, turned_off)
+
+
+def _switch_place(key: str, explicit: Node, tree: Node, sources: Sequence[str]) -> int | None:
+    node = tree.find(key.split("."))
+    return None if node is None else _place(node.origin, explicit, sources)
+
+
+def _place(origin: Origin, explicit: Node, sources: Sequence[str]) -> int | None:
+    """Which place a value comes from, later ones larger; a preset's is where it was chosen. None: a
+    default."""
+    if origin.kind == "preset":
+        choice = explicit.find(origin.detail.partition("=")[0].split("."))
+        return None if choice is None else _place(choice.origin, explicit, sources)
+    if origin.kind == "file":
+        return sources.index(origin.detail)
+    return len(sources) if origin.kind == "command line" else None
+
+
+def _unread(explicit: Node, tree: Node, table: KeyTable) -> list[_Unread]:
+    look = _legal(look_in(tree), table)
+    return [
+        _Unread(key, why)
+        for key in table.keys.values()
+        if _is_written(explicit, key) and (why := why_unread(key.path, look)) is not None
+    ]
+
+
+def _by_preset(why: Unmet, tree: Node) -> str:
+    """Who chose the value that turns the setting off, where no person did."""
+    switch = tree.find(why.keys[0].split(".")) if len(why.keys) == 1 else None
+    return f" ({switch.origin})" if switch is not None and not switch.origin.explicit else ""
+
+
+def _is_written(explicit: Node, key: Key) -> bool:
+    if not key.is_section:
+        return explicit.explicit(key.path)
+    node = explicit.find(key.path)  # an optional section is a value of its own where it is empty
+    return key.optional and node is not None and node.value == {} and node.origin.explicit
+
+
+def _legal(look: Look, table: KeyTable) -> Look:
+    """Values that the schema will refuse are unknown."""
+
+    def legal(name: str) -> Any:
+        value, fragment = look(name), table.keys[name].fragment
+        if "enum" in fragment and value not in fragment["enum"]:
+            return UNKNOWN
+        wrong = fragment.get("type") == "boolean" and not isinstance(value, bool)
+        return UNKNOWN if wrong else value
+
+    return legal
+
+
+def _without(node: Node, unread: Iterable[_Unread]) -> Node:
+    """The tree without these values, which are there."""
+    for one in unread:
+        node = _without_one(node, one.key.path)
+    return node
+
+
+def _without_one(node: Node, path: tuple[str, ...]) -> Node:
     assert isinstance(node.value, dict)
     name, *rest = path
     children = dict(node.value)
     if rest:
-        children[name] = _without(children[name], tuple(rest))
+        children[name] = _without_one(children[name], tuple(rest))
     else:
         del children[name]
     return Node(children, node.origin, node.size)

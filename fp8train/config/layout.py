@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES, most_replicas
 from fp8train.config.operand_blocks import cut_blocks
 from fp8train.precision.scale_blocks import MAX_BLOCK, SAVED_BLOCK, block_size
 from fp8train.precision.state_formats import SCALED_STATES
+from fp8train.update_rules.registry import rule_named
+from fp8train.update_rules.rule import MatrixRule
 
 if TYPE_CHECKING:
     from fp8train.config.schema import Config
@@ -70,6 +73,7 @@ def _all_problems(config: Config) -> Iterator[LayoutProblem]:
     yield from _gradient_reduction(config)
     yield from _pipeline_parallel(config)
     yield from _execution(config)
+    yield from _whole_matrices(config)
 
 
 def _divisors(*numbers: int) -> str:
@@ -236,6 +240,15 @@ def _gradient_reduction(config: Config) -> Iterator[LayoutProblem]:
     reduce = gradient.fp8.reduce
     if gradient.format == "high_precision":
         return
+    yield from _nodes(config)
+    if reduce == "exact":
+        yield from _exact(config)
+    if gradient.fp8.sum == "native" and config.run.device == "cpu":
+        yield LayoutProblem(
+            "precision.gradient.fp8.sum: native is NCCL's and needs CUDA, but run.device is cpu; write ring "
+            "or tree, which run everywhere",
+            ("precision.gradient.fp8.sum", "run.device"),
+        )
     if parallel.pp > 1 and reduce == "exact" and config.model.tie_embeddings:
         yield LayoutProblem(
             "reduce: exact rounds a parameter's gradient once per micro-batch, but with parallel.pp the "
@@ -245,15 +258,56 @@ def _gradient_reduction(config: Config) -> Iterator[LayoutProblem]:
         )
 
 
+def _nodes(config: Config) -> Iterator[LayoutProblem]:
+    """Without the number of processes: whether nodes of this size could divide any ranks that the batch can
+    be shared among."""
+    size, train, parallel = config.precision.gradient.fp8.node_size, config.train, config.parallel
+    most = most_replicas(parallel.dp, parallel.cp, train.micro_batch_size, train.batch_sizes.all)
+    if size is None or most == 0 or most % size == 0:
+        return
+    reason = f"parallel.dp * cp = {most}"
+    if parallel.dp == "auto":
+        reason = f"at most {most}, for a step has {most // parallel.cp} micro-batches to share"
+    yield LayoutProblem(
+        f"precision.gradient.fp8.node_size ({size}) must divide the data-parallel ranks: {reason}; legal: "
+        f"{_divisors(most)}",
+        ("precision.gradient.fp8.node_size", "train.global_batch_size", "train.micro_batch_size"),
+    )
+
+
+def _exact(config: Config) -> Iterator[LayoutProblem]:
+    """``exact`` promises equal bits, so everything that a micro-batch's bits depend on must be fixed."""
+    run, train, cp, key = config.run, config.train, config.parallel.cp, "precision.gradient.fp8.reduce"
+    if config.precision.gradient.format != "e4m3":
+        yield LayoutProblem(
+            f"{key}: exact counts in units of E4M3, but precision.gradient.format is "
+            f"{config.precision.gradient.format}; write precision.gradient.format: e4m3",
+            ("precision.gradient.format", key),
+        )
+    on_cpu, on_cuda = run.threads is not None, run.deterministic
+    if not {"cpu": on_cpu, "cuda": on_cuda, "auto": on_cpu or on_cuda}[run.device]:
+        threads = "equal threads per rank: set run.threads, for example run.threads=1"
+        kernels = "kernels whose result does not depend on timing: set run.deterministic=true"
+        needs = {"cpu": threads, "cuda": kernels, "auto": f"on a CPU {threads}; on CUDA {kernels}"}
+        yield LayoutProblem(
+            f"{key}: exact gives the same bits on any number of ranks only with {needs[run.device]}",
+            (key, "run.threads", "run.deterministic"),
+        )
+    micro_batches = max(train.batch_sizes.all) // train.micro_batch_size * cp
+    if micro_batches > MAX_EXACT_MICRO_BATCHES:
+        parts = f" in {cp} parts each (parallel.cp)" if cp > 1 else ""
+        yield LayoutProblem(
+            f"{key}: exact adds at most {MAX_EXACT_MICRO_BATCHES} micro-batches a step in INT32; "
+            f"train.global_batch_size ({train.global_batch_size}) of train.micro_batch_size "
+            f"({train.micro_batch_size}){parts} are {micro_batches}; raise train.micro_batch_size",
+            ("train.micro_batch_size", "train.global_batch_size", key),
+        )
+
+
 def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pp * parallel.pipeline.stages
     if parallel.pp == 1:
-        if parallel.pipeline.layers is not None or parallel.pipeline.schedule != "1f1b":
-            yield LayoutProblem(
-                "parallel.pipeline is set but parallel.pp is 1; write parallel.pp, or remove it",
-                ("parallel.pipeline.schedule", "parallel.pp"),
-            )
         return
     if stages > layers:
         yield LayoutProblem(
@@ -286,4 +340,24 @@ def _execution(config: Config) -> Iterator[LayoutProblem]:
             f"train.compile: block cannot split backward for the schedule {parallel.pipeline.schedule}; "
             "write train.compile: off, or schedule: 1f1b or interleaved_1f1b",
             ("train.compile", "parallel.pipeline.schedule"),
+        )
+
+
+def _whole_matrices(config: Config) -> Iterator[LayoutProblem]:
+    """What would cut the matrices of a rule that needs them whole."""
+    parallel, name = config.parallel, config.optimizer.name
+    if not issubclass(rule_named(name), MatrixRule):
+        return
+    needs = f"optimizer.name: {name} updates whole matrices, but"
+    if parallel.tp > 1:
+        yield LayoutProblem(
+            f"{needs} parallel.tp ({parallel.tp}) cuts them; write parallel.tp: 1",
+            (_TP, "optimizer.name"),
+            (1,),
+        )
+    if parallel.zero != "none" and parallel.zero_partition == "rows":
+        yield LayoutProblem(
+            f"{needs} parallel.zero_partition: rows cuts their states; write parallel.zero_partition: "
+            "whole_tensor",
+            ("parallel.zero_partition", "optimizer.name"),
         )

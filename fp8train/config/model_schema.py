@@ -109,11 +109,4 @@ class ModelConfig(Section):
             raise contradiction(
                 f"head_dim ({self.head_dim}) must be even for positions: rope", "head_dim", "positions"
             )
-        if self.rope_scaling is not None and self.positions != "rope":
-            raise contradiction(
-                f"rope_scaling is set but positions is {self.positions}; "
-                "remove rope_scaling or write positions: rope",
-                "rope_scaling",
-                "positions",
-            )
         return self

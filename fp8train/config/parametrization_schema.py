@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from fp8train.config.section import PositiveFloat, PositiveInt, Section, contradiction
+from fp8train.config.section import PositiveFloat, PositiveInt, Section
 
 Kind = Literal["standard", "unit_scaling", "umup", "mus"]
 
@@ -54,22 +54,3 @@ class ParametrizationConfig(Section):
     """``unit_scaling`` and ``umup`` only: length of sequences for which attention's output has unit variance;
     its factor is part of the model. Default: ``data.seq_length``. Weights that go on with sequences of
     another length need the one they began with."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> ParametrizationConfig:
-        unit = self.kind in ("unit_scaling", "umup")
-        for key, legal, needs in (
-            ("tau", self.residual == "fixed", "residual: fixed"),
-            ("residual_mult", self.residual == "umup", "residual: umup"),
-            ("residual_attention_ratio", self.residual == "umup", "residual: umup"),
-            ("constraint", unit, "kind: unit_scaling or umup"),
-            ("base_width", self.kind == "mus", "kind: mus"),
-            ("gradient_scale_exponent", not unit, "kind: standard or mus"),
-            ("attention_length", unit, "kind: unit_scaling or umup"),
-        ):
-            if getattr(self, key) != type(self).model_fields[key].default and not legal:
-                other = needs.split(":")[0]
-                raise contradiction(
-                    f"{key} belongs to {needs}, but {other} is {getattr(self, other)}; remove it", key, other
-                )
-        return self

@@ -14,16 +14,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.inert import unread_settings
+from fp8train.config.inert import unread_settings, without_what_later_places_turn_off
 from fp8train.config.keys import KeyTable, key_table
 from fp8train.config.length import length_problems
 from fp8train.config.loader import load_file
-from fp8train.config.meaningful import says_something
 from fp8train.config.messages import problems_of, raise_problems
 from fp8train.config.misspelt import rename_misspelt_sections
-from fp8train.config.nodes import DEFAULT, Node, Origin, merge
+from fp8train.config.nodes import DEFAULT, Node, Origin, Path, merge
 from fp8train.config.overrides import OverrideError, parse_override
-from fp8train.config.precision_schema import STATIC_RECIPES
 from fp8train.config.presets import Problem, apply_presets
 from fp8train.config.scalars import ScalarError, check_text
 from fp8train.config.schema import Config
@@ -80,11 +78,9 @@ def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> 
         except OverrideError as error:
             refused.append(error)
     root, misspelt = rename_misspelt_sections(root, table)
+    root = without_what_later_places_turn_off(root, table, sources)
     tree, problems = apply_presets(root)
-    problems += _fp8_off_but_set(tree) or (
-        _fp8_gradients_off_but_set(tree) + _grad_weight_operands_off_but_set(tree)
-    )
-    problems += _bound_set_but_unread(tree) + unread_settings(root, tree, table)
+    problems += unread_settings(root, tree, table)
     config = _validate(tree, table, problems, [error.meant or "" for error in refused])
     raise_problems([*misspelt, *problems], tree, sources, [(error.key, str(error)) for error in refused])
     assert config is not None
@@ -97,7 +93,12 @@ def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Se
     try:
         config = Config.model_validate(tree.plain())
     except ValidationError as error:
-        problems += problems_of(error, tree, table, misspelt)
+        told = [problem.path for problem in problems]
+        problems += [
+            problem
+            for problem in problems_of(error, tree, table, misspelt)
+            if not any(_within(path, problem) for path in told)
+        ]
         if (
             not problems and not misspelt
         ):  # a preset that fills too little: ours to mend, with pydantic's own report
@@ -109,89 +110,10 @@ def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Se
     return config
 
 
-def _fp8_off_but_set(tree: Node) -> list[Problem]:
-    """Settings of FP8 GEMMs that a person wrote while FP8 GEMMs are off: they would be ignored silently."""
-    off = tree.find(("precision", "gemm", "fp8"))
-    if off is None or off.value is not False:
-        return []
-    gemm = tree.find(("precision", "gemm"))
-    assert gemm is not None
-    assert isinstance(gemm.value, dict)
-    inert: list[tuple[str, ...]] = [("precision", "gemm", key) for key in gemm.value if key != "fp8"]
-    recipe = tree.find(("precision", "recipe"))
-    if recipe is not None and recipe.value not in STATIC_RECIPES:  # those shape the model in BF16 too
-        inert.insert(0, ("precision", "recipe"))
-    profile = tree.find(("precision", "profile"))
-    if profile is not None and profile.value != "default":
-        inert.append(("precision", "profile"))
-    plan = tree.find(("precision", "state", "plan"))
-    if plan is not None and plan.value != "default":
-        inert.append(("precision", "state", "plan"))
-    reason = "" if off.origin.explicit else f" ({off.origin})"
-    message = (
-        f"is set but FP8 GEMMs are off: precision.gemm.fp8 is false{reason}; "
-        "write precision.gemm.fp8: true, or remove the setting (null takes back what a base file set)"
-    )
-    return _first_set(tree, inert, message, "precision.gemm.fp8")
-
-
-def _fp8_gradients_off_but_set(tree: Node) -> list[Problem]:
-    """Likewise for how FP8 gradients are reduced while gradients are stored in high precision."""
-    stored = tree.find(("precision", "gradient", "format"))
-    if stored is None or stored.value != "high_precision":
-        return []
-    reason = "" if stored.origin.explicit else f" ({stored.origin})"
-    message = (
-        f"is set but gradients are stored in high precision: precision.gradient.format is "
-        f"high_precision{reason}; write precision.gradient.format: e4m3, or remove the setting "
-        "(null takes back what a base file set)"
-    )
-    return _first_set(tree, [("precision", "gradient", "fp8")], message, "precision.gradient.format")
-
-
-def _grad_weight_operands_off_but_set(tree: Node) -> list[Problem]:
-    """Likewise for the operands of a weight gradient that is multiplied in high precision."""
-    off = tree.find(("precision", "gemm", "grad_weight", "fp8"))
-    if off is None or off.value is not False:
-        return []
-    reason = "" if off.origin.explicit else f" ({off.origin})"
-    message = (
-        f"is set but weight gradients multiply unquantised operands: precision.gemm.grad_weight.fp8 is "
-        f"false{reason}; remove one of the two"
-    )
-    inert: list[tuple[str, ...]] = [
-        ("precision", "gemm", "grad_weight", name) for name in ("grad_output", "x")
-    ]
-    return _first_set(tree, inert, message, "precision.gemm.grad_weight.fp8")
-
-
-def _bound_set_but_unread(tree: Node) -> list[Problem]:
-    """Likewise for the bound on AdamW's steps where no moment is rounded, or the rule is another."""
-    path = ("precision", "state", "bounded_update")
-    if says_something(tree, *path):
-        return []
-    name = tree.find(("optimizer", "name"))
-    if name is not None and name.value != "adamw":
-        switch, reason = "optimizer.name", f"bounds steps of AdamW: optimizer.name is {name.value}"
-    else:
-        switch, reason = "precision.state.exp_avg.format", "bounds steps of rounded moments: both are fp32"
-    return _first_set(tree, [path], f"is set but {reason}; remove it", switch)
-
-
-def _first_set(tree: Node, inert: list[tuple[str, ...]], message: str, switch: str) -> list[Problem]:
-    """The first of the ``inert`` paths that a person wrote, as a problem; ``switch`` is what turns it off."""
-    for path in inert:
-        if tree.explicit(path):
-            return [Problem(_first_explicit_leaf(tree, path), message, (switch,))]
-    return []
-
-
-def _first_explicit_leaf(tree: Node, path: tuple[str, ...]) -> tuple[str, ...]:
-    node = tree.find(path)
-    while node is not None and isinstance(node.value, dict):
-        path = (*path, next(key for key in node.value if tree.explicit((*path, key))))
-        node = tree.find(path)
-    return path
+def _within(path: Path, problem: Problem) -> bool:
+    """Whether a problem of the schema is about the setting at ``path``, or its section, alone: that nothing
+    reads the setting has been told already."""
+    return path[: len(problem.path)] == problem.path[: len(path)] and len(problem.path) > 1
 
 
 def _origins(config: Config, tree: Node, table: KeyTable) -> dict[str, Origin]:

@@ -28,10 +28,12 @@ from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP, OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
+from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction, contradictions
 from fp8train.config.train_schema import TrainConfig
 from fp8train.precision.state_formats import StateFormats
+from fp8train.update_rules.registry import rule_named
 
 
 class RunConfig(Section):
@@ -113,11 +115,10 @@ class Config(Section):
         for check in (
             self._accepted_changes_exist,
             self._parametrization,
+            self._evaluation,
             self._keep_best,
-            self._smooth_swiglu,
             self._saved_activations,
             self._guard,
-            self._state_plan,
             self._context,
         ):
             try:
@@ -173,16 +174,18 @@ class Config(Section):
                 "optimizer.decay_rule",
             )
 
+    def _evaluation(self) -> None:
+        if self.train.eval_interval and self.data.split[1] == 0 and self.data.valid_prefix is None:
+            raise contradiction(
+                f"train.eval_interval is {self.train.eval_interval}, but there is no validation data; give "
+                "data.split a validation share, set data.valid_prefix, or write train.eval_interval: 0",
+                "train.eval_interval",
+                "data.split",
+            )
+
     def _keep_best(self) -> None:
         best, every, saved = self.checkpoint.keep_best, self.train.eval_interval, self.checkpoint.interval
-        if best and not every:
-            raise contradiction(
-                f"checkpoint.keep_best: {best} needs evaluations; set train.eval_interval, or write "
-                "keep_best: 0",
-                "checkpoint.keep_best",
-                "train.eval_interval",
-            )
-        if best and not (saved and math.lcm(every, saved) < self.total_steps):
+        if best and every and saved and not (math.lcm(every, saved) < self.total_steps):
             raise contradiction(
                 f"checkpoint.keep_best: {best}, but no step before the end ({self.total_steps}) is both "
                 f"saved (checkpoint.interval: {saved}) and evaluated (train.eval_interval: {every}); make "
@@ -190,24 +193,6 @@ class Config(Section):
                 "checkpoint.keep_best",
                 "checkpoint.interval",
                 "train.eval_interval",
-            )
-
-    def _smooth_swiglu(self) -> None:
-        gemm = self.precision.gemm
-        if gemm.fp8 and gemm.smooth_swiglu != "off" and self.model.activation != "swiglu":
-            raise contradiction(
-                f"precision.gemm.smooth_swiglu is about SwiGLU, but model.activation is "
-                f"{self.model.activation}; remove it",
-                "precision.gemm.smooth_swiglu",
-                "model.activation",
-            )
-        if gemm.fp8 and gemm.smooth_swiglu == "channel" and self.precision.weights == "fp8":
-            raise contradiction(
-                "precision.gemm.smooth_swiglu: channel casts the down projections' weights for every "
-                "micro-batch, but precision.weights is fp8; write precision.weights: compute, or "
-                "smooth_swiglu: token",
-                "precision.gemm.smooth_swiglu",
-                "precision.weights",
             )
 
     def _saved_activations(self) -> None:
@@ -248,16 +233,6 @@ class Config(Section):
                 "train.compile",
             )
 
-    def _state_plan(self) -> None:
-        plan = self.precision.state.plan
-        if plan != "default" and self.optimizer.name != "adamw":
-            raise contradiction(
-                f"precision.state.plan: {plan} is a pair of formats for AdamW's two moments, but "
-                f"optimizer.name is {self.optimizer.name}; write precision.state.exp_avg by hand",
-                "precision.state.plan",
-                "optimizer.name",
-            )
-
     def _context(self) -> None:
         if self.data.seq_length > self.model.max_seq_len:
             raise contradiction(
@@ -274,7 +249,8 @@ class Config(Section):
         if self.checkpoint.reshard == "requantise":
             fitted = {role: replace(fmt, fit=True) for role, fmt in formats.formats().items()}
             formats = replace(formats, **fitted)
-        return replace(formats, exp_avg_sq=None) if self.optimizer.name == "lion" else formats
+        has_second = rule_named(self.optimizer.name).has_second_moment
+        return formats if has_second else replace(formats, exp_avg_sq=None)
 
     @property
     def total_steps(self) -> int:

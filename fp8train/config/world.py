@@ -123,7 +123,8 @@ def check_world(
     ``origins`` (of a :class:`~fp8train.config.resolve.ResolvedConfig`) lets messages name file and line.
 
     Raises:
-        ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps` and :func:`check_pipeline`.
+        ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps` and :func:`check_pipeline`; or
+            a stage of the ramp or ``node_size`` does not divide.
     """
     dp = data_parallel_size(config, world_size, origins=origins)
     problems: list[str] = []
@@ -132,7 +133,9 @@ def check_world(
         micro_batches = accumulation_steps(config, dp, origins=origins)
         check_pipeline(config, micro_batches, origins=origins)
     with _noted(problems):
-        _check_ramp(config, dp)
+        _check_ramp(config, dp, origins)
+    with _noted(problems):
+        _check_nodes(config, dp, origins)
     if problems:
         raise ConfigError("\n".join(problems))
     return dp, micro_batches
@@ -147,9 +150,22 @@ def _noted(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _check_ramp(config: Config, dp: int) -> None:
+def _check_nodes(config: Config, dp: int, origins: Mapping[str, Origin] | None) -> None:
+    """Whether nodes of ``node_size`` ranks divide those whose gradients add up."""
+    gradient, ranks = config.precision.gradient, dp * config.parallel.cp
+    size, key = gradient.fp8.node_size, "precision.gradient.fp8.node_size"
+    if gradient.format == "high_precision" or size is None or ranks % size == 0:
+        return
+    legal = one_of([n for n in range(1, ranks + 1) if ranks % n == 0])
+    raise ConfigError(
+        f"{_place(key, origins)}{key} ({size}) must divide the data-parallel ranks ({ranks}); legal: {legal}"
+    )
+
+
+def _check_ramp(config: Config, dp: int, origins: Mapping[str, Origin] | None) -> None:
     """Whether every stage of the ramp divides as the whole batch does."""
     unit, parallel = config.train.micro_batch_size * dp, config.parallel
+    place = _place("train.batch_size_ramp", origins)
     for _, size in config.train.batch_sizes.ramp:
         rounds = size // unit
         fits = parallel.pp == 1 or _schedule_runs(parallel.pipeline.schedule, parallel.pp, rounds)
@@ -160,8 +176,8 @@ def _check_ramp(config: Config, dp: int) -> None:
                 else f", in numbers that parallel.pipeline.schedule: {parallel.pipeline.schedule} runs"
             )
             raise ConfigError(
-                f"train.batch_size_ramp: {size} samples must be a multiple of train.micro_batch_size * dp = "
-                f"{config.train.micro_batch_size} * {dp} = {unit}{more}"
+                f"{place}train.batch_size_ramp: {size} samples must be a multiple of train.micro_batch_size "
+                f"* dp = {config.train.micro_batch_size} * {dp} = {unit}{more}"
             )
 
 

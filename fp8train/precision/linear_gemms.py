@@ -63,6 +63,10 @@ class LinearQuant:
         """All six specs by use."""
         return {use: getattr(self, use.replace(".", "_")) for uses in GEMMS.values() for use in uses}
 
+    def weight_uses(self) -> tuple[str, ...]:
+        """Uses of the weight that are cast from it, not from one another."""
+        return ("output.w", "grad_input.w") if self.keep_w == "second_copy" else ("output.w",)
+
     def in_fp8(self, gemm: str) -> bool:
         """Whether this one of :data:`GEMMS` multiplies quantised operands."""
         return self.grad_weight_fp8 or gemm != "grad_weight"

@@ -13,27 +13,21 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes, two_levels
-from fp8train.comm.sequence_parallel import TensorParallel, Traffic
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.layers.fp8_weight import ResidentFp8Weight
-from fp8train.models.build import COMPUTE_DTYPES, BuiltModel
+from fp8train.models.build import BuiltModel
 from fp8train.models.decoder import Decoder
-from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.optim.adamw import AdamWSettings
-from fp8train.optim.make import make_optimizer
-from fp8train.optim.optimizer import Optimizer, OptimizerSettings
-from fp8train.parallel.gradients.grids import MAX_MICRO_BATCHES
-from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.optim.optimizer import Optimizer
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.zero import Partition
-from fp8train.precision.number_formats import format_by_name
 from fp8train.step.sharding import Sharding
+from fp8train.update_rules.registry import rule_named
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-def make_gradient_plan(
+def make_gradient_buckets(
     config: Config,
     processes: Processes,
     built: BuiltModel,
@@ -42,7 +36,7 @@ def make_gradient_plan(
     owners: Partition | None = None,
     contributions: int,
     recorder: CastRecorder | None = None,
-) -> GradientPlan:
+) -> GradientBuckets:
     """Decide how this process's gradients are stored and reduced.
 
     Args:
@@ -55,25 +49,20 @@ def make_gradient_plan(
         recorder: where statistics of gradient casts go, at sites ``PATH/grad_weight``.
 
     Raises:
-        ConfigError: ``node_size`` does not divide the ranks; ``exact`` without what makes it exact, or on
-            ranks that differ in it.
+        ConfigError: ``exact`` without what makes it exact on this device, or on ranks that differ in it.
     """
-    gradient = config.precision.gradient
-    in_fp64 = COMPUTE_DTYPES[config.precision.compute] == torch.float64
-    fp8 = None if gradient.format == "high_precision" else _fp8_gradients(config)
-    exact = fp8 is not None and fp8.reduce == "exact"
+    gradients = config.precision.gradient.value()
+    in_fp8 = gradients.format is not None
+    exact = in_fp8 and gradients.fp8.reduce == "exact"
     if exact:
         _check_exact(config, processes)
     # Grids are of the whole model on every rank: their state is one tensor, and all ranks agree on it.
     model = outline if exact and outline is not None else built.model
-    return GradientPlan(
+    return GradientBuckets(
         dict(model.named_parameters()),
-        accumulate=torch.float64 if in_fp64 else _DTYPES[gradient.accumulate],
-        reduce=torch.float64 if in_fp64 else _DTYPES[gradient.reduce],
-        bucket_bytes=gradient.bucket_mib * 2**20,
-        groups=_groups(gradient.fp8.node_size if fp8 is not None else None, processes),
+        gradients,
+        groups=_groups(gradients.fp8.node_size if in_fp8 else None, processes),
         device=processes.device,
-        fp8=fp8,
         agree=processes.stage if processes.pp.size == 1 else processes.everyone,
         in_fp8_plan=() if built.fp8 is None else [f"{path}.weight" for path in built.fp8.converted],
         contributions=contributions,
@@ -88,17 +77,11 @@ def tensor_parallel(config: Config, processes: Processes) -> TensorParallel | No
     """The ranks among which matrices and activations are cut; None for one."""
     if processes.sequence.size == 1:
         return None
-    traffic = config.precision.traffic
     return TensorParallel(
         processes.tp,
         processes.sequence,
         processes.cp,
-        Traffic(
-            activations=traffic.activations == "fp8",
-            grad_output=traffic.grad_output == "fp8",
-            grad_input=traffic.grad_input == "fp8",
-            output=traffic.output == "fp8",
-        ),
+        config.precision.traffic.value(),
     )
 
 
@@ -116,45 +99,16 @@ class _GradientSites:
         self.recorder.record(f"{fqn.removesuffix('.weight')}/grad_weight", source, payload, scale_inv)
 
 
-def _fp8_gradients(config: Config) -> Fp8Gradients:
-    fp8 = config.precision.gradient.fp8
-    fmt = format_by_name(config.precision.gradient.format)
-    return Fp8Gradients(
-        format=fmt,
-        accumulate=dtype_of(fmt) if fp8.accumulate == "fp8" else _DTYPES[fp8.accumulate],
-        reduce=_DTYPES[fp8.reduce] if fp8.reduce == "bf16" or fp8.reduce == "fp32" else fp8.reduce,
-        block=fp8.block,
-        error_feedback=fp8.error_feedback,
-        between_nodes=fp8.between_nodes,
-        algorithm=fp8.sum,
-        mu_criterion=fp8.mu_criterion,
-        mu_threshold=fp8.mu_threshold if fp8.mu_criterion == "count" else None,
-        mu_window=fp8.mu_window,
-        mu_initial=fp8.mu_initial,
-    )
-
-
 def _groups(node_size: int | None, processes: Processes) -> Groups:
     size = processes.replicas.size
     in_parts = {"parts": processes.tp, "partial": processes.stage} if processes.tp.size > 1 else {}
     if node_size is None or node_size == size:
         return Groups(processes.replicas, **in_parts)
-    if size % node_size:
-        legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        raise ConfigError(
-            f"precision.gradient.fp8.node_size ({node_size}) must divide the data-parallel ranks ({size}); "
-            f"legal: {legal}"
-        )
     return Groups(processes.replicas, *two_levels(processes.replicas, node_size), **in_parts)
 
 
 def _check_exact(config: Config, processes: Processes) -> None:
-    """``exact`` promises equal bits, so everything that a micro-batch's bits depend on must be fixed."""
-    if config.precision.gradient.format != "e4m3":
-        raise ConfigError(
-            "precision.gradient.fp8.reduce: exact counts in units of E4M3; "
-            "write precision.gradient.format: e4m3"
-        )
+    """``exact`` promises equal bits: what a configuration for any device could not tell."""
     if config.run.threads is None and processes.device.type == "cpu":
         raise ConfigError(
             "precision.gradient.fp8.reduce: exact gives the same bits on any number of ranks only at equal "
@@ -164,14 +118,6 @@ def _check_exact(config: Config, processes: Processes) -> None:
         raise ConfigError(
             "precision.gradient.fp8.reduce: exact needs kernels whose result does not depend on timing; "
             "set run.deterministic=true"
-        )
-    micro_batches = config.train.global_batch_size // config.train.micro_batch_size * processes.cp.size
-    if micro_batches > MAX_MICRO_BATCHES:
-        parts = f" in {processes.cp.size} parts each (parallel.cp)" if processes.cp.size > 1 else ""
-        raise ConfigError(
-            f"precision.gradient.fp8.reduce: exact adds at most {MAX_MICRO_BATCHES} micro-batches a step in "
-            f"INT32; train.global_batch_size ({config.train.global_batch_size}) of train.micro_batch_size "
-            f"({config.train.micro_batch_size}){parts} are {micro_batches}; raise train.micro_batch_size"
         )
     _check_ranks_agree(_settings_of_exact(config, processes.device) | _machine(processes.device), processes)
 
@@ -235,30 +181,19 @@ def make_run_optimizer(
     Raises:
         ConfigError: state formats that do not fit.
     """
-    o = config.optimizer
-    settings: OptimizerSettings
-    if o.name == "adamw":
-        eps = o.eps * built.model.parametrization.eps_unit
-        settings = AdamWSettings(
-            lr=o.lr,
-            beta1=o.beta1,
-            beta2=o.beta2,
-            weight_decay=o.weight_decay,
-            eps=eps,
-            bounded_update=config.precision.state.bounded_update,
-        )
-    else:
-        settings = OptimizerSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay)
+    hyperparameters = config.optimizer.model_dump() | {
+        "eps": config.optimizer.eps * built.model.parametrization.eps_unit,
+        "bounded_update": config.precision.state.bounded_update,
+    }
     parameters: Mapping[str, Tensor] = dict(built.model.named_parameters())
     group = processes.tp
     if sharding is not None:
         parameters, group = sharding.parameters, processes.stage
     try:
-        return make_optimizer(
-            o.name,
+        return Optimizer(
+            rule_named(config.optimizer.name).of(hyperparameters),
             parameters,
             built.model.specs,
-            settings,
             config.state_formats,
             seed=config.run.seed,
             weight_targets=resident if sharding is None else sharding.targets,

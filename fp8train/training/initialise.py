@@ -47,7 +47,7 @@ def initialise_from(run: ReadyRun, path: Path) -> None:
         )
     if warm:
         try:
-            trainer.optimizer.check_state_meta(opened.meta["trainer"])
+            trainer.check_rule(opened.meta["trainer"])
         except ValueError as error:
             raise ConfigError(
                 f"checkpoint.init_from: {path}: {error}, or take the weights alone: "
@@ -56,7 +56,7 @@ def initialise_from(run: ReadyRun, path: Path) -> None:
     restored = restore(
         trainer,
         opened,
-        roles=trainer.optimizer.roles if warm else ("master",),
+        roles=trainer.optimizer.states.roles if warm else ("master",),
         scales=False,
         reshard=config.checkpoint.reshard,
     )

@@ -17,7 +17,7 @@ from fp8train.checkpoint import OpenCheckpoint, open_checkpoint, restore_rng
 from fp8train.config.changes import is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
-from fp8train.parallel.gradients.plan import RESIDUAL_PREFIX
+from fp8train.parallel.gradients.gradient_buckets import RESIDUAL_PREFIX
 from fp8train.step.trainer import Trainer
 from fp8train.training.preflight import settings_changes
 from fp8train.training.ready_run import ReadyRun
@@ -49,7 +49,7 @@ def resume(run: ReadyRun, path: Path) -> int:
     restored = restore(
         trainer,
         opened,
-        roles=trainer.optimizer.roles,
+        roles=trainer.optimizer.states.roles,
         scales=True,
         reshard=config.checkpoint.reshard,
         rank_state=own,

@@ -334,10 +334,9 @@ CONTRADICTIONS = {
         "write split: [1, 0, 0] or remove valid_prefix",
     ),
     "fp8_off_recipe": (
-        MINIMAL + "precision:\n  recipe: current\n  gemm:\n    fp8: false\n",
-        "run.yaml:16: precision.recipe, precision.gemm.fp8: is set but FP8 GEMMs are off: "
-        "precision.gemm.fp8 is "
-        "false; write precision.gemm.fp8: true, or remove the setting (null takes back what a base file set) "
+        MINIMAL + "precision:\n  recipe: mse\n  gemm:\n    fp8: false\n",
+        "run.yaml:16: precision.recipe, precision.gemm.fp8: has no effect: precision.gemm.fp8 is false; "
+        "remove it, or write precision.gemm.fp8=true (precision.recipe=null takes back what a file sets) "
         "(precision.gemm.fp8: run.yaml:18)",
     ),
     "paper_and_recipe": (
@@ -347,16 +346,15 @@ CONTRADICTIONS = {
     ),
     "fp8_off_operand": (
         MINIMAL + "precision:\n  gemm:\n    fp8: false\n    output:\n      x: {margin: 1}\n",
-        "run.yaml:19: precision.gemm.output.x.margin, precision.gemm.fp8: is set but FP8 GEMMs are off: "
-        "precision.gemm.fp8 is false; write precision.gemm.fp8: true, or remove the setting "
-        "(null takes back what a base file set) (precision.gemm.fp8: run.yaml:17)",
+        "run.yaml:19: precision.gemm.output.x.margin, precision.gemm.fp8: has no effect: precision.gemm.fp8 "
+        "is false; remove it, or write precision.gemm.fp8=true (precision.gemm.output.x.margin=null takes "
+        "back what a file sets) (precision.gemm.fp8: run.yaml:17)",
     ),
     "fp8_off_by_level": (
         MINIMAL + "precision:\n  gemm: {keep_x: bf16}\n",
-        "run.yaml:16: precision.gemm.keep_x, precision.gemm.fp8: is set but FP8 GEMMs are off: "
-        "precision.gemm.fp8 is "
-        "false (preset precision.level=O0); write precision.gemm.fp8: true, or remove the setting "
-        "(null takes back what a base file set)",
+        "run.yaml:16: precision.gemm.keep_x, precision.gemm.fp8: has no effect: precision.gemm.fp8 is false "
+        "(preset precision.level=O0); remove it, or write precision.gemm.fp8=true "
+        "(precision.gemm.keep_x=null takes back what a file sets)",
     ),
     "two_e5m2": (
         MINIMAL + "precision:\n  gemm:\n    fp8: true\n    grad_weight: {x: {format: e5m2}}\n",
@@ -416,12 +414,14 @@ CONTRADICTIONS = {
     "grad_weight_operand": (
         MINIMAL + "precision:\n  level: O1\n  recipe: rowwise_gw_hp\n"
         "  gemm: {grad_weight: {x: {margin: 1}}}\n",
-        "run.yaml:18: precision.gemm.grad_weight.x.margin, precision.gemm.grad_weight.fp8: is set but weight "
-        "gradients multiply unquantised operands: precision.gemm.grad_weight.fp8 is false "
-        "(preset precision.recipe=rowwise_gw_hp); remove one of the two",
+        "run.yaml:18: precision.gemm.grad_weight.x.margin, precision.gemm.grad_weight.fp8: has no effect: "
+        "precision.gemm.grad_weight.fp8 is false (preset precision.recipe=rowwise_gw_hp); remove it, or "
+        "write precision.gemm.grad_weight.fp8=true (precision.gemm.grad_weight.x.margin=null takes back what "
+        "a file sets)",
     ),
     "grad_weight_traffic": (
-        MINIMAL + "precision:\n  level: O1\n  recipe: rowwise_gw_hp\n  traffic: {activations: fp8}\n",
+        MINIMAL + "precision:\n  level: O1\n  recipe: rowwise_gw_hp\n  traffic: {activations: fp8}\n"
+        "parallel: {tp: 2}\n",
         "run.yaml:18: precision.traffic.activations, precision.gemm.grad_weight.fp8: traffic.activations: "
         "fp8 sends codes, but gemm.grad_weight.fp8: false multiplies unquantised values; write "
         "traffic.activations: compute",
@@ -452,8 +452,8 @@ CONTRADICTIONS = {
     ),
     "rope_scaling_learned": (
         with_line("model", "positions: learned\n  rope_scaling: {}"),
-        "run.yaml:2: model.rope_scaling, model.positions: rope_scaling is set but positions is learned; "
-        "remove rope_scaling or write positions: rope",
+        "run.yaml:2: model.rope_scaling, model.positions: has no effect: model.positions is learned; remove "
+        "it, or write model.positions=rope (model.rope_scaling=null takes back what a file sets)",
     ),
 }
 

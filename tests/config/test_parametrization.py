@@ -77,13 +77,16 @@ def test_dumped_static_recipes_load_again(tmp_path: Path, level: str) -> None:
         ),
         (["precision.recipe=mus", "optimizer.weight_decay=0.1"], ["10% of every weight", "1e-4"]),
         (["optimizer.decay_rule=independent"], ["optimizer.weight_decay"]),
-        (["parametrization.tau=0.3"], ["parametrization.tau", "residual: fixed"]),
-        (["parametrization.residual_mult=2.0"], ["residual: umup"]),
-        (["parametrization.base_width=128"], ["kind: mus", "standard"]),
-        (["parametrization.constraint=geometric_mean"], ["unit_scaling or umup"]),
-        (["precision.recipe=umup", "parametrization.gradient_scale_exponent=3"], ["standard or mus"]),
+        (["parametrization.tau=0.3"], ["parametrization.tau", "residual=fixed"]),
+        (["parametrization.residual_mult=2.0"], ["residual=umup"]),
+        (["parametrization.base_width=128"], ["kind=mus", "standard"]),
+        (["parametrization.constraint=geometric_mean"], ["kind=unit_scaling"]),
+        (
+            ["precision.recipe=umup", "parametrization.gradient_scale_exponent=3"],
+            ["kind is umup (preset precision.recipe=umup)", "kind=standard"],
+        ),
         (["precision.profile=paper", "precision.level=O1", "precision.recipe=mus"], ["profile"]),
-        (["precision.recipe=current"], ["FP8 GEMMs are off"]),
+        (["precision.recipe=mse"], ["precision.recipe", "precision.gemm.fp8=true"]),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], words: list[str]) -> None:

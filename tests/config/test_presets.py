@@ -9,6 +9,8 @@ import pytest
 
 from fp8train.config.errors import ConfigError
 from fp8train.config.presets import PRESETS, filled_keys
+from fp8train.config.recipe_registry import RECIPE_NAMES
+from fp8train.config.recipe_values import GEMM_OPERANDS
 from fp8train.config.resolve import resolve_mapping
 from tests.config.examples import minimal
 
@@ -134,9 +136,17 @@ def test_coat_keeps_activations_in_fp8() -> None:
     resolve_mapping(merged(precision={"activations": "fp8"}, parallel={"tp": 2}))
 
 
-def test_all_recipes_are_in_the_table_above() -> None:
-    [table] = [table for table in PRESETS if table.key == "precision.recipe"]
-    assert set(table.choices) == set(RECIPES) | set(OTHER_RECIPES) | {"nvfp4_simulated"}
+def test_the_recipes_of_these_tests_are_there() -> None:
+    assert {*RECIPES, *OTHER_RECIPES, "nvfp4_simulated"} <= set(RECIPE_NAMES)
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_every_recipe_chooses_the_scales_of_all_six_operands(name: str) -> None:
+    resolved = resolve_mapping(merged(precision={"recipe": name, "level": "O2"}))
+    for use in GEMM_OPERANDS:
+        for key in ("format", "granularity", "scale_source", "rounding"):
+            origin = str(resolved.origins[f"precision.gemm.{use}.{key}"])
+            assert origin == f"preset precision.recipe={name}", (use, key)
 
 
 OTHER_RECIPES = {
@@ -240,7 +250,7 @@ PRECEDENCE = [
     ),
     ({"gradient": {"reduce": "bf16"}}, False, 0, "bf16", "preset precision.level=O0"),
     (
-        {"level": "O0", "compute": "fp64", "gradient": {"reduce": "bf16"}},
+        {"level": "O0", "compute": "fp32", "gradient": {"reduce": "bf16"}},
         False,
         0,
         "bf16",
@@ -344,11 +354,15 @@ def test_the_paper_fills_no_bound_where_nothing_is_bounded(level: str, optimizer
 def test_a_bound_that_nothing_reads_is_refused(value: bool) -> None:
     lion = {"lr": 1e-4, "name": "lion"}
     bound = {"state": {"bounded_update": value}}
+    moments = "exp_avg.format is fp32 and precision.state.exp_avg_sq.format is fp32; remove it"
     for written, optimizer, message in (
-        ({"level": "O1", **bound}, {}, "bounds steps of rounded moments: both are fp32; remove it"),
-        (bound, {}, "bounds steps of rounded moments: both are fp32; remove it"),
-        ({"level": "O2", **bound}, lion, "bounds steps of AdamW: optimizer.name is lion; remove it"),
+        ({"level": "O1", **bound}, {}, moments),
+        (bound, {}, "has no effect: precision.gemm.fp8 is false"),
+        ({"level": "O2", **bound}, lion, "has no effect: optimizer.name is lion; remove it"),
     ):
+        if value:  # what would stand there anyway promises nothing
+            resolve_mapping(merged(precision=written, optimizer=optimizer))
+            continue
         with pytest.raises(ConfigError, match=r"precision\.state\.bounded_update.*" + message):
             resolve_mapping(merged(precision=written, optimizer=optimizer))
     one = {"level": "O1", "state": {"bounded_update": value, "exp_avg_sq": {"format": "bf16"}}}
@@ -400,7 +414,7 @@ def test_a_state_plan_lies_over_level_and_profile(level: str, plan: str) -> None
 def test_a_state_plan_is_of_two_moments() -> None:
     lion = {"optimizer": {"lr": 1e-4, "name": "lion"}}
     for plan in ("coat", "e4m3_e5m2"):
-        with pytest.raises(ConfigError, match=f"plan: {plan} is a pair .* optimizer.name is lion"):
+        with pytest.raises(ConfigError, match=r"has no effect: optimizer\.name is lion"):
             resolve_mapping(merged(precision={"level": "O2", "state": {"plan": plan}}, **lion))
     resolve_mapping(merged(precision={"level": "O2", "state": {"plan": "default"}}, **lion))
 
@@ -412,25 +426,28 @@ REFUSED = {
     ),
     "states need FP8 GEMMs": (
         {"state": {"exp_avg": {"format": "e4m3"}}},
-        "state applies to the linears that multiply in FP8, but gemm.fp8 is false",
+        "precision.state.exp_avg.format, precision.gemm.fp8: has no effect: precision.gemm.fp8 is false",
     ),
     "reduction without FP8 gradients": (
         {"gemm": {"fp8": True}, "gradient": {"fp8": {"reduce": "exact"}}},
-        "is set but gradients are stored in high precision: precision.gradient.format is high_precision",
+        "has no effect: precision.gradient.format is high_precision (preset precision.level=O0); ",
     ),
-    "profile without FP8": ({"profile": "paper"}, "is set but FP8 GEMMs are off"),
-    "state plan without FP8": ({"state": {"plan": "coat"}}, "is set but FP8 GEMMs are off"),
+    "profile without FP8": ({"profile": "paper"}, "has no effect: precision.gemm.fp8 is false (preset"),
+    "state plan without FP8": (
+        {"state": {"plan": "coat"}},
+        "precision.state.plan, precision.gemm.fp8: has no effect",
+    ),
     "mu of another reduction": (
         {"level": "O2", "gradient": {"fp8": {"mu_window": 5}}},
-        "mu_window belongs to reduce: shared_scale, but reduce is exchange",
+        "or write precision.gradient.fp8.reduce=shared_scale",
     ),
     "start of mu of another reduction": (
         {"level": "O2", "gradient": {"fp8": {"mu_initial": "one"}}},
-        "mu_initial belongs to reduce: shared_scale, but reduce is exchange",
+        "or write precision.gradient.fp8.reduce=shared_scale",
     ),
     "nodes of another reduction": (
         {"level": "O2", "gradient": {"fp8": {"reduce": "exact", "node_size": 2}}},
-        "node_size belongs to reduce: exchange, but reduce is exact",
+        "node_size, precision.gradient.fp8.reduce: has no effect: precision.gradient.fp8.reduce is exact",
     ),
     "FP8 accumulation by default": (
         {"level": "O2", "gradient": {"fp8": {"accumulate": "fp8"}}},
@@ -438,7 +455,7 @@ REFUSED = {
     ),
     "history of a current scale": (
         {"level": "O1", "gemm": {"output": {"x": {"history": 4}}}},
-        "history belongs to scale_source: delayed, but scale_source is current",
+        "output.x.scale_source is current (preset precision.recipe=current); remove it, or write",
     ),
     "constant without a constant": (
         {"level": "O1", "gemm": {"output": {"x": {"scale_source": "constant"}}}},
@@ -446,15 +463,11 @@ REFUSED = {
     ),
     "random rounding of FP8": (
         {"level": "O1", "gemm": {"output": {"x": {"rounding": "stochastic"}}}},
-        "rounding: stochastic is built for format: e2m1 only, but format is e4m3; remove it",
+        "has no effect: precision.gemm.output.x.format is e4m3",
     ),
     "a transform of FP8 operands": (
         {"level": "O1", "gemm": {"grad_weight": {"x": {"hadamard": True}}}},
-        "hadamard: true is built for format: e2m1 only, but format is e4m3; remove it",
-    ),
-    "codes of simulated operands": (
-        {"level": "O1", "recipe": "nvfp4_simulated", "traffic": {"activations": "fp8"}},
-        "e2m1 operands are simulated and have none; write traffic.activations: compute",
+        "has no effect: precision.gemm.grad_weight.x.format is e4m3",
     ),
     "weights that rest in simulated operands": (
         {"level": "O1", "recipe": "nvfp4_simulated", "weights": "fp8"},
@@ -474,6 +487,12 @@ def test_settings_that_would_be_ignored_are_refused(case: str) -> None:
         resolve_mapping(merged(precision=written))
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_simulated_operands_have_no_codes_to_send() -> None:
+    written = {"level": "O1", "recipe": "nvfp4_simulated", "traffic": {"activations": "fp8"}}
+    with pytest.raises(ConfigError, match="operands are simulated and have none; write"):
+        resolve_mapping(merged(precision=written, parallel={"tp": 2}))
 
 
 def test_only_what_a_user_must_write_is_required() -> None:

@@ -35,7 +35,7 @@ VARIANTS: dict[str, list[str]] = {
     "constants": ["precision.level=O2", "precision.recipe=cscale",
                   "precision.gemm.output.x.scale_source=current",
                   "precision.gemm.keep_x=second_copy"],
-    "off_words": ["train.compile=off", "logging.wandb.mode=off", 'run.name="010"', 'run.dir="no"',
+    "off_words": ["train.compile=off", "logging.wandb.mode=offline", 'run.name="010"', 'run.dir="no"',
                   "logging.wandb.entity=on"],
     "blend": ["data.prefix=null", "data.blend=[{prefix: 'a: b', weight: 1e-7}, {prefix: \"ü#\", weight: 3}]"],
     "rope": ["model.rope_scaling={factor: 32.0}", "data.tokenizer=\"\"", "run.threads=2"],

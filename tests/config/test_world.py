@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fp8train.cli import run_command
 from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import load_config, resolve_mapping
 from fp8train.config.world import accumulation_steps, check_world, data_parallel_size
@@ -45,6 +46,26 @@ def test_batch_between_two_legal_values_names_the_line(tmp_path: Path) -> None:
         "1 * 3 = 3; "
         "nearest legal values: 6 or 9"
     )
+
+
+def test_nodes_that_these_ranks_do_not_divide_into() -> None:
+    overrides = ["precision.level=O2", "precision.gradient.fp8.node_size=4", "train.micro_batch_size=1"]
+    resolved = resolve_mapping(minimal(), overrides)
+    assert check_world(resolved.config, 8, origins=resolved.origins) == (8, 1)
+    with pytest.raises(ConfigError) as caught:
+        check_world(resolved.config, 2, origins=resolved.origins)
+    assert str(caught.value) == (
+        "command line: precision.gradient.fp8.node_size (4) must divide the data-parallel ranks (2); legal: "
+        "1 or 2"
+    )
+
+
+def test_the_command_checks_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert run_command(["config", str(path), "--world", "2"]) == 0
+    assert capsys.readouterr().err == ""
+    assert run_command(["config", str(path), "--world", "3"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}:13: train.global_batch_size (8) must be")
 
 
 def test_dp_must_equal_the_world_size() -> None:

@@ -190,7 +190,7 @@ def test_bf16_is_the_masters_rounded_and_no_fp8(tmp_path: Path, source: str) -> 
     plain = build_model(tiny_config(family), vocab_size=VOCAB, device=CPU).model
     with torch.no_grad():
         for fqn, parameter in plain.named_parameters():
-            parameter.copy_(trainer.optimizer.master(fqn))
+            parameter.copy_(trainer.optimizer.states.master(fqn))
             assert torch.equal(dict(built.model.named_parameters())[fqn], parameter)
     assert loss(built.model, run.config) == loss(plain, run.config)
 

@@ -38,7 +38,7 @@ def train_small(folder: Path, *overrides: str) -> Path:
 model: {{family: llama, num_layers: 2, hidden_size: 32, num_heads: 2, num_kv_heads: 2, ffn_hidden_size: 64}}
 data: {{prefix: {prefix}, seq_length: 32, split: [0.7, 0.3, 0]}}
 optimizer: {{lr: 0.01}}
-train: {{steps: 6, global_batch_size: 2, micro_batch_size: 2, eval_batches: 5}}
+train: {{steps: 6, global_batch_size: 2, micro_batch_size: 2}}
 precision: {{level: O2}}
 checkpoint: {{interval: 0}}
 logging: {{tensorboard: false, cast_statistics_interval: 0}}

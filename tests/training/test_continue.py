@@ -251,12 +251,15 @@ def test_weights_alone_start_a_new_run(run) -> None:
     path, frozen, _ = run
     for overrides in (O0, O2, [*O2, "optimizer.name=lion", "optimizer.lr=0.001", "data.seq_length=8"]):
         trainer, data, listener = begin(path, overrides)
-        for fqn in frozen.optimizer.parameter_states:
+        for fqn in frozen.optimizer.states:
             # FP16 with a scale per block keeps 11 bits.
             assert torch.allclose(
-                trainer.optimizer.master(fqn), frozen.optimizer.master(fqn), rtol=2**-11, atol=1e-6
+                trainer.optimizer.states.master(fqn),
+                frozen.optimizer.states.master(fqn),
+                rtol=2**-11,
+                atol=1e-6,
             )
-            assert not trainer.optimizer.state(fqn, "exp_avg").any()
+            assert not trainer.optimizer.states.decoded(fqn, "exp_avg").any()
         assert trainer.updates == 0
         assert listener.lines[-1] == f"weights taken from {path} (step {STEP}); training starts at step 0"
         assert listener.events[-1]["kind"] == "initialised"
@@ -294,8 +297,8 @@ def test_a_checkpoint_of_weights_alone(run, tmp_path: Path) -> None:
     meta = {"config": to_plain(frozen.config), "vocab_size": VOCAB, "tokenizer": None}
     path = save_checkpoint(tmp_path, 0, weights, meta=meta, rank_state={}, group=None, keep_last=1)
     trainer, _, _ = begin(path, ["precision.level=O3"])
-    embedding = frozen.optimizer.master("embedding.weight")
-    assert torch.equal(trainer.optimizer.master("embedding.weight"), embedding)
+    embedding = frozen.optimizer.states.master("embedding.weight")
+    assert torch.equal(trainer.optimizer.states.master("embedding.weight"), embedding)
     with pytest.raises(CheckpointError, match="holds no optimizer states"):
         begin(path, [*O0, "checkpoint.init_mode=warm"])
     with pytest.raises(CheckpointError, match=r"no state of a training run.*\n?.*checkpoint\.init_from"):

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
+from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES
 from fp8train.numerics.cast import amax_of, cast, decode_finite
 from fp8train.numerics.exact_sum import grid_square_sum, power_of_two_fp64, square_shift
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
@@ -46,8 +47,6 @@ from fp8train.precision.number_formats import E4M3
 HISTORY = 16
 MARGIN = 3
 """Powers of two between the largest amax seen and the end of the grid."""
-MAX_MICRO_BATCHES = (2**31 - 1) // (448 * 2**9)
-"""Of a global step: as many E4M3 codes add up in INT32, whatever they are."""
 GRID_BITS = 40  # of the fixed-point grid; 2^63 / 2^40 = 8 million micro-batches fit
 CODE_UNIT = -9  # E4M3 values are multiples of 2^-9
 _AMAX_SLACK = 1 + 2.0**-20  # an FP64 gradient may exceed its FP32 amax by half an ulp
@@ -196,12 +195,13 @@ class GridScales:
             is_fp8: which grid each parameter has.
             numels: elements of each whole parameter, whatever part of it a rank holds.
             position: of each parameter among these, by FQN.
-            micro_batches: contributions to a parameter in the global step, 1 to :data:`MAX_MICRO_BATCHES`.
+            micro_batches: contributions to a parameter in the global step, 1 to
+                :data:`MAX_EXACT_MICRO_BATCHES`.
             parts: tensor-parallel ranks; as many times more contribute to parameters that they hold whole.
             group: ranks that must agree.
             device: where gradients live.
         """
-        assert 1 <= micro_batches <= MAX_MICRO_BATCHES, f"{micro_batches} micro-batches overflow INT32"
+        assert 1 <= micro_batches <= MAX_EXACT_MICRO_BATCHES, f"{micro_batches} micro-batches overflow INT32"
         self._position, self._group, self._contributions = position, group, micro_batches * parts
         self._is_fp8 = torch.tensor(list(is_fp8), device=device)
         self._numels = torch.tensor(list(numels), device=device)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fp8train.comm.auto_scale import MuController
 from fp8train.comm.collectives import CountedGroup
+from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.parallel.gradients.auto_scales import AutoScales
 from fp8train.parallel.gradients.bucket import Bucket
-from fp8train.parallel.gradients.grids import MAX_MICRO_BATCHES, GridScales, HeldSums
+from fp8train.parallel.gradients.grids import GridScales, HeldSums
 from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import IntegerSum
 from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
@@ -135,7 +136,7 @@ def test_the_grid_of_squares_does_not_depend_on_the_part_that_a_rank_holds() -> 
 
 def test_no_sum_of_codes_exceeds_int32_or_its_square_grid() -> None:
     """All elements saturate in every one of the most micro-batches that are allowed."""
-    bucket, scales = bucket_of(Fp8Points, MAX_MICRO_BATCHES, [2**40] * len(SHAPES))
+    bucket, scales = bucket_of(Fp8Points, MAX_EXACT_MICRO_BATCHES, [2**40] * len(SHAPES))
     scales._history[0] = 1.0
     scales.begin_step()
     bucket.begin()
@@ -143,8 +144,8 @@ def test_no_sum_of_codes_exceeds_int32_or_its_square_grid() -> None:
     for member, gradient in enumerate(huge):
         bucket.add(member, gradient, first=True)
         sums = bucket.buffer(member)
-        sums.mul_(MAX_MICRO_BATCHES)  # as if each had added the same
-        assert sums.flatten().tolist()[0] == -448 * 512 * MAX_MICRO_BATCHES
+        sums.mul_(MAX_EXACT_MICRO_BATCHES)  # as if each had added the same
+        assert sums.flatten().tolist()[0] == -448 * 512 * MAX_EXACT_MICRO_BATCHES
     bucket.launch()
     bucket.finish()
     scales.end_step()
@@ -152,7 +153,7 @@ def test_no_sum_of_codes_exceeds_int32_or_its_square_grid() -> None:
         one = int(sums_of(bucket).square(member)[0]) // math.prod(shape)
         assert 2**60 < one * 2**40 < 2**63
     with pytest.raises(AssertionError, match="overflow INT32"):
-        bucket_of(Fp8Points, MAX_MICRO_BATCHES + 1)
+        bucket_of(Fp8Points, MAX_EXACT_MICRO_BATCHES + 1)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
