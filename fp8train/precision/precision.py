@@ -12,6 +12,11 @@ from fp8train.precision.problems import Problem, illegal_choices, refuse
 from fp8train.precision.state_formats import StateFormats
 from fp8train.precision.traffic import Traffic
 
+Smoothing = Literal["off", "token", "channel"]
+"""Of SwiGLU's output, around the down projection: not at all; token by token; the size of each channel in the
+down projection's weight."""
+GuardAction = Literal["off", "report", "bf16"]
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -35,8 +40,8 @@ class Precision:
     state: StateFormats
     weights: Literal["compute", "fp8"]
     traffic: Traffic
-    smooth_swiglu: Literal["off", "token", "channel"] = "off"
-    guard: Literal["off", "report", "bf16"] = "off"
+    smooth_swiglu: Smoothing = "off"
+    guard: GuardAction = "off"
 
     def __post_init__(self) -> None:
         refuse(illegal_choices(self))
