@@ -104,11 +104,12 @@ class Gradients:
 
     def __post_init__(self) -> None:
         refuse(illegal_choices(self))
-        if self.format not in (None, E4M3) and self.fp8.reduce == "exact":
+        if self.format is not None and self.format is not E4M3 and self.fp8.reduce == "exact":
             refuse(
                 [
                     Problem(
-                        "fp8.reduce: exact counts in units of E4M3; write format: e4m3",
+                        f"fp8.reduce: exact counts in units of E4M3, but format is {self.format.name}; write "
+                        "format: e4m3",
                         ("format", "fp8.reduce"),
                     )
                 ]

@@ -92,28 +92,14 @@ class Precision:
                     ("traffic.weights", "weights"),
                 )
             return
-        if gemm.keep_w == "bf16":
-            yield Problem(
-                "keep_w: bf16 needs weights in the compute type; write weights: compute, or another keep_w",
-                ("gemm.keep_w", "weights"),
-            )
         if self.smooth_swiglu == "channel":
             yield Problem(
                 "smooth_swiglu: channel casts the down projections' weights for every micro-batch, but "
                 "weights is fp8; write weights: compute, or smooth_swiglu: token",
                 ("gemm.smooth_swiglu", "weights"),
             )
-        for use in gemm.weight_uses():
-            spec = gemm.operands()[use]
-            if spec.granularity != "tensor" or spec.scale_source == "mse":
-                key = "scale_source" if spec.scale_source == "mse" else "granularity"
-                yield Problem(
-                    "weights: fp8 is written piece by piece with one scale from the amax of the whole, but "
-                    f"gemm.{use}.{key} is {getattr(spec, key)}; write weights: compute, or a recipe with "
-                    "one scale per tensor",
-                    ("weights", f"gemm.{use}.{key}"),
-                )
-                return
+        for message, keys in gemm.against_resident_weights():
+            yield Problem(message, ("weights", *(f"gemm.{key}" for key in keys)))
 
     def _traffic(self, gemm: LinearQuant) -> Iterator[Problem]:
         """What travels as codes of operands needs operands that have codes."""

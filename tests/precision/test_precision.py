@@ -49,9 +49,12 @@ def nvfp4() -> LinearQuant:
             ["guard.action gemm.output.x.scale_source"],
         ),
         ({"traffic": Traffic(weights=True)}, ["traffic.weights weights"]),
-        ({"gemm": LinearQuant(keep_w="bf16"), "weights": "fp8"}, ["gemm.keep_w weights"]),
+        ({"gemm": LinearQuant(keep_w="bf16"), "weights": "fp8"}, ["weights gemm.keep_w"]),
         ({"smooth_swiglu": "channel", "weights": "fp8"}, ["gemm.smooth_swiglu weights"]),
-        ({"gemm": rows("second_copy"), "weights": "fp8"}, ["weights gemm.output.w.granularity"]),
+        (
+            {"gemm": rows("second_copy"), "weights": "fp8"},
+            ["weights gemm.output.w.granularity"],
+        ),
         (
             {"gemm": LinearQuant(output_w=MSE, grad_input_w=MSE), "weights": "fp8"},
             ["weights gemm.output.w.scale_source"],

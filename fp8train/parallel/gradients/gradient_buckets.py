@@ -354,9 +354,9 @@ class GradientBuckets:
         ]
         if changed:
             raise ValueError(
-                f"precision.gradient.fp8.reduce: {ours} gives the same bits only if what they depend on "
-                f"stays; restore {', '.join(changed)}; the number of data-parallel ranks and pipeline stages "
-                "may change. To go on with other bits, name them in checkpoint.accept_changes"
+                f"gradients summed by {ours} have the same bits only if what they depend on stays; restore "
+                f"{', '.join(changed)}; the number of data-parallel ranks and pipeline stages may change. To "
+                "go on with other bits, name them in `accept_changes`"
             )
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:
