@@ -121,7 +121,7 @@ def describe_precision(trainer: Trainer) -> list[str]:
     if trainer.pipeline is None:
         lines.append(f"memory: {stored_bytes(trainer)}")
     else:
-        lines.append(f"pipeline: {trainer.pipeline.layout.describe()}")
+        lines.append(f"pipeline: {trainer.pipeline.placement.describe()}")
         lines.append(f"memory of this rank's stages: {stored_bytes(trainer)}")
     return lines
 

@@ -87,7 +87,7 @@ def observe(overrides: list[str], processes: Processes, steps: int = STEPS) -> d
 
 def completion_order(trainer: Trainer) -> list[int]:
     """Stages of this rank in the order in which the schedule finishes their weight gradients."""
-    if trainer.pipeline is None or trainer.pipeline.layout.schedule == "1f1b":
+    if trainer.pipeline is None or trainer.pipeline.placement.schedule == "1f1b":
         return []
     actions = trainer.pipeline._schedule.pipeline_order[trainer.processes.pp.rank]
     last: dict[int, int] = {}
