@@ -46,11 +46,11 @@ LAYOUTS: dict[str, Place] = {
     "CP2": Place(2, Layout(cp=2), ("parallel.cp=2",)),
     "DP2, ZeRO": Place(2, Layout(), ("parallel.zero=1",)),
 }
-_UNIT = ("model.tie_embeddings=false", "model.init_std=null")
+_UNTIED = "model.tie_embeddings=false"
 NEEDS: dict[str, tuple[str, ...]] = {
-    "mus": (*_UNIT, "optimizer.lr=0.3"),
-    "unit_scaling": (*_UNIT, "optimizer.lr=0.03"),
-    "umup": (*_UNIT, "optimizer.lr=0.5"),
+    "mus": (_UNTIED, "optimizer.lr=0.3"),
+    "unit_scaling": (_UNTIED, "optimizer.lr=0.03"),
+    "umup": (_UNTIED, "optimizer.lr=0.5"),
 }
 """What a recipe needs beside its name on this model; weights of unit variance take larger rates, here such
 that 20 steps show something."""

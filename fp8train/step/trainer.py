@@ -38,7 +38,7 @@ from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.parallel.zero import Partition
 from fp8train.step.assemble import (
     all_reduce_max,
-    make_gradient_plan,
+    make_gradient_buckets,
     make_run_optimizer,
     tensor_parallel,
 )
@@ -104,7 +104,7 @@ class Trainer:
         contributions = accumulation_steps(config, processes.dp.size)
         self.monitors = Monitors(config, processes, self.built)
         owners = make_partition(config, processes, self.built)
-        self.gradients = make_gradient_plan(
+        self.gradients = make_gradient_buckets(
             config,
             processes,
             self.built,

@@ -44,6 +44,7 @@ from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
+from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from fp8train.training.signals import EXIT_INTERRUPTED, StopRequest
 
@@ -152,7 +153,7 @@ def _write_interrupted(run_dir: RunDir, step: int) -> None:
 
 @dataclass
 class _Run:
-    """A run in its directory."""
+    """A run in its directory, from its claim to its last status."""
 
     run_dir: RunDir
     config: Config
@@ -211,52 +212,26 @@ class _Run:
         source = None if checkpoint is not None else _source(run_dir, config, procs)
         trainer = _build(config, procs, data)
         _keep_tokenizer(run_dir, data)
-        with Reporter(
-            config,
-            processes=procs,
-            run_dir=run_dir,
-            trainer=trainer,
-            console=self.console,
-            vocab_size=data.vocab_size,
-            samples_before=data.train.samples_before,
-        ) as reporter:
-            reporter.header(data)
-            step = 0
-            if checkpoint is not None:
-                step = resume(
-                    checkpoint, config, processes=procs, trainer=trainer, data=data, reporter=reporter
-                )
+        with Reporter(run_dir, data, trainer, self.console) as reporter:
+            reporter.header()
+            ready = ReadyRun(run_dir, data, trainer, reporter)
+            step = 0 if checkpoint is None else resume(ready, checkpoint)
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
-                outcome = self._loop(trainer, reporter, source, step)
+                outcome = self._loop(ready, source, step)
             self.stop.plan = "the run is over, ending"
             reporter.end(outcome.state, outcome.reason, outcome.step)
             return outcome
 
-    def _loop(self, trainer: Trainer, reporter: Reporter, source: Path | None, start: int) -> Outcome:
+    def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
         """From here on there is a run to lose."""
-        run_dir, config, procs = self.run_dir, self.config, self.procs
-        self.loop = loop = TrainingLoop(
-            config,
-            processes=procs,
-            run_dir=run_dir,
-            data=self.data,
-            trainer=trainer,
-            reporter=reporter,
-            stop_reason=lambda: self.stop.agree(procs.control),
-            start=start,
-        )
+        run_dir, procs = self.run_dir, self.procs
+        stop_reason = partial(self.stop.agree, procs.control)
+        self.loop = loop = TrainingLoop(ready, stop_reason=stop_reason, start=start)
         run_dir.truncate_after(start or None)
         if source is not None:
-            initialise_from(
-                source,
-                config,
-                processes=procs,
-                trainer=trainer,
-                reporter=reporter,
-                tokenizer=self.data.tokenizer,
-            )
-        run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
+            initialise_from(ready, source)
+        run_dir.write_description(dump_yaml(self.config), describe_environment(procs.device))
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
         return loop.run()

@@ -13,8 +13,11 @@ from fp8train.config.keys import key_table
 from fp8train.data.errors import DataError
 
 PACKAGE = Path(__file__).parents[2] / "fp8train"
-LOWER = ("precision", "numerics", "data", "checkpoint", "inference", "huggingface")
-NOT_YET = ("kernels", "comm", "layers", "models", "parallel", "optim")
+LOWER = (
+    *("precision", "numerics", "kernels", "comm", "layers", "models", "parallel"),
+    *("data", "checkpoint", "inference", "huggingface"),
+)
+NOT_YET = ("optim",)
 """Lower packages that may still name keys."""
 
 DOTTED = [key for key in key_table().keys if "." in key]

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain
 from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
+from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
@@ -78,34 +79,24 @@ def save(config: Config, trainer: Trainer, data: Any, root: Path, step: int = ST
     )
 
 
+def ready(trainer: Trainer, data: Any, listener: Listener) -> ReadyRun:
+    """Of a run without a directory."""
+    return ReadyRun(cast(Any, None), data, trainer, cast(Any, listener))
+
+
 def go_on(path: Path, overrides: list[str], processes: Any = None) -> tuple[Trainer, Any, Listener]:
     """Resume with these settings."""
-    config, trainer, data = start(overrides, processes)
+    _, trainer, data = start(overrides, processes)
     listener = Listener()
-    step = resume(
-        path,
-        config,
-        processes=trainer.processes,
-        trainer=trainer,
-        data=SimpleNamespace(train=data),  # type: ignore[arg-type]
-        reporter=listener,  # type: ignore[arg-type]
-    )
-    assert step == STEP
+    assert resume(ready(trainer, SimpleNamespace(train=data), listener), path) == STEP
     return trainer, data, listener
 
 
 def begin(path: Path, overrides: list[str], tokenizer: Any = None) -> tuple[Trainer, Any, Listener]:
     """A new run from a checkpoint's weights."""
-    config, trainer, data = start([*overrides, f"checkpoint.init_from={path}"])
+    _, trainer, data = start([*overrides, f"checkpoint.init_from={path}"])
     listener = Listener()
-    initialise_from(
-        path,
-        config,
-        processes=alone(),
-        trainer=trainer,
-        reporter=listener,  # type: ignore[arg-type]
-        tokenizer=tokenizer,
-    )
+    initialise_from(ready(trainer, SimpleNamespace(tokenizer=tokenizer), listener), path)
     return trainer, data, listener
 
 
