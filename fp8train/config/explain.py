@@ -92,7 +92,8 @@ _REFERENCE_HEAD = (
     "Keys are nested in the file (`train: {steps: 1000}`) and dotted on the command line",
     "(`train.steps=1000`). `key=null` takes back what a file sets. *By preset* means that",
     "`model.family`, `precision.level`, `.recipe`, `.profile` or `parametrization.kind` fill the key,",
-    "or that another key does. `fp8train config FILE` shows with what, and who won.",
+    "or that another key does. `fp8train config FILE` shows with what, and who won. A key that was",
+    "written and that the other settings leave without effect is refused.",
     "",
 )
 
