@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
-from fp8train.config.errors import ConfigError
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
@@ -85,7 +84,6 @@ def build_model(
         forward_only: FP8 weights come from a checkpoint and nothing trains them.
 
     Raises:
-        ConfigError: the FP8 plan is contradictory or selects nothing.
         ValueError: the device cannot multiply in FP8.
     """
     dtype = COMPUTE_DTYPES[config.precision.compute]
@@ -123,11 +121,6 @@ def build_model(
 
 
 def _smooth_swiglu(model: Decoder, report: PlanReport, smooth: Smoothing) -> None:
-    if not any(path.endswith(".mlp.down") for path in report.converted):
-        raise ConfigError(
-            "precision.gemm.smooth_swiglu is about down projections in FP8, but all of them are left in high "
-            "precision (precision.gemm.exclude, which recipe: umup fills; or min_dim); remove one of the two"
-        )
     for block in model.held_blocks():
         if block.mlp.down.name in report.plans:
             block.mlp.use_smooth_swiglu(smooth)
