@@ -1,7 +1,7 @@
 """Which linears multiply in FP8, from the configuration alone: their paths and who is left out.
 
-The model itself has the last word (:mod:`fp8train.models.fp8_plan`); a test compares the two. Known here, so
-that a pattern without a match is told before anything is built.
+The model makes its plan from what it holds (:mod:`fp8train.models.fp8_plan`); a test compares the two. Known
+here, so that a pattern without a match is told before anything is built.
 """
 
 from __future__ import annotations
