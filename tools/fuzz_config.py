@@ -55,9 +55,10 @@ FIXED = frozenset(
         *("run.name", "run.dir", "run.overwrite", "train.steps", "train.tokens"),
         *("data.prefix", "data.blend", "data.valid_prefix", "data.tokenizer", "model.vocab_size"),
         *("checkpoint.resume", "checkpoint.init_from", "checkpoint.accept_changes", "logging.wandb.mode"),
+        *("data.kind", "data.mask_end_of_document"),
     )
 )
-"""What the harness sets, or names files that there would have to be."""
+"""What the harness sets, or what needs files that there would have to be."""
 CHOOSERS = (
     *("precision.level", "precision.recipe", "precision.profile", "model.family", "optimizer.name"),
     *("precision.gradient.fp8.reduce", "precision.state.plan", "parametrization.kind", "precision.compute"),
@@ -177,7 +178,8 @@ def make_case(number: int, seed: int, config: Path, two_ranks: float, most: int)
     settings: dict[str, Any] = {}
     if ranks == 2:
         settings = {**_TWO_RANKS, **draw.choice(LAYOUTS)}
-    assert accepted(config, Case(number, settings, ranks)) is not None
+    now = accepted(config, Case(number, settings, ranks))
+    assert now is not None
     wanted = len(settings) + draw.randint(1, most)
     for _ in range(12 * most):
         if len(settings) >= wanted:
@@ -188,8 +190,9 @@ def make_case(number: int, seed: int, config: Path, two_ranks: float, most: int)
         if key.name in settings or not values:
             continue
         tried = {**settings, key.name: values[0]}
-        if accepted(config, Case(number, tried, ranks)) is not None:
-            settings = tried
+        then = accepted(config, Case(number, tried, ranks))
+        if then is not None and then.config != now.config:  # not what stood there anyway
+            settings, now = tried, then
     return Case(number, settings, ranks)
 
 
@@ -305,8 +308,8 @@ def main() -> int:
                 cases, threads.map(lambda c: _one(config, pools, c), cases), strict=True
             ):
                 found[verdict.outcome] += 1
-                if verdict.outcome in ("refused", "crashed") or args.only is not None:
-                    told += verdict.outcome in ("refused", "crashed")
+                told += verdict.outcome in ("refused", "crashed")
+                if verdict.outcome != "ran" or args.only is not None:
                     report(case, verdict, full=args.only is not None)
     counts = ", ".join(f"{found[name]} {name}" for name in _WORST)
     print(f"{counts}; {time.monotonic() - began:.0f} s")

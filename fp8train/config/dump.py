@@ -9,8 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from fp8train.config.ownership import look_at, why_unread
-from fp8train.config.recipe_registry import STATIC_RECIPES
+from fp8train.config.ownership import look_at, why_hidden
 from fp8train.config.scalars import needs_quotes
 from fp8train.config.schema import Config, to_plain
 
@@ -33,31 +32,19 @@ _Representer.add_representer(list, _represent_list)
 
 
 def effective(config: Config) -> dict[str, Any]:
-    """``config`` as nested plain values, without what has no effect.
+    """``config`` as nested plain values, without how FP8 would be done where it is off: loading fills the
+    same presets again."""
+    look = look_at(config)
 
-    How FP8 GEMMs (or the one of weight gradients) and FP8 gradients would be done is left out where they are
-    off, and the bound on AdamW's steps where none is bounded: it has no effect, and a file that sets it is
-    refused as contradictory. Loading fills the same presets again.
-    """
-    plain = to_plain(config)
-    precision = plain["precision"]
-    if not config.precision.gemm.fp8:
-        if config.precision.recipe not in STATIC_RECIPES:
-            del precision["recipe"]
-        del precision["profile"], precision["state"], precision["weights"]
-        precision["gemm"] = {"fp8": False}
-    elif not config.precision.gemm.grad_weight.fp8:
-        precision["gemm"]["grad_weight"] = {"fp8": False}
-    if config.precision.gemm.fp8 and not bounds_updates(config):
-        del precision["state"]["bounded_update"]
-    if config.precision.gradient.format == "high_precision":
-        del precision["gradient"]["fp8"]
-    return plain
+    def shown(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        below = {
+            name: shown(value, (*path, name)) if isinstance(value, dict) else value
+            for name, value in values.items()
+            if why_hidden((*path, name), look) is None
+        }
+        return {name: value for name, value in below.items() if value != {}}
 
-
-def bounds_updates(config: Config) -> bool:
-    """Whether ``precision.state.bounded_update`` has any effect."""
-    return why_unread(("precision", "state", "bounded_update"), look_at(config)) is None
+    return shown(to_plain(config), ())
 
 
 def dump_yaml(config: Config) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fp8train.config.dump import bounds_updates, effective
+from fp8train.config.dump import effective
 from fp8train.config.keys import describe, key_table
+from fp8train.config.ownership import look_at, why_hidden
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.scalars import needs_quotes
-from fp8train.config.schema import Config
 from fp8train.config.threads import FROM_ENVIRONMENT, threads_from_environment
 
 
@@ -39,26 +39,14 @@ def explain(resolved: ResolvedConfig, environment: Mapping[str, str]) -> str:
     if len(rows) < len(resolved.origins):
         hidden = len(resolved.origins) - len(rows)
         settings, are = ("setting", "is") if hidden == 1 else ("settings", "are")
-        why = "; ".join(_reasons(resolved.config))
+        look = look_at(resolved.config)
+        unmet = [why_hidden(tuple(name.split(".")), look) for name in resolved.origins]
+        why = "; ".join(dict.fromkeys(one.reason for one in unmet if one is not None))
         lines += ["", f"# {hidden} {settings} without effect {are} not shown: {why}"]
     return "\n".join(lines) + "\n"
 
 
 _HIDDEN = object()
-
-
-def _reasons(config: Config) -> Iterator[str]:
-    """Why :func:`~fp8train.config.dump.effective` leaves settings out."""
-    precision = config.precision
-    if not precision.gemm.fp8:
-        yield "precision.gemm.fp8 is false"
-        return
-    if not precision.gemm.grad_weight.fp8:
-        yield "precision.gemm.grad_weight.fp8 is false"
-    if precision.gradient.format == "high_precision":
-        yield "precision.gradient.format is high_precision"
-    if not bounds_updates(config):
-        yield "precision.state.bounded_update is about AdamW's rounded moments"
 
 
 def _lookup(plain: dict[str, Any], name: str) -> Any:
@@ -92,7 +80,8 @@ _REFERENCE_HEAD = (
     "Keys are nested in the file (`train: {steps: 1000}`) and dotted on the command line",
     "(`train.steps=1000`). `key=null` takes back what a file sets. *By preset* means that",
     "`model.family`, `precision.level`, `.recipe`, `.profile` or `parametrization.kind` fill the key,",
-    "or that another key does. `fp8train config FILE` shows with what, and who won.",
+    "or that another key does. `fp8train config FILE` shows with what, and who won. A key that was",
+    "written and that the other settings leave without effect is refused.",
     "",
     "A setting that nothing will read is refused, such as `train.eval_batches` beside",
     "`train.eval_interval: 0`. But a later place may turn off what an earlier one describes. A file",

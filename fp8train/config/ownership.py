@@ -57,12 +57,14 @@ class Rule(NamedTuple):
         condition: when they are read.
         but: keys below them that the rule is not about.
         left_out: whether presets leave them at their defaults where it does not hold.
+        hidden: whether a printed configuration leaves them out there, because they are many.
     """
 
     keys: tuple[str, ...]
     condition: Condition
     but: tuple[str, ...] = ()
     left_out: bool = False
+    hidden: bool = False
 
     def covers(self, path: Sequence[str]) -> bool:
         """Whether it is about this key."""
@@ -115,15 +117,17 @@ RULES: tuple[Rule, ...] = (
     # Gradients have unit scale already under the others.
     Rule(("parametrization.gradient_scale_exponent",), Is("parametrization.kind", ("standard", "mus"))),
     # Static recipes shape the model in BF16 too.
-    Rule(("precision.recipe",), Unless("precision.recipe", STATIC_RECIPES, _FP8_GEMMS)),
+    Rule(("precision.recipe",), Unless("precision.recipe", STATIC_RECIPES, _FP8_GEMMS), hidden=True),
     Rule(
         _below("precision", "profile", "weights", "gemm", "state", "traffic", "guard", "gradient.format"),
         _FP8_GEMMS,
         but=("precision.gemm.fp8",),
+        hidden=True,
     ),
     Rule(
         _below("precision.gemm.grad_weight", "grad_output", "x"),
         Is("precision.gemm.grad_weight.fp8", (True,)),
+        hidden=True,
     ),
     *_reads(_OPERAND, CAST_READS),
     *_reads(_OPERAND, FP4_READS, left_out=False),
@@ -147,7 +151,7 @@ RULES: tuple[Rule, ...] = (
             )
         ),
     ),
-    Rule(("precision.gradient.fp8",), AllOf((_FP8_GEMMS, _FP8_GRADIENTS))),
+    Rule(("precision.gradient.fp8",), AllOf((_FP8_GEMMS, _FP8_GRADIENTS)), hidden=True),
     Rule(("precision.gradient.fp8.accumulate",), IsNot(_REDUCE, "exact", "exchange")),
     Rule(("precision.gradient.fp8.block",), Is(_REDUCE, ("exchange", "bf16", "fp32"))),
     *_reads("precision.gradient.fp8", FP8_GRADIENT_READS),
@@ -165,6 +169,7 @@ RULES: tuple[Rule, ...] = (
             (_read_by_rule("bounded_update"), AnyOf(tuple(Is(moment, ROUNDED_STATES) for moment in _MOMENTS)))
         ),
         left_out=True,
+        hidden=True,
     ),
     Rule(
         _below("precision.traffic", "activations", "grad_output", "grad_input", "output"),
@@ -238,6 +243,12 @@ def rules_of(path: tuple[str, ...]) -> tuple[Rule, ...]:
 def why_unread(path: tuple[str, ...], look: Look) -> Unmet | None:
     """Why nothing reads the setting at ``path`` beside the others, or None."""
     return AllOf(tuple(rule.condition for rule in rules_of(path))).unmet(look, ".".join(path[:-1]))
+
+
+def why_hidden(path: tuple[str, ...], look: Look) -> Unmet | None:
+    """Why a printed configuration leaves the setting or section at ``path`` out, or None."""
+    conditions = tuple(rule.condition for rule in rules_of(path) if rule.hidden)
+    return AllOf(conditions).unmet(look, ".".join(path[:-1]))
 
 
 def always_read(path: Sequence[str]) -> bool:

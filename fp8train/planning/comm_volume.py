@@ -30,15 +30,14 @@ from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.build import COMPUTE_DTYPES, outline
-from fp8train.models.decoder import split_dim
 from fp8train.models.fp8_plan import plan_fp8
 from fp8train.models.part import ModelPart
-from fp8train.numerics.granularity import scale_tile
+from fp8train.models.shapes import held, local_shape, split_dim
 from fp8train.parallel.pipeline import TIED, StagePlacement
 from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
-from fp8train.precision.scale_blocks import MAX_BLOCK, block_size
+from fp8train.precision.scale_blocks import MAX_BLOCK, block_size, scale_tile
 
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
@@ -79,9 +78,7 @@ class Parameter:
 
     def local(self, tp: int) -> tuple[int, int]:
         """(rows, row length) of a tensor-parallel rank's part; a vector is one row."""
-        shape, dim = list(self.shape), split_dim(self.fqn)
-        if dim is not None:
-            shape[dim] //= tp
+        shape = local_shape(self.fqn, self.shape, tp)
         return math.prod(shape[:-1]), shape[-1]
 
     def elements(self, tp: int) -> int:
@@ -143,13 +140,7 @@ class RankStep:
     def held(self) -> list[Parameter]:
         """Parameters of the rank's part of the model, a copy of a tied embedding included."""
         part, tied = self.part, self.config.model.tie_embeddings
-        ends = {"embedding": part.begins or (part.ends and tied), "positions": part.begins}
-
-        def here(fqn: str) -> bool:
-            first, second = fqn.split(".")[:2]
-            return int(second) in part.layers if first == "layers" else ends.get(first, part.ends)
-
-        return [parameter for parameter in self.parameters if here(parameter.fqn)]
+        return [parameter for parameter in self.parameters if held(parameter.fqn, part, tied=tied)]
 
     def axis(self, *axes: str) -> str:
         """The name of these axes together; those of one rank do not count."""

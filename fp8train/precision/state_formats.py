@@ -19,7 +19,7 @@ from typing import Literal
 
 from fp8train.precision.operand_cast import Rounding
 from fp8train.precision.problems import Problem, Reads, illegal_choices, out_of_range, refuse, unread
-from fp8train.precision.scale_blocks import MAX_BLOCK
+from fp8train.precision.scale_blocks import MAX_BLOCK, block_size
 
 StateName = Literal["fp32", "fp64", "bf16", "fp16_scaled", "bf16_remainder", "e4m3", "e5m2"]
 StateGranularity = Literal["tensor", "block"]
@@ -87,6 +87,18 @@ class StateFormat:
     def in_blocks(self) -> bool:
         """Whether runs of a row have scales of their own."""
         return self.is_scaled and self.granularity == "block"
+
+    def block_in(self, row: int, whole_row: int) -> int:
+        """Elements that share a scale in a rank's part of a row; 1 where the format has no block scales.
+
+        Args:
+            row: elements of the part, which begins at a multiple of them.
+            whole_row: elements of the logical row.
+        """
+        if not self.in_blocks:
+            return 1
+        block = block_size(whole_row, self.block)
+        return block_size(row, self.block) if self.fit and row % block else block
 
     @property
     def two_pass(self) -> bool:

@@ -49,13 +49,14 @@ def make_gradient_buckets(
         recorder: where statistics of gradient casts go, at sites ``PATH/grad_weight``.
 
     Raises:
-        ConfigError: ``exact`` without what makes it exact on this device, or on ranks that differ in it.
+        ConfigError: ``exact`` on ranks that differ in what its bits depend on.
     """
     gradients = config.precision.gradient.value()
     in_fp8 = gradients.format is not None
     exact = in_fp8 and gradients.fp8.reduce == "exact"
     if exact:
-        _check_exact(config, processes)
+        ours = _settings_of_exact(config, processes.device) | _machine(processes.device)
+        _check_ranks_agree(ours, processes)
     # Grids are of the whole model on every rank: their state is one tensor, and all ranks agree on it.
     model = outline if exact and outline is not None else built.model
     return GradientBuckets(
@@ -101,21 +102,6 @@ def _groups(node_size: int | None, processes: Processes) -> Groups:
     if node_size is None or node_size == size:
         return Groups(processes.replicas, **in_parts)
     return Groups(processes.replicas, *two_levels(processes.replicas, node_size), **in_parts)
-
-
-def _check_exact(config: Config, processes: Processes) -> None:
-    """``exact`` promises equal bits: what a configuration for any device could not tell."""
-    if config.run.threads is None and processes.device.type == "cpu":
-        raise ConfigError(
-            "precision.gradient.fp8.reduce: exact gives the same bits on any number of ranks only at equal "
-            "threads per rank; set run.threads, for example run.threads=1"
-        )
-    if processes.device.type == "cuda" and not config.run.deterministic:
-        raise ConfigError(
-            "precision.gradient.fp8.reduce: exact needs kernels whose result does not depend on timing; "
-            "set run.deterministic=true"
-        )
-    _check_ranks_agree(_settings_of_exact(config, processes.device) | _machine(processes.device), processes)
 
 
 def _settings_of_exact(config: Config, device: torch.device) -> dict[str, int | str | None]:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fp8train.checkpoint import find_checkpoint, sweep_leftovers
+from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import NoGoodCheckpointError
 from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
@@ -41,6 +41,7 @@ from fp8train.live.reporter import Reporter
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.trainer import Trainer
+from fp8train.training.device_rules import check_device
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
@@ -81,6 +82,7 @@ def _run(
 ) -> int:
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     with processes(config.run.device, layout=layout_of(config)) as procs:
+        check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
             config.run.dir,

@@ -96,14 +96,14 @@ def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     assert rows["model.head_dim"] == ["16", "derived from model.hidden_size / model.num_heads"]
     assert "precision.gemm.output.x.format" not in rows
     assert "\x1b" not in text
-    assert text.splitlines()[-1] == "# 106 settings without effect are not shown: precision.gemm.fp8 is false"
+    assert text.splitlines()[-1] == "# 120 settings without effect are not shown: precision.gemm.fp8 is false"
     fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]), {})
     assert "precision.gemm.grad_input.grad_output.format" in fp8
     assert "precision.gradient.fp8.block" not in fp8
     assert "not shown: precision.gradient.format is high_precision; " in fp8.splitlines()[-1]
     assert "not shown" not in explain(load_config(path, ["precision.level=O2"]), {})
     exact = explain(load_config(path, ["precision.level=O1"]), {}).splitlines()[-1]
-    bound = "precision.state.bounded_update is about AdamW's rounded moments"
+    bound = "precision.state.exp_avg.format is fp32 and precision.state.exp_avg_sq.format is fp32"
     assert exact == f"# 1 setting without effect is not shown: {bound}"
 
 

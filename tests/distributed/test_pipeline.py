@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8train.checkpoint import load_checkpoint, save_checkpoint
+from fp8train.checkpoint.load import load_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.evaluation.validation import evaluate
 from fp8train.step.trainer import Trainer

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fp8train.config.errors import ConfigError
+from fp8train.config.linear_names import linears_in_fp8
+from fp8train.config.schema import Config
 from fp8train.layers.linear_plan import Alphas
 from fp8train.models.build import BuiltModel, build_model
 from fp8train.models.connect import connect_linears, make_fp8_parts
@@ -16,9 +18,13 @@ from tests.models.settings import FAMILIES, VOCAB_SIZE, random_tokens, tiny_conf
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 
 
-def build(gemm: dict[str, Any], *, weights: str = "compute", **model: Any) -> BuiltModel:
+def config_of(gemm: dict[str, Any], *, weights: str = "compute", **model: Any) -> Config:
     precision = {"gemm": gemm, "weights": weights}
-    config = tiny_config({**FAMILIES["llama"], "num_layers": 4, **model}, precision=precision)
+    return tiny_config({**FAMILIES["llama"], "num_layers": 4, **model}, precision=precision)
+
+
+def build(gemm: dict[str, Any], **settings: Any) -> BuiltModel:
+    config = config_of(gemm, **settings)
     return build_model(config, vocab_size=VOCAB_SIZE, device=torch.device("cpu"))
 
 
@@ -56,6 +62,8 @@ def test_report(gemm: dict[str, Any], line: str) -> None:
     connect_linears(built, make_fp8_parts(built))
     converted = {name for name, linear in built.model.linears().items() if linear.plan is not None}
     assert set(built.fp8.converted) == converted
+    model, precision = config_of({"fp8": True, **gemm}).model, config_of({"fp8": True, **gemm}).precision
+    assert tuple(linears_in_fp8(model, precision.gemm)) == built.fp8.converted
     in_plan = {name.removesuffix(".weight") for name, spec in built.model.specs.items() if spec.in_fp8_plan}
     assert in_plan == converted
 
@@ -64,6 +72,8 @@ def test_min_dim_is_compared_with_the_smaller_side() -> None:
     built = build({"fp8": True, "min_dim": 40}, hidden_size=64, head_dim=8, num_kv_heads=4)
     assert built.fp8 is not None
     assert str(built.fp8) == "FP8: 12 of 17 linears; skipped 5 (dimension < 40: 4, head: 1)"
+    config = config_of({"fp8": True, "min_dim": 40}, hidden_size=64, head_dim=8, num_kv_heads=4)
+    assert tuple(linears_in_fp8(config.model, config.precision.gemm)) == built.fp8.converted
     assert set(built.fp8.skipped["dimension < 40"]) == {f"layers.{i}.attention.out" for i in range(4)}
 
 

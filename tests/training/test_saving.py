@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from fp8train.checkpoint import BackgroundSaver, CheckpointError, Written, read_meta
 from fp8train.checkpoint import save as save_module
+from fp8train.checkpoint.background import BackgroundSaver, Written
 from fp8train.checkpoint.catalog import step_of
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import read_meta
 from fp8train.cli import run_command
 from fp8train.step.result import StepResult
 from fp8train.step.trainer import Trainer
@@ -231,14 +233,17 @@ def test_kept_by_step_and_by_loss(config: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["checkpoint.keep_best=1"], "checkpoint.keep_best: 1 needs evaluations"),
+        (
+            ["checkpoint.keep_best=1"],
+            "checkpoint.keep_best, train.eval_interval: has no effect: train.eval_interval is 0",
+        ),
         (
             ["checkpoint.keep_best=1", "train.eval_interval=7"],
             "no step before the end (8) is both saved (checkpoint.interval: 2) and evaluated",
         ),
         (
             ["checkpoint.keep_best=1", "train.eval_interval=2", "checkpoint.interval=0"],
-            "checkpoint.interval: 0",
+            "checkpoint.keep_best, checkpoint.interval: has no effect: checkpoint.interval is 0",
         ),
         (["checkpoint.keep_every=-1"], "checkpoint.keep_every"),
         (["checkpoint.on_failure=ignore"], "checkpoint.on_failure"),

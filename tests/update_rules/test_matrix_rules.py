@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.models.param_spec import Shard
+from fp8train.optim.checkpoint_states import plan_load
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
 from fp8train.optim.parameter_state import Region
@@ -153,3 +154,14 @@ def test_gradients_are_multiplied_by_the_clip_factor() -> None:
         grad_multiplier=torch.tensor(0.5),
     )
     torch.testing.assert_close(optimizer.states.decoded("w", "exp_avg"), 0.05 * GRADIENTS[0])
+
+
+def test_a_checkpoint_holds_the_states_that_each_parameter_has() -> None:
+    states = optimizer_of(StateFormats(FP16_MASTER, StateFormat("e4m3"), None), START, chunk=64)[0].states
+    described = {name: (shape, tensor.dtype) for name, (tensor, shape, _) in states.logical_tensors().items()}
+    found = plan_load(states, described, roles=states.roles, roots={})
+    assert (found.problems, found.recasts) == ([], [])
+    assert sorted(found.equal) == sorted(states.tensors())
+    assert "exp_avg_sq/head" in found.equal and not any(
+        name.startswith("exp_avg_sq/w") for name in found.equal
+    )

@@ -1,0 +1,49 @@
+"""What only the device can tell to be wrong with a configuration for any device.
+
+Known once a process has its device, and told before the run directory is touched.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fp8train.comm.fp8_all_reduce import check_native
+from fp8train.config.errors import ConfigError
+from fp8train.config.schema import Config
+from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.models.build import COMPUTE_DTYPES
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Whether ``device`` can do what the configuration asks for.
+
+    Raises:
+        ConfigError: ``exact`` without what fixes its bits here, NCCL's FP8 sum where there is none, FP8 GEMMs
+            on a GPU without them.
+    """
+    precision = config.precision
+    try:
+        if (quant := precision.gemm.value()) is not None:
+            choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant)
+        if precision.gradient.format != "high_precision":
+            _check_gradients(config, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_gradients(config: Config, device: torch.device) -> None:
+    fp8 = config.precision.gradient.fp8
+    if fp8.sum == "native":
+        check_native(device)
+    if fp8.reduce != "exact":
+        return
+    if device.type == "cpu" and config.run.threads is None:
+        raise ConfigError(
+            "precision.gradient.fp8.reduce: exact gives the same bits on any number of ranks only at equal "
+            "threads per rank; set run.threads, for example run.threads=1"
+        )
+    if device.type == "cuda" and not config.run.deterministic:
+        raise ConfigError(
+            "precision.gradient.fp8.reduce: exact needs kernels whose result does not depend on timing; "
+            "set run.deterministic=true"
+        )
