@@ -65,8 +65,8 @@ class Precision:
                 )
         if self.guard_action != "off":
             yield Problem(
-                f"guard.action: {self.guard_action} watches linears that multiply in FP8, but gemm.fp8 is false; "
-                "remove it, or write gemm.fp8: true",
+                f"guard.action: {self.guard_action} watches linears that multiply in FP8, but gemm.fp8 is "
+                "false; remove it, or write gemm.fp8: true",
                 ("guard.action", "gemm.fp8"),
             )
 
