@@ -62,8 +62,14 @@ class Fp8Gradients:
     mu_initial: Start = "one_over_ranks"
 
     def __post_init__(self) -> None:
-        refuse([*illegal_choices(self), *out_of_range(self, "block", MIN_BLOCK, MAX_BLOCK, "elements")])
+        refuse([*illegal_choices(self), *self._out_of_range()])
         refuse([*unread(self, FP8_GRADIENT_READS), *self._accumulated_otherwise()])
+
+    def _out_of_range(self) -> Iterator[Problem]:
+        yield from out_of_range(self, "block", MIN_BLOCK, MAX_BLOCK, "elements")
+        yield from out_of_range(self, "mu_window", 1, None, "steps")
+        if not 0 < self.mu_threshold < 1:
+            yield Problem(f"mu_threshold: {self.mu_threshold:g}; legal: between 0 and 1", ("mu_threshold",))
 
     def _accumulated_otherwise(self) -> Iterator[Problem]:
         if self.accumulate == "fp8" and self.reduce != "shared_scale":

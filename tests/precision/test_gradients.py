@@ -32,6 +32,9 @@ SHARED = {"reduce": "shared_scale"}
         ),
         ({"accumulate": "fp8"}, "accumulate reduce", "write accumulate: bf16"),
         ({"block": 16}, "block", "block: 16 elements; legal: 32 to 128"),
+        ({**SHARED, "mu_threshold": 0.0}, "mu_threshold", "mu_threshold: 0; legal: between 0 and 1"),
+        ({**SHARED, "mu_window": 0}, "mu_window", "mu_window: 0 steps; legal: 1 or more"),
+        ({**SHARED, "mu_criterion": "energy"}, "mu_criterion", "'energy'; legal: count, any"),
         ({"reduce": "sum"}, "reduce", "'sum'; legal: exchange, shared_scale, exact, bf16, fp32"),
     ],
 )
