@@ -39,8 +39,8 @@ def train(config: Path, name: str, mode: str, *overrides: str) -> tuple[int, Pat
     words = ["train", str(config), f"run.dir={config.parent}", f"run.name={name}", "train.steps=8"]
     words += ["checkpoint.interval=2", "train.eval_interval=0", "train.global_batch_size=4"]
     words += ["logging.cast_statistics_interval=0", "checkpoint.keep_last=9"]
-    words += [f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}", *overrides]
-    return run_command(words), config.parent / name
+    words += [] if mode == "none" else [f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}"]
+    return run_command([*words, *overrides]), config.parent / name
 
 
 NO_ROOM = "no room for the checkpoint of step 4; lower checkpoint.keep_last"
@@ -211,7 +211,7 @@ def test_a_stop_waits_for_the_write(config: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_run_that_saves_nothing(config: Path) -> None:
     overrides = ["checkpoint.interval=0", "checkpoint.save_at_end=false", "train.steps=2"]
-    status, run = train(config, "nothing", "async", *overrides)
+    status, run = train(config, "nothing", "none", *overrides)
     assert (status, steps(run)) == (0, [])
 
 
