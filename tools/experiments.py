@@ -65,7 +65,6 @@ RUNS |= {name: ["precision.level=O1", f"precision.recipe={name}"] for name in ME
 RUNS["cscale"] += [f"precision.gemm.{use}.x.constant_exponent=0" for use in ("output", "grad_weight")]
 for _name, _rate in STATIC_RATES.items():
     _own = [f"precision.recipe={_name}", "model.tie_embeddings=false", f"optimizer.lr={_rate}"]
-    _own += ["model.init_std=null"]  # of the standard parametrisation, in the file
     RUNS |= {f"{_name} BF16": _own, _name: [*_own, "precision.level=O1"]}
 """Name -> overrides. ``#0`` to ``#4`` are the rows of FP8-LM's Table 6; its #1 is O0."""
 PAIRED = (

@@ -22,12 +22,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from fp8train.comm.processes import choose_device
-from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
+from fp8train.config.recipe_registry import RECIPE_NAMES, STATIC_RECIPES
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
 from fp8train.evaluation.perplexity import Measurement, measure, open_text, relative_difference
@@ -36,7 +35,7 @@ from fp8train.training.run import prepare_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "configs/small/llama_fp8.yaml"
-RECIPES = [*get_args(PrecisionConfig.model_fields["recipe"].annotation), "paper"]
+RECIPES = [*RECIPE_NAMES, "paper"]
 HEADINGS = ("recipe", "level", "step", "tokens", "BF16 perplexity", "FP8 perplexity", "difference")
 
 

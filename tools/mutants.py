@@ -81,8 +81,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "clipping: gradients are applied unclipped",
         _OPTIMIZER,
-        "* multiplier\n            # The rule",
-        "* 1.0\n            # The rule",
+        "* multiplier)\n            # The rule",
+        "* 1.0)\n            # The rule",
         _truth("O2 and 8 and micro"),
     ),
     Mutant(
@@ -122,7 +122,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "moments: the second one takes the gradient's size, not its square",
-        "fp8train/optim/adamw.py",
+        "fp8train/update_rules/adamw.py",
         "addcmul_(gradient, gradient, value=1 - s.beta2)",
         "add_(gradient.abs(), alpha=1 - s.beta2)",
         _truth("O2 and 8 and micro"),

@@ -17,13 +17,14 @@ from typing import NamedTuple, get_args
 from fp8train.comm.processes import Layout
 from fp8train.config.errors import ConfigError
 from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.recipe_registry import RECIPE_NAMES
 from fp8train.config.resolve import load_config
 from fp8train.config.world import check_world
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = ROOT / "configs/small/llama.yaml"
 PAPER = "profile: paper"
-RECIPES: tuple[str, ...] = (*get_args(PrecisionConfig.model_fields["recipe"].annotation), PAPER)
+RECIPES: tuple[str, ...] = (*RECIPE_NAMES, PAPER)
 LEVELS: tuple[str, ...] = get_args(PrecisionConfig.model_fields["level"].annotation)
 COMMON = ("train.micro_batch_size=1",)
 """Two micro-batches a step: one for each data-parallel rank, or for each pipeline stage."""
@@ -45,11 +46,11 @@ LAYOUTS: dict[str, Place] = {
     "CP2": Place(2, Layout(cp=2), ("parallel.cp=2",)),
     "DP2, ZeRO": Place(2, Layout(), ("parallel.zero=1",)),
 }
-_UNIT = ("model.tie_embeddings=false", "model.init_std=null")
+_UNTIED = "model.tie_embeddings=false"
 NEEDS: dict[str, tuple[str, ...]] = {
-    "mus": (*_UNIT, "optimizer.lr=0.3"),
-    "unit_scaling": (*_UNIT, "optimizer.lr=0.03"),
-    "umup": (*_UNIT, "optimizer.lr=0.5"),
+    "mus": (_UNTIED, "optimizer.lr=0.3"),
+    "unit_scaling": (_UNTIED, "optimizer.lr=0.03"),
+    "umup": (_UNTIED, "optimizer.lr=0.5"),
 }
 """What a recipe needs beside its name on this model; weights of unit variance take larger rates, here such
 that 20 steps show something."""

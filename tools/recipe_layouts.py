@@ -202,7 +202,6 @@ SHORT = (
         "data.seq_length=64",
         f"model.vocab_size={VOCAB_SIZE}",
         "train.eval_interval=0",
-        "train.eval_batches=null",
     ),
     *("logging.cast_statistics_interval=0", "run.threads=1", "run.device=cpu"),
 )

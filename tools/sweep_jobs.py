@@ -142,8 +142,6 @@ def plan(args: argparse.Namespace) -> list[Job]:
             steps = args.steps or resolved.config.total_steps
             given += [f"train.steps={steps}", "train.tokens=null"]
             given += [f"train.eval_interval={steps if args.loss == 'valid' else 0}", "logging.interval=1"]
-            if args.loss != "valid" and resolved.origins["train.eval_batches"].explicit:
-                given += ["train.eval_batches=null"]
             given += ["run.threads=1", "logging.tensorboard=false", "checkpoint.interval=0"]
             given += ["checkpoint.save_at_end=false", "checkpoint.resume=never", "run.overwrite=true"]
             for lr in arm.lrs:

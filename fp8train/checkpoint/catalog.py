@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, shorten
+from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, NoGoodCheckpointError, shorten
 from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
 from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, is_complete, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
@@ -91,17 +91,17 @@ def find_checkpoint(
     *,
     group: dist.ProcessGroup | None = None,
     verify: Verify = "full",
-    key: str = "checkpoint.resume",
+    key: str = "resume",
 ) -> Path | None:
     """The verified checkpoint to continue from; collective over ``group``, the same answer on every rank.
 
     ``resume``: ``never`` gives None. ``auto`` gives the first good one of :func:`candidates` of ``root``,
     warning about each damaged one it passes over, or None where there is none at all. Anything else is a
     path: a step directory is taken or refused; a checkpoints directory or a run directory is searched like
-    ``auto``, but must hold a checkpoint. ``key`` is the setting that messages name.
+    ``auto``, but must hold a checkpoint. ``key`` is what messages call ``resume``.
 
-    Raises :class:`CheckpointError` when a path holds no checkpoint, and when checkpoints exist but none is
-    good: starting afresh over them is not ours to decide.
+    Raises :class:`CheckpointError` when a path holds no checkpoint, and :class:`NoGoodCheckpointError` when
+    checkpoints exist but none is good: starting afresh over them is not ours to decide.
     """
     if resume == "never":
         return None
@@ -124,14 +124,13 @@ def find_checkpoint(
             continue
         return path
     if failures:
-        raise CheckpointError(
-            f"no checkpoint in {root} is usable:\n{shorten(failures, limit=2)}\n"
-            "restore one from a copy, or start afresh under another run.name or with run.overwrite=true"
+        raise NoGoodCheckpointError(
+            f"no checkpoint in {root} is usable:\n{shorten(failures, limit=2)}\nrestore one from a copy"
         )
     return None
 
 
-def likely_checkpoint(root: Path, resume: str, *, key: str = "checkpoint.resume") -> Path | None:
+def likely_checkpoint(root: Path, resume: str, *, key: str = "resume") -> Path | None:
     """What :func:`find_checkpoint` will most likely give, for a look before a run: files are listed and not
     read, damage is passed over without a word, and None is given where nothing looks good.
 
@@ -162,11 +161,11 @@ def _classify(path: Path, key: str) -> str:
     """What an explicit path is: ``step``, ``root`` or ``run``."""
     if path.is_symlink() and (step_of(path) is not None or (path / MANIFEST_FILE).exists()):
         raise CheckpointError(
-            f"{key}: {path} is a symbolic link; give the directory itself: {path.resolve()}"
+            f"`{key}`: {path} is a symbolic link; give the directory itself: {path.resolve()}"
         )
     if path.name.endswith(TMP_SUFFIX):
         raise CheckpointError(
-            f"{key}: {path} is an unfinished save; choose a complete step_XXXXXXXX directory"
+            f"`{key}`: {path} is an unfinished save; choose a complete step_XXXXXXXX directory"
         )
     if path.is_dir():
         if (path / MANIFEST_FILE).exists() or step_of(path) is not None:
@@ -176,12 +175,8 @@ def _classify(path: Path, key: str) -> str:
                 return kind
     state = "holds no checkpoint" if path.exists() else "does not exist"
     raise CheckpointError(
-        f"{key}: {path} {state}; give a step_XXXXXXXX, a checkpoints or a run directory"
-        + (
-            ", or use checkpoint.resume=auto to start fresh where there is none"
-            if key == "checkpoint.resume"
-            else ""
-        )
+        f"`{key}`: {path} {state}; give a step_XXXXXXXX, a checkpoints or a run directory"
+        + (", or use `resume`=auto to start fresh where there is none" if key == "resume" else "")
     )
 
 

@@ -15,9 +15,13 @@ class CorruptCheckpointError(CheckpointError):
     """
 
 
+class NoGoodCheckpointError(CheckpointError):
+    """There are checkpoints where one was looked for, and all are damaged."""
+
+
 _REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space or lower checkpoint.keep_last",
-    errno.EDQUOT: "the disk quota is used up; free some space or lower checkpoint.keep_last",
+    errno.ENOSPC: "the disk is full; free some space or lower `keep_last`",
+    errno.EDQUOT: "the disk quota is used up; free some space or lower `keep_last`",
     errno.EFBIG: "the file would pass the size limit of this process or file system (see `ulimit -f`)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",

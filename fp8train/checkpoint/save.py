@@ -183,7 +183,7 @@ def _check_space(order: Order, needed: int) -> None:
     if needed > free:
         raise CheckpointError(
             f"no room for the checkpoint of step {order.step}: it needs {_mib(needed)}, {order.root} has "
-            f"{_mib(free)} free; free some space or lower checkpoint.keep_last"
+            f"{_mib(free)} free; free some space or lower `keep_last`"
         )
 
 

@@ -22,6 +22,7 @@ import typer
 from fp8train.cli import datasets, exchange, models, runs
 from fp8train.cli.app import app
 from fp8train.comm.failures import INTERRUPTED, Failure, describe, own_rank, record, speaks
+from fp8train.config.argument_keys import naming_keys
 from fp8train.config.errors import UserError
 from fp8train.live.console import print_safely
 
@@ -54,7 +55,8 @@ def run_command(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     words = [word for word in arguments if word != "--debug"]
     try:
-        status = app(args=words or ["--help"], prog_name="fp8train", standalone_mode=False)
+        with naming_keys():
+            status = app(args=words or ["--help"], prog_name="fp8train", standalone_mode=False)
     except UserError as error:
         if debug:
             raise

@@ -27,15 +27,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-
-Criterion = Literal["count", "any"]
-Start = Literal["one_over_ranks", "one_over_root_ranks", "one"]
+from fp8train.precision.gradients import Criterion, Start
 
 PAPER_THRESHOLD = 1e-5
 PAPER_WINDOW = 1000

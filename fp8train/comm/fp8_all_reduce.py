@@ -12,7 +12,6 @@ Bytes are counted as this rank sends them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,8 +21,6 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.fp8_sum import add_codes, as_chunks
 from fp8train.numerics.formats import dtype_of, format_of
 from fp8train.precision.number_formats import Format
-
-Algorithm = Literal["ring", "tree", "native"]
 
 _NATIVE_NCCL = (2, 24, 3)  # the first release with FP8 reductions
 _NATIVE_CAPABILITY = (9, 0)

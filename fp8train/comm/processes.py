@@ -110,7 +110,7 @@ def choose_device(setting: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
-            "run.device: cuda, but torch sees no CUDA device; use run.device=cpu or see `fp8train doctor`"
+            "`device`: cuda, but torch sees no CUDA device; use `device`=cpu or see `fp8train doctor`"
         )
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(

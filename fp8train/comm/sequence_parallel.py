@@ -25,23 +25,9 @@ from fp8train.numerics.block_scales import as_blocks, from_blocks, quantize_bloc
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.scale_blocks import block_size
+from fp8train.precision.traffic import Traffic
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """What travels in FP8; the rest in the compute type.
-
-    Attributes:
-        activations: inputs of column-parallel linears.
-        grad_output: output gradients of row-parallel linears.
-        grad_input: input gradients of column-parallel linears.
-        output: outputs of row-parallel linears.
-    """
-
-    activations: bool = False
-    grad_output: bool = False
-    grad_input: bool = False
-    output: bool = False
+_NONE_IN_FP8 = Traffic()
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class TensorParallel:
     group: CountedGroup
     shards: CountedGroup
     context: CountedGroup
-    traffic: Traffic = Traffic()
+    traffic: Traffic = _NONE_IN_FP8
 
     @property
     def size(self) -> int:

@@ -38,11 +38,11 @@ from torch import Tensor
 
 from fp8train.comm import fp8_all_reduce
 from fp8train.comm.collectives import CountedGroup
-from fp8train.comm.fp8_all_reduce import Algorithm
 from fp8train.comm.fp8_sum import chunk_length, count_at_maximum
 from fp8train.numerics.cast import amax_of, cast, uncast
 from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale import MAX_EXPONENT, scale_from_amax
+from fp8train.precision.gradients import Algorithm
 from fp8train.precision.number_formats import E4M3, Format
 from fp8train.precision.operand_cast import QuantSpec
 

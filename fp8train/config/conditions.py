@@ -61,7 +61,7 @@ class Is:
     values: tuple[Any, ...]
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         key = _full(self.key, section)
         value = look(key)
         if value is UNKNOWN or value in self.values:
@@ -78,7 +78,7 @@ class IsNot:
     instead: Any
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         key = _full(self.key, section)
         if look(key) != self.value:
             return None
@@ -94,7 +94,7 @@ class AtLeast:
     example: int
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         value = look(self.key)
         if not isinstance(value, (int, float)) or value >= self.least:
             return None
@@ -108,7 +108,7 @@ class AllOf:
     conditions: tuple[Condition, ...]
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         return next((u for one in self.conditions if (u := one.unmet(look, section)) is not None), None)
 
 
@@ -119,7 +119,7 @@ class AnyOf:
     conditions: tuple[Condition, ...]
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         found = [one.unmet(look, section) for one in self.conditions]
         unmet = [one for one in found if one is not None]
         if len(unmet) < len(found):
@@ -139,7 +139,7 @@ class Unless:
     condition: Condition
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         return None if look(self.key) in self.values else self.condition.unmet(look, section)
 
 
@@ -150,7 +150,7 @@ class Never:
     reason: str
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         del look, section
         return Unmet(self.reason, "", ())
 
@@ -161,7 +161,7 @@ class SeveralReplicas:
     data-parallel ones as ``parallel.dp`` says, or as the batch can be divided among."""
 
     def unmet(self, look: Look, section: str) -> Unmet | None:
-        """See :class:`Condition`."""
+        """Say what is the case instead, unless it holds."""
         del section
         largest = _most_replicas(look)
         if largest is None or largest > 1:

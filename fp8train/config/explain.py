@@ -83,6 +83,11 @@ _REFERENCE_HEAD = (
     "or that another key does. `fp8train config FILE` shows with what, and who won. A key that was",
     "written and that the other settings leave without effect is refused.",
     "",
+    "A setting that nothing will read is refused, such as `train.eval_batches` beside",
+    "`train.eval_interval: 0`. But a later place may turn off what an earlier one describes. A file",
+    "lies over its `base:`, and the command line over all files. So `train.eval_interval=0` on the",
+    "command line also takes back the `eval_batches` of a file.",
+    "",
 )
 
 
@@ -90,7 +95,7 @@ def reference() -> str:
     """All keys as a Markdown page: what may be written, the default, what it means."""
     table = key_table()
     sections = table.children(())
-    lines = [*_REFERENCE_HEAD, "Sections:", ""]
+    lines = [*_REFERENCE_HEAD, "AllSections:", ""]
     lines += [f"- [{section.name}](#{section.name})" for section in sections]
     for section in sections:
         lines += ["", f"## {section.name}", "", section.description, ""]

@@ -6,12 +6,14 @@ See :mod:`fp8train.config.schema` for how sections work.
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import attrgetter
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, ValueSection, build
-from fp8train.precision.linear_gemms import Keep, LinearQuant
+from fp8train.precision.linear_gemms import GEMMS, Keep, LinearQuant
 from fp8train.precision.number_formats import format_by_name
 from fp8train.precision.operand_cast import (
     MAX_CONSTANT,
@@ -135,16 +137,5 @@ class GemmConfig(ValueSection):
         """The value that linears take; None if they multiply in high precision."""
         if not self.fp8:
             return None
-        uses = {use.replace(".", "_"): quant.value() for use, quant in self.operands().items()}
+        uses = {use.replace(".", "_"): attrgetter(use)(self).value() for use in chain(*GEMMS.values())}
         return build(LinearQuant, self, grad_weight_fp8=self.grad_weight.fp8, **uses)
-
-    def operands(self) -> dict[str, QuantConfig]:
-        """How each operand is quantised, by use (``output.x``)."""
-        return {
-            "output.x": self.output.x,
-            "output.w": self.output.w,
-            "grad_input.grad_output": self.grad_input.grad_output,
-            "grad_input.w": self.grad_input.w,
-            "grad_weight.grad_output": self.grad_weight.grad_output,
-            "grad_weight.x": self.grad_weight.x,
-        }

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from fp8train.config.all_sections import AllSections
 from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES, most_replicas
 from fp8train.config.operand_blocks import cut_blocks
 from fp8train.precision.scale_blocks import MAX_BLOCK, SAVED_BLOCK, block_size
 from fp8train.precision.state_formats import SCALED_STATES
-
-if TYPE_CHECKING:
-    from fp8train.config.schema import Config
+from fp8train.update_rules.registry import rule_named
+from fp8train.update_rules.rule import MatrixRule
 
 _SWIGLU_UNIT = 128
 _STATES = "optimizer states"
@@ -35,7 +34,7 @@ class LayoutProblem:
     legal_tp: tuple[int, ...] = ()
 
 
-def layout_problems(config: Config) -> Iterator[LayoutProblem]:
+def layout_problems(config: AllSections) -> Iterator[LayoutProblem]:
     """Everything that the file alone shows to be wrong with the layout.
 
     Where several reasons are against ``parallel.tp``, each offers the sizes that none is against.
@@ -52,7 +51,7 @@ def layout_problems(config: Config) -> Iterator[LayoutProblem]:
         yield problem
 
 
-def fitting_tp(config: Config) -> list[int]:
+def fitting_tp(config: AllSections) -> list[int]:
     """Sizes of ``parallel.tp``, 1 among them, that nothing in the file is against."""
     sizes = []
     for tp in _common_divisors(config.model.num_heads):
@@ -63,7 +62,7 @@ def fitting_tp(config: Config) -> list[int]:
     return sizes
 
 
-def _all_problems(config: Config) -> Iterator[LayoutProblem]:
+def _all_problems(config: AllSections) -> Iterator[LayoutProblem]:
     yield from _batch(config)
     yield from _tensor_parallel(config)
     yield from _context_parallel(config)
@@ -71,6 +70,7 @@ def _all_problems(config: Config) -> Iterator[LayoutProblem]:
     yield from _gradient_reduction(config)
     yield from _pipeline_parallel(config)
     yield from _execution(config)
+    yield from _whole_matrices(config)
 
 
 def _divisors(*numbers: int) -> str:
@@ -93,7 +93,7 @@ def one_of(numbers: Sequence[int]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _batch(config: Config) -> Iterator[LayoutProblem]:
+def _batch(config: AllSections) -> Iterator[LayoutProblem]:
     train = config.train
     whole, micro = train.global_batch_size, train.micro_batch_size
     if whole % micro:
@@ -105,7 +105,7 @@ def _batch(config: Config) -> Iterator[LayoutProblem]:
         )
 
 
-def _tensor_parallel(config: Config) -> Iterator[LayoutProblem]:
+def _tensor_parallel(config: AllSections) -> Iterator[LayoutProblem]:
     tp, model = config.parallel.tp, config.model
     if tp == 1:
         return
@@ -133,7 +133,7 @@ def _tensor_parallel(config: Config) -> Iterator[LayoutProblem]:
             )
 
 
-def _divided_by_tp(config: Config) -> dict[str, tuple[int, str]]:
+def _divided_by_tp(config: AllSections) -> dict[str, tuple[int, str]]:
     """Counts that tensor parallelism cuts, by key, and a remark on each."""
     model = config.model
     unit = math.gcd(model.ffn_hidden_size, _SWIGLU_UNIT) if model.activation == "swiglu" else 1
@@ -146,7 +146,7 @@ def _divided_by_tp(config: Config) -> dict[str, tuple[int, str]]:
     }
 
 
-def _cut_blocks(config: Config) -> Iterator[LayoutProblem]:
+def _cut_blocks(config: AllSections) -> Iterator[LayoutProblem]:
     """Row-parallel matrices are cut along their rows, where blocks of gradients and states lie."""
     tp, model, gradient = config.parallel.tp, config.model, config.precision.gradient
     states = config.precision.state
@@ -187,7 +187,7 @@ def _smaller_blocks(what: str, row: int) -> str:
     return ", or checkpoint.reshard: requantise for smaller blocks" if row % block_size(row) == 0 else ""
 
 
-def _context_parallel(config: Config) -> Iterator[LayoutProblem]:
+def _context_parallel(config: AllSections) -> Iterator[LayoutProblem]:
     parallel, model = config.parallel, config.model
     parts = parallel.tp * parallel.cp
     if parts > 1 and config.data.seq_length % parts:
@@ -209,7 +209,7 @@ def _context_parallel(config: Config) -> Iterator[LayoutProblem]:
             )
 
 
-def _operand_blocks(config: Config) -> Iterator[LayoutProblem]:
+def _operand_blocks(config: AllSections) -> Iterator[LayoutProblem]:
     """One problem for each dimension that is cut inside blocks of GEMM operands."""
     seen = set()
     for cut in cut_blocks(config):
@@ -232,7 +232,7 @@ def _operand_blocks(config: Config) -> Iterator[LayoutProblem]:
         )
 
 
-def _gradient_reduction(config: Config) -> Iterator[LayoutProblem]:
+def _gradient_reduction(config: AllSections) -> Iterator[LayoutProblem]:
     gradient, parallel = config.precision.gradient, config.parallel
     reduce = gradient.fp8.reduce
     if gradient.format == "high_precision":
@@ -255,7 +255,7 @@ def _gradient_reduction(config: Config) -> Iterator[LayoutProblem]:
         )
 
 
-def _nodes(config: Config) -> Iterator[LayoutProblem]:
+def _nodes(config: AllSections) -> Iterator[LayoutProblem]:
     """Without the number of processes: whether nodes of this size could divide any ranks that the batch can
     be shared among."""
     size, train, parallel = config.precision.gradient.fp8.node_size, config.train, config.parallel
@@ -272,15 +272,9 @@ def _nodes(config: Config) -> Iterator[LayoutProblem]:
     )
 
 
-def _exact(config: Config) -> Iterator[LayoutProblem]:
+def _exact(config: AllSections) -> Iterator[LayoutProblem]:
     """``exact`` promises equal bits, so everything that a micro-batch's bits depend on must be fixed."""
     run, train, cp, key = config.run, config.train, config.parallel.cp, "precision.gradient.fp8.reduce"
-    if config.precision.gradient.format != "e4m3":
-        yield LayoutProblem(
-            f"{key}: exact counts in units of E4M3, but precision.gradient.format is "
-            f"{config.precision.gradient.format}; write precision.gradient.format: e4m3",
-            ("precision.gradient.format", key),
-        )
     on_cpu, on_cuda = run.threads is not None, run.deterministic
     if not {"cpu": on_cpu, "cuda": on_cuda, "auto": on_cpu or on_cuda}[run.device]:
         threads = "equal threads per rank: set run.threads, for example run.threads=1"
@@ -301,7 +295,7 @@ def _exact(config: Config) -> Iterator[LayoutProblem]:
         )
 
 
-def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:
+def _pipeline_parallel(config: AllSections) -> Iterator[LayoutProblem]:
     parallel, layers = config.parallel, config.model.num_layers
     stages = parallel.pp * parallel.pipeline.stages
     if parallel.pp == 1:
@@ -322,7 +316,7 @@ def _pipeline_parallel(config: Config) -> Iterator[LayoutProblem]:
         )
 
 
-def _execution(config: Config) -> Iterator[LayoutProblem]:
+def _execution(config: AllSections) -> Iterator[LayoutProblem]:
     parallel = config.parallel
     if config.train.compile == "off":
         return
@@ -337,4 +331,24 @@ def _execution(config: Config) -> Iterator[LayoutProblem]:
             f"train.compile: block cannot split backward for the schedule {parallel.pipeline.schedule}; "
             "write train.compile: off, or schedule: 1f1b or interleaved_1f1b",
             ("train.compile", "parallel.pipeline.schedule"),
+        )
+
+
+def _whole_matrices(config: AllSections) -> Iterator[LayoutProblem]:
+    """What would cut the matrices of a rule that needs them whole."""
+    parallel, name = config.parallel, config.optimizer.name
+    if not issubclass(rule_named(name), MatrixRule):
+        return
+    needs = f"optimizer.name: {name} updates whole matrices, but"
+    if parallel.tp > 1:
+        yield LayoutProblem(
+            f"{needs} parallel.tp ({parallel.tp}) cuts them; write parallel.tp: 1",
+            (_TP, "optimizer.name"),
+            (1,),
+        )
+    if parallel.zero != "none" and parallel.zero_partition == "rows":
+        yield LayoutProblem(
+            f"{needs} parallel.zero_partition: rows cuts their states; write parallel.zero_partition: "
+            "whole_tensor",
+            ("parallel.zero_partition", "optimizer.name"),
         )

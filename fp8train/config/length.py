@@ -7,15 +7,12 @@ such a rule can still be read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from fp8train.config.all_sections import AllSections
 from fp8train.config.layout import LayoutProblem
 
-if TYPE_CHECKING:
-    from fp8train.config.schema import Config
 
-
-def length_problems(config: Config) -> Iterator[LayoutProblem]:
+def length_problems(config: AllSections) -> Iterator[LayoutProblem]:
     """Schedules that the run ends before: a peak, a decay or a batch size that would never be reached."""
     schedule, total = config.schedule, config.total_steps
     length = "train.steps" if config.train.steps is not None else "train.tokens"
@@ -38,7 +35,7 @@ def length_problems(config: Config) -> Iterator[LayoutProblem]:
         )
 
 
-def _decay(config: Config, length: str) -> Iterator[LayoutProblem]:
+def _decay(config: AllSections, length: str) -> Iterator[LayoutProblem]:
     """``wsd`` decays over its share of the run, unless warm-up takes some of that."""
     schedule, total = config.schedule, config.total_steps
     warmup = schedule.warmup_steps or 0
@@ -62,7 +59,7 @@ def _decay(config: Config, length: str) -> Iterator[LayoutProblem]:
         )
 
 
-def beyond_the_end(config: Config) -> list[str]:
+def beyond_the_end(config: AllSections) -> list[str]:
     """What happens every so many steps, more than the run has: one line each. Legal, for defaults are meant
     for long runs, but worth a word."""
     total, lines = config.total_steps, []

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
+from fp8train.config.all_sections import AllSections
+from fp8train.config.gemm_schema import GemmConfig
 from fp8train.config.layout import LayoutProblem
-
-if TYPE_CHECKING:
-    from fp8train.config.gemm_schema import GemmConfig
-    from fp8train.config.model_schema import ModelConfig
-    from fp8train.config.schema import Config
+from fp8train.config.model_schema import ModelConfig
 
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 """Of every block."""
@@ -52,7 +49,7 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path + ".weight", pattern)
 
 
-def exclusion_problems(config: Config) -> Iterator[LayoutProblem]:
+def exclusion_problems(config: AllSections) -> Iterator[LayoutProblem]:
     """Patterns that match no linear, and FP8 GEMMs of which none is left."""
     gemm, layers = config.precision.gemm, config.model.num_layers
     if not gemm.fp8:

@@ -12,13 +12,10 @@ another layout. What is cut (:mod:`fp8train.layers.wire`):
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from fp8train.precision.scale_blocks import DIRECTED, OPERAND_BLOCK
-
-if TYPE_CHECKING:
-    from fp8train.config.gemm_schema import GemmConfig, QuantConfig
-    from fp8train.config.schema import Config
+from fp8train.config.all_sections import AllSections
+from fp8train.precision.scale_blocks import OPERAND_BLOCK
 
 
 class CutBlock(NamedTuple):
@@ -41,48 +38,33 @@ class CutBlock(NamedTuple):
     keys: tuple[str, ...]
 
 
-class _Use(NamedTuple):
-    operand: str
-    quant: QuantConfig
-    rows: str
-    columns: str
-    contracted: int
+_STORED = {
+    "output.x": ("tokens", "inputs", 1),
+    "output.w": ("outputs", "inputs", 1),
+    "grad_input.grad_output": ("tokens", "outputs", 1),
+    "grad_input.w": ("outputs", "inputs", 0),
+    "grad_weight.grad_output": ("tokens", "outputs", 0),
+    "grad_weight.x": ("tokens", "inputs", 0),
+}
+"""What the rows and the columns of each operand use are as it is stored, and which the GEMM contracts."""
 
 
-def _uses(gemm: GemmConfig) -> list[_Use]:
-    """Operand uses as they are stored: what their rows, their columns are and which the GEMM contracts."""
-    uses = [
-        _Use("output.x", gemm.output.x, "tokens", "inputs", 1),
-        _Use("output.w", gemm.output.w, "outputs", "inputs", 1),
-        _Use("grad_input.grad_output", gemm.grad_input.grad_output, "tokens", "outputs", 1),
-        _Use("grad_input.w", gemm.grad_input.w, "outputs", "inputs", 0),
-    ]
-    if gemm.grad_weight.fp8:
-        uses += [
-            _Use("grad_weight.grad_output", gemm.grad_weight.grad_output, "tokens", "outputs", 0),
-            _Use("grad_weight.x", gemm.grad_weight.x, "tokens", "inputs", 0),
-        ]
-    return uses
-
-
-def cut_blocks(config: Config) -> Iterator[CutBlock]:
+def cut_blocks(config: AllSections) -> Iterator[CutBlock]:
     """All cuts through blocks, the operands in the order of the GEMMs."""
-    gemm = config.precision.gemm
-    if not gemm.fp8:
-        return
-    for use in _uses(gemm):
-        block = OPERAND_BLOCK.get(use.quant.granularity)
+    quant = config.precision.gemm.value()
+    for use, spec in ({} if quant is None else quant.quantised()).items():
+        block = OPERAND_BLOCK.get(spec.granularity)
         if block is None:
             continue
-        directed = use.quant.granularity in DIRECTED
-        blocked = (use.columns if use.contracted else use.rows,) if directed else (use.rows, use.columns)
+        rows, columns, contracted = _STORED[use]
+        blocked = (columns if contracted else rows,) if spec.directed else (rows, columns)
         for dim in blocked:
-            for what, size, parts, keys in _cuts(config, use.operand, dim):
+            for what, size, parts, keys in _cuts(config, use, dim):
                 if parts > 1 and size % parts == 0 and size // parts % block:
-                    yield CutBlock(use.operand, block, what, size, parts, keys)
+                    yield CutBlock(use, block, what, size, parts, keys)
 
 
-def _cuts(config: Config, operand: str, dim: str) -> list[tuple[str, int, int, tuple[str, ...]]]:
+def _cuts(config: AllSections, operand: str, dim: str) -> list[tuple[str, int, int, tuple[str, ...]]]:
     """(formula, size, parts, keys) of everything that this dimension of an operand is, in some linear."""
     model, parallel, traffic = config.model, config.parallel, config.precision.traffic
     heads = ("model.num_heads * model.head_dim", model.num_heads * model.head_dim)

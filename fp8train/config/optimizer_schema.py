@@ -17,6 +17,7 @@ from fp8train.config.section import (
     Section,
     contradiction,
 )
+from fp8train.update_rules.registry import RuleName, rule_named, rule_names
 
 DecayRule = Literal["lr_times_lambda", "independent", "fully_decoupled"]
 MAX_DECAY_PER_STEP = 0.01
@@ -24,10 +25,13 @@ MAX_DECAY_PER_STEP = 0.01
 
 
 class OptimizerConfig(Section):
-    """AdamW or Lion, both with decoupled weight decay."""
+    """The update rule and its hyper-parameters; weight decay is decoupled."""
 
-    name: Literal["adamw", "lion"] = "adamw"
-    """Update rule. ``lion`` has no second moment and takes a third to a tenth of AdamW's learning rate."""
+    name: RuleName = Field(
+        "adamw",
+        description="Update rule. "
+        + " ".join(f"``{name}``: {rule_named(name).summary}" for name in rule_names()),
+    )
     lr: PositiveFloat = Field(examples=[3.0e-4])
     """Peak learning rate."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

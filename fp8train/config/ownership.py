@@ -40,9 +40,10 @@ from fp8train.config.conditions import (
     Unmet,
 )
 from fp8train.config.nodes import Node
-from fp8train.config.precision_schema import STATIC_RECIPES
+from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.schema import Config
 from fp8train.precision.state_formats import FP8_STATES, ROUNDED_STATES, SCALED_STATES
+from fp8train.update_rules.registry import rules_that_read, rules_with_second_moment
 
 
 class Rule(NamedTuple):
@@ -69,7 +70,7 @@ class Rule(NamedTuple):
 
 _FP8_GEMMS = Is("precision.gemm.fp8", (True,))
 _FP8_GRADIENTS = IsNot("precision.gradient.format", "high_precision", "e4m3")
-_ADAMW = Is("optimizer.name", ("adamw",))
+_SECOND_MOMENT = Is("optimizer.name", rules_with_second_moment())
 _REDUCE = "precision.gradient.fp8.reduce"
 _UNIT_SCALE = Is("parametrization.kind", ("unit_scaling", "umup"))
 _MOMENTS = ("precision.state.exp_avg.format", "precision.state.exp_avg_sq.format")
@@ -77,9 +78,16 @@ _OPERAND = "precision.gemm.*.*"
 _STATE = "precision.state.*"
 
 
+def _read_by_rule(setting: str) -> Condition:
+    """The optimizer's rule has this hyper-parameter."""
+    return Is("optimizer.name", rules_that_read(setting))
+
+
 def _below(section: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in names)
 
+
+_ROUNDED_MOMENTS = AnyOf(tuple(Is(moment, ROUNDED_STATES) for moment in _MOMENTS))
 
 RULES: tuple[Rule, ...] = (
     Rule(("model.rope_theta", "model.rope_scaling"), Is("model.positions", ("rope",))),
@@ -147,7 +155,7 @@ RULES: tuple[Rule, ...] = (
         left_out=True,
     ),
     Rule(("precision.gradient.fp8.mu_threshold",), Is("precision.gradient.fp8.mu_criterion", ("count",))),
-    Rule(("precision.state.plan", "precision.state.exp_avg_sq"), _ADAMW),
+    Rule(("precision.state.plan", "precision.state.exp_avg_sq"), _SECOND_MOMENT),
     Rule(_below(_STATE, "granularity"), Is(".format", SCALED_STATES), left_out=True),
     Rule(_below(_STATE, "rounding"), Is(".format", ROUNDED_STATES), left_out=True),
     Rule(_below(_STATE, "expand"), Is(".format", FP8_STATES), left_out=True),
@@ -159,7 +167,9 @@ RULES: tuple[Rule, ...] = (
     Rule(("precision.state.exp_avg_sq.sqrt",), Is(".format", ROUNDED_STATES)),
     Rule(
         ("precision.state.bounded_update",),
-        AllOf((_ADAMW, AnyOf(tuple(Is(moment, ROUNDED_STATES) for moment in _MOMENTS)))),
+        AllOf(
+            (_read_by_rule("bounded_update"), AnyOf(tuple(Is(moment, ROUNDED_STATES) for moment in _MOMENTS)))
+        ),
         left_out=True,
         hidden=True,
     ),
@@ -181,7 +191,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("parallel.pipeline",), AtLeast("parallel.pp", 2, 2)),
     Rule(("parallel.zero",), SeveralReplicas()),
     Rule(("parallel.zero_partition",), AllOf((Is("parallel.zero", (1,)), SeveralReplicas()))),
-    Rule(("optimizer.eps",), _ADAMW),
+    Rule(("optimizer.eps",), _read_by_rule("eps")),
     Rule(("optimizer.decay_rule",), IsNot("optimizer.weight_decay", 0, 0.1)),
     Rule(("schedule.decay_fraction",), Is("schedule.kind", ("wsd",))),
     Rule(("schedule.min_lr_ratio",), IsNot("schedule.kind", "constant", "cosine")),

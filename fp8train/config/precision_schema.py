@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from fp8train.config.gemm_schema import GemmConfig
 from fp8train.config.guard_schema import GuardConfig
+from fp8train.config.recipe_registry import DEFAULT_RECIPE, RECIPE_NAMES, described
 from fp8train.config.section import (
     PositiveFloat,
     PositiveInt,
@@ -19,79 +20,70 @@ from fp8train.config.section import (
     build,
     contradiction,
 )
+from fp8train.precision.gradients import (
+    Accumulate,
+    Algorithm,
+    Between,
+    Criterion,
+    Fp8Gradients,
+    Gradients,
+    Reduction,
+    Start,
+    Wide,
+)
+from fp8train.precision.number_formats import format_by_name
 from fp8train.precision.operand_cast import Rounding
+from fp8train.precision.precision import Precision
+from fp8train.precision.scale_blocks import MAX_BLOCK, MIN_BLOCK
 from fp8train.precision.state_formats import StateFormat, StateFormats, StateGranularity
-
-STATIC_RECIPES = ("mus", "unit_scaling", "umup")
-"""Recipes that cast without scales: each is a parametrisation too, of the same name."""
+from fp8train.precision.traffic import Traffic
 
 
-class Fp8GradientConfig(Section):
+class Fp8GradientConfig(ValueSection):
     """Weight gradients of the linears that multiply in FP8, where ``format`` is an FP8 one."""
 
-    accumulate: Literal["fp32", "bf16", "fp8"]
+    accumulate: Accumulate
     """Type in which micro-batches add up before the one cast. ``fp8`` (with ``shared_scale`` only) casts
     after each addition, as MS-AMP does, and loses small contributions."""
-    reduce: Literal["exchange", "shared_scale", "exact", "bf16", "fp32"]
+    reduce: Reduction
     """Sum over data-parallel ranks. ``exchange``: FP8 on the wire, FP32 in the sum, an error that does not
     grow with the ranks. ``shared_scale``: FP8-LM's sum in FP8 with one scale per tensor and auto-scaling.
     ``exact``: integer sums, the same bits for any number of ranks and micro-batches. ``bf16``/``fp32``:
     reduce in that type, store in FP8."""
-    block: Annotated[int, Field(ge=32, le=128)]
+    block: Annotated[int, Field(ge=MIN_BLOCK, le=MAX_BLOCK)]
     """Most elements of a row that share a scale; the largest divisor of the row up to this is taken."""
     error_feedback: bool = False
     """``exchange`` only: add what the cast lost to the next step's gradient (2 bytes a parameter)."""
     node_size: PositiveInt | None = None
     """``exchange`` only: ranks that reduce among themselves first (a node's) before anything travels between
     nodes; default: one exchange over all ranks. Must divide the data-parallel ranks."""
-    between_nodes: Literal["fp8", "bf16"] = "fp8"
+    between_nodes: Between = "fp8"
     """Type between nodes, where ``node_size`` is set."""
-    sum: Literal["ring", "tree", "native"] = "ring"
+    sum: Algorithm = "ring"
     """``shared_scale`` only: who adds FP8. ``ring`` and ``tree`` hop by hop on any backend; ``native``:
     NCCL's own FP8 sum (2.24.3 or newer, Hopper)."""
-    mu_criterion: Literal["count", "any"] = "count"
+    mu_criterion: Criterion = "count"
     """``shared_scale`` only: what halves the auto-scaling factor: a share of entries at the format's maximum
     (``mu_threshold``), or a single one."""
     mu_threshold: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """``mu_criterion: count`` only: that share (FP8-LM: 0.001 %)."""
     mu_window: PositiveInt = 1000
     """``shared_scale`` only: quiet steps that double the factor."""
-    mu_initial: Literal["one_over_ranks", "one_over_root_ranks", "one"] = "one_over_ranks"
+    mu_initial: Start = "one_over_ranks"
     """``shared_scale`` only: the factor before the first step, for N data-parallel ranks: 1/N (no sum can
     overflow), 1/sqrt(N) (FP8-LM's own implementation; its paper is silent), or 1."""
 
-    @model_validator(mode="after")
-    def _fits_the_reduction(self) -> Fp8GradientConfig:
-        for key, needs in (
-            ("sum", "shared_scale"),
-            ("mu_criterion", "shared_scale"),
-            ("mu_threshold", "shared_scale"),
-            ("mu_window", "shared_scale"),
-            ("mu_initial", "shared_scale"),
-            ("error_feedback", "exchange"),
-            ("node_size", "exchange"),
-        ):
-            changed = getattr(self, key) != type(self).model_fields[key].default
-            if changed and self.reduce != needs:
-                raise contradiction(
-                    f"{key} belongs to reduce: {needs}, but reduce is {self.reduce}", key, "reduce"
-                )
-        if self.accumulate == "fp8" and self.reduce != "shared_scale":
-            raise contradiction(
-                "accumulate: fp8 is what reduce: shared_scale offers (fidelity to MS-AMP), but reduce is "
-                f"{self.reduce}; write accumulate: bf16",
-                "accumulate",
-                "reduce",
-            )
-        return self
+    def value(self) -> Fp8Gradients:
+        """The value that the gradient store takes."""
+        return build(Fp8Gradients, self)
 
 
-class GradientConfig(Section):
+class GradientConfig(ValueSection):
     """Weight gradients between backward and optimizer."""
 
-    accumulate: Literal["fp32", "bf16"]
+    accumulate: Wide
     """Storage of high-precision gradients while micro-batches add up."""
-    reduce: Literal["fp32", "bf16"]
+    reduce: Wide
     """Their type on the wire of the data-parallel all-reduce."""
     bucket_mib: PositiveFloat = 25.0
     """Gradients are reduced in buckets of about this size, while backward goes on."""
@@ -100,6 +92,11 @@ class GradientConfig(Section):
     high precision."""
     fp8: Fp8GradientConfig
     """How FP8 gradients are accumulated and reduced."""
+
+    def value(self) -> Gradients:
+        """The value that the gradient store takes."""
+        wide = self.format == "high_precision"
+        return build(Gradients, self, format=None if wide else format_by_name(self.format))
 
 
 class StateFormatConfig(ValueSection):
@@ -138,7 +135,7 @@ class StateConfig(ValueSection):
     """Second moment."""
     bounded_update: bool = True
     """AdamW with a moment in 8 or 16 bits only: no step is longer than one of exact moments could be, so that
-    a second moment that was rounded to zero does not divide by ``eps`` (``optim/adamw.py`` derives it)."""
+    a second moment that was rounded to zero does not divide by ``eps``: ``update_rules/adamw.py``."""
 
     def value(self) -> StateFormats:
         """The value that the optimizer takes."""
@@ -166,8 +163,12 @@ class TrafficConfig(Section):
     """Activations and their gradients between pipeline stages; ``fp8``: E4M3 and E5M2 codes with block
     scales, one more rounding at every boundary between ranks: check the loss."""
 
+    def value(self) -> Traffic:
+        """The value that tensor-, pipeline- and ZeRO-parallel ranks take."""
+        return Traffic(**{name: kind == "fp8" for name, kind in self})
 
-class PrecisionConfig(Section):
+
+class PrecisionConfig(ValueSection):
     """Number formats, from the level down to one operand. Later wins: level, recipe, profile, explicit
     fields."""
 
@@ -175,34 +176,9 @@ class PrecisionConfig(Section):
     """O0: high precision everywhere (FP8 GEMMs by ``gemm.fp8``). O1: FP8 GEMMs, FP8 gradients and their
     reduction, FP16 master weights. O2: O1 and FP8/FP16 moments. O3: O2, ZeRO, and FP8 between
     ranks."""
-    recipe: Literal[
-        "current",
-        "fp8_amax",
-        "te_current",
-        "te_delayed",
-        "te_delayed_recent",
-        "mse",
-        "cscale",
-        "rowwise",
-        "rowwise_gw_hp",
-        "blockwise",
-        "mxfp8",
-        "nvfp4_simulated",
-        "coat_act",
-        "mus",
-        "unit_scaling",
-        "umup",
-    ] = "current"
-    """How FP8 scales are chosen; fills ``gemm``. ``current``: this tensor's amax, a power of two
-    (``fp8_amax``: the same, by its paper's name; ``coat_act``: with ``activations: fp8``). ``te_current``:
-    likewise, in FP32. ``te_delayed``: the largest amax of the last 1024 steps; ``te_delayed_recent``: that
-    of the last step; both for weights too, in FP32. ``mse``: the power of two of least squared error.
-    ``cscale``: constants. ``rowwise``: a scale for each contracted vector, E4M3 everywhere;
-    ``rowwise_gw_hp``: weight gradients from unquantised operands. ``blockwise``: 1x128 and 128x128, E4M3
-    (DeepSeek-V3). ``mxfp8``: 1x32, E4M3. ``nvfp4_simulated``: FP4 operands, rounded and then multiplied in
-    high precision: slower than BF16, for research. All these but ``cscale`` keep weights in the compute
-    type. ``mus``, ``unit_scaling``, ``umup``: no scales; they fill ``parametrization`` too, which keeps
-    tensors near unit variance."""
+    recipe: Literal[RECIPE_NAMES] = Field(  # type: ignore[valid-type]
+        DEFAULT_RECIPE, description=f"How FP8 scales are chosen; fills ``gemm``. {described()}"
+    )
     profile: Literal["default", "paper"] = "default"
     """``paper``: FP8-LM as published: delayed scales (16 steps) for activations and output gradients, one
     scale per tensor everywhere, shared-scale reduction with auto-scaling from 1/sqrt(N), masters rounded to
@@ -227,56 +203,11 @@ class PrecisionConfig(Section):
     guard: GuardConfig = GuardConfig()
     """Linears that stand out are named, or leave FP8 for a while."""
 
-    @model_validator(mode="after")
-    def _needs_fp8_gemms(self) -> PrecisionConfig:
-        if self.gemm.fp8:
-            return self
-        states = (self.state.master, self.state.exp_avg, self.state.exp_avg_sq)
-        for key, off in (
-            ("gradient.format", self.gradient.format == "high_precision"),
-            ("state", all(state.format == "fp32" for state in states)),
-            ("weights", self.weights == "compute"),
-            ("traffic", "fp8" not in self.traffic.model_dump().values()),
-        ):
-            if not off:
-                raise contradiction(
-                    f"{key} applies to the linears that multiply in FP8, but gemm.fp8 is false; "
-                    f"write gemm.fp8: true or level: O0",
-                    key,
-                    "gemm.fp8",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _guard(self) -> PrecisionConfig:
-        if self.guard.action == "off":
-            return self
-        if not self.gemm.fp8:
-            raise contradiction(
-                f"guard.action: {self.guard.action} watches linears that multiply in FP8, but gemm.fp8 is "
-                "false; remove it, or write gemm.fp8: true",
-                "guard.action",
-                "gemm.fp8",
-            )
-        if self.guard.action == "report":
-            return self
-        if self.weights == "fp8":
-            raise contradiction(
-                "guard.action: bf16 multiplies by weights in the compute type, but weights: fp8 keeps none; "
-                "write weights: compute, or guard.action: report",
-                "guard.action",
-                "weights",
-            )
-        for use, quant in self.gemm.operands().items():
-            if quant.scale_source == "delayed":
-                raise contradiction(
-                    "guard.action: bf16 leaves holes in the amax history of delayed scales, and "
-                    f"gemm.{use}.scale_source is delayed; take a recipe whose scales are current, or "
-                    "guard.action: report",
-                    "guard.action",
-                    f"gemm.{use}.scale_source",
-                )
-        return self
+    def value(self) -> Precision:
+        """All of it as one value, whose rules are between the parts."""
+        gemm, guard = self.gemm, self.guard.action
+        traffic = self.traffic.value()
+        return build(Precision, self, traffic=traffic, smooth_swiglu=gemm.smooth_swiglu, guard=guard)
 
     @model_validator(mode="after")
     def _paper_has_its_own_recipe(self) -> PrecisionConfig:
@@ -287,72 +218,4 @@ class PrecisionConfig(Section):
                 "profile",
                 "recipe",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _resident_weights(self) -> PrecisionConfig:
-        if self.weights == "fp8" and self.gemm.fp8 and self.gemm.keep_w == "bf16":
-            raise contradiction(
-                "keep_w: bf16 needs weights in the compute type; write weights: compute, or another keep_w",
-                "gemm.keep_w",
-                "weights",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _resident_scales(self) -> PrecisionConfig:
-        if self.weights != "fp8" or not self.gemm.fp8:
-            return self
-        uses = {"output.w": self.gemm.output.w}
-        if self.gemm.keep_w == "second_copy":
-            uses["grad_input.w"] = self.gemm.grad_input.w
-        for use, quant in uses.items():
-            if quant.granularity != "tensor" or quant.scale_source == "mse":
-                key = "scale_source" if quant.scale_source == "mse" else "granularity"
-                raise contradiction(
-                    "weights: fp8 is written piece by piece with one scale from the amax of the whole, but "
-                    f"gemm.{use}.{key} is {getattr(quant, key)}; write weights: compute, or a recipe with "
-                    "one scale per tensor",
-                    "weights",
-                    f"gemm.{use}.{key}",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _weights_travel_as_they_rest(self) -> PrecisionConfig:
-        if self.weights == "compute" and self.traffic.weights == "fp8" and self.gemm.fp8:
-            raise contradiction(
-                "traffic.weights: fp8 sends the codes of weights that rest in FP8, but weights is compute; "
-                "write traffic.weights: compute",
-                "traffic.weights",
-                "weights",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _simulated_traffic(self) -> PrecisionConfig:
-        if not self.gemm.fp8 or self.gemm.output.x.format != "e2m1":
-            return self
-        for key in ("activations", "grad_output"):
-            if getattr(self.traffic, key) == "fp8":
-                raise contradiction(
-                    f"traffic.{key}: fp8 sends codes of GEMM operands, but e2m1 operands are simulated and "
-                    f"have none; write traffic.{key}: compute",
-                    f"traffic.{key}",
-                    "gemm.output.x.format",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _unquantised_traffic(self) -> PrecisionConfig:
-        if not self.gemm.fp8 or self.gemm.grad_weight.fp8:
-            return self
-        for key in ("activations", "grad_output"):
-            if getattr(self.traffic, key) == "fp8":
-                raise contradiction(
-                    f"traffic.{key}: fp8 sends codes, but gemm.grad_weight.fp8: false multiplies unquantised "
-                    f"values; write traffic.{key}: compute",
-                    f"traffic.{key}",
-                    "gemm.grad_weight.fp8",
-                )
         return self

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from fp8train.config.nodes import Node, Origin, Scalar, merge, nest
 from fp8train.config.ownership import without_what_is_moot
-from fp8train.config.recipes import PARAMETRIZATIONS, RECIPES, Values
+from fp8train.config.recipe_registry import DEFAULT_RECIPE, RECIPES
+from fp8train.config.recipe_values import Values
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def _states(master: str, exp_avg: str, exp_avg_sq: str) -> Values:
     """Formats of the three states; a master in 16 bits is rounded stochastically."""
     formats = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     rounding = "stochastic" if master == "fp16_scaled" else "nearest"
-    return {f"precision.state.{role}.format": name for role, name in formats.items()} | {
-        "precision.state.master.rounding": rounding
+    return {
+        **{f"precision.state.{role}.format": name for role, name in formats.items()},
+        "precision.state.master.rounding": rounding,
     }
 
 
@@ -164,13 +166,41 @@ _STATE_PLANS: dict[str, Values] = {
 }
 """Formats of optimizer states beyond those of the levels."""
 
+_UNTIED: Values = {"model.tie_embeddings": False}
+_PARAMETRIZATIONS: dict[str, Values] = {
+    "standard": {},
+    "mus": {
+        **_UNTIED,
+        "model.norm_placement": "branch_end",
+        "parametrization.residual": "fixed",
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.decay_rule": "fully_decoupled",
+    },
+    "unit_scaling": {
+        **_UNTIED,
+        "parametrization.residual": "running_mean",
+    },
+    # The u-μP authors' own runs: no gain in norms, independent decay, no clipping (gradients have unit
+    # scale).
+    "umup": {
+        **_UNTIED,
+        "model.norm_gain": False,
+        "parametrization.residual": "umup",
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.decay_rule": "independent",
+        "optimizer.clip_grad_norm": 0.0,
+    },
+}
+
 PRESETS: tuple[PresetTable, ...] = (
     PresetTable("model.family", _FAMILIES),
     PresetTable("precision.level", _LEVELS, default="O0"),
-    PresetTable("precision.recipe", RECIPES, default="current"),
+    PresetTable(
+        "precision.recipe", {name: recipe.values for name, recipe in RECIPES.items()}, DEFAULT_RECIPE
+    ),
     PresetTable("precision.profile", _PROFILES, default="default"),
     PresetTable("precision.state.plan", _STATE_PLANS, default="default"),
-    PresetTable("parametrization.kind", PARAMETRIZATIONS, default="standard"),
+    PresetTable("parametrization.kind", _PARAMETRIZATIONS, default="standard"),
 )
 """All tables, in the order in which they win: a later one overrides an earlier one, explicit values override
 all."""

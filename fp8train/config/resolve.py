@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.inert import unread_settings
+from fp8train.config.inert import unread_settings, without_what_later_places_turn_off
 from fp8train.config.keys import KeyTable, key_table
 from fp8train.config.length import length_problems
 from fp8train.config.loader import load_file
@@ -78,6 +78,7 @@ def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> 
         except OverrideError as error:
             refused.append(error)
     root, misspelt = rename_misspelt_sections(root, table)
+    root = without_what_later_places_turn_off(root, table, sources)
     tree, problems = apply_presets(root)
     problems += unread_settings(root, tree, table)
     config = _validate(tree, table, problems, [error.meant or "" for error in refused])

@@ -1,6 +1,7 @@
 """What a run can be told: the frozen pydantic models behind the YAML file.
 
-One class per section (``{section}_schema.py``; small ones are here), one field per key; the field's
+One class per section (``{section}_schema.py``; small ones are in
+``all_sections.py``), one field per key; the field's
 description is the documentation (``fp8train config --schema`` exports it for editors). Values are strict: a
 number is never read from a string, a bool is never an int, an unknown key is an error. Fields whose default
 depends on another field (``model.norm`` on ``model.family``, ``precision.gemm`` on ``precision.level``) are
@@ -14,97 +15,21 @@ world size or the data are checked where those are known.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
-from fp8train.config.checkpoint_schema import CheckpointConfig
-from fp8train.config.data_schema import DataConfig
+from fp8train.config.all_sections import AllSections
 from fp8train.config.layout import layout_problems
 from fp8train.config.linear_names import exclusion_problems
-from fp8train.config.model_schema import ModelConfig
-from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP, OptimizerConfig, ScheduleConfig
-from fp8train.config.parallel_schema import ParallelConfig
-from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.config.precision_schema import STATIC_RECIPES, PrecisionConfig
-from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction, contradictions
-from fp8train.config.train_schema import TrainConfig
-from fp8train.precision.state_formats import StateFormats
+from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP
+from fp8train.config.recipe_registry import STATIC_RECIPES
+from fp8train.config.section import contradiction, contradictions
 
 
-class RunConfig(Section):
-    """Where and how the run lives."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)] = "run"
-    """Name of the run; its directory is ``{run.dir}/{run.name}``."""
-    dir: str = "runs"
-    """Folder that holds run directories."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    """Seed of weight initialisation and, unless ``data.shuffle_seed`` is set, of the sample order."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto`` takes CUDA where a device is visible; ``cuda`` without one is an error."""
-    threads: PositiveInt | None = None
-    """CPU threads per rank; default: ``OMP_NUM_THREADS`` where it is set, else visible cores divided by ranks
-    on the node. Bit-identity holds at equal threads."""
-    deterministic: bool = False
-    """Refuse kernels whose result depends on timing (``torch.use_deterministic_algorithms``). CPU runs are
-    always reproducible; on CUDA this costs speed."""
-    overwrite: bool = False
-    """Delete what an earlier run left in the run directory instead of refusing to start."""
-
-
-class WandbConfig(Section):
-    """Weights & Biases; never stops or slows a run."""
-
-    mode: Literal["off", "offline", "online"] = "off"
-    """``offline`` writes locally for a later ``wandb sync``."""
-    project: str = "fp8train"
-    """Project name."""
-    entity: str | None = None
-    """Team or user."""
-
-
-class LoggingConfig(Section):
-    """What is reported, and how often."""
-
-    interval: PositiveInt = 10
-    """Steps between console lines; ``metrics.jsonl`` gets the same steps."""
-    tensorboard: bool = True
-    """Write TensorBoard events under ``tb/``."""
-    wandb: WandbConfig = WandbConfig()
-    """Weights & Biases."""
-    cast_statistics_interval: NonNegativeInt = 50
-    """Steps between samples of FP8 cast statistics (amax, scale, flushed, saturated, SNR, kurtosis) and of
-    the norms of query projections; 0 = never."""
-
-
-class Config(Section):
+class Config(AllSections):
     """The configuration of one run."""
-
-    run: RunConfig = RunConfig()
-    """Where and how the run lives."""
-    model: ModelConfig
-    """The decoder."""
-    data: DataConfig
-    """Tokenised text."""
-    parametrization: ParametrizationConfig = ParametrizationConfig()
-    """What depends on width and depth: multipliers, residual weights, learning rates."""
-    precision: PrecisionConfig
-    """Number formats."""
-    parallel: ParallelConfig = ParallelConfig()
-    """Process layout."""
-    optimizer: OptimizerConfig
-    """Update rule and its numbers."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """Learning rate over steps."""
-    train: TrainConfig
-    """Length, batch and execution."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving and resuming."""
-    logging: LoggingConfig = LoggingConfig()
-    """Reporting."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -115,7 +40,6 @@ class Config(Section):
             self._parametrization,
             self._evaluation,
             self._keep_best,
-            self._smooth_swiglu,
             self._saved_activations,
             self._guard,
             self._context,
@@ -194,17 +118,6 @@ class Config(Section):
                 "train.eval_interval",
             )
 
-    def _smooth_swiglu(self) -> None:
-        gemm = self.precision.gemm
-        if gemm.fp8 and gemm.smooth_swiglu == "channel" and self.precision.weights == "fp8":
-            raise contradiction(
-                "precision.gemm.smooth_swiglu: channel casts the down projections' weights for every "
-                "micro-batch, but precision.weights is fp8; write precision.weights: compute, or "
-                "smooth_swiglu: token",
-                "precision.gemm.smooth_swiglu",
-                "precision.weights",
-            )
-
     def _saved_activations(self) -> None:
         if self.precision.activations == "compute":
             return
@@ -251,23 +164,6 @@ class Config(Section):
                 "data.seq_length",
                 "model.max_seq_len",
             )
-
-    @property
-    def state_formats(self) -> StateFormats:
-        """How the optimizer stores the states of a matrix in the FP8 plan."""
-        formats = self.precision.state.value()
-        if self.checkpoint.reshard == "requantise":
-            fitted = {role: replace(fmt, fit=True) for role, fmt in formats.formats().items()}
-            formats = replace(formats, **fitted)
-        return replace(formats, exp_avg_sq=None) if self.optimizer.name == "lion" else formats
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        if self.train.steps is not None:
-            return self.train.steps
-        assert self.train.tokens is not None
-        return self.train.batch_sizes.steps_for(self.train.tokens, self.data.seq_length)
 
 
 def _is_key(name: str) -> bool:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fp8train.config.batch_sizes import BatchSizes
-from fp8train.config.errors import ConfigError
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import out_of_vocab
 from fp8train.data.samples import Samples
@@ -26,30 +25,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_batch_sizes(*, global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
-    """Check that a global batch divides into micro-batches over the data-parallel ranks.
-
-    Raises:
-        ConfigError: It does not; the message gives the formula and the nearest legal values.
-    """
-    unit = micro_batch_size * dp_size
-    if global_batch_size % unit:
-        below = global_batch_size // unit * unit
-        legal = [value for value in (below, below + unit) if value > 0]
-        raise ConfigError(
-            f"train.global_batch_size ({global_batch_size}) must be a multiple of train.micro_batch_size x "
-            "data-parallel "
-            f"ranks ({micro_batch_size} x {dp_size} = {unit})\nnearest legal values: "
-            f"{', '.join(map(str, legal))}"
-        )
-
-
 class GlobalBatches:
     """A rank's view of the global batches of one split.
 
     Args:
         samples: The global order.
-        global_batch_size: G, samples per step over all ranks.
+        global_batch_size: G, samples per step over all ranks; like those of the ramp a multiple of B R.
         micro_batch_size: B, samples per forward pass.
         ramp: (steps, size) of smaller global batches at the start, G after them.
         dp_rank: r.
@@ -64,7 +45,6 @@ class GlobalBatches:
         batches_per_epoch: Global batches before samples repeat.
 
     Raises:
-        ConfigError: G is not a multiple of B R.
         DataError: The samples do not fill one global batch.
     """
 
@@ -82,16 +62,14 @@ class GlobalBatches:
     ) -> None:
         self._sizes = BatchSizes(global_batch_size, ramp)
         for size in self._sizes.all:
-            check_batch_sizes(global_batch_size=size, micro_batch_size=micro_batch_size, dp_size=dp_size)
+            assert size % (micro_batch_size * dp_size) == 0, (size, micro_batch_size, dp_size)
         assert 0 <= dp_rank < dp_size
         if samples.samples_per_epoch < global_batch_size:
             raise DataError(
                 f"{samples.description}: too small for one global batch\n"
-                f"needed: {global_batch_size} samples of {samples.seq_length} tokens "
-                "(train.global_batch_size); "
+                f"needed: {global_batch_size} samples of {samples.seq_length} tokens (`global_batch_size`); "
                 f"present: {samples.samples_per_epoch}\n"
-                "give more text or a larger share in data.split, or lower train.global_batch_size or "
-                "data.seq_length"
+                "give more text or a larger share in `split`, or lower `global_batch_size` or `seq_length`"
             )
         self.samples = samples
         self.seq_length = samples.seq_length
@@ -153,9 +131,9 @@ class GlobalBatches:
         """
         if state["seq_length"] != self.seq_length:
             raise DataError(
-                f"data.seq_length is {self.seq_length}, but the checkpoint's data position was counted with "
+                f"`seq_length` is {self.seq_length}, but the checkpoint's data position was counted with "
                 f"{state['seq_length']}\n"
-                "set data.seq_length back to continue this run, or start a new one"
+                "set `seq_length` back to continue this run, or start a new one"
             )
         if state["fingerprint"] != self.samples.fingerprint:
             raise DataError(

@@ -43,11 +43,11 @@ class Blend:
 
     def __init__(self, datasets: Sequence[Samples], weights: Sequence[float]) -> None:
         if not datasets or len(datasets) != len(weights):
-            raise DataError(f"data.blend: {len(datasets)} datasets but {len(weights)} weights")
+            raise DataError(f"`blend`: {len(datasets)} datasets but {len(weights)} weights")
         for dataset, weight in zip(datasets, weights, strict=True):
             if not 0 < weight < float("inf"):
                 raise DataError(
-                    f"data.blend: weight {weight} of {dataset.description} must be larger than 0; "
+                    f"`blend`: weight {weight} of {dataset.description} must be larger than 0; "
                     "remove the dataset from the blend to leave it out"
                 )
         assert len({dataset.seq_length for dataset in datasets}) == 1

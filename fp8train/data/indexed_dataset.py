@@ -122,9 +122,8 @@ def out_of_vocab(prefix: str, document: int, offset: int, token: int, vocab_size
     """The error for a token id that the model has no embedding for."""
     return DataError(
         f"{bin_path(prefix)}: token id {token} at document {document}, offset {offset} is outside the "
-        "vocabulary "
-        f"[0, {vocab_size})\nthe dataset was built with another tokenizer, model.vocab_size is too small, "
-        "or the file is damaged"
+        f"vocabulary [0, {vocab_size})\n"
+        "the dataset was built with another tokenizer, `vocab_size` is too small, or the file is damaged"
     )
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from fp8train.config.data_schema import DataConfig
-from fp8train.data.batches import GlobalBatches, check_batch_sizes
+from fp8train.data.batches import GlobalBatches
 from fp8train.data.blend import Blend
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
@@ -74,9 +74,9 @@ class Data:
         if self.vocab_size <= -(-known // _PADDED_TO) * _PADDED_TO:
             return []
         return [
-            f"model.vocab_size ({self.vocab_size}) is far above the {known} tokens of {self.tokenizer.path}: "
+            f"`vocab_size` ({self.vocab_size}) is far above the {known} tokens of {self.tokenizer.path}: "
             f"{self.vocab_size - known} rows of embedding and head are computed and never used; write "
-            f"model.vocab_size=null to take the tokenizer's, or model.vocab_size={known}"
+            f"`vocab_size`=null to take the tokenizer's, or `vocab_size`={known}"
         ]
 
 
@@ -106,53 +106,29 @@ def open_data(
         ramp: (steps, samples per step) of smaller global batches at the start of training.
 
     Raises:
-        ConfigError: The batch sizes do not divide.
         DataError: The data is missing, damaged, too small, or does not fit the tokenizer or the model.
     """
-    check_batch_sizes(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
-    entries = [(config.prefix, 1.0)] if config.prefix is not None else []
-    entries += [(entry.prefix, entry.weight) for entry in config.blend or ()]
-    datasets = [IndexedDataset(prefix) for prefix, _ in entries if prefix is not None]
-    weights = [weight for _, weight in entries]
-    held_out = IndexedDataset(config.valid_prefix) if config.valid_prefix is not None else None
-    everything = [*datasets, *([held_out] if held_out is not None else [])]
-    sidecars = [read_sidecar(dataset) for dataset in everything]
-    tokenizer = _tokenizer(config, everything, sidecars)
-    vocab_size = _vocab_size(vocab_size, everything, sidecars, tokenizer)
-    _check_mask(config, tokenizer)
-    seed = seed if config.shuffle_seed is None else config.shuffle_seed
-
-    described = list(zip(datasets, sidecars, strict=False))
-    held_out_described = None if held_out is None else (held_out, sidecars[-1])
-    splits: list[GlobalBatches | None] = []
-    for number in range(len(SPLITS)):
-        parts = _parts(described, held_out_described, config, number, seed)
-        if not parts:
-            splits.append(None)
-            continue
-        samples: Samples = parts[0] if len(parts) == 1 else Blend(parts, weights)
-        splits.append(
-            GlobalBatches(
-                samples,
-                global_batch_size=global_batch_size,
-                micro_batch_size=micro_batch_size,
-                dp_rank=dp_rank,
-                dp_size=dp_size,
-                vocab_size=vocab_size,
-                ramp=ramp if SPLITS[number] == "train" else (),
-                masked=config.kind == "sft",
-            )
+    opened = _open(config, prefixes_of(config, "train"), config.valid_prefix, vocab_size, seed)
+    train, valid, test = (
+        opened.batches(
+            split,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            ramp=ramp if split == "train" else (),
         )
-    train, valid, test = splits
+        for split in SPLITS
+    )
     assert train is not None
     return Data(
         train=train,
         valid=valid,
         test=test,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        eod_id=None if tokenizer is None else tokenizer.eod_id,
-        token_lengths=_token_lengths(tokenizer, sidecars),
+        tokenizer=opened.tokenizer,
+        vocab_size=opened.vocab_size,
+        eod_id=opened.eod_id,
+        token_lengths=opened.token_lengths,
         epochs=train.samples_before(total_steps) / train.samples.samples_per_epoch,
     )
 
@@ -200,68 +176,93 @@ def open_split(
         seed: As for :func:`open_data`.
 
     Raises:
-        ConfigError: The batch sizes do not divide.
         DataError: There is no such split, or its data is missing, damaged, too small or does not fit the
             model.
     """
-    number = SPLITS.index(split)
-    opened = [IndexedDataset(prefix) for prefix in prefixes_of(config, split)]
-    sidecars = [read_sidecar(dataset) for dataset in opened]
-    described = list(zip(opened, sidecars, strict=True))
-    held_out = described[0] if split == "valid" and config.valid_prefix is not None else None
-    tokenizer = _tokenizer(config, opened, sidecars)
-    vocab_size = _vocab_size(vocab_size, opened, sidecars, tokenizer)
-    _check_mask(config, tokenizer)
-    seed = seed if config.shuffle_seed is None else config.shuffle_seed
-    parts = _parts(described, held_out, config, number, seed)
-    if not parts:
-        shares = zip(SPLITS, config.split, strict=True)
-        apart = ["valid"] if config.valid_prefix is not None else []
-        legal = [name for name, share in shares if share > 0] + apart
-        raise DataError(f"data.split is {list(config.split)}: no {split} split; choose {' or '.join(legal)}")
-    weights = [entry.weight for entry in config.blend or ()]
-    samples: Samples = parts[0] if len(parts) == 1 else Blend(parts, weights)
-    batches = GlobalBatches(
-        samples,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        vocab_size=vocab_size,
-        masked=config.kind == "sft",
+    apart = config.valid_prefix if split == "valid" else None
+    opened = _open(config, [] if apart else prefixes_of(config, split), apart, vocab_size, seed)
+    batches = opened.batches(
+        split, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, dp_rank=0, dp_size=1
     )
-    eod_id = None if tokenizer is None else tokenizer.eod_id
-    return Split(batches, eod_id, _token_lengths(tokenizer, sidecars))
+    if batches is None:
+        shares = dict(zip(SPLITS, config.split, strict=True))
+        legal = [name for name, share in shares.items() if share > 0]
+        legal += ["valid"] if config.valid_prefix is not None else []
+        raise DataError(f"`split` is {list(config.split)}: no {split} split; choose {' or '.join(legal)}")
+    return Split(batches, opened.eod_id, opened.token_lengths)
 
 
 _Described = tuple[IndexedDataset, Sidecar | None]
 
 
-def _parts(
-    datasets: Sequence[_Described],
-    held_out: _Described | None,
-    config: DataConfig,
-    number: int,
-    seed: int,
-) -> list[Samples]:
-    """One split of every dataset; of ``held_out`` alone for validation where there is one; none for share 0.
+@dataclass(frozen=True)
+class _Opened:
+    """The datasets of a run, which fit each other, the tokenizer and the model."""
 
-    Parts of a blend get seeds of their own, so that datasets of equal size do not move in step.
-    """
-    split = SPLITS[number]
-    if split == "valid" and held_out is not None:
-        ranges = [(held_out, (0, held_out[0].num_documents))]
-    elif config.split[number] > 0:
-        ranges = [
-            (described, split_documents(described[0].num_documents, config.split)[number])
-            for described in datasets
+    config: DataConfig
+    datasets: Sequence[_Described]
+    held_out: _Described | None
+    """Validation data of its own."""
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    seed: int
+
+    @property
+    def eod_id(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.eod_id
+
+    @property
+    def token_lengths(self) -> np.ndarray | None:
+        everything = [*self.datasets, *([] if self.held_out is None else [self.held_out])]
+        exact = all(sidecar is not None and sidecar.exact_bytes for _, sidecar in everything)
+        return self.tokenizer.token_lengths() if self.tokenizer is not None and exact else None
+
+    def batches(self, split: str, **sizes: Any) -> GlobalBatches | None:
+        """Batches of a split, of these sizes; None if its share is 0."""
+        parts = self._parts(split)
+        if not parts:
+            return None
+        weights = [entry.weight for entry in self.config.blend or ()]
+        samples: Samples = parts[0] if len(parts) == 1 else Blend(parts, weights)
+        return GlobalBatches(samples, vocab_size=self.vocab_size, masked=self.config.kind == "sft", **sizes)
+
+    def _parts(self, split: str) -> list[Samples]:
+        """One split of every dataset; of ``held_out`` alone for validation where there is one.
+
+        Parts of a blend get seeds of their own, so that datasets of equal size do not move in step.
+        """
+        number = SPLITS.index(split)
+        if split == "valid" and self.held_out is not None:
+            ranges = [(self.held_out, (0, self.held_out[0].num_documents))]
+        elif self.config.split[number] > 0:
+            ranges = [
+                (described, split_documents(described[0].num_documents, self.config.split)[number])
+                for described in self.datasets
+            ]
+        else:
+            return []
+        return [
+            _samples(*described, documents, self.config, seed=self.seed + (part << 32), split=split)
+            for part, (described, documents) in enumerate(ranges)
         ]
-    else:
-        return []
-    return [
-        _samples(*described, documents, config, seed=seed + (part << 32), split=split)
-        for part, (described, documents) in enumerate(ranges)
-    ]
+
+
+def _open(
+    config: DataConfig, prefixes: Sequence[str], held_out: str | None, vocab_size: int | None, seed: int
+) -> _Opened:
+    """Open datasets and check them; arguments as for :func:`open_data`."""
+    datasets = [IndexedDataset(prefix) for prefix in (*prefixes, *([] if held_out is None else [held_out]))]
+    sidecars = [read_sidecar(dataset) for dataset in datasets]
+    tokenizer = _tokenizer(config, datasets, sidecars)
+    vocab_size = _vocab_size(vocab_size, datasets, sidecars, tokenizer)
+    if config.mask_end_of_document and tokenizer is None:
+        raise DataError(
+            "`mask_end_of_document` needs a tokenizer to know the end-of-document id; set `tokenizer`"
+        )
+    described = list(zip(datasets, sidecars, strict=True))
+    apart = None if held_out is None else described.pop()
+    seed = seed if config.shuffle_seed is None else config.shuffle_seed
+    return _Opened(config, described, apart, tokenizer, vocab_size, seed)
 
 
 def _samples(
@@ -291,7 +292,7 @@ def _samples(
     if sidecar is not None and sidecar.mask is not None:
         raise DataError(
             f"dataset {dataset.prefix} holds conversations of which only answers are learnt\n"
-            "write data.kind: sft; to learn all of their text, make a dataset with fp8train data prepare"
+            "write `kind`: sft; to learn all of their text, make a dataset with fp8train data prepare"
         )
     return SampleDataset(
         dataset,
@@ -322,13 +323,6 @@ def _tokenizer(
     return tokenizer
 
 
-def _check_mask(config: DataConfig, tokenizer: Tokenizer | None) -> None:
-    if config.mask_end_of_document and tokenizer is None:
-        raise DataError(
-            "data.mask_end_of_document needs a tokenizer to know the end-of-document id; set data.tokenizer"
-        )
-
-
 def _vocab_size(
     model_vocab_size: int | None,
     datasets: Sequence[IndexedDataset],
@@ -340,26 +334,19 @@ def _vocab_size(
             raise DataError(
                 f"dataset {datasets[0].prefix} has no {sidecar_path(datasets[0].prefix).name} that names "
                 "its tokenizer\n"
-                "set data.tokenizer, or model.vocab_size"
+                "set `tokenizer`, or `vocab_size`"
             )
         return tokenizer.vocab_size
-    for dataset, sidecar in zip(datasets, sidecars, strict=True):
-        if sidecar is not None and sidecar.vocab_size > model_vocab_size:
+    known = [
+        (f"dataset {dataset.prefix}", sidecar.vocab_size)
+        for dataset, sidecar in zip(datasets, sidecars, strict=True)
+        if sidecar is not None
+    ]
+    known += [] if tokenizer is None else [(str(tokenizer.path), tokenizer.vocab_size)]
+    for what, size in known:
+        if size > model_vocab_size:
             raise DataError(
-                f"model.vocab_size ({model_vocab_size}) is smaller than the vocabulary of dataset "
-                f"{dataset.prefix} "
-                f"({sidecar.vocab_size})\nset it to {sidecar.vocab_size}, or leave it out to take the "
-                "tokenizer's"
+                f"`vocab_size` ({model_vocab_size}) is smaller than the vocabulary of {what} ({size})\n"
+                f"set it to {size}, or leave it out to take the tokenizer's"
             )
-    if tokenizer is not None and tokenizer.vocab_size > model_vocab_size:
-        raise DataError(
-            f"model.vocab_size ({model_vocab_size}) is smaller than the vocabulary of {tokenizer.path} "
-            f"({tokenizer.vocab_size})\nset it to {tokenizer.vocab_size}, or leave it out to take the "
-            "tokenizer's"
-        )
     return model_vocab_size
-
-
-def _token_lengths(tokenizer: Tokenizer | None, sidecars: Sequence[Sidecar | None]) -> np.ndarray | None:
-    exact = all(sidecar is not None and sidecar.exact_bytes for sidecar in sidecars)
-    return tokenizer.token_lengths() if tokenizer is not None and exact else None

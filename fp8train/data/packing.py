@@ -127,7 +127,7 @@ class PackedSamples:
         if not self._packed:
             raise DataError(
                 f"{dataset.prefix} ({split}): no conversation with a target\n"
-                "give more conversations or a larger share in data.split"
+                "give more conversations or a larger share in `split`"
             )
 
     def _pieces(self) -> list[Piece]:

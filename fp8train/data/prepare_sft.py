@@ -125,8 +125,8 @@ def read_mask(dataset: IndexedDataset, sidecar: Sidecar | None) -> np.ndarray:
     path = mask_path(dataset.prefix)
     if sidecar is None or sidecar.mask is None:
         raise DataError(
-            f"dataset {dataset.prefix} does not say which tokens are targets, which data.kind: sft needs\n"
-            "make it with fp8train data prepare-sft, or write data.kind: pretrain"
+            f"dataset {dataset.prefix} does not say which tokens are targets, which `kind`: sft needs\n"
+            "make it with fp8train data prepare-sft, or write `kind`: pretrain"
         )
     try:
         data = path.read_bytes()

@@ -121,9 +121,9 @@ class SampleDataset:
         self.samples_per_epoch = max(self.num_tokens - 1, 0) // seq_length
         if self.samples_per_epoch == 0:
             raise DataError(
-                f"{self.description}: needed for one sample: {seq_length + 1} tokens (data.seq_length + 1); "
-                f"present: {self.num_tokens}\ngive more text, a larger share in data.split, or a smaller "
-                "data.seq_length; data.split=[1,0,0] trains on all of it"
+                f"{self.description}: needed for one sample: {seq_length + 1} tokens (`seq_length` + 1); "
+                f"present: {self.num_tokens}\ngive more text, a larger share in `split`, or a smaller "
+                "`seq_length`; `split`=[1,0,0] trains on all of it"
             )
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

@@ -90,7 +90,7 @@ def read_sidecar(dataset: IndexedDataset) -> Sidecar | None:
         where = ".".join(map(str, first["loc"]))
         raise DataError(
             f"{path}: not the description of a dataset: {where + ': ' if where else ''}{first['msg']}\n"
-            "prepare the dataset again, or delete this file and set data.tokenizer"
+            "prepare the dataset again, or delete this file and set `tokenizer`"
         ) from error
     if (sidecar.documents, sidecar.tokens) != (dataset.num_documents, dataset.num_tokens):
         raise DataError(

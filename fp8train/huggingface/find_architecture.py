@@ -46,7 +46,7 @@ def architecture_of_model(model: ModelConfig, where: str) -> Architecture:
     def refuse(key: str, why: str) -> None:
         value = getattr(model, key)
         shown = str(value).lower() if isinstance(value, bool) else value
-        raise HuggingFaceError(f"{where}: model.{key}: {shown} cannot be exported: {why}")
+        raise HuggingFaceError(f"{where}: `{key}`: {shown} cannot be exported: {why}")
 
     if model.norm_placement != "pre":
         refuse("norm_placement", "the architectures written here normalise what enters a branch")

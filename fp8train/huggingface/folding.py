@@ -40,7 +40,7 @@ def check_foldable(decoder: Decoder, where: str) -> None:
     joins = [rule.residual(branch) for branch in range(2 * decoder.config.num_layers)]
     if any((join.a, join.b) != (1.0, 1.0) for join in joins):
         raise HuggingFaceError(
-            f"{where}: parametrization.residual: {settings.residual} (kind: {settings.kind}) cannot be "
+            f"{where}: `residual`: {settings.residual} (kind: {settings.kind}) cannot be "
             "exported: it weighs stream and branch at every join, which the architectures written here "
             "do not, and folding the weights away is exact only for norms without eps"
         )

@@ -30,10 +30,10 @@ from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import TrainedRun, open_run
 from fp8train.inference.weights import as_trained
 from fp8train.models.param_spec import ParamSpec
+from fp8train.optim.checkpoint_states import with_stored_blocks
 from fp8train.optim.make_storage import make_storage
-from fp8train.optim.parameter_state import Region, in_plan, logical_tensors, make_layout
-from fp8train.optim.storage import Storage
-from fp8train.optim.stored import with_stored_blocks
+from fp8train.optim.parameter_state import Region, in_plan, logical_tensors, place_of
+from fp8train.optim.state_storage import Storage
 from fp8train.precision.state_formats import StateFormat
 
 
@@ -63,8 +63,8 @@ class _State:
 
     def storage(self) -> Storage:
         """Of the whole logical tensor, zeros."""
-        layout = make_layout(self.spec, self.region, self.fmt, torch.device("cpu"))
-        return make_storage(self.fmt, layout, wide=self.wide)
+        place = place_of(self.spec, self.region, self.fmt, torch.device("cpu"))
+        return make_storage(self.fmt, place, wide=self.wide)
 
 
 def export_states(checkpoint: Path, output: Path, *, max_shard_bytes: int) -> str:
@@ -120,7 +120,7 @@ def _decode(opened: OpenCheckpoint, state: _State) -> dict[str, Tensor]:
             for name, tensor, _, _ in logical_tensors(state.role, state.spec, state.region, storage)
         }
     )
-    values = storage.load(0, storage.layout.numel).view(storage.layout.shape)
+    values = storage.load(0, storage.place.numel).view(storage.place.shape)
     return {state.name: values.float().clone()}
 
 

@@ -110,14 +110,14 @@ def _check_length(prompt: int, max_tokens: int, context: int) -> None:
         raise InferenceError("the prompt has no tokens; start with the end-of-document token for free text")
     if prompt > context:
         raise InferenceError(
-            f"the prompt has {prompt} tokens, the model's context (model.max_seq_len) is {context}; "
+            f"the prompt has {prompt} tokens, the model's context (`max_seq_len`) is {context}; "
             "shorten the prompt"
         )
     # The last token is drawn but never fed back.
     if prompt + max_tokens - 1 > context:
         raise InferenceError(
             f"{prompt} tokens of prompt and {max_tokens} new ones do not fit the model's context "
-            f"(model.max_seq_len: {context}); use --max-tokens {context - prompt + 1} or a shorter prompt"
+            f"(`max_seq_len`: {context}); use --max-tokens {context - prompt + 1} or a shorter prompt"
         )
 
 

@@ -82,9 +82,9 @@ def choose_gemm_backend(
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         raise ValueError(
-            "precision.gemm.fp8 needs compute capability 8.9 or newer, "
+            "FP8 GEMMs need compute capability 8.9 or newer, "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; "
-            "set precision.gemm.fp8=false or run with run.device=cpu"
+            "write `fp8`=false or `device`=cpu"
         )
     reason = f"FP8 tensor cores, compute capability {capability[0]}.{capability[1]}"
     decoded = [] if quant is None else gemms_without_kernel(quant, capability, cuda_version())

@@ -36,6 +36,7 @@ from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import FIELDS, CastRecorder, cast_statistics
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.problems import refuse
 
 _CONTRACTED = {"output.w": 1, "grad_input.w": 0}
 """Dimension of the weight [N, K] that each GEMM sums over."""
@@ -198,22 +199,11 @@ class ResidentFp8Weight(Fp8Weight):
         """Allocate payloads of zeros.
 
         Raises:
-            ValueError: ``quant`` keeps the weight in BF16 for backward, or has scales that the optimizer
+            PrecisionError: ``quant`` keeps the weight in BF16 for backward, or has scales that the optimizer
                 cannot fix from the amax of the whole weight before it writes the first piece.
         """
-        if quant.keep_w == "bf16":
-            raise ValueError(
-                "precision.gemm.keep_w: bf16 keeps a high-precision weight for backward, "
-                "but this weight is resident in FP8; use same, requantise or second_copy"
-            )
+        refuse(quant.against_resident_weights())
         super().__init__(quant, shape, device, wire=wire, slots=slots, site=site)
-        for use, spec in self._uses().items():
-            if spec.granularity != "tensor" or spec.scale_source == "mse":
-                raise ValueError(
-                    f"{use} is quantised by {spec}, but a weight resident in FP8 is written in pieces with "
-                    "one scale from its amax; write precision.weights: compute, or granularity: tensor and "
-                    "another scale_source"
-                )
         self._copies = {use: self._allocate(spec, device) for use, spec in self._uses().items()}
         self._rows: list[tuple[Tensor, int]] = []
 

@@ -329,7 +329,7 @@ class Linear(nn.Module):
         if self.plan is not None and probe.dtype != before:
             raise TypeError(
                 f"{self.name} runs in FP8 with {before} weights; converting it to {probe.dtype} "
-                "would silently change its numerics. Build the model with another precision.compute instead"
+                "would silently change its numerics. Build the model with another dtype instead"
             )
         super()._apply(fn, recurse)
         if isinstance(self._fp8_weight, CachedFp8Weight):

@@ -18,6 +18,7 @@ from fp8train.live.console import format_bytes, format_count
 from fp8train.optim.decay_loss import explain_lost_decay
 from fp8train.optim.parameter_state import in_plan
 from fp8train.step.trainer import Trainer
+from fp8train.update_rules.registry import rule_named
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ def stored_bytes(trainer: Trainer) -> StoredBytes:
         share = inside / sum(member.numel for member in bucket.members)
         gradient += round(share * bucket.stored_bytes)
         accumulator += round(share * bucket.accumulator_bytes)
-    roles = trainer.optimizer.stored_bytes_of(matrices)
+    roles = trainer.optimizer.states.stored_bytes_of(matrices)
     copies = {fqn: linear.weight_bytes for fqn, linear in matrices.items()}
     others = sum(p.nbytes for fqn, p in trainer.model.named_parameters() if fqn not in matrices)
     whole = (
         sum(bucket.stored_bytes + bucket.accumulator_bytes for bucket in buckets)
-        + sum(trainer.optimizer.stored_bytes(in_plan_only=False).values())
+        + sum(trainer.optimizer.states.stored_bytes(in_plan_only=False).values())
         + sum(copies.values())
         + others
     )
@@ -129,8 +130,9 @@ def precision_warnings(trainer: Trainer) -> list[str]:
     """What a person should know before they spend the time: decay that rounding takes back."""
     optimizer, specs = trainer.optimizer, trainer.outline.specs.values()
     decays = [optimizer.peak_decay(spec) for spec in specs if in_plan(spec)]
-    lost = explain_lost_decay(optimizer.plan.master, decays)
-    return [] if lost is None else [lost]
+    lost = explain_lost_decay(optimizer.states.plan.master, decays)
+    remedy = "to keep it, write precision.state.master.rounding: stochastic"
+    return [] if lost is None else [f"precision.state.master.rounding is nearest: {lost}; {remedy}"]
 
 
 def _others(config: Config) -> str:
@@ -165,10 +167,8 @@ def _gradients(trainer: Trainer) -> str:
 
 def _states(config: Config) -> str:
     state = config.precision.state
-    roles = {"master": state.master, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    if config.optimizer.name == "lion":
-        del roles["exp_avg_sq"]
-    return ", ".join(f"{role} {_format(one)}" for role, one in roles.items())
+    roles = rule_named(config.optimizer.name).roles()
+    return ", ".join(f"{role} {_format(getattr(state, role))}" for role in roles)
 
 
 def _format(state: StateFormatConfig) -> str:

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -21,9 +21,8 @@ import torch
 
 from fp8train import __version__
 from fp8train.checkpoint import Written
-from fp8train.comm.processes import Processes
 from fp8train.config.length import beyond_the_end
-from fp8train.config.schema import Config, to_plain
+from fp8train.config.schema import to_plain
 from fp8train.config.threads import VARIABLE, threads_from_environment
 from fp8train.data.loading import Data
 from fp8train.evaluation.validation import Evaluation
@@ -48,26 +47,15 @@ _logger = logging.getLogger(__name__)
 class Reporter:
     """Reports a run. Use as a context manager: it closes the trackers."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        processes: Processes,
-        run_dir: RunDir,
-        trainer: Trainer,
-        console: Console,
-        vocab_size: int,
-        samples_before: Callable[[int], int],
-    ) -> None:
-        """``samples_before``: samples used before a step; a run that was resumed may have had other
-        batches."""
-        self.config, self.processes, self.run_dir, self.trainer = config, processes, run_dir, trainer
-        self.console = console
+    def __init__(self, run_dir: RunDir, data: Data, trainer: Trainer, console: Console) -> None:
+        """Report what ``trainer`` does with ``data``, in ``run_dir`` and on the console."""
+        self.config, self.processes = config, processes = trainer.config, trainer.processes
+        self.run_dir, self.data, self.trainer, self.console = run_dir, data, trainer, console
         self.throughput = Throughput(
             trainer.model.config,
             config.data.seq_length,
             processes.device,
-            vocab_size=vocab_size,
+            vocab_size=data.vocab_size,
             world_size=processes.world_size,
             fp8=trainer.built.fp8 is not None,
         )
@@ -79,7 +67,7 @@ class Reporter:
             run_config=to_plain(config),
             enabled=processes.rank == 0,
         )
-        self._samples_before = samples_before
+        self._samples_before = data.train.samples_before  # a resumed run may have had other batches
         self._state = "failed"
         self._loss = (math.nan, 0)  # the last on the host, and its step
         self._window_steps = 0
@@ -115,7 +103,7 @@ class Reporter:
         """A line of events.jsonl."""
         self.run_dir.log_event(kind, step=step, **fields)
 
-    def header(self, data: Data) -> None:
+    def header(self) -> None:
         """Say what is about to run: version, device, model, precision, data."""
         config, model = self.config, self.trainer.model
         device = self.processes.device
@@ -135,9 +123,9 @@ class Reporter:
             self.say(f"layout: {describe_layout(self.trainer)}")
         for line in describe_precision(self.trainer):
             self.say(line)
-        for line in [*precision_warnings(self.trainer), *data.warnings()]:
+        for line in [*precision_warnings(self.trainer), *self.data.warnings()]:
             self.warn(line)
-        for line in data.summary():
+        for line in self.data.summary():
             self.say(f"data: {line}")
         for line in beyond_the_end(config):
             self.say(f"note: {line}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fp8train.config.schema import LoggingConfig
+from fp8train.config.all_sections import LoggingConfig
 from fp8train.live.wandb_tracker import WandbTracker, kept_run_id
 from fp8train.run_dir.directory import RunDir
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8train.config.schema import WandbConfig
+from fp8train.config.all_sections import WandbConfig
 
 QUEUE_RECORDS = 1000
 """Records kept while W&B does not answer; older ones are dropped."""

@@ -87,7 +87,7 @@ def plan_fp8(
         else:
             skipped.setdefault(reason, []).append(path)
     skipped["head"] = ["head"]
-    assert plans, "the configuration knows which linears are left (config/linear_names.py)"
+    assert plans, "a configuration that excludes every linear is refused"
     return PlanReport(
         plans,
         {reason: tuple(paths) for reason, paths in skipped.items()},

@@ -30,7 +30,7 @@ def half_units(fmt: StateFormat) -> tuple[float, float] | None:
 
 
 def explain_lost_decay(fmt: StateFormat, decays: Iterable[float]) -> str | None:
-    """A sentence for the person who starts the run, if decay is lost.
+    """What happens to the decay of master weights that are rounded to nearest, if it is lost.
 
     Args:
         fmt: of master weights.
@@ -46,8 +46,7 @@ def explain_lost_decay(fmt: StateFormat, decays: Iterable[float]) -> str | None:
     else:
         verdict, below = "moves only some weights by itself", limits[1]
     return (
-        f"precision.state.master.rounding is nearest: weight decay removes {shares} of a weight at a step "
-        f"with the peak rate, which {verdict}, as half a unit in the last place of {fmt.format} is "
-        f"{limits[0]:.2g} to {limits[1]:.2g} of it (needed: {below:.2g}); it acts only together with larger "
-        "updates. To keep it, write precision.state.master.rounding: stochastic"
+        f"weight decay removes {shares} of a weight at a step with the peak rate, which {verdict}, as half a "
+        f"unit in the last place of {fmt.format} is {limits[0]:.2g} to {limits[1]:.2g} of it (needed: "
+        f"{below:.2g}); it acts only together with larger updates"
     )

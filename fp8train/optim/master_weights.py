@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.models.param_spec import ParamSpec
+from fp8train.optim.checkpoint_states import Described, with_stored_blocks
 from fp8train.optim.make_storage import make_storage
-from fp8train.optim.parameter_state import Region, in_plan, make_layout
-from fp8train.optim.storage import Storage
-from fp8train.optim.stored import Described, with_stored_blocks
+from fp8train.optim.parameter_state import Region, in_plan, place_of
+from fp8train.optim.state_storage import Storage
 from fp8train.precision.state_formats import StateFormat
 
 
@@ -33,8 +33,8 @@ class MasterWeights:
             spec = specs[fqn]
             fmt = with_stored_blocks(master, stored, "master", fqn) if in_plan(spec) else StateFormat()
             wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            layout = make_layout(spec, Region.of(spec), fmt, torch.device("cpu"))
-            self._storages[fqn] = make_storage(fmt, layout, wide=wide)
+            place = place_of(spec, Region.of(spec), fmt, torch.device("cpu"))
+            self._storages[fqn] = make_storage(fmt, place, wide=wide)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What to load from a checkpoint, in place: ``master/FQN`` with the suffixes of its format."""
@@ -47,4 +47,4 @@ class MasterWeights:
     def values(self, fqn: str) -> Tensor:
         """A weight as FP32 (FP64 in FP64 runs), of the parameter's shape, on the CPU."""
         storage = self._storages[fqn]
-        return storage.load(0, storage.layout.numel).view(storage.layout.shape)
+        return storage.load(0, storage.place.numel).view(storage.place.shape)

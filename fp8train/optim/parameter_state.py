@@ -1,7 +1,8 @@
 """The states of one parameter: which formats, of which part of the logical tensor.
 
 Which parameters get the plan's formats is decided by the logical shape: matrices whose linear multiplies in
-FP8. Vectors, embedding and head keep FP32 (FP64 in FP64 runs).
+FP8. Vectors, embedding and head keep FP32 (FP64 in FP64 runs). Which rule updates a parameter is decided by
+its role: a matrix rule has the hidden matrices, its element rule all others.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.make_storage import make_master_storage, make_storage
-from fp8train.optim.storage import Layout, Storage
+from fp8train.optim.state_storage import StatePlace, Storage
 from fp8train.optim.weight_target import WeightTarget
 from fp8train.precision.scale_blocks import block_size
-from fp8train.precision.state_formats import StateFormat
+from fp8train.precision.state_formats import StateFormat, StateFormats
+from fp8train.update_rules.rule import MatrixRule, Rule
 
 _FP32 = StateFormat()
 
@@ -44,6 +46,7 @@ class ParameterState:
         fqn: its name.
         region: what of the logical tensor the states cover.
         spec: its description.
+        rule: updates it.
         formats: format by role.
         storages: storage by role.
         weight: flat memory of the parameter to write new weights to; None where it needs no writing (the
@@ -51,12 +54,13 @@ class ParameterState:
         target: takes new weights instead of the parameter.
         in_plan: whether the plan's formats apply.
         work: type of the arithmetic.
-        chunk: elements per step of the pass.
+        chunk: elements per step of the pass; all of them under a matrix rule.
     """
 
     fqn: str
     spec: ParamSpec
     region: Region
+    rule: Rule
     formats: Mapping[str, StateFormat]
     storages: Mapping[str, Storage]
     weight: Tensor | None
@@ -73,13 +77,17 @@ class ParameterState:
     @property
     def numel(self) -> int:
         """Number of elements that this rank keeps."""
-        return self.master.layout.numel
+        return self.master.place.numel
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of the chunks, in flat elements; together they cover the local tensor in
         order."""
         starts = range(0, self.numel, self.chunk)
         return ((start, min(start + self.chunk, self.numel)) for start in starts)
+
+    def seen_by_rule(self, values: Tensor) -> Tensor:
+        """A flat chunk as the rule works on it: itself, or the whole matrix."""
+        return values.view(self.region.shape) if isinstance(self.rule, MatrixRule) else values
 
     def tensors(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[int, ...]]]:
         """What a checkpoint holds: (``ROLE/FQN`` with a suffix, tensor, logical shape, offset in it)."""
@@ -92,7 +100,13 @@ def in_plan(spec: ParamSpec) -> bool:
     return len(spec.global_shape) == 2 and spec.in_fp8_plan
 
 
-def make_layout(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.device) -> Layout:
+def rule_of(rule: Rule, spec: ParamSpec) -> Rule:
+    """The rule that updates a parameter: ``rule``, or its element rule where it is no hidden matrix."""
+    hidden = spec.role in ("hidden", "residual_out") and len(spec.global_shape) == 2
+    return rule if hidden or not isinstance(rule, MatrixRule) else rule.others
+
+
+def place_of(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.device) -> StatePlace:
     """Describe where a state of this format lies in memory and within the logical tensor.
 
     Raises:
@@ -110,7 +124,7 @@ def make_layout(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch
         )
     strides = [math.prod(spec.global_shape[dim + 1 :]) for dim in range(len(spec.global_shape))]
     first = sum(start * stride for start, stride in zip(region.offset, strides, strict=True))
-    return Layout(region.shape, block, first, device, spec.global_shape[-1])
+    return StatePlace(region.shape, block, first, device, spec.global_shape[-1])
 
 
 def _cuts(block: int, region: Region) -> bool:
@@ -122,7 +136,7 @@ def logical_tensors(
 ) -> Iterator[tuple[str, Tensor, tuple[int, ...], tuple[int, ...]]]:
     """Yield what a checkpoint holds of one storage: (``ROLE/FQN`` with a suffix, tensor, logical shape,
     offset in it)."""
-    block = storage.layout.block
+    block = storage.place.block
     blocks = -(-spec.global_shape[-1] // block)
     for suffix, tensor in storage.tensors().items():
         shape, offset = spec.global_shape, region.offset
@@ -137,7 +151,8 @@ def allocate(
     parameter: Tensor,
     spec: ParamSpec,
     region: Region,
-    formats: Mapping[str, StateFormat],
+    rule: Rule,
+    plan: StateFormats,
     target: WeightTarget | None,
     *,
     device: torch.device | None,
@@ -149,41 +164,49 @@ def allocate(
         parameter: the region's memory, contiguous; with ``target`` it only tells dtype and device.
         spec: its description.
         region: what of it the states cover.
-        formats: by role, of matrices in the FP8 plan; all others have FP32.
+        rule: updates it.
+        plan: formats of matrices in the FP8 plan; all others have FP32.
         target: takes new weights instead of ``parameter``.
         device: of the states; default: the parameter's.
         chunk: most elements of a chunk.
 
     Raises:
-        ValueError: the region cuts a block.
+        ValueError: the region cuts a block, or a matrix that the rule needs whole.
     """
     planned = in_plan(spec)
     assert planned or target is None, f"{spec.fqn} is not in the FP8 plan and has a weight target"
     assert target is not None or tuple(parameter.shape) == region.shape, f"{spec.fqn}: {region}"
-    formats = formats if planned else dict.fromkeys(formats, _FP32)
+    whole = isinstance(rule, MatrixRule)
+    if whole and region.shape != spec.global_shape:
+        raise ValueError(
+            f"{spec.fqn}: {rule.name} updates whole matrices, but this rank keeps {region.shape} of "
+            f"{spec.global_shape}; no matrix may be cut between ranks"
+        )
+    formats = {role: plan.formats()[role] if planned else _FP32 for role in rule.roles()}
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     where = parameter.device if device is None else device
-    layouts = {role: make_layout(spec, region, fmt, where) for role, fmt in formats.items()}
+    places = {role: place_of(spec, region, fmt, where) for role, fmt in formats.items()}
     memory = None if target is not None else parameter.detach()
     storages = {
-        role: make_master_storage(fmt, layouts[role], wide=wide, weight=memory)
+        role: make_master_storage(fmt, places[role], wide=wide, weight=memory)
         if role == "master"
-        else make_storage(fmt, layouts[role], wide=wide)
+        else make_storage(fmt, places[role], wide=wide)
         for role, fmt in formats.items()
     }
     lives_in_parameter = memory is not None and any(
         tensor.data_ptr() == memory.data_ptr() for tensor in storages["master"].tensors().values()
     )
-    unit = math.lcm(*(layout.unit for layout in layouts.values()))
+    unit = math.lcm(*(place.unit for place in places.values()))
     return ParameterState(
         fqn=spec.fqn,
         spec=spec,
         region=region,
+        rule=rule,
         formats=formats,
         storages=storages,
         weight=None if memory is None or lives_in_parameter else memory.view(-1),
         target=target,
         in_plan=planned,
         work=torch.float64 if any(fmt.format == "fp64" for fmt in formats.values()) else wide,
-        chunk=max(unit, chunk // unit * unit),
+        chunk=math.prod(region.shape) if whole else max(unit, chunk // unit * unit),
     )

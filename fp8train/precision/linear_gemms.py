@@ -63,6 +63,25 @@ class LinearQuant:
         """All six specs by use."""
         return {use: getattr(self, use.replace(".", "_")) for uses in GEMMS.values() for use in uses}
 
+    def against_resident_weights(self) -> Iterator[Problem]:
+        """Why the weight cannot exist in FP8 alone, written piece by piece from a master weight."""
+        if self.keep_w == "bf16":
+            yield Problem(
+                "keep_w: bf16 needs weights in the compute type; write weights: compute, or another keep_w",
+                ("keep_w",),
+            )
+        for use in ("output.w", "grad_input.w") if self.keep_w == "second_copy" else ("output.w",):
+            spec = self.operands()[use]
+            if spec.granularity != "tensor" or spec.scale_source == "mse":
+                key = "scale_source" if spec.scale_source == "mse" else "granularity"
+                yield Problem(
+                    "weights: fp8 is written piece by piece with one scale from the amax of the whole, but "
+                    f"{use}.{key} is {getattr(spec, key)}; write weights: compute, or a recipe with one "
+                    "scale per tensor",
+                    (f"{use}.{key}",),
+                )
+                return
+
     def in_fp8(self, gemm: str) -> bool:
         """Whether this one of :data:`GEMMS` multiplies quantised operands."""
         return self.grad_weight_fp8 or gemm != "grad_weight"
@@ -70,9 +89,9 @@ class LinearQuant:
     @property
     def is_nvfp4(self) -> bool:
         """Whether its GEMMs simulate NVFP4."""
-        return any(spec.is_nvfp4 for spec in self._quantised().values())
+        return any(spec.is_nvfp4 for spec in self.quantised().values())
 
-    def _quantised(self) -> dict[str, QuantSpec]:
+    def quantised(self) -> dict[str, QuantSpec]:
         """The specs that are used, by use."""
         specs = self.operands()
         return {use: specs[use] for gemm, uses in GEMMS.items() if self.in_fp8(gemm) for use in uses}
@@ -90,7 +109,7 @@ class LinearQuant:
                 )
 
     def _nvfp4_in_part(self) -> Iterator[Problem]:
-        specs = self._quantised()
+        specs = self.quantised()
         others = [use for use, spec in specs.items() if not spec.is_nvfp4]
         if self.is_nvfp4 and others:
             yield Problem(
@@ -101,7 +120,7 @@ class LinearQuant:
 
     def _hadamard_alone(self) -> Iterator[Problem]:
         """Built where it pays: both operands of the weight gradient, whose product it leaves as it is."""
-        for use, spec in self._quantised().items():
+        for use, spec in self.quantised().items():
             if spec.hadamard and not use.startswith("grad_weight"):
                 yield Problem(
                     "hadamard: true is built for grad_weight's operands only; remove it", (f"{use}.hadamard",)

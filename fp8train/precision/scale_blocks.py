@@ -29,7 +29,7 @@ TWO_LEVELS: frozenset[Granularity] = frozenset(("nv_1x16", "nv_16x16"))
 """Those whose blocks have E4M3 scales below an FP32 scale of the tensor: NVFP4's."""
 
 MAX_BLOCK = 128
-_MIN_BLOCK = 32
+MIN_BLOCK = 32
 
 
 def block_size(row_length: int, limit: int = MAX_BLOCK) -> int:
@@ -41,5 +41,5 @@ def block_size(row_length: int, limit: int = MAX_BLOCK) -> int:
     """
     if row_length <= limit:
         return row_length
-    divisors = (size for size in range(limit, _MIN_BLOCK - 1, -1) if row_length % size == 0)
+    divisors = (size for size in range(limit, MIN_BLOCK - 1, -1) if row_length % size == 0)
     return next(divisors, limit)

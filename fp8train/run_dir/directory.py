@@ -182,10 +182,6 @@ class RunDir:
             kept = [line for line, at in _records(path) if step is not None and at <= step]
             replace_file(path, b"".join(kept))
 
-    def stop_requested(self) -> bool:
-        """Whether someone created ``STOP``; False on ranks other than 0, which learn it from rank 0."""
-        return self.rank == 0 and self.stop_file.exists()
-
     def clear_stop(self) -> None:
         """Remove ``STOP`` once it is honoured, so that the resumed run goes on."""
         if self.rank == 0:

@@ -13,26 +13,21 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes, two_levels
-from fp8train.comm.sequence_parallel import TensorParallel, Traffic
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.layers.fp8_weight import ResidentFp8Weight
-from fp8train.models.build import COMPUTE_DTYPES, BuiltModel
+from fp8train.models.build import BuiltModel
 from fp8train.models.decoder import Decoder
-from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.optim.adamw import AdamWSettings
-from fp8train.optim.make import make_optimizer
-from fp8train.optim.optimizer import Optimizer, OptimizerSettings
-from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.optim.optimizer import Optimizer
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.zero import Partition
-from fp8train.precision.number_formats import format_by_name
 from fp8train.step.sharding import Sharding
+from fp8train.update_rules.registry import rule_named
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-def make_gradient_plan(
+def make_gradient_buckets(
     config: Config,
     processes: Processes,
     built: BuiltModel,
@@ -41,7 +36,7 @@ def make_gradient_plan(
     owners: Partition | None = None,
     contributions: int,
     recorder: CastRecorder | None = None,
-) -> GradientPlan:
+) -> GradientBuckets:
     """Decide how this process's gradients are stored and reduced.
 
     Args:
@@ -56,23 +51,19 @@ def make_gradient_plan(
     Raises:
         ConfigError: ``exact`` on ranks that differ in what its bits depend on.
     """
-    gradient = config.precision.gradient
-    in_fp64 = COMPUTE_DTYPES[config.precision.compute] == torch.float64
-    fp8 = None if gradient.format == "high_precision" else _fp8_gradients(config)
-    exact = fp8 is not None and fp8.reduce == "exact"
+    gradients = config.precision.gradient.value()
+    in_fp8 = gradients.format is not None
+    exact = in_fp8 and gradients.fp8.reduce == "exact"
     if exact:
         ours = _settings_of_exact(config, processes.device) | _machine(processes.device)
         _check_ranks_agree(ours, processes)
     # Grids are of the whole model on every rank: their state is one tensor, and all ranks agree on it.
     model = outline if exact and outline is not None else built.model
-    return GradientPlan(
+    return GradientBuckets(
         dict(model.named_parameters()),
-        accumulate=torch.float64 if in_fp64 else _DTYPES[gradient.accumulate],
-        reduce=torch.float64 if in_fp64 else _DTYPES[gradient.reduce],
-        bucket_bytes=gradient.bucket_mib * 2**20,
-        groups=_groups(gradient.fp8.node_size if fp8 is not None else None, processes),
+        gradients,
+        groups=_groups(gradients.fp8.node_size if in_fp8 else None, processes),
         device=processes.device,
-        fp8=fp8,
         agree=processes.stage if processes.pp.size == 1 else processes.everyone,
         in_fp8_plan=() if built.fp8 is None else [f"{path}.weight" for path in built.fp8.converted],
         contributions=contributions,
@@ -87,17 +78,11 @@ def tensor_parallel(config: Config, processes: Processes) -> TensorParallel | No
     """The ranks among which matrices and activations are cut; None for one."""
     if processes.sequence.size == 1:
         return None
-    traffic = config.precision.traffic
     return TensorParallel(
         processes.tp,
         processes.sequence,
         processes.cp,
-        Traffic(
-            activations=traffic.activations == "fp8",
-            grad_output=traffic.grad_output == "fp8",
-            grad_input=traffic.grad_input == "fp8",
-            output=traffic.output == "fp8",
-        ),
+        config.precision.traffic.value(),
     )
 
 
@@ -113,24 +98,6 @@ class _GradientSites:
 
     def record(self, fqn: str, source: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
         self.recorder.record(f"{fqn.removesuffix('.weight')}/grad_weight", source, payload, scale_inv)
-
-
-def _fp8_gradients(config: Config) -> Fp8Gradients:
-    fp8 = config.precision.gradient.fp8
-    fmt = format_by_name(config.precision.gradient.format)
-    return Fp8Gradients(
-        format=fmt,
-        accumulate=dtype_of(fmt) if fp8.accumulate == "fp8" else _DTYPES[fp8.accumulate],
-        reduce=_DTYPES[fp8.reduce] if fp8.reduce == "bf16" or fp8.reduce == "fp32" else fp8.reduce,
-        block=fp8.block,
-        error_feedback=fp8.error_feedback,
-        between_nodes=fp8.between_nodes,
-        algorithm=fp8.sum,
-        mu_criterion=fp8.mu_criterion,
-        mu_threshold=fp8.mu_threshold if fp8.mu_criterion == "count" else None,
-        mu_window=fp8.mu_window,
-        mu_initial=fp8.mu_initial,
-    )
 
 
 def _groups(node_size: int | None, processes: Processes) -> Groups:
@@ -200,30 +167,19 @@ def make_run_optimizer(
     Raises:
         ConfigError: state formats that do not fit.
     """
-    o = config.optimizer
-    settings: OptimizerSettings
-    if o.name == "adamw":
-        eps = o.eps * built.model.parametrization.eps_unit
-        settings = AdamWSettings(
-            lr=o.lr,
-            beta1=o.beta1,
-            beta2=o.beta2,
-            weight_decay=o.weight_decay,
-            eps=eps,
-            bounded_update=config.precision.state.bounded_update,
-        )
-    else:
-        settings = OptimizerSettings(lr=o.lr, beta1=o.beta1, beta2=o.beta2, weight_decay=o.weight_decay)
+    hyperparameters = config.optimizer.model_dump() | {
+        "eps": config.optimizer.eps * built.model.parametrization.eps_unit,
+        "bounded_update": config.precision.state.bounded_update,
+    }
     parameters: Mapping[str, Tensor] = dict(built.model.named_parameters())
     group = processes.tp
     if sharding is not None:
         parameters, group = sharding.parameters, processes.stage
     try:
-        return make_optimizer(
-            o.name,
+        return Optimizer(
+            rule_named(config.optimizer.name).of(hyperparameters),
             parameters,
             built.model.specs,
-            settings,
             config.state_formats,
             seed=config.run.seed,
             weight_targets=resident if sharding is None else sharding.targets,

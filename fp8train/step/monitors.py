@@ -108,7 +108,7 @@ class Monitors:
     def optimizer_metrics(self, optimizer: Optimizer) -> dict[str, float]:
         """Shares of optimizer states that the last applied step flushed to zero, if it was sampled; waits for
         the device. Collective over the pipeline's ranks."""
-        shares, elements = optimizer.statistics(), optimizer.num_elements(in_plan_only=True)
+        shares, elements = optimizer.statistics(), optimizer.states.num_elements(in_plan_only=True)
         if self.processes.pp.size > 1:
             shares = self._shares_of_all_stages(optimizer, shares, elements)
         return {f"optim/{name.replace('/', '_')}": float(value) for name, value in shares.items()}
@@ -116,7 +116,7 @@ class Monitors:
     def _shares_of_all_stages(
         self, optimizer: Optimizer, shares: dict[str, Tensor], elements: int
     ) -> dict[str, Tensor]:
-        formats = optimizer.plan.formats()
+        formats = optimizer.states.plan.formats()
         names = [f"flushed/{role}" for role, fmt in formats.items() if not fmt.is_exact]
         counts = torch.tensor(
             [*(float(shares.get(name, 0.0)) * elements for name in names), elements],

@@ -38,7 +38,7 @@ from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.parallel.zero import Partition
 from fp8train.step.assemble import (
     all_reduce_max,
-    make_gradient_plan,
+    make_gradient_buckets,
     make_run_optimizer,
     tensor_parallel,
 )
@@ -104,7 +104,7 @@ class Trainer:
         contributions = accumulation_steps(config, processes.dp.size)
         self.monitors = Monitors(config, processes, self.built)
         owners = make_partition(config, processes, self.built)
-        self.gradients = make_gradient_plan(
+        self.gradients = make_gradient_buckets(
             config,
             processes,
             self.built,
@@ -125,7 +125,7 @@ class Trainer:
         self.sharding = self._connect(owners)
         self.optimizer = make_run_optimizer(config, self.built, processes, self.parts.resident, self.sharding)
         self._scale_events = self._watch_scales()
-        initialise(self.model, config.run.seed, self.optimizer.seed_master)
+        initialise(self.model, config.run.seed, self.optimizer.states.seed_master)
         self._publish()
 
     def _connect(self, owners: Partition | None) -> Sharding | None:
@@ -297,7 +297,7 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint: master weights, moments and scale state. The model's own weights are
         the masters' rounding."""
-        return self.optimizer.state_tensors() | self.scale_tensors()
+        return self.optimizer.states.tensors() | self.scale_tensors()
 
     def scale_tensors(self) -> dict[str, Tensor]:
         """The scale state among :meth:`state_tensors`: that of gradients and that of delayed scales."""
@@ -308,7 +308,7 @@ class Trainer:
         """:meth:`state_tensors`, with the place of those that are parts of a logical tensor."""
         parts = {
             name: LogicalTensor(tensor, shape, offset)
-            for name, (tensor, shape, offset) in self.optimizer.logical_tensors().items()
+            for name, (tensor, shape, offset) in self.optimizer.states.logical_tensors().items()
             if tuple(tensor.shape) != shape
         }
         return {**self.state_tensors(), **parts}
@@ -336,8 +336,19 @@ class Trainer:
         Raises:
             ValueError: another update rule, or other settings that ``exact`` depends on.
         """
-        self.optimizer.check_state_meta(meta)
+        self.check_rule(meta)
         self.gradients.check_meta(meta, accepted)
+
+    def check_rule(self, meta: Mapping[str, Any]) -> None:
+        """Check that a checkpoint's optimizer states are of this run's update rule.
+
+        Raises:
+            ValueError: another update rule.
+        """
+        try:
+            self.optimizer.check_state_meta(meta)
+        except ValueError as error:
+            raise ValueError(f"optimizer.name: {error}") from None
 
     def restored(self, meta: Mapping[str, Any]) -> None:
         """Finish loading after :meth:`state_tensors` were filled in place. ``meta``: with ``updates``, which

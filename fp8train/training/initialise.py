@@ -10,14 +10,13 @@ import hashlib
 from pathlib import Path
 
 from fp8train.checkpoint import CheckpointError, open_checkpoint
-from fp8train.comm.processes import Processes
 from fp8train.config.changes import changes, is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.load import TOKENIZER_FILES
 from fp8train.live.reporter import Reporter
-from fp8train.step.trainer import Trainer
+from fp8train.training.ready_run import ReadyRun
 from fp8train.training.restore import restore
 
 _MAY_DIFFER = ("model.family", "model.vocab_size", "model.vocab_multiple", "model.init_std")
@@ -25,31 +24,21 @@ _MAY_DIFFER = ("model.family", "model.vocab_size", "model.vocab_multiple", "mode
 _ATTENTION_LENGTH = "parametrization.attention_length"
 
 
-def initialise_from(
-    path: Path,
-    config: Config,
-    *,
-    processes: Processes,
-    trainer: Trainer,
-    reporter: Reporter,
-    tokenizer: Tokenizer | None,
-) -> None:
+def initialise_from(run: ReadyRun, path: Path) -> None:
     """Take weights (``init_mode: model``), or moments and count of updates too (``warm``), from a verified
     checkpoint; collective over all ranks.
 
     Args:
+        run: its trainer is filled in place, its reporter told, also if its data has another tokenizer than
+            the weights were trained with.
         path: the checkpoint directory.
-        config: of the new run.
-        processes: this process's place in the job.
-        trainer: filled in place.
-        reporter: told what happened.
-        tokenizer: of the new run's data; a warning tells if the weights were trained with another.
 
     Raises:
         ConfigError: the weights belong to another model or parametrisation; ``warm`` from another optimizer.
         CheckpointError: it lacks what is asked for, or shapes differ.
     """
-    opened = open_checkpoint(path, group=processes.control, verify="size")
+    config, trainer, reporter = run.config, run.trainer, run.reporter
+    opened = open_checkpoint(path, group=run.processes.control, verify="size")
     warm = config.checkpoint.init_mode == "warm"
     _check_same_model(opened.meta.get("config"), config, path)
     if warm and "trainer" not in opened.meta:
@@ -58,7 +47,7 @@ def initialise_from(
         )
     if warm:
         try:
-            trainer.optimizer.check_state_meta(opened.meta["trainer"])
+            trainer.check_rule(opened.meta["trainer"])
         except ValueError as error:
             raise ConfigError(
                 f"checkpoint.init_from: {path}: {error}, or take the weights alone: "
@@ -67,7 +56,7 @@ def initialise_from(
     restored = restore(
         trainer,
         opened,
-        roles=trainer.optimizer.roles if warm else ("master",),
+        roles=trainer.optimizer.states.roles if warm else ("master",),
         scales=False,
         reshard=config.checkpoint.reshard,
     )
@@ -83,7 +72,7 @@ def initialise_from(
         reporter.say(line)
     what = "weights and moments" if warm else "weights"
     reporter.say(f"{what} taken from {path} (step {opened.manifest.step}); training starts at step 0")
-    _compare_tokenizers(path, tokenizer, reporter)
+    _compare_tokenizers(path, run.data.tokenizer, reporter)
 
 
 def _compare_tokenizers(path: Path, tokenizer: Tokenizer | None, reporter: Reporter) -> None:

@@ -12,17 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fp8train.comm.processes import Processes
 from fp8train.config.errors import ConfigError
-from fp8train.config.schema import Config
-from fp8train.data.loading import Data
 from fp8train.evaluation.validation import Evaluation, evaluate
-from fp8train.live.reporter import Reporter
-from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.metrics import strict
 from fp8train.step.consistency import check_replicas
 from fp8train.step.non_finite import SkippedSteps
-from fp8train.step.trainer import Trainer
+from fp8train.training.ready_run import ReadyRun
 from fp8train.training.saving import Saving
 
 
@@ -38,27 +33,14 @@ class Outcome:
 class TrainingLoop:
     """Runs a prepared trainer from its current step to the end or to a stop request."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        processes: Processes,
-        run_dir: RunDir,
-        data: Data,
-        trainer: Trainer,
-        reporter: Reporter,
-        stop_reason: Callable[[], str | None],
-        start: int = 0,
-    ) -> None:
+    def __init__(self, run: ReadyRun, *, stop_reason: Callable[[], str | None], start: int = 0) -> None:
         """``stop_reason`` is called by all ranks after each step and returns the same answer on all;
         ``start``: steps that a checkpoint has done. ``done`` counts on from there."""
-        self.config, self.processes, self.run_dir = config, processes, run_dir
-        self.data, self.trainer, self.reporter, self.stop_reason = data, trainer, reporter, stop_reason
+        self._run, self.stop_reason = run, stop_reason
+        self.config, self.trainer, self.reporter = run.config, run.trainer, run.reporter
         self.start = self.done = start
         self._skipped = SkippedSteps()
-        self.saving = Saving(
-            config, processes=processes, run_dir=run_dir, data=data, trainer=trainer, reporter=reporter
-        )
+        self.saving = Saving(run)
         self.saving.saved_at = start or None
 
     def run(self) -> Outcome:
@@ -88,13 +70,13 @@ class TrainingLoop:
             if self.saving.due(done, stopping=reason is not None):
                 self.saving.save(done, evaluation, last=reason is not None or done == total)
             if reason is not None and done < total:
-                self.run_dir.clear_stop()
+                self._run.run_dir.clear_stop()
                 return Outcome("stopped", reason, done)
         return Outcome("completed", "all steps done", total)
 
     def _one_step(self, step: int) -> None:
         began = time.perf_counter()
-        batch = self.data.train.batch(step)
+        batch = self._run.data.train.batch(step)
         fetched = time.perf_counter()
         recorder, interval = self.trainer.monitors.recorder, self.config.logging.cast_statistics_interval
         sampled = interval > 0 and (step == 0 or (step + 1) % interval == 0)
@@ -133,7 +115,8 @@ class TrainingLoop:
         return bool(interval) and (done % interval == 0 or done == self.config.total_steps)
 
     def _evaluate(self) -> Evaluation:
-        if self.data.valid is None:
+        data = self._run.data
+        if data.valid is None:
             raise ConfigError(
                 "train.eval_interval is set but there is no validation data; set data.split or "
                 "data.valid_prefix"
@@ -141,9 +124,9 @@ class TrainingLoop:
         with self.reporter.outside_throughput():
             return evaluate(
                 self.trainer.summed_loss,
-                self.data.valid,
+                data.valid,
                 num_batches=self.config.train.eval_batches,
-                processes=self.processes,
-                token_lengths=self.data.token_lengths,
+                processes=self._run.processes,
+                token_lengths=data.token_lengths,
                 ignore_after=self.trainer.ignore_after,
             )

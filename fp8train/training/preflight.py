@@ -16,6 +16,7 @@ from typing import Any
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, likely_checkpoint
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from fp8train.checkpoint.manifest import read_meta_file
+from fp8train.config.argument_keys import naming_keys
 from fp8train.config.changes import Change, changes, check_accepted
 from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
@@ -26,6 +27,7 @@ from fp8train.data.loading import Data, open_data
 from fp8train.run_dir.claim import check_claim
 
 
+@naming_keys()
 def preflight(resolved: ResolvedConfig, world: World) -> Data:
     """Check a run as far as files and numbers show, on every rank.
 
@@ -105,7 +107,7 @@ def _look_at_run(config: Config) -> Path | None:
     if continued or checkpoint.resume not in ("auto", "never"):
         found = likely_checkpoint(own, checkpoint.resume)
     if found is None and checkpoint.init_from is not None:
-        likely_checkpoint(own, checkpoint.init_from, key="checkpoint.init_from")
+        likely_checkpoint(own, checkpoint.init_from, key="init_from")
     return found
 
 

@@ -1,9 +1,9 @@
 """Fills a trainer's states from a checkpoint of any layout, level and recipe, and says what had to change.
 
 A state in the run's own format is copied. One in another format is recast, parameter by parameter, each rank
-its part (:mod:`fp8train.optim.stored`). Scale state (amax histories, auto-scaling factors, grids) is taken
-over by name where it means the same in this run; what is not starts as in a new run, which every recipe can.
-Nothing is touched before all ranks know that everything fits.
+its part (:mod:`fp8train.optim.checkpoint_states`). Scale state (amax histories, auto-scaling factors, grids)
+is taken over by name where it means the same in this run; what is not starts as in a new run, which every
+recipe can. Nothing is touched before all ranks know that everything fits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fp8train.checkpoint import CheckpointError, LogicalTensor, OpenCheckpoint
 from fp8train.checkpoint.errors import shorten
 from fp8train.config.schema import to_plain
-from fp8train.optim.stored import Part, Recast, announce, plan_load, recast, state_names
+from fp8train.optim.checkpoint_states import Part, Recast, announce, plan_load, recast, state_names
 from fp8train.step.trainer import Trainer
 
 ROLES = ("master", "exp_avg", "exp_avg_sq")
@@ -79,7 +79,7 @@ def restore(
             ``refuse``.
     """
     ranks, stored = opened.ranks, opened.tensors
-    plan = plan_load(trainer.optimizer, stored, roles=roles, roots=_roots(opened.meta))
+    plan = plan_load(trainer.optimizer.states, stored, roles=roles, roots=_roots(opened.meta))
     taken = _same_scales(trainer, opened) if scales else {}
     fresh = [name for name in trainer.scale_tensors() if name not in taken] if scales else []
     findings = ranks.each(lambda: _Finding(plan.problems, plan.recasts, fresh))
@@ -99,10 +99,10 @@ def restore(
     def read(parts: Mapping[str, Part]) -> None:
         opened.read({name: LogicalTensor(*part) for name, part in parts.items()})
 
-    amaxes = ranks.agree(lambda: announce(trainer.optimizer, plan.recasts, read))
+    amaxes = ranks.agree(lambda: announce(trainer.optimizer.states, plan.recasts, read))
     for role in [r for r in roles if any(one.role == r and one.now.two_pass for one in recasts)]:
-        amaxes[role] = dict(trainer.optimizer.agreed(amaxes.get(role, {})))
-    ranks.agree(lambda: recast(trainer.optimizer, plan.recasts, read, amaxes))
+        amaxes[role] = dict(trainer.optimizer.agreement.agreed(amaxes.get(role, {})))
+    ranks.agree(lambda: recast(trainer.optimizer.states, plan.recasts, read, amaxes))
     return Restored(_by_change(recasts), _by_kind({name for f in findings for name in f.fresh}))
 
 

@@ -14,30 +14,22 @@ from typing import Any
 from torch import Tensor
 
 from fp8train.checkpoint import OpenCheckpoint, open_checkpoint, restore_rng
-from fp8train.comm.processes import Processes
 from fp8train.config.changes import is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
-from fp8train.data.loading import Data
-from fp8train.live.reporter import Reporter
-from fp8train.parallel.gradients.plan import RESIDUAL_PREFIX
+from fp8train.parallel.gradients.gradient_buckets import RESIDUAL_PREFIX
 from fp8train.step.trainer import Trainer
 from fp8train.training.preflight import settings_changes
+from fp8train.training.ready_run import ReadyRun
 from fp8train.training.restore import restore
 
 
-def resume(
-    path: Path, config: Config, *, processes: Processes, trainer: Trainer, data: Data, reporter: Reporter
-) -> int:
+def resume(run: ReadyRun, path: Path) -> int:
     """Continue from a verified checkpoint; collective over all ranks.
 
     Args:
+        run: its trainer is filled in place, its data put at the checkpoint's position, its reporter told.
         path: the checkpoint directory.
-        config: of the run now.
-        processes: this process's place in the job.
-        trainer: filled in place.
-        data: put at the checkpoint's position.
-        reporter: told what happened.
 
     Returns:
         Steps done.
@@ -47,22 +39,23 @@ def resume(
         DataError: it belongs to other data.
         CheckpointError: its files do not fit.
     """
-    opened = open_checkpoint(path, group=processes.control, verify="size")
+    config, trainer, reporter = run.config, run.trainer, run.reporter
+    opened = open_checkpoint(path, group=run.processes.control, verify="size")
     meta = opened.meta
     found = settings_changes(meta, config, path)
-    _check_trainer(config, trainer, meta["trainer"], path)
-    step = data.train.load_state_dict(meta["data"])
+    _check_trainer(trainer, meta["trainer"], path)
+    step = run.data.train.load_state_dict(meta["data"])
     own = _rank_state(opened, config)
     restored = restore(
         trainer,
         opened,
-        roles=trainer.optimizer.roles,
+        roles=trainer.optimizer.states.roles,
         scales=True,
         reshard=config.checkpoint.reshard,
         rank_state=own,
     )
     trainer.restored(meta["trainer"])
-    anew = _restore_own(own, opened, trainer, processes)
+    anew = _restore_own(own, opened, trainer)
     reporter.event(
         "resumed",
         step=step,
@@ -79,9 +72,9 @@ def resume(
     return step
 
 
-def _check_trainer(config: Config, trainer: Trainer, meta: dict[str, Any], path: Path) -> None:
+def _check_trainer(trainer: Trainer, meta: dict[str, Any], path: Path) -> None:
     try:
-        trainer.check_meta(meta, lambda key: is_in(key, config.checkpoint.accept_changes))
+        trainer.check_meta(meta, lambda key: is_in(key, trainer.config.checkpoint.accept_changes))
     except ValueError as error:
         raise ConfigError(f"checkpoint {path}: {error}") from None
 
@@ -94,16 +87,14 @@ def _rank_state(opened: OpenCheckpoint, config: Config) -> dict[str, Tensor] | N
     return opened.rank_state() if same else None
 
 
-def _restore_own(
-    own: Mapping[str, Tensor] | None, opened: OpenCheckpoint, trainer: Trainer, processes: Processes
-) -> list[str]:
+def _restore_own(own: Mapping[str, Tensor] | None, opened: OpenCheckpoint, trainer: Trainer) -> list[str]:
     """Put back what is this rank's alone; what starts anew or is lost instead, in words."""
     residuals = trainer.rank_tensors()
     saved = any(name.startswith(RESIDUAL_PREFIX) for name in opened.rank_state_names())
     if own is None:
         lost = ", residuals of error feedback" if saved or residuals else ""
         return [f"another layout: random states{lost} start anew (weights and data order do not need them)"]
-    restore_rng(dict(own), processes.device)
+    restore_rng(dict(own), trainer.processes.device)
     fp8 = trainer.gradients.fp8
     if fp8 is None or not fp8.error_feedback:  # not: none here, for a stage may have no linear in FP8
         return ["residuals of error feedback are dropped: this run has none"] if saved else []

@@ -27,8 +27,10 @@ import numpy as np
 import torch
 
 from fp8train.checkpoint import find_checkpoint, sweep_leftovers
+from fp8train.checkpoint.errors import NoGoodCheckpointError
 from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
+from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
 from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
@@ -43,6 +45,7 @@ from fp8train.training.device_rules import check_device
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
+from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from fp8train.training.signals import EXIT_INTERRUPTED, StopRequest
 
@@ -152,7 +155,7 @@ def _write_interrupted(run_dir: RunDir, step: int) -> None:
 
 @dataclass
 class _Run:
-    """A run in its directory."""
+    """A run in its directory, from its claim to its last status."""
 
     run_dir: RunDir
     config: Config
@@ -173,7 +176,8 @@ class _Run:
         try:
             outcome = self._stop_at_start()
             if outcome is None:
-                outcome = self._train()
+                with naming_keys():
+                    outcome = self._train()
             else:
                 self.run_dir.log_event(outcome.state, step=outcome.step, reason=outcome.reason)
                 _say(self.run_dir, self.console, f"stopped before training began: {outcome.reason}")
@@ -206,61 +210,30 @@ class _Run:
         run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
-        checkpoint = find_checkpoint(
-            run_dir.checkpoints,
-            config.checkpoint.resume,
-            group=procs.control,
-            verify=config.checkpoint.verify,
-        )
+        checkpoint = _newest(run_dir, config, procs)
         source = None if checkpoint is not None else _source(run_dir, config, procs)
         trainer = _build(config, procs, data)
         _keep_tokenizer(run_dir, data)
-        with Reporter(
-            config,
-            processes=procs,
-            run_dir=run_dir,
-            trainer=trainer,
-            console=self.console,
-            vocab_size=data.vocab_size,
-            samples_before=data.train.samples_before,
-        ) as reporter:
-            reporter.header(data)
-            step = 0
-            if checkpoint is not None:
-                step = resume(
-                    checkpoint, config, processes=procs, trainer=trainer, data=data, reporter=reporter
-                )
+        with Reporter(run_dir, data, trainer, self.console) as reporter:
+            reporter.header()
+            ready = ReadyRun(run_dir, data, trainer, reporter)
+            step = 0 if checkpoint is None else resume(ready, checkpoint)
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
-                outcome = self._loop(trainer, reporter, source, step)
+                outcome = self._loop(ready, source, step)
             self.stop.plan = "the run is over, ending"
             reporter.end(outcome.state, outcome.reason, outcome.step)
             return outcome
 
-    def _loop(self, trainer: Trainer, reporter: Reporter, source: Path | None, start: int) -> Outcome:
+    def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
         """From here on there is a run to lose."""
-        run_dir, config, procs = self.run_dir, self.config, self.procs
-        self.loop = loop = TrainingLoop(
-            config,
-            processes=procs,
-            run_dir=run_dir,
-            data=self.data,
-            trainer=trainer,
-            reporter=reporter,
-            stop_reason=lambda: self.stop.agree(procs.control),
-            start=start,
-        )
+        run_dir, procs = self.run_dir, self.procs
+        stop_reason = partial(self.stop.agree, procs.control)
+        self.loop = loop = TrainingLoop(ready, stop_reason=stop_reason, start=start)
         run_dir.truncate_after(start or None)
         if source is not None:
-            initialise_from(
-                source,
-                config,
-                processes=procs,
-                trainer=trainer,
-                reporter=reporter,
-                tokenizer=self.data.tokenizer,
-            )
-        run_dir.write_description(dump_yaml(config), describe_environment(procs.device))
+            initialise_from(ready, source)
+        run_dir.write_description(dump_yaml(self.config), describe_environment(procs.device))
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
         return loop.run()
@@ -278,13 +251,23 @@ def _explain(
     return error
 
 
+def _newest(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
+    """The verified checkpoint that the run continues from, if it does."""
+    resume, verify = config.checkpoint.resume, config.checkpoint.verify
+    try:
+        return find_checkpoint(run_dir.checkpoints, resume, group=procs.control, verify=verify)
+    except NoGoodCheckpointError as error:
+        raise NoGoodCheckpointError(
+            f"{error}, or start afresh under another run.name or with run.overwrite=true"
+        ) from None
+
+
 def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
     """The verified checkpoint that a new run starts from, if it does."""
     if config.checkpoint.init_from is None:
         return None
-    key, path = "checkpoint.init_from", config.checkpoint.init_from
-    verify = config.checkpoint.verify
-    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key=key, verify=verify)
+    path, verify = config.checkpoint.init_from, config.checkpoint.verify
+    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key="init_from", verify=verify)
     assert source is not None
     return source
 
@@ -310,7 +293,7 @@ def _warnings_to(run_dir: RunDir, console: Console) -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            text = f"{record.levelname.lower()}: {record.getMessage()}"
+            text = with_keys(f"{record.levelname.lower()}: {record.getMessage()}")
             run_dir.log(text)
             if run_dir.rank == 0:
                 console.clear()

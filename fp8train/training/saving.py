@@ -29,14 +29,11 @@ from fp8train.checkpoint import (
     write_checkpoint,
 )
 from fp8train.checkpoint.readback import describe
-from fp8train.comm.processes import Processes
-from fp8train.config.schema import Config, to_plain
-from fp8train.data.loading import Data
+from fp8train.config.argument_keys import naming_keys
+from fp8train.config.schema import to_plain
 from fp8train.evaluation.validation import Evaluation
-from fp8train.live.reporter import Reporter
-from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.metrics import strict
-from fp8train.step.trainer import Trainer
+from fp8train.training.ready_run import ReadyRun
 
 _GRACE_S = 30.0
 """How long a run that failed waits for a checkpoint in flight."""
@@ -49,23 +46,14 @@ class Saving:
         saved_at: the step of the newest checkpoint, saved, begun or resumed from; None without one.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        processes: Processes,
-        run_dir: RunDir,
-        data: Data,
-        trainer: Trainer,
-        reporter: Reporter,
-    ) -> None:
+    def __init__(self, run: ReadyRun) -> None:
         """Prepare saving; collective over all ranks with ``checkpoint.asynchronous``."""
-        self.config, self.processes, self.run_dir = config, processes, run_dir
-        self.data, self.trainer, self.reporter = data, trainer, reporter
+        self._run, self.config = run, run.config
+        self.processes, self.trainer, self.reporter = run.processes, run.trainer, run.reporter
         self.saved_at: int | None = None
-        checkpoint = config.checkpoint
+        checkpoint = run.config.checkpoint
         self._retention = Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
-        self._background = BackgroundSaver(processes.control) if checkpoint.asynchronous else None
+        self._background = BackgroundSaver(run.processes.control) if checkpoint.asynchronous else None
         self._stall_seconds = 0.0
 
     def due(self, done: int, *, stopping: bool) -> bool:
@@ -94,7 +82,7 @@ class Saving:
             rank_state = capture_rng(self.processes.device) | self.trainer.rank_tensors()
             tensors = with_rank_state(self.trainer.checkpoint_tensors(), rank_state, ranks.rank)
             order = Order(
-                self.run_dir.checkpoints,
+                self._run.run_dir.checkpoints,
                 done,
                 self._meta(done, evaluation),
                 describe(tensors),
@@ -157,7 +145,8 @@ class Saving:
         step = self.saved_at
         assert step is not None
         try:
-            written = outcome()
+            with naming_keys():
+                written = outcome()
         except CheckpointError as error:
             self.saved_at = None
             if last or self.config.checkpoint.on_failure == "stop":
@@ -173,12 +162,13 @@ class Saving:
         )
 
     def _meta(self, done: int, evaluation: Evaluation | None) -> dict[str, Any]:
+        data = self._run.data
         return {
             "fp8train": __version__,
             "config": to_plain(self.config),
-            "vocab_size": self.data.vocab_size,
-            "tokenizer": None if self.data.tokenizer is None else str(self.data.tokenizer.path),
-            "data": self.data.train.state_dict(done),
+            "vocab_size": data.vocab_size,
+            "tokenizer": None if data.tokenizer is None else str(data.tokenizer.path),
+            "data": data.train.state_dict(done),
             "trainer": self.trainer.state_meta(),
             EVAL_LOSS: None if evaluation is None else strict(evaluation.loss),
         }

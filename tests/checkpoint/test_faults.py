@@ -200,7 +200,7 @@ def test_a_disk_too_small_is_refused_before_writing(small_disk: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         _save(root, 3, phases.append, size=300_000)
     assert "no room for the checkpoint of step 3: it needs 6.9 MiB" in str(caught.value)
-    assert "checkpoint.keep_last" in str(caught.value)
+    assert "`keep_last`" in str(caught.value)
     assert phases == ["begin"]
     _assert_failed_cleanly(root)
 

@@ -22,7 +22,7 @@ def test_every_state_is_taken_over_to_the_bit(tmp_path: Path, level: str) -> Non
     assert digests(opened) == expected(level)["tensors"]
     config = load_config(write_config(tmp_path), [f"precision.level={level}"]).config
     trainer = Trainer(config, alone(), vocab_size=VOCAB)
-    done = restore(trainer, opened, roles=trainer.optimizer.roles, scales=True, reshard="refuse")
+    done = restore(trainer, opened, roles=trainer.optimizer.states.roles, scales=True, reshard="refuse")
     assert not done.recasts
     assert not done.fresh
     again = save_checkpoint(

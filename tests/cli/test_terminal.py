@@ -22,9 +22,9 @@ import pytest
 
 from fp8train.cli.train_command import LAUNCHER, continue_command
 from fp8train.config.resolve import load_config
-from tests.training.launching import NO_EVALUATION, start, write_config
+from tests.training.launching import start, write_config
 
-LONG = ("train.steps=1000000", *NO_EVALUATION, "checkpoint.interval=0", "logging.interval=1000000")
+LONG = ("train.steps=1000000", "train.eval_interval=0", "checkpoint.interval=0", "logging.interval=1000000")
 PATIENCE_S = 100.0
 
 

@@ -391,14 +391,14 @@ CONTRADICTIONS = {
     "resident_rows": (
         MINIMAL + "precision:\n  level: O1\n  recipe: rowwise\n  weights: fp8\n",
         "run.yaml:18: precision.weights, precision.gemm.output.w.granularity: weights: fp8 is written piece "
-        "by piece with one scale from the amax of the whole, but gemm.output.w.granularity is row; write "
+        "by piece with one scale from the amax of the whole, but output.w.granularity is row; write "
         "weights: compute, or a recipe with one scale per tensor",
     ),
     "resident_mse": (
         MINIMAL
         + "precision:\n  level: O2\n  gemm: {output: {w: {scale_source: mse}}, keep_w: second_copy}\n",
         "run.yaml:17: precision.weights, precision.gemm.output.w.scale_source: weights: fp8 is written "
-        "piece by piece with one scale from the amax of the whole, but gemm.output.w.scale_source is mse; "
+        "piece by piece with one scale from the amax of the whole, but output.w.scale_source is mse; "
         "write weights: compute, or a recipe with one scale per tensor",
     ),
     "weights_at_rest_and_on_the_wire": (

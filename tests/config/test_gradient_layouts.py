@@ -29,7 +29,7 @@ REFUSED = {
     ),
     "exact sums in E5M2": (
         [*O2, *EXACT, "precision.gradient.format=e5m2"],
-        "counts in units of E4M3, but precision.gradient.format is e5m2; write ",
+        "counts in units of E4M3, but format is e5m2; write format: e4m3",
     ),
     "exact sums of too many micro-batches": (
         [*O2, *EXACT, "train.global_batch_size=16384"],

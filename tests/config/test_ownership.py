@@ -24,10 +24,19 @@ from fp8train.config.dump import dump_plain
 from fp8train.config.errors import ConfigError
 from fp8train.config.keys import Key, key_table
 from fp8train.config.loader import load_file
-from fp8train.config.ownership import ALWAYS, RULES, Rule, always_read, look_in, rules_of, why_unread
+from fp8train.config.ownership import (
+    ALWAYS,
+    RULES,
+    Rule,
+    always_read,
+    look_in,
+    rules_of,
+    schema_defaults,
+    why_unread,
+)
 from fp8train.config.presets import apply_presets
 from fp8train.config.resolve import load_config
-from tests.config.examples import minimal, write
+from tests.config.examples import MINIMAL, message_of, minimal, write
 
 Settings = dict[str, Any]
 LEAVES = key_table().leaves()
@@ -179,3 +188,29 @@ def refusal(path: Path, *overrides: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def test_a_later_place_takes_back_what_it_turns_off(tmp_path: Path) -> None:
+    """Over a file (or a base file) that describes evaluation or FP8 GEMMs, the command line (or the file)
+    turns it off; in one place, or the other way round, that is a contradiction."""
+    base = write(tmp_path, MINIMAL + "  eval_interval: 5\n  eval_batches: 7\n", "base.yaml")
+    run = write(tmp_path, "base: base.yaml\ntrain:\n  eval_interval: 0\n")
+    default = schema_defaults()["train.eval_batches"]
+    assert default != 7
+    for resolved in (load_config(run), load_config(base, ["train.eval_interval=0"])):
+        assert resolved.config.train.eval_batches == default
+        assert not resolved.origins["train.eval_batches"].explicit
+    for path, overrides in (
+        (base, ["train.eval_interval=0", "train.eval_batches=3"]),
+        (run, ["train.eval_batches=3"]),
+        (write(tmp_path, "base: base.yaml\ntrain: {eval_interval: 0, eval_batches: 9}\n", "both.yaml"), []),
+    ):
+        message = message_of(path, *overrides)
+        assert "train.eval_batches, train.eval_interval: has no effect: train.eval_interval is 0" in message
+    # What a preset turned off: the place counts where the preset was chosen.
+    excluding = "precision: {level: LEVEL, gemm: {exclude: [layers.0.*]}}\n"
+    o2 = write(tmp_path, MINIMAL + excluding.replace("LEVEL", "O2"), "o2.yaml")
+    assert load_config(o2).config.precision.gemm.exclude == ("layers.0.*",)
+    assert load_config(o2, ["precision.level=O0"]).config.precision.gemm.exclude == ()
+    o0 = write(tmp_path, MINIMAL + excluding.replace("LEVEL", "O0"), "o0.yaml")
+    assert "precision.gemm.exclude, precision.gemm.fp8: has no effect" in message_of(o0)

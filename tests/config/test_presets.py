@@ -9,6 +9,8 @@ import pytest
 
 from fp8train.config.errors import ConfigError
 from fp8train.config.presets import PRESETS, filled_keys
+from fp8train.config.recipe_registry import RECIPE_NAMES
+from fp8train.config.recipe_values import GEMM_OPERANDS
 from fp8train.config.resolve import resolve_mapping
 from tests.config.examples import minimal
 
@@ -134,9 +136,17 @@ def test_coat_keeps_activations_in_fp8() -> None:
     resolve_mapping(merged(precision={"activations": "fp8"}, parallel={"tp": 2}))
 
 
-def test_all_recipes_are_in_the_table_above() -> None:
-    [table] = [table for table in PRESETS if table.key == "precision.recipe"]
-    assert set(table.choices) == set(RECIPES) | set(OTHER_RECIPES) | {"nvfp4_simulated"}
+def test_the_recipes_of_these_tests_are_there() -> None:
+    assert {*RECIPES, *OTHER_RECIPES, "nvfp4_simulated"} <= set(RECIPE_NAMES)
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_every_recipe_chooses_the_scales_of_all_six_operands(name: str) -> None:
+    resolved = resolve_mapping(merged(precision={"recipe": name, "level": "O2"}))
+    for use in GEMM_OPERANDS:
+        for key in ("format", "granularity", "scale_source", "rounding"):
+            origin = str(resolved.origins[f"precision.gemm.{use}.{key}"])
+            assert origin == f"preset precision.recipe={name}", (use, key)
 
 
 OTHER_RECIPES = {

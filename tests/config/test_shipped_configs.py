@@ -9,7 +9,7 @@ import pytest
 from fp8train.cli import run_command
 from fp8train.config.dump import dump_yaml
 from fp8train.config.model_schema import ModelConfig
-from fp8train.config.recipes import RECIPES
+from fp8train.config.recipe_registry import RECIPES
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
 

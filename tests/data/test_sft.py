@@ -224,7 +224,7 @@ def test_malformed_lines_are_named(
 
 
 def test_kinds_do_not_mix(conversations: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"write data\.kind: sft"):
+    with pytest.raises(DataError, match=r"write `kind`: sft"):
         opened(conversations, kind="pretrain")
     with pytest.raises(DataError, match="does not say which tokens are targets"):
         opened(tokenizer.path.with_name("base"))

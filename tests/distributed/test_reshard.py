@@ -154,7 +154,7 @@ def load(
         done = restore(
             trainer,
             opened,
-            roles=trainer.optimizer.roles,
+            roles=trainer.optimizer.states.roles,
             scales=True,
             reshard=trainer.config.checkpoint.reshard,
         )
@@ -202,10 +202,10 @@ def decoded(trainer: Trainer, processes: Processes) -> dict[str, torch.Tensor]:
             f"{role}/{fqn}",
             state.spec.global_shape,
             state.region.offset,
-            trainer.optimizer.state(fqn, role).numpy(),
+            trainer.optimizer.states.decoded(fqn, role).numpy(),
         )
-        for fqn, state in trainer.optimizer.parameter_states.items()
-        for role in trainer.optimizer.roles
+        for fqn, state in trainer.optimizer.states.items()
+        for role in trainer.optimizer.states.roles
     ]
     found: dict[str, torch.Tensor] = {}
     for name, shape, offset, part in (
@@ -239,9 +239,8 @@ def move(
     else:
         opened = open_checkpoint(root / "-".join(source) / f"step_{STEP:08d}", group=processes.control)
         reshard = trainer.config.checkpoint.reshard
-        recasts = list(
-            restore(trainer, opened, roles=trainer.optimizer.roles, scales=True, reshard=reshard).recasts
-        )
+        states = trainer.optimizer.states
+        recasts = list(restore(trainer, opened, roles=states.roles, scales=True, reshard=reshard).recasts)
     save_checkpoint(
         root / "-".join(target),
         STEP,
@@ -318,7 +317,7 @@ def change_levels(
         level, more = LEVELS[target]
         trainer, processes = make(layout, level, more)
         opened = open_checkpoint(root / source / f"step_{STEP:08d}", group=processes.control)
-        restore(trainer, opened, roles=trainer.optimizer.roles, scales=True, reshard="refuse")
+        restore(trainer, opened, roles=trainer.optimizer.states.roles, scales=True, reshard="refuse")
         trainer.restored({"updates": STEP})
         found[source, target] = decoded(trainer, processes), next_losses(trainer, processes)
     return found

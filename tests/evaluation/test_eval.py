@@ -24,7 +24,7 @@ from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import open_run
 from fp8train.run_dir.metrics import read_metrics
 from tests.inference.recipes import MARKED, RECIPES
-from tests.training.launching import NO_EVALUATION, write_config
+from tests.training.launching import write_config
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_eval_gives_the_logged_loss(config: Path, recipe: str, overrides: tuple[
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_perplexity_is_close_to_bf16(config: Path, recipe: str) -> None:
     short = ("train.steps=200", "train.global_batch_size=4", "train.micro_batch_size=4", "optimizer.lr=0.003")
-    overrides = (*O2, *short, *RECIPES[recipe], *NO_EVALUATION)
+    overrides = (*O2, *short, *RECIPES[recipe], "train.eval_interval=0")
     run = open_run(train(config, f"close_{recipe}", *overrides))
     text = open_text(run, num_batches=16)
     fp8, bf16 = (measure(run, text, numerics, device=CPU) for numerics in ("matched", "bf16"))

@@ -35,6 +35,7 @@ from fp8train.inference.load import TrainedRun, open_run
 from fp8train.step.targets import inputs_and_targets
 from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
+from fp8train.training.ready_run import ReadyRun
 from tests.huggingface.models import logits_of, transformers
 from tests.huggingface.smollm2 import save_smollm2
 
@@ -182,14 +183,8 @@ def test_continued_training_at_o2(folders: tuple[Path, Path], novel: list[int]) 
     told: list[str] = []
     reporter = SimpleNamespace(say=told.append, event=lambda *_, **__: None)
     source = folders[1] / "checkpoints/step_00000000"
-    initialise_from(
-        source,
-        config,
-        processes=processes,
-        trainer=trainer,
-        reporter=cast(Any, reporter),
-        tokenizer=open_run(folders[1]).tokenizer(),
-    )
+    data = SimpleNamespace(tokenizer=open_run(folders[1]).tokenizer())
+    initialise_from(ReadyRun(cast(Any, None), cast(Any, data), trainer, cast(Any, reporter)), source)
     assert any(line.startswith("recast master: fp32 -> fp16_scaled") for line in told), told
     held_out, training = samples[:WINDOWS], samples[WINDOWS:].view(STEPS, 2, 1, SEQUENCE + 1)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fp8train.config.recipes import RECIPES as RECIPE_TABLES
+from fp8train.config.recipe_registry import RECIPES as RECIPE_TABLES
 
 STATIC = {"mus": 0.06, "unit_scaling": 0.1, "umup": 0.5}
 """With their learning rates: weights have unit variance."""

@@ -34,13 +34,13 @@ def test_the_numbers_are_the_optimizers(tmp_path: Path, plan: str) -> None:
     said = export_states(tmp_path / "run", output, max_shard_bytes=10**9)
     tensors = safetensors.load_file(output)
     optimizer, names = trainer.optimizer, dict(trainer.model.named_parameters())
-    roles = optimizer.roles
+    roles = optimizer.states.roles
     assert tensors.keys() == {fqn if role == "master" else f"{role}/{fqn}" for fqn in names for role in roles}
     for fqn in names:
         for role in roles:
             found = tensors[fqn if role == "master" else f"{role}/{fqn}"]
             assert found.dtype == torch.float32
-            assert torch.equal(found, optimizer.state(fqn, role)), (fqn, role)
+            assert torch.equal(found, optimizer.states.decoded(fqn, role)), (fqn, role)
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert said.startswith(f"{output}: {len(tensors)} tensors, {total:,} bytes in FP32, of {run.path}")
     if plan == "O2":  # decoded by hand: E4M3 codes times E8M0 scales, one per row of 32 elements

@@ -190,7 +190,7 @@ def test_bf16_is_the_masters_rounded_and_no_fp8(tmp_path: Path, source: str) -> 
     plain = build_model(tiny_config(family), vocab_size=VOCAB, device=CPU).model
     with torch.no_grad():
         for fqn, parameter in plain.named_parameters():
-            parameter.copy_(trainer.optimizer.master(fqn))
+            parameter.copy_(trainer.optimizer.states.master(fqn))
             assert torch.equal(dict(built.model.named_parameters())[fqn], parameter)
     assert loss(built.model, run.config) == loss(plain, run.config)
 
@@ -272,11 +272,11 @@ def test_one_token_has_its_own_amax(tmp_path: Path) -> None:
 
 def test_bf16_needs_no_fp8_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise ValueError("precision.gemm.fp8 needs compute capability 8.9 or newer")
+        raise ValueError("FP8 GEMMs need compute capability 8.9 or newer")
 
     _, run = trained(tmp_path, "precision.level=O1")
     monkeypatch.setattr("fp8train.models.build.choose_gemm_backend", refuse)
-    with pytest.raises(InferenceError, match=r"step_00000004: .* needs .* 8\.9 .*; or use --numerics bf16"):
+    with pytest.raises(InferenceError, match=r"step_00000004: .* need .* 8\.9 .*; or use --numerics bf16"):
         run.load("matched", device=CPU)
     assert loss(run.load("bf16", device=CPU).model, run.config) > 0
 

@@ -322,9 +322,7 @@ def test_old_gpus_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(
-        ValueError, match=r"8\.9 or newer, NVIDIA A100 has 8\.0; set precision\.gemm\.fp8=false"
-    ):
+    with pytest.raises(ValueError, match=r"8\.9 or newer, NVIDIA A100 has 8\.0; write `fp8`=false"):
         choose_gemm_backend(device, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_gemm_backend(device, torch.bfloat16).name == "scaled_mm"

@@ -158,7 +158,7 @@ def test_it_is_refused_where_no_down_projection_is_in_fp8(variant: str) -> None:
 
 
 def test_a_channel_s_size_cannot_move_into_a_weight_that_exists_in_fp8_alone() -> None:
-    with pytest.raises(ConfigError, match=r"smooth_swiglu: channel .*weights is fp8; write precision"):
+    with pytest.raises(ConfigError, match=r"smooth_swiglu: channel .*weights is fp8; write weights"):
         tiny_config(["precision.level=O3", "precision.gemm.smooth_swiglu=channel"])
     older = tiny_config(["precision.level=O1", "precision.gemm.smooth_swiglu=true"])
     assert older.precision.gemm.smooth_swiglu == "token"

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.comm.sequence_parallel import TensorParallel, Traffic
+from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.layers.wire import Wire, wire
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.traffic import Traffic
 
 TENSOR = QuantSpec(E4M3)
 ROW = QuantSpec(E4M3, granularity="row")

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from fp8train.comm.processes import joined_processes
 from fp8train.live.describe import describe_precision, precision_warnings, stored_bytes
-from fp8train.optim.adamw import AdamWSettings
 from fp8train.step.trainer import Trainer
+from fp8train.update_rules.adamw import AdamWSettings
 from tests.training.tiny import VOCAB, alone, tiny_config
 
 SIZES = ["model.hidden_size=128", "model.ffn_hidden_size=256", "train.micro_batch_size=4"]
@@ -84,7 +84,7 @@ def test_one_micro_batch_needs_no_accumulator() -> None:
 
 def test_the_whole_model_is_everything_that_is_allocated() -> None:
     trainer = trainer_of("precision.level=O2")
-    states = sum(tensor.nbytes for tensor in trainer.optimizer.state_tensors().values())
+    states = sum(tensor.nbytes for tensor in trainer.optimizer.states.tensors().values())
     buckets = sum(bucket.stored_bytes + bucket.accumulator_bytes for bucket in trainer.store.buckets)
     linears = trainer.model.linears()
     copies = sum(linear.weight_bytes for linear in linears.values())
@@ -143,7 +143,7 @@ def test_decay_that_rounding_takes_back_is_said_before_the_run() -> None:
 def test_the_papers_numbers_reach_optimizer_and_reduction() -> None:
     level = ("precision.level=O2", "parallel.zero=none")
     ours, theirs = trainer_of(*level), trainer_of(*level, "precision.profile=paper")
-    settings = [trainer.optimizer.settings for trainer in (ours, theirs)]
+    settings = [trainer.optimizer.rule.settings for trainer in (ours, theirs)]
     assert [one.bounded_update for one in settings if isinstance(one, AdamWSettings)] == [True, False]
     assert theirs.gradients.fp8 is not None
     assert theirs.gradients.fp8.mu_initial == "one_over_root_ranks"

@@ -17,7 +17,7 @@ def test_the_mean_loss_is_that_of_all_steps_since_the_last_line(
 ) -> None:
     def losses(folder: Path, interval: int) -> dict[int, tuple[float, float]]:
         folder.mkdir()
-        run = train_small(folder, f"logging.interval={interval}")
+        run = train_small(folder, f"logging.interval={interval}", "train.eval_interval=0")
         records = [record for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
         return {int(r["step"]): (r["train/loss"], r["train/loss_mean"]) for r in records}
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fp8train.config.schema import LoggingConfig, WandbConfig
+from fp8train.config.all_sections import LoggingConfig, WandbConfig
 from fp8train.live.trackers import TensorBoardTracker, Trackers
 from fp8train.live.wandb_tracker import WandbTracker, kept_run_id
 from fp8train.run_dir.directory import RunDir
@@ -289,7 +289,7 @@ def test_tensorboard_without_its_directory(tmp_path: Path) -> None:
 REAL = """
 import sys
 from pathlib import Path
-from fp8train.config.schema import WandbConfig
+from fp8train.config.all_sections import WandbConfig
 from fp8train.live.wandb_tracker import WandbTracker
 mode, directory, close_timeout = sys.argv[1:]
 t = WandbTracker(

@@ -13,8 +13,9 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.models.build import BuiltModel
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.parallel.gradients.plan import GradientPlan, Groups
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.store import GradientStore
+from fp8train.precision.gradients import Gradients
 from tests.models.settings import FAMILIES, fill, gradients, random_tokens, tiny_built, tiny_config
 
 LAYERS = 3
@@ -39,11 +40,9 @@ def autograd_gradients(built: BuiltModel, tokens: Tensor, targets: Tensor) -> di
 def stored_gradients(built: BuiltModel, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """As :func:`gradients`, of two equal micro-batches, through a gradient store."""
     model = built.model
-    plan = GradientPlan(
+    plan = GradientBuckets(
         dict(model.named_parameters()),
-        accumulate=torch.float32,
-        reduce=torch.float32,
-        bucket_bytes=2**12,
+        Gradients(bucket_mib=2**-8),
         groups=Groups(CountedGroup(None)),
         device=torch.device("cpu"),
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.optim.adamw import AdamWSettings
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
 from fp8train.precision.state_formats import StateFormat, StateFormats
+from fp8train.update_rules.adamw import AdamWSettings
+from fp8train.update_rules.rule import Rule, RuleSettings
 
 SETTINGS = AdamWSettings(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
@@ -100,17 +102,17 @@ def run_step(optimizer: Optimizer, gradients: Mapping[str, Tensor], step: int, *
 
 
 def single(
-    make: Callable[..., Optimizer],
+    rule: type[Rule],
     plan: StateFormats,
     value: Tensor,
     *,
-    settings: object = SETTINGS,
-    **options: object,
+    settings: RuleSettings = SETTINGS,
+    **options: Any,
 ) -> tuple[Optimizer, nn.Parameter]:
     """An optimizer of one BF16 matrix ``w`` of the FP8 plan that starts at ``value``, and the matrix."""
     parameter = nn.Parameter(value.to(torch.bfloat16))
     spec = matrix_spec("w", tuple(value.shape))
-    optimizer = make({"w": parameter}, {"w": spec}, settings, plan, **{"seed": 1, **options})
-    optimizer.seed_master("w", value)
+    optimizer = Optimizer(rule(settings), {"w": parameter}, {"w": spec}, plan, **{"seed": 1, **options})
+    optimizer.states.seed_master("w", value)
     optimizer.publish()
     return optimizer, parameter

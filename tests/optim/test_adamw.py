@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.optim.adamw import AdamW, AdamWSettings
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.gradient import TensorGradient
-from fp8train.optim.optimizer import CHUNK
+from fp8train.optim.optimizer import CHUNK, Optimizer
 from fp8train.precision.state_formats import StateFormat, StateFormats
+from fp8train.update_rules.adamw import AdamW, AdamWSettings
 
 SETTINGS = AdamWSettings(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
@@ -34,8 +34,8 @@ def spec(fqn: str, shape: tuple[int, ...], **changes) -> ParamSpec:
     return ParamSpec(**{**values, **changes})
 
 
-def adamw(parameters: dict[str, nn.Parameter], specs: dict[str, ParamSpec]) -> AdamW:
-    return AdamW(parameters, specs, SETTINGS, StateFormats(), seed=0)
+def adamw(parameters: dict[str, nn.Parameter], specs: dict[str, ParamSpec]) -> Optimizer:
+    return Optimizer(AdamW(SETTINGS), parameters, specs, StateFormats(), seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -72,10 +72,10 @@ def test_bf16_parameters_follow_an_fp32_master() -> None:
     parameter = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
     optimizer = adamw({"w": parameter}, {"w": spec("w", (4, 4), decay=None)})
     true = torch.full((4, 4), 1.001)
-    optimizer.seed_master("w", true)
-    assert torch.equal(optimizer.master("w"), true)  # not the BF16 rounding of it
+    optimizer.states.seed_master("w", true)
+    assert torch.equal(optimizer.states.master("w"), true)  # not the BF16 rounding of it
     tiny = AdamWSettings(lr=1e-5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
-    optimizer.settings = tiny
+    optimizer.rule.settings = tiny
     for step in range(1, 301):  # each step is far below a BF16 ulp of 1 (2^-7); the master must not lose it
         optimizer.step(
             lambda _: TensorGradient(torch.ones(4, 4)),
@@ -83,8 +83,8 @@ def test_bf16_parameters_follow_an_fp32_master() -> None:
             lr_factor=1.0,
             grad_multiplier=torch.tensor(1.0),
         )
-    torch.testing.assert_close(optimizer.master("w"), true - 300e-5, rtol=1e-5, atol=0)
-    assert torch.equal(parameter, optimizer.master("w").to(torch.bfloat16))
+    torch.testing.assert_close(optimizer.states.master("w"), true - 300e-5, rtol=1e-5, atol=0)
+    assert torch.equal(parameter, optimizer.states.master("w").to(torch.bfloat16))
 
 
 def test_bits_do_not_depend_on_how_a_tensor_is_cut() -> None:
@@ -144,15 +144,16 @@ def test_clip_multiplier() -> None:
 def moved_beside_an_outlier(plan: StateFormats, neighbour: float, settings: AdamWSettings) -> list[float]:
     """Steps in learning rates of a weight that sees one gradient, in the block of a gradient of 1."""
     described = {"a": spec("a", (1, 128), in_fp8_plan=True, decay=None)}
-    rule = AdamW({"a": nn.Parameter(torch.zeros(1, 128))}, described, settings, plan, seed=0)
+    parameters = {"a": nn.Parameter(torch.zeros(1, 128))}
+    optimizer = Optimizer(AdamW(settings), parameters, described, plan, seed=0)
     gradient, steps = torch.zeros(1, 128), []
     for step, value in enumerate((neighbour, 0.0, 0.0), start=1):
         gradient[0, :2] = torch.tensor([1.0, value])
-        before = rule.master("a").clone()
+        before = optimizer.states.master("a").clone()
         multiplier = torch.tensor(1.0)
         reader = TensorGradient(gradient)
-        rule.step(lambda _, r=reader: r, step=step, lr_factor=1.0, grad_multiplier=multiplier)
-        steps.append(abs(float((rule.master("a") - before)[0, 1])) / settings.lr)
+        optimizer.step(lambda _, r=reader: r, step=step, lr_factor=1.0, grad_multiplier=multiplier)
+        steps.append(abs(float((optimizer.states.master("a") - before)[0, 1])) / settings.lr)
     return steps
 
 
@@ -180,7 +181,7 @@ def test_without_the_bound_it_does(exp_avg_sq: str, neighbour: float) -> None:
 
 def test_the_bound_of_exact_moments_holds_and_is_reached() -> None:
     """Gradients that grow by β2/β1 a step are the worst history there is."""
-    rule = AdamW({}, {}, SETTINGS, StateFormats(), seed=0)
+    rule = AdamW(SETTINGS)
     m = v = 0.0
     for step in range(1, 401):
         gradient = (SETTINGS.beta2 / SETTINGS.beta1) ** step

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.optim.adamw import AdamW, AdamWSettings
 from fp8train.optim.gradient import TensorGradient
-from fp8train.optim.lion import Lion
-from fp8train.optim.optimizer import OptimizerSettings
+from fp8train.optim.optimizer import Optimizer
 from fp8train.precision.state_formats import StateFormat as F
 from fp8train.precision.state_formats import StateFormats
+from fp8train.update_rules.adamw import AdamW, AdamWSettings
+from fp8train.update_rules.lion import Lion
+from fp8train.update_rules.rule import RuleSettings
 from tests.optim.state_cases import (
     COAT,
     E4M3_E5M2,
@@ -77,7 +78,7 @@ def training() -> tuple[Tensor, list[Tensor], ReferenceAdamW]:
     return value, gradients, reference
 
 
-def advance(optimizer: AdamW | Lion, gradients: list[Tensor]) -> None:
+def advance(optimizer: Optimizer, gradients: list[Tensor]) -> None:
     for step, gradient in enumerate(gradients, 1):
         optimizer.step(
             lambda _, g=gradient: TensorGradient(g),  # type: ignore[misc]
@@ -92,7 +93,7 @@ def drift_of(plan: StateFormats, training: tuple[Tensor, list[Tensor], Reference
     optimizer, _ = single(AdamW, plan, value)
     advance(optimizer, gradients)
     return float(
-        (optimizer.master("w").double() - reference.w).norm() / (reference.w - value.double()).norm()
+        (optimizer.states.master("w").double() - reference.w).norm() / (reference.w - value.double()).norm()
     )
 
 
@@ -144,9 +145,9 @@ def test_updates_below_half_a_unit_stall_to_nearest_and_follow_on_average(fmt: s
     for rounding in ("nearest", "stochastic"):
         plan = StateFormats(F(fmt, rounding=rounding))  # type: ignore[arg-type]
         optimizer, _ = single(AdamW, plan, value, settings=settings)
-        before = optimizer.master("w").clone()
+        before = optimizer.states.master("w").clone()
         advance(optimizer, [torch.ones(value.shape)] * steps)
-        moved[rounding] = float((before - optimizer.master("w")).double().mean()) / (lr * steps)
+        moved[rounding] = float((before - optimizer.states.master("w")).double().mean()) / (lr * steps)
     assert moved["nearest"] == 0.0
     # 150 steps up or down with variance 0.06 units² each, 16384 elements: 0.3 % standard deviation
     assert moved["stochastic"] == pytest.approx(1.0, abs=0.015)
@@ -180,7 +181,7 @@ def test_a_second_moment_without_noise(
         plan = StateFormats(exp_avg_sq=F(fmt, rounding=rounding, **options))  # type: ignore[arg-type]
         optimizer, _ = single(AdamW, plan, torch.zeros(SHAPE))
         advance(optimizer, gradients)
-        v = optimizer.state("w", "exp_avg_sq").double().clamp(min=1e-30)
+        v = optimizer.states.decoded("w", "exp_avg_sq").double().clamp(min=1e-30)
         error = float((v.log() - reference.v.log())[:, ::2].square().mean().sqrt() / 2)
         print(f"v {plan.exp_avg_sq}: log error {error:.4f}, was {measured}")
         assert measured / 1.5 < error < measured * 1.5
@@ -188,7 +189,7 @@ def test_a_second_moment_without_noise(
 
 def test_lion_in_low_precision_follows_lion(training: tuple[Tensor, list[Tensor], ReferenceAdamW]) -> None:
     value, gradients, _ = training
-    settings = OptimizerSettings(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
+    settings = RuleSettings(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
     w, m = value.double(), torch.zeros(SHAPE, dtype=torch.float64)
     for gradient in gradients:
         direction = torch.sign(0.9 * m + 0.1 * gradient.double())
@@ -202,6 +203,6 @@ def test_lion_in_low_precision_follows_lion(training: tuple[Tensor, list[Tensor]
     ):
         optimizer, _ = single(Lion, plan, value, settings=settings)
         advance(optimizer, gradients)
-        drift = float((optimizer.master("w").double() - w).norm() / (w - value.double()).norm())
+        drift = float((optimizer.states.master("w").double() - w).norm() / (w - value.double()).norm())
         print(f"lion {plan}: {drift:.2e}")
         assert drift < bound

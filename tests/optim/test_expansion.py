@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.make_storage import make_storage
-from fp8train.optim.scaled_storage import ExpandedStorage
-from fp8train.optim.storage import Layout
+from fp8train.optim.scaled_formats import ExpandedStorage
+from fp8train.optim.state_storage import StatePlace
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from fp8train.precision.state_formats import StateFormat as F
 
@@ -81,7 +81,7 @@ def expand_in_fp64(block: list[float], fmt: Format) -> tuple[list[float], list[f
 def test_a_block_is_stored_as_the_formulas_say(name: str, fmt: Format) -> None:
     block = blocks_to_expand()[name]
     positions, expected, k = expand_in_fp64([float(x) for x in block.double()], fmt)
-    storage = ExpandedStorage(Layout((1, BLOCK), BLOCK, 0, CPU), fmt)
+    storage = ExpandedStorage(StatePlace((1, BLOCK), BLOCK, 0, CPU), fmt)
     storage.store(0, BLOCK, block.clone(), None)
     assert float(storage.power) / 16 == k
     assert float(storage.amax) == (float(block.abs().max()) or 1.0)
@@ -97,7 +97,7 @@ def test_a_block_is_stored_as_the_formulas_say(name: str, fmt: Format) -> None:
 def test_equal_magnitudes_and_zeros_come_back_exactly() -> None:
     for name in ("zeros", "constant", "constant of both signs", "one value"):
         block = blocks_to_expand()[name]
-        storage = ExpandedStorage(Layout((1, BLOCK), BLOCK, 0, CPU), E4M3)
+        storage = ExpandedStorage(StatePlace((1, BLOCK), BLOCK, 0, CPU), E4M3)
         for key in (None, stream_key(1, 2, "v")):
             storage.store(0, BLOCK, block.clone(), key)
             assert torch.equal(storage.load(0, BLOCK), block), name
@@ -113,7 +113,7 @@ def drift(fmt: F | None, beta2: float, *, noise: bool) -> float:
     count = SHAPE[0] * SHAPE[1]
     generator = torch.Generator().manual_seed(5)
     size = 1e-4 * torch.exp(SIGMA * torch.randn(count, generator=generator))
-    storage = make_storage(fmt or F(), Layout(SHAPE, BLOCK, 0, CPU), wide=torch.float32)
+    storage = make_storage(fmt or F(), StatePlace(SHAPE, BLOCK, 0, CPU), wide=torch.float32)
     exact = torch.zeros(count, dtype=torch.float64)
     for step in range(1, STEPS[beta2] + 1):
         gradient = size * torch.randn(count, generator=generator) if noise else size

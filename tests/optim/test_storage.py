@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.make_storage import make_master_storage, make_storage
-from fp8train.optim.scaled_storage import ExpandedStorage
-from fp8train.optim.storage import Layout, Storage
+from fp8train.optim.scaled_formats import ExpandedStorage
+from fp8train.optim.state_storage import StatePlace, Storage
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.scale_blocks import block_size
 from fp8train.precision.state_formats import StateFormat as F
@@ -34,7 +34,9 @@ HALF_ULP = {"bf16": 2.0**-8, "fp16_scaled": 2.0**-11, "e4m3": 2.0**-4, "e5m2": 2
 
 
 def storage_of(fmt: F, shape: tuple[int, ...], offset: int = 0) -> Storage:
-    return make_storage(fmt, Layout(shape, block_size(shape[-1], fmt.block), offset, CPU), wide=torch.float32)
+    return make_storage(
+        fmt, StatePlace(shape, block_size(shape[-1], fmt.block), offset, CPU), wide=torch.float32
+    )
 
 
 def fill(storage: Storage, values: Tensor, key: int | None = None, chunk: int | None = None) -> None:
@@ -50,7 +52,7 @@ def fill(storage: Storage, values: Tensor, key: int | None = None, chunk: int | 
 
 
 def read(storage: Storage) -> Tensor:
-    return storage.load(0, storage.layout.numel).view(storage.layout.shape).clone()
+    return storage.load(0, storage.place.numel).view(storage.place.shape).clone()
 
 
 def moments(shape: tuple[int, ...], sigma: float = 1.0) -> Tensor:
@@ -108,7 +110,7 @@ def test_a_zero_does_not_collapse_the_expanded_range() -> None:
     x = moments((4, 256))
     with_zeros = x.clone()
     with_zeros[:, ::64] = 0.0
-    storages = [ExpandedStorage(Layout((4, 256), 128, 0, CPU), E4M3) for _ in range(2)]
+    storages = [ExpandedStorage(StatePlace((4, 256), 128, 0, CPU), E4M3) for _ in range(2)]
     for storage, values in zip(storages, (x, with_zeros), strict=True):
         fill(storage, values)
     powers = [storage.power.float() / 16 for storage in storages]
@@ -139,7 +141,7 @@ def test_remainder_is_fp32_exactly_and_the_weight_is_the_nearest() -> None:
     x = torch.where(torch.isfinite(x) & (x.abs() < 3e38), x, 1.0)[None]
     weight = torch.zeros(1, 1 << 16, dtype=torch.bfloat16)
     storage = make_master_storage(
-        F("bf16_remainder"), Layout((1, 1 << 16), 1, 0, CPU), wide=torch.float32, weight=weight
+        F("bf16_remainder"), StatePlace((1, 1 << 16), 1, 0, CPU), wide=torch.float32, weight=weight
     )
     storage.store(0, 1 << 16, x.view(-1), None)
     assert torch.equal(read(storage).view(torch.int32), x.view(torch.int32))
@@ -158,7 +160,7 @@ def test_bits_do_not_depend_on_the_cut(fmt: F, shape: tuple[int, ...]) -> None:
     x = moments(shape).abs()
     whole, pieces = storage_of(fmt, shape), storage_of(fmt, shape)
     fill(whole, x, KEY)
-    unit = whole.layout.unit
+    unit = whole.place.unit
     assert unit < x.numel()
     fill(pieces, x, KEY, chunk=unit)
     for suffix, tensor in whole.tensors().items():

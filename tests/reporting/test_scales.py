@@ -16,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fp8train.cli import run_command
-from tests.training.launching import NO_EVALUATION, finish, start, write_config
+from tests.training.launching import finish, start, write_config
 
 LAYERS, KINDS = 3, ("qkv", "out", "up", "down")
 PLOTS = ("scales_by_layer.png", "scales_distribution.png", "scales_over_steps.png", "flushed_saturated.png")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of three layers and seven steps: ``o2``, sampled every second step, and ``bf16``."""
     folder = tmp_path_factory.mktemp("runs")
     config = write_config(folder)
-    common = ["model.num_layers=3", "train.steps=7", *NO_EVALUATION, "checkpoint.interval=0"]
+    common = ["model.num_layers=3", "train.steps=7", "train.eval_interval=0", "checkpoint.interval=0"]
     o2 = start(config, 1, *common, "run.name=o2", "precision.level=O2", "logging.cast_statistics_interval=2")
     bf16 = start(config, 1, *common, "run.name=bf16")
     finish(o2)

@@ -100,10 +100,9 @@ def test_other_ranks_write_only_their_log(tmp_path: Path) -> None:
     other.truncate_after(None)
     run.stop_file.touch()
     other.clear_stop()
-    assert not other.stop_requested()
-    assert run.stop_requested()
+    assert run.stop_file.exists()
     run.clear_stop()
-    assert not run.stop_requested()
+    assert not run.stop_file.exists()
     assert _tree(run.path) == before
     other.log("here")
     assert set(_tree(run.path)) - set(before) == {"logs/rank3.log"}
@@ -135,7 +134,7 @@ def test_a_run_that_died_before_its_first_step_leaves_its_name_free(tmp_path: Pa
     (tmp_path / "exp" / "STOP").touch()
     again = _open(tmp_path, resume=resume)
     assert not again.continued
-    assert not again.stop_requested()
+    assert not again.stop_file.exists()
     again.write_description("a: 1\n", {})
     again.close()
     with pytest.raises(RunDirError, match="already holds a run"):
@@ -148,7 +147,7 @@ def test_resume_auto_continues_and_forgets_an_old_stop(tmp_path: Path) -> None:
     (path / "STOP").touch()
     run = _open(tmp_path, resume="auto")
     assert run.continued
-    assert not run.stop_requested()
+    assert not run.stop_file.exists()
     after = _tree(path)
     status = json.loads(after.pop("status.json"))
     assert (status["state"], status["step"], status["exit_code"]) == ("running", 3, None)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.one_box import OneBoxCluster, missing_programs
-from tests.training.launching import NO_EVALUATION, STEPS, finish, history, start, weights, write_config
+from tests.training.launching import STEPS, finish, history, start, weights, write_config
 
 pytestmark = [
     pytest.mark.slurm,
@@ -121,7 +121,7 @@ def test_a_job_stops_before_its_limit_returns_and_finishes(cluster: OneBoxCluste
 
 def test_the_time_limit_itself_gives_the_signal(cluster: OneBoxCluster, config: Path) -> None:
     """Slurm looks at limits every half minute, and may give the signal up to a minute early."""
-    endless = ("train.steps=1000000", "checkpoint.interval=0", *NO_EVALUATION)
+    endless = ("train.steps=1000000", "checkpoint.interval=0", "train.eval_interval=0")
     job = Job(cluster, config, "limit", *endless, flags="--time=2 --signal=B:USR1@100")
     job.until_requeued()
     assert job.log.count("USR1: asking the run to save and end") == 1

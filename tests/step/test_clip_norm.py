@@ -73,7 +73,7 @@ def test_what_the_optimizer_reads_has_the_threshold_s_norm(kind: str) -> None:
     trainer = Trainer(config, alone(), vocab_size=VOCAB)
     result = trainer.step(0, batches(config, alone()).batch(0))
     rule, specs = trainer.model.parametrization, trainer.model.specs
-    moments = {fqn: trainer.optimizer.state(fqn, "exp_avg").double() / 0.1 for fqn in specs}
+    moments = {fqn: trainer.optimizer.states.decoded(fqn, "exp_avg").double() / 0.1 for fqn in specs}
     read = sum((rule.norm_weight(specs[fqn]) * float(m.norm())) ** 2 for fqn, m in moments.items()) ** 0.5
     assert result.grad_norm > 0.25
     assert read == pytest.approx(0.125, rel=1e-5)
@@ -86,7 +86,7 @@ def test_below_the_threshold_nothing_is_clipped(kind: str) -> None:
         config = config_of(kind, 32, 2, (f"optimizer.clip_grad_norm={clip}",))
         trainer = Trainer(config, alone(), vocab_size=VOCAB)
         trainer.step(0, batches(config, alone()).batch(0))
-        moments.append(trainer.optimizer.state("head.weight", "exp_avg"))
+        moments.append(trainer.optimizer.states.decoded("head.weight", "exp_avg"))
     assert torch.equal(*moments)
 
 

@@ -25,7 +25,7 @@ def first_moments(overrides: list[str], clip: float) -> tuple[dict[str, torch.Te
     norm = trainer.step(0, batches(config, alone()).batch(0)).grad_norm
     names = [fqn for fqn, _ in trainer.model.named_parameters()]
     squares = sum(float(trainer.store.grad(fqn).double().square().sum()) for fqn in names)
-    return {fqn: trainer.optimizer.state(fqn, "exp_avg") for fqn in names}, norm, squares**0.5
+    return {fqn: trainer.optimizer.states.decoded(fqn, "exp_avg") for fqn in names}, norm, squares**0.5
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

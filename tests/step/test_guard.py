@@ -14,7 +14,7 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.guard_schema import GuardConfig
-from fp8train.config.recipes import RECIPES
+from fp8train.config.recipe_registry import RECIPES
 from fp8train.numerics.statistics import FIELDS
 from fp8train.step.guard import Flag, Guard, agreed_readings
 from fp8train.step.trainer import Trainer
@@ -146,11 +146,11 @@ def run(trainer: Trainer, steps: range) -> list[list[Flag]]:
 def put_outlier(trainer: Trainer) -> None:
     """Gate and up rows of one channel of one block aligned and large, as weight decay does to SwiGLU."""
     mlp = trainer.model.held_blocks()[1].mlp
-    master = trainer.optimizer.master("layers.1.mlp.up.weight").clone()
+    master = trainer.optimizer.states.master("layers.1.mlp.up.weight").clone()
     gate, up = master.unflatten(0, (-1, 2, mlp.unit))[0].unbind(0)
     gate[3] *= 12
     up[3] = gate[3]
-    trainer.optimizer.seed_master("layers.1.mlp.up.weight", master)
+    trainer.optimizer.states.seed_master("layers.1.mlp.up.weight", master)
     trainer.optimizer.publish()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8train.config.recipes import RECIPES
+from fp8train.config.recipe_registry import RECIPES
 from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 

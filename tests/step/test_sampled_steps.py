@@ -61,7 +61,7 @@ def test_flushed_shares_are_those_of_the_states(clip: float) -> None:
         gradient = trainer.store.grad(f"{path}.weight").double() * multiplier
         total += gradient.numel()
         for role, new in (("exp_avg", 0.1 * gradient), ("exp_avg_sq", 0.05 * gradient.square())):
-            stored = trainer.optimizer.state(f"{path}.weight", role)
+            stored = trainer.optimizer.states.decoded(f"{path}.weight", role)
             flushed[role] += int(((stored == 0) & (new.float() != 0)).sum())
     metrics = trainer.optimizer_metrics()
     assert flushed["exp_avg_sq"] > 10

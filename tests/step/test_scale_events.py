@@ -15,7 +15,7 @@ from fp8train.run_dir.metrics import read_metrics
 from fp8train.step.result import StepResult
 from fp8train.step.scale_events import SHOWN
 from fp8train.step.trainer import Trainer
-from tests.training.launching import NO_EVALUATION, write_config
+from tests.training.launching import write_config
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +63,7 @@ def test_a_run_logs_them_by_name_and_once_an_interval(
     monkeypatch.setattr(Trainer, "step", with_zeros)
     monkeypatch.setattr(Trainer, "new_scale_events", counted)
     words = ["train", str(write_config(tmp_path)), f"run.dir={tmp_path}", "run.name=zeros", "train.steps=8"]
-    words += [*NO_EVALUATION, "checkpoint.interval=0", "logging.interval=3"]
+    words += ["train.eval_interval=0", "checkpoint.interval=0", "logging.interval=3"]
     words += ["model.num_layers=3", *DELAYED]
     assert run_command(words) == 0
     assert looked == [1, 3, 6, 8]  # the device is asked on logged steps only

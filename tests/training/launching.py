@@ -18,7 +18,6 @@ from fp8train.data.indexed_dataset import IndexedDatasetWriter
 from fp8train.run_dir.metrics import read_metrics
 
 STEPS = 40
-NO_EVALUATION = ("train.eval_interval=0", "train.eval_batches=null")
 
 CONFIG = """
 model: {family: llama, num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 2, vocab_size: 128}

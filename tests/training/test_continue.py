@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain
 from fp8train.step.trainer import Trainer
 from fp8train.training.initialise import initialise_from
+from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
@@ -78,34 +79,24 @@ def save(config: Config, trainer: Trainer, data: Any, root: Path, step: int = ST
     )
 
 
+def ready(trainer: Trainer, data: Any, listener: Listener) -> ReadyRun:
+    """Of a run without a directory."""
+    return ReadyRun(cast(Any, None), data, trainer, cast(Any, listener))
+
+
 def go_on(path: Path, overrides: list[str], processes: Any = None) -> tuple[Trainer, Any, Listener]:
     """Resume with these settings."""
-    config, trainer, data = start(overrides, processes)
+    _, trainer, data = start(overrides, processes)
     listener = Listener()
-    step = resume(
-        path,
-        config,
-        processes=trainer.processes,
-        trainer=trainer,
-        data=SimpleNamespace(train=data),  # type: ignore[arg-type]
-        reporter=listener,  # type: ignore[arg-type]
-    )
-    assert step == STEP
+    assert resume(ready(trainer, SimpleNamespace(train=data), listener), path) == STEP
     return trainer, data, listener
 
 
 def begin(path: Path, overrides: list[str], tokenizer: Any = None) -> tuple[Trainer, Any, Listener]:
     """A new run from a checkpoint's weights."""
-    config, trainer, data = start([*overrides, f"checkpoint.init_from={path}"])
+    _, trainer, data = start([*overrides, f"checkpoint.init_from={path}"])
     listener = Listener()
-    initialise_from(
-        path,
-        config,
-        processes=alone(),
-        trainer=trainer,
-        reporter=listener,  # type: ignore[arg-type]
-        tokenizer=tokenizer,
-    )
+    initialise_from(ready(trainer, SimpleNamespace(tokenizer=tokenizer), listener), path)
     return trainer, data, listener
 
 
@@ -260,12 +251,15 @@ def test_weights_alone_start_a_new_run(run) -> None:
     path, frozen, _ = run
     for overrides in (O0, O2, [*O2, "optimizer.name=lion", "optimizer.lr=0.001", "data.seq_length=8"]):
         trainer, data, listener = begin(path, overrides)
-        for fqn in frozen.optimizer.parameter_states:
+        for fqn in frozen.optimizer.states:
             # FP16 with a scale per block keeps 11 bits.
             assert torch.allclose(
-                trainer.optimizer.master(fqn), frozen.optimizer.master(fqn), rtol=2**-11, atol=1e-6
+                trainer.optimizer.states.master(fqn),
+                frozen.optimizer.states.master(fqn),
+                rtol=2**-11,
+                atol=1e-6,
             )
-            assert not trainer.optimizer.state(fqn, "exp_avg").any()
+            assert not trainer.optimizer.states.decoded(fqn, "exp_avg").any()
         assert trainer.updates == 0
         assert listener.lines[-1] == f"weights taken from {path} (step {STEP}); training starts at step 0"
         assert listener.events[-1]["kind"] == "initialised"
@@ -303,8 +297,8 @@ def test_a_checkpoint_of_weights_alone(run, tmp_path: Path) -> None:
     meta = {"config": to_plain(frozen.config), "vocab_size": VOCAB, "tokenizer": None}
     path = save_checkpoint(tmp_path, 0, weights, meta=meta, rank_state={}, group=None, keep_last=1)
     trainer, _, _ = begin(path, ["precision.level=O3"])
-    embedding = frozen.optimizer.master("embedding.weight")
-    assert torch.equal(trainer.optimizer.master("embedding.weight"), embedding)
+    embedding = frozen.optimizer.states.master("embedding.weight")
+    assert torch.equal(trainer.optimizer.states.master("embedding.weight"), embedding)
     with pytest.raises(CheckpointError, match="holds no optimizer states"):
         begin(path, [*O0, "checkpoint.init_mode=warm"])
     with pytest.raises(CheckpointError, match=r"no state of a training run.*\n?.*checkpoint\.init_from"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.training.launching import NO_EVALUATION, finish, start, write_config
+from tests.training.launching import finish, start, write_config
 
 # An exit handler runs after main() has asked to exit and before the interpreter is torn down.
 PROGRAM = """
@@ -20,6 +20,6 @@ main()
 
 def test_the_threads_of_gloo_have_ended_before_the_interpreter_does(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    overrides = ["train.steps=2", *NO_EVALUATION, "checkpoint.asynchronous=true"]
+    overrides = ["train.steps=2", "train.eval_interval=0", "checkpoint.asynchronous=true"]
     output = finish(start(config, 2, *overrides, program=("-c", PROGRAM)))
     assert "threads at exit: 0 of gloo" in output

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from fp8train.checkpoint import candidates
-from tests.training.launching import NO_EVALUATION, weights, write_config
+from tests.training.launching import weights, write_config
 
 RANKS = 2
 KILLED = -signal.SIGKILL
@@ -55,7 +55,7 @@ class Runs:
         shared = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         words = ["train", str(self.config), f"run.dir={self.config.parent}", f"run.name={name}"]
-        words += ["checkpoint.resume=auto", "checkpoint.interval=2", *NO_EVALUATION, "run.threads=1"]
+        words += ["checkpoint.resume=auto", "checkpoint.interval=2", "train.eval_interval=0", "run.threads=1"]
         words += ["precision.level=O2", *overrides]
         ranks = []
         for rank in range(RANKS):

@@ -173,7 +173,7 @@ def test_states_are_recast_once_and_training_goes_on(saved, source: str, target:
             assert torch.equal(
                 tensor.reshape(-1).view(torch.uint8), stored[name].reshape(-1).view(torch.uint8)
             )
-    for fqn, state in trainer.optimizer.parameter_states.items():
+    for fqn, state in trainer.optimizer.states.items():
         for number, role in enumerate(ROLES):
             name = f"{role}/{fqn}"
             before = decode(stored, name, root=source == "root" and number == 2 and name not in stored)
@@ -186,7 +186,7 @@ def test_states_are_recast_once_and_training_goes_on(saved, source: str, target:
             if fmt is not None:
                 kind, blocked = fmt
                 root = target == "root" and number == 2
-                block = state.storages[role].layout.block if blocked else None
+                block = state.storages[role].place.block if blocked else None
                 before = before.float().sqrt().double() if root else before
                 before = encode(before, kind, block)
                 before = before.square() if root else before
@@ -210,9 +210,11 @@ def test_rows_that_end_in_a_short_block(tmp_path: Path) -> None:
     assert opened.tensors["master/layers.0.mlp.down.weight.scale"].shape == (32, 3)
     plain = make("O0")
     load(plain, opened)
-    for fqn in blocked.optimizer.parameter_states:
+    for fqn in blocked.optimizer.states:
         for role in ROLES:
-            assert torch.equal(plain.optimizer.state(fqn, role), blocked.optimizer.state(fqn, role)), fqn
+            assert torch.equal(
+                plain.optimizer.states.decoded(fqn, role), blocked.optimizer.states.decoded(fqn, role)
+            ), fqn
 
 
 def test_scale_state_is_taken_by_name_where_it_means_the_same(tmp_path: Path) -> None:

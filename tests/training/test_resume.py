@@ -14,16 +14,7 @@ from pathlib import Path
 import pytest
 
 from fp8train.checkpoint import candidates
-from tests.training.launching import (
-    NO_EVALUATION,
-    STEPS,
-    finish,
-    history,
-    start,
-    wait_for_step,
-    weights,
-    write_config,
-)
+from tests.training.launching import STEPS, finish, history, start, wait_for_step, weights, write_config
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +126,7 @@ print("exit", [run_command(["train", *json.loads(each)]) for each in sys.argv[1:
 
 def test_a_mended_command_starts_under_the_name_of_the_one_that_failed(config: Path) -> None:
     folder = str(config.parent)
-    common = [str(config), f"run.dir={folder}", "train.steps=1", *NO_EVALUATION]
+    common = [str(config), f"run.dir={folder}", "train.steps=1", "train.eval_interval=0"]
     mended = [*common, "run.name=mended", f"checkpoint.init_from={folder}/source"]
     wrong = [*mended, "model.hidden_size=32", "model.num_heads=2"]
     commands = [json.dumps(each) for each in ([*common, "run.name=source"], wrong, mended, mended)]

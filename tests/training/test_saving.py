@@ -20,7 +20,7 @@ from fp8train.cli import run_command
 from fp8train.step.result import StepResult
 from fp8train.step.trainer import Trainer
 from fp8train.training.signals import StopRequest
-from tests.training.launching import NO_EVALUATION, write_config
+from tests.training.launching import write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = pytest.mark.parametrize("mode", ["sync", "async"])
@@ -35,10 +35,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(config: Path, name: str, mode: str, *overrides: str) -> tuple[int, Path]:
     """Train 8 steps in this process, saving every 2; exit status and run directory."""
     words = ["train", str(config), f"run.dir={config.parent}", f"run.name={name}", "train.steps=8"]
-    words += ["checkpoint.interval=2", *NO_EVALUATION, "train.global_batch_size=4"]
+    words += ["checkpoint.interval=2", "train.eval_interval=0", "train.global_batch_size=4"]
     words += ["logging.cast_statistics_interval=0", "checkpoint.keep_last=9"]
     words += [f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}", *overrides]
     return run_command(words), config.parent / name
+
+
+NO_ROOM = "no room for the checkpoint of step 4; lower checkpoint.keep_last"
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -56,7 +59,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int, error: type[Exception]
 
     def check(order: save_module.Order, needed: int) -> None:
         if order.step in steps:
-            raise error(f"no room for the checkpoint of step {order.step}")
+            raise error(f"no room for the checkpoint of step {order.step}; lower `keep_last`")
         original(order, needed)
 
     monkeypatch.setattr(save_module, "_check_space", check)
@@ -69,9 +72,9 @@ def test_a_failed_save_stops_the_run(
     fail_at(monkeypatch, 4)
     status, run = train(config, f"stop_{mode}", mode)
     assert status == 2
-    assert "error: no room for the checkpoint of step 4" in capsys.readouterr().err
+    assert f"error: {NO_ROOM}\n" in capsys.readouterr().err
     record = json.loads((run / "status.json").read_text())
-    assert (record["state"], record["exit_code"]) == ("failed", 2)
+    assert (record["state"], record["exit_code"], record["message"]) == ("failed", 2, NO_ROOM)
     assert 4 <= record["step"] <= 6
     assert steps(run) == [2]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
@@ -92,8 +95,8 @@ def test_a_failed_save_is_tried_again_at_the_next_interval(
     assert steps(run) == [2, 6, 8]
     (failure,) = events(run, "checkpoint_failed")
     assert failure["step"] == 4
-    assert failure["error"] == "no room for the checkpoint of step 4"
-    assert "CHECKPOINT OF STEP 4 NOT SAVED" in caplog.text
+    assert failure["error"] == NO_ROOM
+    assert f"CHECKPOINT OF STEP 4 NOT SAVED: {NO_ROOM}" in caplog.text
     assert [event["step"] for event in events(run, "checkpoint")] == [2, 6, 8]
 
 

@@ -19,7 +19,7 @@ from fp8train.models.build import build_model, initialise
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.store import GradientStore
-from fp8train.step.assemble import make_gradient_plan
+from fp8train.step.assemble import make_gradient_buckets
 from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB
 
@@ -91,7 +91,7 @@ def watch_launches(store: GradientStore, launched: Callable[[list[str]], None]) 
 def grouped_store(trainer: Trainer, group_of: Callable[[str], int]) -> tuple[GradientStore, nn.Module]:
     """A store like the trainer's whose buckets are launched by groups, and the fresh model that it serves."""
     built = build_model(trainer.config, vocab_size=VOCAB, device=trainer.processes.device)
-    plan = make_gradient_plan(trainer.config, trainer.processes, built, contributions=1)
+    plan = make_gradient_buckets(trainer.config, trainer.processes, built, contributions=1)
     store = GradientStore(built.model, plan, group_of=group_of)
     connect_linears(built, make_fp8_parts(built, recorder=None), sink_slot=store.sink_slot)
     initialise(built.model, 0)
@@ -149,7 +149,7 @@ class Recorder:
     def _read(self, grad, multiplier: Tensor) -> None:
         self.seen.multiplier = float(multiplier)
         self.seen.read = self.flat.zeros()
-        for fqn, state in self.trainer.optimizer.parameter_states.items():
+        for fqn, state in self.trainer.optimizer.states.items():
             values = grad(fqn).chunk(0, state.numel).detach().clone()
             self._own(self.seen.read, fqn).copy_(values.view(state.region.shape))
 
@@ -167,10 +167,10 @@ class Recorder:
     def states(self) -> dict[str, Tensor]:
         """Decoded master weights and moments, by role; of the logical tensors, on every rank."""
         optimizer = self.trainer.optimizer
-        found = {role: self.flat.zeros() for role in optimizer.roles}
+        found = {role: self.flat.zeros() for role in optimizer.states.roles}
         for role, vector in found.items():
-            for fqn in optimizer.parameter_states:
-                self._own(vector, fqn).copy_(optimizer.state(fqn, role))
+            for fqn in optimizer.states:
+                self._own(vector, fqn).copy_(optimizer.states.decoded(fqn, role))
         return {role: self.whole(vector) for role, vector in found.items()}
 
     def bits(self) -> dict[str, str]:

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8train.models.param_spec import ParamSpec
-from fp8train.optim.adamw import AdamWSettings
-from fp8train.optim.make import make_optimizer
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
@@ -34,6 +32,7 @@ from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.receivers import Everyone, Member
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.state_formats import StateFormat, StateFormats
+from fp8train.update_rules.adamw import AdamW, AdamWSettings
 
 _SR = StateFormat("fp16_scaled", rounding="stochastic")
 _TENSOR = StateFormat("fp16_scaled", granularity="tensor")
@@ -106,8 +105,8 @@ def make(plan: StateFormats, size: int, device: torch.device) -> tuple[Optimizer
     parameter = nn.Parameter(torch.zeros(size, size, dtype=torch.bfloat16, device=device))
     spec = ParamSpec("w", "hidden", (size, size), size, size, "normal", 0.02, 1.0, "lr_times_lambda", True)
     settings = AdamWSettings(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8)
-    optimizer = make_optimizer("adamw", {"w": parameter}, {"w": spec}, settings, plan, seed=1)
-    optimizer.seed_master("w", torch.randn(size, size) * 0.02)
+    optimizer = Optimizer(AdamW(settings), {"w": parameter}, {"w": spec}, plan, seed=1)
+    optimizer.states.seed_master("w", torch.randn(size, size) * 0.02)
     return optimizer, parameter
 
 
@@ -157,7 +156,7 @@ def main() -> None:
     )
     rows, result = [], {}
     for name, optimizer in optimizers.items():
-        stored = sum(optimizer.stored_bytes(in_plan_only=True).values())
+        stored = sum(optimizer.states.stored_bytes(in_plan_only=True).values())
         peak = 1 + temporaries[name] / stored
         nanoseconds = timings[name].median / count * 1e9
         ratio = speed_ratio(timings[name], timings["FP32"])

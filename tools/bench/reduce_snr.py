@@ -160,7 +160,7 @@ def quality(gradients: Gradients, ranks: int, reduce: Reduce) -> Quality:
 def capture(args: argparse.Namespace, count: int) -> Gradients:
     """Train a little, then take the gradients of ``count`` micro-batches one by one."""
     overrides = [f"data.prefix={args.data}", "train.steps=1000000", "train.global_batch_size=1"]
-    overrides += ["train.micro_batch_size=1", *args.overrides]
+    overrides += ["train.micro_batch_size=1", "train.eval_interval=0", *args.overrides]
     config = load_config(args.config, overrides).config
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     data = open_data(

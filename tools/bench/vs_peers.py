@@ -193,7 +193,7 @@ def make_variants(args: argparse.Namespace) -> tuple[dict[str, Step], dict[str, 
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(0, args.vocab, (4, args.batch, args.seq + 1), generator=generator)
     ours, trainer = make_ours(config, batches)
-    weights = hugging_face_weights(config.model, trainer.optimizer.master)
+    weights = hugging_face_weights(config.model, trainer.optimizer.states.master)
     variants = {
         f"{peer} {'BF16' if bf16 else 'FP32'}": make_theirs(config, make(config), weights, batches, bf16=bf16)
         for peer, make in (("transformers", make_transformers), ("plain", PlainLlama))

@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.comm.fp8_all_reduce import Algorithm
 from fp8train.comm.shared_scale import SharedScaleReduction
 from fp8train.parallel.gradients.auto_scales import AutoScales, StepFactors
 from fp8train.parallel.gradients.held import HeldTensors
 from fp8train.parallel.gradients.recorder import GradientRecorder
 from fp8train.parallel.gradients.tensor_storage import TensorStorage
+from fp8train.precision.gradients import Algorithm
 
 
 class SharedScaleSum:

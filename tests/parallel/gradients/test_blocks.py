@@ -14,9 +14,10 @@ from fp8train.numerics.block_scales import as_blocks, dequantize_blocks, from_bl
 from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
-from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.receivers import Everyone, Member
 from fp8train.parallel.gradients.store import GradientStore
+from fp8train.precision.gradients import Fp8Gradients, Gradients
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.scale_blocks import block_size
 from tests.numerics.fp8_table import E4M3_TABLE
@@ -42,14 +43,11 @@ class Net(nn.Module):
 
 
 def store_of(net: Net, contributions: int, **fp8: Any) -> GradientStore:
-    plan = GradientPlan(
+    plan = GradientBuckets(
         dict(net.named_parameters()),
-        accumulate=torch.float32,
-        reduce=torch.float32,
-        bucket_bytes=1 << 20,
+        Gradients(bucket_mib=1.0, format=E4M3, fp8=Fp8Gradients(**fp8)),
         groups=Groups(CountedGroup(None)),
         device=CPU,
-        fp8=Fp8Gradients(**fp8),
         in_fp8_plan=[f"linears.{i}.weight" for i in range(len(WIDTHS))],
         contributions=contributions,
     )
@@ -93,10 +91,10 @@ def stored(value: Tensor) -> Tensor:
     return from_blocks(torch.tensor(rows), value.shape)
 
 
-@pytest.mark.parametrize("accumulate", [torch.bfloat16, torch.float32])
-def test_micro_batches_add_up_before_the_one_cast(accumulate: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "accumulate"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_micro_batches_add_up_before_the_one_cast(name: str, accumulate: torch.dtype) -> None:
     net = Net()
-    store = store_of(net, 3, accumulate=accumulate)
+    store = store_of(net, 3, accumulate=name)
     for seed in (10, 20):  # the second step must not see the first
         batches = [inputs(seed + i) for i in range(3)]
         store.begin_step(3)

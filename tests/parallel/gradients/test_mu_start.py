@@ -1,4 +1,4 @@
-"""Where the auto-scaling factor of a gradient plan starts, for a number of ranks that is only said."""
+"""Where the auto-scaling factor of gradients starts, for a number of ranks that is only said."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.parallel.gradients.auto_scales import AutoScales
-from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
+from fp8train.precision.gradients import Fp8Gradients, Gradients
+from fp8train.precision.number_formats import E4M3
 
 
 @pytest.mark.parametrize(
@@ -21,14 +23,11 @@ from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
 def test_mu_of_nine_ranks(fp8: Fp8Gradients, expected: float) -> None:
     group = CountedGroup(None)
     group.size = 9
-    plan = GradientPlan(
+    plan = GradientBuckets(
         {"w": torch.zeros(4, 4)},
-        accumulate=torch.float32,
-        reduce=torch.float32,
-        bucket_bytes=1024,
+        Gradients(bucket_mib=2**-10, format=E4M3, fp8=fp8),
         groups=Groups(group),
         device=torch.device("cpu"),
-        fp8=fp8,
         in_fp8_plan=["w"],
         contributions=1,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.parallel.gradients.plan import Fp8Gradients, GradientPlan, Groups
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.receivers import (
     Member,
     Owners,
@@ -16,6 +16,7 @@ from fp8train.parallel.gradients.receivers import (
     row_elements,
 )
 from fp8train.parallel.zero import Kind, partition
+from fp8train.precision.gradients import Fp8Gradients, Gradients
 from fp8train.precision.number_formats import E4M3
 
 SHAPES = {"a": (12, 3), "b": (5, 2), "c": (7,), "d": (2, 4)}
@@ -54,14 +55,11 @@ def test_a_message_of_padding_goes_to_everyone(reduce: str, kind: Kind, scattere
     shapes = {"w": (64, 64)}
     group = CountedGroup(None)
     group.size = 8
-    plan = GradientPlan(
+    plan = GradientBuckets(
         {"w": torch.zeros(64, 64)},
-        accumulate=torch.float32,
-        reduce=torch.float32,
-        bucket_bytes=1 << 20,
+        Gradients(bucket_mib=1.0, format=E4M3, fp8=Fp8Gradients(reduce=reduce)),  # type: ignore[arg-type]
         groups=Groups(group),
         device=torch.device("cpu"),
-        fp8=Fp8Gradients(format=E4M3, reduce=reduce),  # type: ignore[arg-type]
         in_fp8_plan=["w"],
         contributions=2,
         owners=partition(shapes, 8, kind),

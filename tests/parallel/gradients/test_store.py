@@ -11,18 +11,19 @@ from fp8train.layers.linear import Linear
 from fp8train.models.build import build_model, initialise
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.models.decoder import Decoder
-from fp8train.parallel.gradients.plan import GradientPlan, Groups
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.store import GradientStore
+from fp8train.precision.gradients import Gradients
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 
 class Net(nn.Module):
     """One linear of ours, one parameter served by autograd."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.linear = Linear(8, 8, bias=True, dtype=torch.float64)
-        self.gain = nn.Parameter(torch.ones(8, dtype=torch.float64))
+        self.linear = Linear(8, 8, bias=True, dtype=dtype)
+        self.gain = nn.Parameter(torch.ones(8, dtype=dtype))
         for parameter in (self.linear.weight, self.linear.bias):
             assert parameter is not None
             nn.init.normal_(parameter)
@@ -34,13 +35,11 @@ class Net(nn.Module):
 
 def store_of(model: nn.Module, **changes) -> GradientStore:
     arguments = dict(
-        accumulate=torch.float64,
-        reduce=torch.float64,
-        bucket_bytes=1 << 20,
+        gradients=Gradients(bucket_mib=1.0),
         groups=Groups(CountedGroup(None)),
         device=torch.device("cpu"),
     )
-    store = GradientStore(model, GradientPlan(dict(model.named_parameters()), **{**arguments, **changes}))
+    store = GradientStore(model, GradientBuckets(dict(model.named_parameters()), **{**arguments, **changes}))
     for path, module in model.named_modules():
         if isinstance(module, Linear) and not isinstance(model, Decoder):
             module.connect(sink_slot=store.sink_slot(f"{path}.weight"))
@@ -61,7 +60,7 @@ def reference(net: Net, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_sums_micro_batches_and_leaves_no_grad(bucket_bytes: int) -> None:
     torch.manual_seed(0)
     net = Net()
-    store = store_of(net, bucket_bytes=bucket_bytes)
+    store = store_of(net, gradients=Gradients(bucket_mib=bucket_bytes / 2**20))
     for _ in range(2):  # the second step must not see the first
         inputs = [torch.randn(5, 8, dtype=torch.float64) for _ in range(3)]
         store.begin_step(3)
@@ -103,9 +102,9 @@ def test_an_unused_parameter_is_named() -> None:
 
 def test_bf16_accumulation_rounds_as_bf16_addition_does() -> None:
     torch.manual_seed(0)
-    net = Net()
-    store = store_of(net, accumulate=torch.bfloat16, reduce=torch.bfloat16)
-    inputs = [torch.randn(5, 8, dtype=torch.float64) for _ in range(3)]
+    net = Net(torch.float32)
+    store = store_of(net, gradients=Gradients(accumulate="bf16", reduce="bf16"))
+    inputs = [torch.randn(5, 8) for _ in range(3)]
     store.begin_step(3)
     for x in inputs:
         net(x).backward()

@@ -43,7 +43,7 @@ from fp8train.numerics.cast import cast, decode_finite
 from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 from fp8train.numerics.stochastic import cast_stochastic
-from fp8train.optim.storage import Layout, Storage
+from fp8train.optim.state_storage import StatePlace, Storage
 from fp8train.precision.number_formats import Format
 
 _POWER_UNIT = 16
@@ -59,10 +59,10 @@ def _decode(payload: Tensor) -> Tensor:
 class _ScaledStorage(Storage):
     """A payload of one code per element."""
 
-    def __init__(self, layout: Layout, fmt: Format) -> None:
-        super().__init__(layout)
+    def __init__(self, place: StatePlace, fmt: Format) -> None:
+        super().__init__(place)
         self.format = fmt
-        self.payload = torch.zeros(layout.shape, dtype=dtype_of(fmt), device=layout.device)
+        self.payload = torch.zeros(place.shape, dtype=dtype_of(fmt), device=place.device)
         self._flat = self.payload.view(-1)
 
     def _write(self, start: int, stop: int, payload: Tensor) -> None:
@@ -73,33 +73,33 @@ class _BlockedStorage(_ScaledStorage):
     """Chunks seen as matrices of blocks; rows that end in a short block are padded with zeros."""
 
     def _blocks(self, flat: Tensor) -> Tensor:
-        row, block = self.layout.row, self.layout.block
+        row, block = self.place.row, self.place.block
         return flat.view(-1, block) if row % block == 0 else as_blocks(flat.view(-1, row), block)
 
     def _flatten(self, blocks: Tensor, count: int) -> Tensor:
-        if self.layout.row % self.layout.block == 0:
+        if self.place.row % self.place.block == 0:
             return blocks.view(-1)
-        rows = count // self.layout.row
-        return from_blocks(blocks, (rows, self.layout.row)).reshape(-1)
+        rows = count // self.place.row
+        return from_blocks(blocks, (rows, self.place.row)).reshape(-1)
 
     def _span(self, start: int, stop: int) -> slice:
         """The blocks of flat elements ``start .. stop``."""
-        row, block = self.layout.row, self.layout.block
+        row, block = self.place.row, self.place.block
         if row % block == 0:
             return slice(start // block, stop // block)
         per_row = -(-row // block)
         return slice(start // row * per_row, stop // row * per_row)
 
     def _bits(self, key: int, start: int, stop: int) -> Tensor:
-        return self._blocks(self.layout.bits(key, start, stop - start))
+        return self._blocks(self.place.bits(key, start, stop - start))
 
 
 class BlockStorage(_BlockedStorage):
     """FP16, E4M3 or E5M2 with one E8M0 scale per block."""
 
-    def __init__(self, layout: Layout, fmt: Format) -> None:
-        super().__init__(layout, fmt)
-        self.scale = torch.full(layout.scale_shape, _SCALE_ONE, dtype=torch.uint8, device=layout.device)
+    def __init__(self, place: StatePlace, fmt: Format) -> None:
+        super().__init__(place, fmt)
+        self.scale = torch.full(place.scale_shape, _SCALE_ONE, dtype=torch.uint8, device=place.device)
         self._flat_scale = self.scale.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
@@ -135,10 +135,10 @@ class TensorStorage(_ScaledStorage):
 
     two_pass = True
 
-    def __init__(self, layout: Layout, fmt: Format) -> None:
-        super().__init__(layout, fmt)
-        self.scale_inv = torch.ones((), dtype=torch.float32, device=layout.device)
-        self._new_exponent = torch.zeros((), dtype=torch.int32, device=layout.device)
+    def __init__(self, place: StatePlace, fmt: Format) -> None:
+        super().__init__(place, fmt)
+        self.scale_inv = torch.ones((), dtype=torch.float32, device=place.device)
+        self._new_exponent = torch.zeros((), dtype=torch.int32, device=place.device)
 
     def load(self, start: int, stop: int) -> Tensor:
         """Decode elements ``start .. stop`` with the tensor's scale: FP32 [stop - start], a new tensor."""
@@ -156,7 +156,7 @@ class TensorStorage(_ScaledStorage):
         if key is None:
             payload = cast(values.float(), self.format, scale, scale_is_power_of_two=True)
         else:
-            bits = self.layout.bits(key, start, stop - start)
+            bits = self.place.bits(key, start, stop - start)
             payload = cast_stochastic(values, self.format, scale, bits)
         self._write(start, stop, payload)
 
@@ -176,9 +176,9 @@ class ExpandedStorage(_BlockedStorage):
     zero.
     """
 
-    def __init__(self, layout: Layout, fmt: Format) -> None:
-        super().__init__(layout, fmt)
-        shape, device = layout.scale_shape, layout.device
+    def __init__(self, place: StatePlace, fmt: Format) -> None:
+        super().__init__(place, fmt)
+        shape, device = place.scale_shape, place.device
         self.amax = torch.ones(shape, dtype=torch.float32, device=device)
         self.power = torch.full(shape, _POWER_UNIT, dtype=torch.uint8, device=device)
         self._flat_amax, self._flat_power = self.amax.view(-1), self.power.view(-1)
@@ -234,7 +234,7 @@ class RootStorage(Storage):
     """
 
     def __init__(self, inner: Storage) -> None:
-        super().__init__(inner.layout)
+        super().__init__(inner.place)
         self.inner = inner
         self.two_pass = inner.two_pass
 

@@ -23,8 +23,9 @@ from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.formats import dtype_of
 from fp8train.optim.make_storage import make_storage
-from fp8train.optim.optimizer import CHUNK, Optimizer
-from fp8train.optim.parameter_state import ParameterState, Region, logical_tensors, make_layout
+from fp8train.optim.optimizer import CHUNK
+from fp8train.optim.parameter_state import ParameterState, Region, logical_tensors, place_of
+from fp8train.optim.states import OptimizerStates
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.scale_blocks import MAX_BLOCK
 from fp8train.precision.state_formats import StateFormat, StateName
@@ -99,7 +100,7 @@ def _scaled(described: Described, name: str, shape: tuple[int, ...], codes: Stat
 
 def with_stored_blocks(fmt: StateFormat, described: Described, role: str, fqn: str) -> StateFormat:
     """``fmt``, the format of one state of the run that wrote a checkpoint, with the blocks that it has there:
-    a cut may have left smaller ones than whole rows have (``checkpoint.reshard: requantise``)."""
+    a cut may have left smaller ones than whole rows have (``fit`` of a format)."""
     if not fmt.in_blocks:
         return fmt
     found = stored_format(described, role, fqn, root=fmt.sqrt)
@@ -137,7 +138,7 @@ class Recast:
 
 
 @dataclass(frozen=True)
-class StatePlanOfLoad:
+class StatesToLoad:
     """What becomes of each state that this rank keeps.
 
     Attributes:
@@ -152,20 +153,20 @@ class StatePlanOfLoad:
 
 
 def plan_load(
-    optimizer: Optimizer, described: Described, *, roles: tuple[str, ...], roots: Mapping[str, bool]
-) -> StatePlanOfLoad:
-    """Compare what a checkpoint holds with what ``optimizer`` keeps.
+    states: OptimizerStates, described: Described, *, roles: tuple[str, ...], roots: Mapping[str, bool]
+) -> StatesToLoad:
+    """Compare what a checkpoint holds with what ``states`` are.
 
     Args:
-        optimizer: of the run.
+        states: of the run.
         described: everything stored.
         roles: states to load.
         roots: per role, see :func:`stored_format`.
     """
-    ours = {name: (shape, tensor.dtype) for name, (tensor, shape, _) in optimizer.logical_tensors().items()}
-    plan = StatePlanOfLoad([], [], [])
-    for fqn, state in optimizer.parameter_states.items():
-        for role in roles:
+    ours = {name: (shape, tensor.dtype) for name, (tensor, shape, _) in states.logical_tensors().items()}
+    plan = StatesToLoad([], [], [])
+    for fqn, state in states.items():
+        for role in (role for role in roles if role in state.storages):
             own = stored_format(ours, role, fqn, root=state.formats[role].sqrt)
             assert own is not None
             found = stored_format(described, role, fqn, root=roots.get(role, False))
@@ -197,9 +198,7 @@ class StoredState:
         """
         wide = self._widened(spec, region, fmt)
         self._skip, self._row = region.offset[-1] - wide.offset[-1], region.shape[-1]
-        self._storage = make_storage(
-            fmt, make_layout(spec, wide, fmt, torch.device("cpu")), wide=torch.float32
-        )
+        self._storage = make_storage(fmt, place_of(spec, wide, fmt, torch.device("cpu")), wide=torch.float32)
         read({name: part for name, *part in logical_tensors(role, spec, wide, self._storage)})  # type: ignore[misc]
 
     @staticmethod
@@ -214,14 +213,14 @@ class StoredState:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Values of the region's rows ``start .. stop``: FP32 or FP64, flat."""
-        wide = self._storage.layout.row
+        wide = self._storage.place.row
         values = self._storage.load(start * wide, stop * wide).view(stop - start, wide)
         return values[:, self._skip : self._skip + self._row].reshape(-1)
 
     @property
     def unit(self) -> int:
         """Rows to decode at a time are a multiple of this (or all)."""
-        return _rows(self._storage.layout.unit, self._storage.layout.row)
+        return _rows(self._storage.place.unit, self._storage.place.row)
 
 
 def _rows(unit: int, row: int) -> int:
@@ -231,21 +230,21 @@ def _rows(unit: int, row: int) -> int:
 
 def _pieces(stored: StoredState, state: ParameterState, role: str) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, values) of the state's flat elements, each piece fit to be stored."""
-    layout = state.storages[role].layout
-    unit = math.lcm(stored.unit, _rows(layout.unit, layout.row))
-    step, rows = max(unit, CHUNK // layout.row // unit * unit), layout.numel // layout.row
+    place = state.storages[role].place
+    unit = math.lcm(stored.unit, _rows(place.unit, place.row))
+    step, rows = max(unit, CHUNK // place.row // unit * unit), place.numel // place.row
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        yield first * layout.row, last * layout.row, stored.rows(first, last).to(layout.device)
+        yield first * place.row, last * place.row, stored.rows(first, last).to(place.device)
 
 
 @torch.no_grad()
-def announce(optimizer: Optimizer, recasts: list[Recast], read: Read) -> dict[str, dict[str, Tensor]]:
+def announce(states: OptimizerStates, recasts: list[Recast], read: Read) -> dict[str, dict[str, Tensor]]:
     """Amax of this rank's part of each state that will be stored with one scale for the whole tensor, by role
-    and FQN. The ranks that hold other parts must agree on them (:meth:`Optimizer.agreed`)."""
+    and FQN. The ranks that hold other parts must agree on them (:mod:`fp8train.optim.agreement`)."""
     found: dict[str, dict[str, Tensor]] = {}
     for one in recasts:
-        state = optimizer.parameter_states[one.fqn]
+        state = states[one.fqn]
         if state.storages[one.role].two_pass:
             stored = StoredState(one.role, state.spec, state.region, one.stored, read)
             amaxes = [amax_of(values) for _, _, values in _pieces(stored, state, one.role)]
@@ -255,7 +254,7 @@ def announce(optimizer: Optimizer, recasts: list[Recast], read: Read) -> dict[st
 
 @torch.no_grad()
 def recast(
-    optimizer: Optimizer,
+    states: OptimizerStates,
     recasts: list[Recast],
     read: Read,
     amaxes: Mapping[str, Mapping[str, Tensor]],
@@ -263,13 +262,13 @@ def recast(
     """Read stored states, decode them, and encode them in the run's formats.
 
     Args:
-        optimizer: whose states are written.
+        states: to write.
         recasts: which.
         read: reads the checkpoint.
         amaxes: by role and FQN, of whole tensors; of the states that :func:`announce` told.
     """
     for one in recasts:
-        state = optimizer.parameter_states[one.fqn]
+        state = states[one.fqn]
         target = state.storages[one.role]
         stored = StoredState(one.role, state.spec, state.region, one.stored, read)
         if target.two_pass:

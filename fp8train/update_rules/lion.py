@@ -12,19 +12,24 @@ weight decay as much larger.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from fp8train.optim.optimizer import Load, NewValues, Optimizer, StepScalars
+from fp8train.update_rules.rule import Load, NewValues, Rule, StepScalars
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class Lion(Optimizer):
+class Lion(Rule):
     """Lion: one moment, and a step of constant size against the sign of its mean with the gradient; the
     module has the formulas."""
 
     name = "lion"
-    roles = ("master", "exp_avg")
+    summary = "No second moment; takes a third to a tenth of AdamW's learning rate."
+    has_second_moment = False
 
-    def _new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
+    def new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
+        """Yield the moment and the master weight, which moved against a sign."""
         s = self.settings
         m = load("exp_avg")
         direction = m.lerp(gradient, 1 - s.beta1).sign_()
@@ -38,3 +43,6 @@ class Lion(Optimizer):
         w.add_(direction, alpha=-scalars.lr)
         del direction
         yield "master", w
+
+
+RULE = Lion

@@ -11,7 +11,7 @@ outlier in a block, would divide m by ε. Exact moments satisfy ``|m| <= c·sqrt
 ``c² = (1-β1)²/(1-β2) · (1-r^t)/(1-r)``, ``r = β1²/β2 < 1`` (Cauchy-Schwarz over the history; c tends to 1.17
 at 0.9 and 0.95). So where moments are stored rounded, the root is of ``max(v, (m/c)²)``: no longer a step
 than exact moments could make. What is stored is v. The bound is ours, not FP8-LM's, and can be turned off
-(``precision.state.bounded_update``).
+(``bounded_update``).
 
 Exact FP32 moments go through torch's fused kernel, one pass over memory instead of eight; rounded moments
 need the bound, FP64 is what both are tested against.
@@ -21,17 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from fp8train.update_rules.rule import ALIGNMENT, Load, NewValues, Rule, RuleSettings, StepScalars
 
-from fp8train.optim.optimizer import Load, NewValues, Optimizer, OptimizerSettings, StepScalars
-from fp8train.optim.storage import ALIGNMENT
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AdamWSettings(OptimizerSettings):
+class AdamWSettings(RuleSettings):
     """Hyper-parameters; ``eps`` is added to the root of the second moment; ``bounded_update``: where moments
     are stored rounded, no step is longer than one of exact moments could be."""
 
@@ -39,12 +38,14 @@ class AdamWSettings(OptimizerSettings):
     bounded_update: bool = True
 
 
-class AdamW(Optimizer):
+class AdamW(Rule):
     """AdamW with decoupled weight decay, two moments, and a bound on steps whose moments are stored rounded;
     the module has the formulas."""
 
     name = "adamw"
-    roles = ("master", "exp_avg", "exp_avg_sq")
+    summary = "Two moments, a step of about the learning rate."
+    has_second_moment = True
+    settings_type = AdamWSettings
     settings: AdamWSettings
 
     def _largest_ratio(self, step: int) -> float | None:
@@ -56,8 +57,10 @@ class AdamW(Optimizer):
             return None
         return (1 - s.beta1) * ((1 - ratio**step) / ((1 - s.beta2) * (1 - ratio))) ** 0.5
 
-    def _new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
-        if scalars.rounded or gradient.dtype != torch.float32:
+    def new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
+        """Yield both moments and the master weight; exact FP32 ones through the fused kernel."""
+        in_fp64 = gradient.dtype.itemsize == 8
+        if scalars.rounded or in_fp64:
             yield from self._by_formula(scalars, gradient, load)
             return
         m, v, w = load("exp_avg"), load("exp_avg_sq"), load("master")
@@ -68,9 +71,11 @@ class AdamW(Optimizer):
 
     def _fused(self, scalars: StepScalars, w: Tensor, gradient: Tensor, m: Tensor, v: Tensor) -> None:
         """The module's formulas in one pass, in place: flat FP32 of one length."""
-        step = torch.full((), float(scalars.step), dtype=torch.float32, device=w.device)
+        from torch import _fused_adamw_
+
+        step = w.new_full((), scalars.step)
         for weight, grad, exp_avg, exp_avg_sq in _vectors(w, gradient, m, v):
-            torch._fused_adamw_(
+            _fused_adamw_(
                 [weight],
                 [grad],
                 [exp_avg],
@@ -96,7 +101,7 @@ class AdamW(Optimizer):
         del gradient
         # v from below where moments come back rounded: |m| / sqrt(v) stays what exact moments could have.
         bound = self._largest_ratio(scalars.step) if scalars.rounded and s.bounded_update else None
-        floored = v if bound is None else torch.maximum(v, (m / bound).square_())
+        floored = v if bound is None else v.maximum((m / bound).square_())
         denominator = (floored / correction2).sqrt_().add_(s.eps)
         del floored
         yield "exp_avg_sq", v  # stored as it was computed, without the bound
@@ -126,7 +131,12 @@ def _vectors(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if whole == numel:
         return
     tails = tuple(tensor[whole:] for tensor in tensors)
-    padded = tuple(F.pad(tail, (0, ALIGNMENT - len(tail))) for tail in tails)
+    padded = tuple(tail.new_zeros(ALIGNMENT) for tail in tails)
+    for tail, whole_vector in zip(tails, padded, strict=True):
+        whole_vector[: len(tail)] = tail
     yield padded
     for tail, result in zip(tails, padded, strict=True):
         tail.copy_(result[: len(tail)])
+
+
+RULE = AdamW

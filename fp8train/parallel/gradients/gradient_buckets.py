@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp8train.comm.auto_scale import PAPER_WINDOW, Criterion, MuController, Start, initial_mu
+from fp8train.comm.auto_scale import MuController, initial_mu
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange, HierarchicalExchange
-from fp8train.comm.fp8_all_reduce import Algorithm
 from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.auto_scales import AutoScales
 from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
@@ -47,44 +47,15 @@ from fp8train.parallel.gradients.tensor_storage import TensorStorage
 from fp8train.parallel.gradients.wide_storage import WideStorage
 from fp8train.parallel.gradients.wide_sum import WideSum
 from fp8train.parallel.zero import Partition
-from fp8train.precision.number_formats import E4M3, Format
-from fp8train.precision.scale_blocks import MAX_BLOCK, block_size
+from fp8train.precision.gradients import Fp8Gradients, Gradients
+from fp8train.precision.number_formats import Format
+from fp8train.precision.scale_blocks import block_size
 
 PURPOSE = "gradient_fp8_plan"
 """Name of FP8-plan gradients in the byte counters; the others are ``gradient``."""
 RESIDUAL_PREFIX = "gradient_residual/"
 """Of the names of residuals of error feedback, in checkpoints."""
-
-
-@dataclass(frozen=True)
-class Fp8Gradients:
-    """Settings of how the gradients of the FP8 plan are kept and reduced.
-
-    Attributes:
-        format: of the codes.
-        accumulate: dtype in which micro-batches add up.
-        reduce: the sum over ranks; a dtype reduces in it.
-        block: most elements that share a scale.
-        error_feedback: carry what the cast lost into the next step.
-        between_nodes: type between nodes of a hierarchical exchange.
-        algorithm: who adds in ``shared_scale``.
-        mu_criterion: what halves its auto-scaling factor.
-        mu_threshold: share of entries at the maximum, for criterion ``count``.
-        mu_window: quiet steps that double it.
-        mu_initial: where it starts.
-    """
-
-    format: Format = E4M3
-    accumulate: torch.dtype = torch.bfloat16
-    reduce: Literal["exchange", "shared_scale", "exact"] | torch.dtype = "exchange"
-    block: int = MAX_BLOCK
-    error_feedback: bool = False
-    between_nodes: Literal["fp8", "bf16"] = "fp8"
-    algorithm: Algorithm = "ring"
-    mu_criterion: Criterion = "count"
-    mu_threshold: float | None = None
-    mu_window: int = PAPER_WINDOW
-    mu_initial: Start = "one_over_ranks"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -112,7 +83,7 @@ class Groups:
         return self.partial or self.all
 
 
-class GradientPlan:
+class GradientBuckets:
     """Makes the buckets of a gradient store (a
     :class:`~fp8train.parallel.gradients.store.BucketMaker`) and keeps what they share from step to step.
 
@@ -126,13 +97,10 @@ class GradientPlan:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
+        gradients: Gradients,
         *,
-        accumulate: torch.dtype,
-        reduce: torch.dtype,
-        bucket_bytes: float,
         groups: Groups,
         device: torch.device,
-        fp8: Fp8Gradients | None = None,
         agree: CountedGroup | None = None,
         in_fp8_plan: Collection[str] = (),
         contributions: int = 0,
@@ -147,12 +115,9 @@ class GradientPlan:
         Args:
             parameters: everything that will have a gradient; for ``exact`` of the whole model, whatever part
                 a rank holds.
-            accumulate: dtype of high-precision buffers.
-            reduce: their dtype on the wire.
-            bucket_bytes: size of a bucket in the accumulation dtype, approximately.
+            gradients: how to keep and reduce them.
             groups: ranks.
             device: where buffers live.
-            fp8: how FP8 gradients are kept; None stores all in high precision.
             agree: ranks whose gradients determine the grids of ``exact``; by default those of ``groups``.
             in_fp8_plan: names whose gradients are FP8.
             contributions: micro-batches of a step; with one, FP8 gradients need no accumulator.
@@ -162,9 +127,13 @@ class GradientPlan:
             specs: of the parameters, where this rank holds parts of them.
             owners: under ZeRO, who of ``groups.all`` needs which rows of the sum.
         """
-        self.owners, self.replicas, self.fp8 = owners, groups.all, fp8
+        self.owners, self.replicas = owners, groups.all
+        self.fp8 = fp8 = None if gradients.format is None else gradients.fp8
+        in_fp64 = any(parameter.dtype == torch.float64 for parameter in parameters.values())
+        self._accumulate = torch.float64 if in_fp64 else _DTYPES[gradients.accumulate]
+        self._reduce = torch.float64 if in_fp64 else _DTYPES[gradients.reduce]
+        self._format, self._bucket_bytes = gradients.format, gradients.bucket_mib * 2**20
         self._specs = specs or {}
-        self._accumulate, self._reduce, self._bucket_bytes = accumulate, reduce, bucket_bytes
         self._groups, self._device = groups, device
         self._in_fp8_plan = frozenset(in_fp8_plan) if fp8 is not None else frozenset()
         self._contributions, self._recorder = contributions, recorder
@@ -195,7 +164,7 @@ class GradientPlan:
             device=self._device,
             initial=initial_mu(fp8.mu_initial, self._groups.all.size),
             criterion=fp8.mu_criterion,
-            threshold=fp8.mu_threshold,
+            threshold=fp8.mu_threshold if fp8.mu_criterion == "count" else None,
             window=fp8.mu_window,
         )
         return AutoScales(
@@ -219,14 +188,25 @@ class GradientPlan:
             return "fp8"
         return f"fp8/{block_size(self._global_shape(fqn, shape)[-1], self.fp8.block)}"
 
+    @property
+    def _fp8_format(self) -> Format:
+        assert self._format is not None
+        return self._format
+
+    @property
+    def _fp8_accumulate(self) -> torch.dtype:
+        """The dtype in which micro-batches of FP8 gradients add up."""
+        assert self.fp8 is not None
+        accumulate = self.fp8.accumulate
+        return dtype_of(self._fp8_format) if accumulate == "fp8" else _DTYPES[accumulate]
+
     def capacity(self, kind: str) -> int:
         """How many elements a bucket of this kind has, approximately."""
         dtype = self._accumulate
         if isinstance(self.scales, GridScales):
             dtype = Fp8Points.dtype if kind == "fp8" else FixedPoints.dtype
         elif kind.startswith("fp8"):
-            assert self.fp8 is not None
-            dtype = self.fp8.accumulate
+            dtype = self._fp8_accumulate
         return max(1, int(self._bucket_bytes / dtype.itemsize))
 
     def make(self, kind: str, members: Sequence[Member]) -> Bucket:
@@ -241,9 +221,9 @@ class GradientPlan:
         assert fp8 is not None
         if isinstance(self.scales, AutoScales):
             return self._tensors(members, receiver, self.scales, fp8)
-        if isinstance(fp8.reduce, torch.dtype) and self.owners is not None:
+        if fp8.reduce in _DTYPES and self.owners is not None:
             # What travels wide is not cast at all: its owner reads the sum.
-            return self._wide(members, receiver, group, fp8.accumulate, fp8.reduce, PURPOSE)
+            return self._wide(members, receiver, group, self._fp8_accumulate, _DTYPES[fp8.reduce], PURPOSE)
         return self._blocks(members, receiver, int(kind.partition("/")[2]), fp8)
 
     def _wide(
@@ -273,13 +253,15 @@ class GradientPlan:
         self, members: Sequence[Member], receiver: Receiver, scales: AutoScales, fp8: Fp8Gradients
     ) -> Bucket:
         places = self._cheaper(receiver, members)
-        storage = TensorStorage(places, fmt=fp8.format, accumulate=fp8.accumulate, device=self._device)
+        storage = TensorStorage(
+            places, fmt=self._fp8_format, accumulate=self._fp8_accumulate, device=self._device
+        )
         reduction = SharedScaleSum(
             storage,
             self._groups.all,
             scales=scales,
             agree=self._groups.stage,
-            algorithm=fp8.algorithm,
+            algorithm=fp8.sum,
             purpose=PURPOSE,
             counts=places.scattered or self.owners is None or self._groups.all.rank == 0,
             recorder=self._recorder,
@@ -295,7 +277,7 @@ class GradientPlan:
         return places if places.message <= 2 * everyone.total else everyone
 
     def _blocks(self, members: Sequence[Member], receiver: Receiver, block: int, fp8: Fp8Gradients) -> Bucket:
-        group, wide = self._groups.all, fp8.reduce if isinstance(fp8.reduce, torch.dtype) else None
+        group, wide = self._groups.all, _DTYPES.get(fp8.reduce)
         pad_to = group.size if wide is None else 1
         if self.owners is not None and self._groups.local is not None:  # this sum is formed in two levels
             order = by_place_in_node(group.size, self._groups.local.size)
@@ -304,8 +286,8 @@ class GradientPlan:
         storage = BlockStorage(
             places,
             block=block,
-            fmt=fp8.format,
-            accumulate=None if self._contributions == 1 and wide is None else fp8.accumulate,
+            fmt=self._fp8_format,
+            accumulate=None if self._contributions == 1 and wide is None else self._fp8_accumulate,
             error_feedback=fp8.error_feedback,
             recorder=self._recorder,
             device=self._device,
@@ -320,9 +302,9 @@ class GradientPlan:
         if groups.all.size == 1:
             return None
         if groups.local is None or groups.cross is None:
-            return Exchange(groups.all, fp8.format, purpose=PURPOSE)
+            return Exchange(groups.all, self._fp8_format, purpose=PURPOSE)
         return HierarchicalExchange(
-            groups.local, groups.cross, fp8.format, between=fp8.between_nodes, purpose=PURPOSE
+            groups.local, groups.cross, self._fp8_format, between=fp8.between_nodes, purpose=PURPOSE
         )
 
     @property
@@ -372,9 +354,9 @@ class GradientPlan:
         ]
         if changed:
             raise ValueError(
-                f"precision.gradient.fp8.reduce: {ours} gives the same bits only if what they depend on "
-                f"stays; restore {', '.join(changed)}; the number of data-parallel ranks and pipeline stages "
-                "may change. To go on with other bits, name them in checkpoint.accept_changes"
+                f"gradients summed by {ours} have the same bits only if what they depend on stays; restore "
+                f"{', '.join(changed)}; the number of data-parallel ranks and pipeline stages may change. To "
+                "go on with other bits, name them in `accept_changes`"
             )
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:

@@ -1,0 +1,71 @@
+"""How new weights reach the model: the stored master, rounded into the parameter or cast by a weight target.
+
+What is handed over are values *as stored*, so that the model after a step equals the one made again from a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fp8train.numerics.cast import amax_of
+from fp8train.optim.agreement import Agreement
+from fp8train.optim.parameter_state import ParameterState
+from fp8train.optim.weight_target import WeightTarget
+
+
+class Publisher:
+    """Writes the master weights of a rank into the model."""
+
+    def __init__(
+        self,
+        states: Mapping[str, ParameterState],
+        targets: Mapping[str, WeightTarget],
+        agreement: Agreement,
+    ) -> None:
+        """Args: ``states``: of this rank; ``targets``: takers of new weights, also of parameters whose states
+        other ranks keep: those are told the amax, not the values; ``agreement``: on scales of whole
+        tensors."""
+        self._states, self._targets, self._agreement = states, targets, agreement
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write all master weights: rounded to the parameters' dtype, or to the weight targets."""
+        self.write_targets({fqn: self.whole(state) for fqn, state in self._states.items()})
+
+    def whole(self, state: ParameterState) -> Tensor:
+        """Write the stored master into the parameter; returns its amax if it has a target instead."""
+        amax = zero_amax(state)
+        for start, stop in state.spans():
+            amax = self.chunk(state, start, stop, amax)
+        return amax
+
+    @staticmethod
+    def chunk(state: ParameterState, start: int, stop: int, amax: Tensor) -> Tensor:
+        """Copy a chunk of the stored master into the parameter, or take its part in a target's amax."""
+        if state.target is not None:
+            return torch.maximum(amax, amax_of(state.master.load(start, stop)))
+        if state.weight is not None:
+            state.weight[start:stop].copy_(state.master.load(start, stop))
+        return amax
+
+    def write_targets(self, amaxes: Mapping[str, Tensor]) -> None:
+        """Cast the stored masters into the weight targets, with one scale on all ranks; ``amaxes`` of this
+        rank's parts, by FQN."""
+        if not self._targets:
+            return
+        agreed = self._agreement.agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
+        for fqn, target in self._targets.items():
+            target.begin(agreed[fqn])
+            if (state := self._states.get(fqn)) is not None:
+                for start, stop in state.spans():
+                    target.write(start, stop, state.master.load(start, stop).float())
+            target.end()
+
+
+def zero_amax(state: ParameterState) -> Tensor:
+    """An amax of nothing yet: FP32 scalar where the states live."""
+    return torch.zeros((), dtype=torch.float32, device=state.master.place.device)

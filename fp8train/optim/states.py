@@ -1,0 +1,152 @@
+"""The states of a rank's parameters: master weights and moments, each in its own format.
+
+They are allocated, seeded, counted and shown to checkpoints here; :mod:`fp8train.optim.optimizer` moves them
+through an update rule. Of the rule they know what it declares: which moments it keeps, and whether it needs
+matrices whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.cast import amax_of
+from fp8train.optim.parameter_state import ParameterState, Region, allocate, rule_of
+from fp8train.optim.weight_target import WeightTarget
+from fp8train.precision.state_formats import StateFormats
+from fp8train.update_rules.rule import MatrixRule, Rule
+
+
+class OptimizerStates(Mapping[str, ParameterState]):
+    """The states that this rank keeps, by FQN of the parameter.
+
+    Attributes:
+        plan: formats of the matrices in the FP8 plan.
+        roles: the kinds of states that a parameter may have.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        parameters: Mapping[str, Tensor],
+        specs: Mapping[str, ParamSpec],
+        plan: StateFormats,
+        *,
+        weight_targets: Mapping[str, WeightTarget],
+        regions: Mapping[str, Region],
+        device: torch.device | None,
+        chunk: int,
+    ) -> None:
+        """Allocate; see :class:`~fp8train.optim.optimizer.Optimizer` for the arguments.
+
+        Raises:
+            ValueError: the plan and the rule do not match; a region cuts a block, or a matrix that the rule
+                needs whole.
+        """
+        self.plan, self.roles = plan, _roles(rule)
+        if (plan.exp_avg_sq is not None) != rule.has_second_moment:
+            keeps = "a" if rule.has_second_moment else "no"
+            raise ValueError(f"{rule.name} keeps {keeps} second moment, but its format is {plan.exp_avg_sq}")
+        self._kept = {
+            fqn: allocate(
+                parameter,
+                specs[fqn],
+                regions.get(fqn) or Region.of(specs[fqn]),
+                rule_of(rule, specs[fqn]),
+                plan,
+                weight_targets.get(fqn),
+                device=device,
+                chunk=chunk,
+            )
+            for fqn, parameter in parameters.items()
+        }
+
+    def __getitem__(self, fqn: str) -> ParameterState:
+        return self._kept[fqn]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @torch.no_grad()
+    def seed_master(self, fqn: str, value: Tensor) -> None:
+        """Give a master weight its true initial value (never a rounded one), rounded once to its format.
+
+        Publish the weights afterwards, so that the model computes with the rounding of what is stored.
+
+        Args:
+            fqn: which.
+            value: of the logical shape, any float dtype and device; this rank takes its part. Ignored where
+                other ranks keep the states.
+        """
+        if fqn not in self._kept:
+            return
+        state = self._kept[fqn]
+        part = value
+        for dim, (start, size) in enumerate(zip(state.region.offset, state.region.shape, strict=True)):
+            part = part.narrow(dim, start, size)
+        flat = part.to(state.master.place.device, state.work).reshape(-1)
+        if state.master.two_pass:
+            state.master.begin(amax_of(value).to(flat.device))
+        for start, stop in state.spans():
+            state.master.store(start, stop, flat[start:stop], None)
+        if state.master.two_pass:
+            state.master.end()
+
+    def master(self, fqn: str) -> Tensor:
+        """The master weight as FP32 (FP64 in FP64 runs), of the parameter's shape."""
+        return self.decoded(fqn, "master")
+
+    def decoded(self, fqn: str, role: str) -> Tensor:
+        """The values of one of a parameter's states, decoded as a whole: for tests and reports."""
+        storage = self._kept[fqn].storages[role]
+        return storage.load(0, storage.place.numel).view(storage.place.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint needs, as stored: ``master/``, ``exp_avg/`` and ``exp_avg_sq/`` + FQN, followed
+        by ``.payload``, ``.scale`` and the like for formats of several tensors. Loading fills them in place
+        and publishes the weights."""
+        return {name: tensor for name, (tensor, _, _) in self.logical_tensors().items()}
+
+    def logical_tensors(self) -> dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
+        """:meth:`tensors` with the shape of each logical tensor and this part's place in it."""
+        return {
+            name: (tensor, shape, offset)
+            for state in self._kept.values()
+            for name, tensor, shape, offset in state.tensors()
+        }
+
+    def stored_bytes(self, *, in_plan_only: bool) -> dict[str, int]:
+        """Bytes of each role's states between steps, scales included. A master that lives in the parameter
+        counts here.
+
+        Args:
+            in_plan_only: count only parameters that have the plan's formats.
+        """
+        return self.stored_bytes_of(self._in_plan() if in_plan_only else self._kept)
+
+    def stored_bytes_of(self, fqns: Collection[str]) -> dict[str, int]:
+        """Bytes of each role's states for these parameters alone, as far as this rank keeps them; scales
+        included."""
+        kept = [self._kept[fqn].storages for fqn in fqns if fqn in self._kept]
+        return {
+            role: sum(storages[role].nbytes for storages in kept if role in storages) for role in self.roles
+        }
+
+    def num_elements(self, *, in_plan_only: bool) -> int:
+        """Number of elements on this rank whose states :meth:`stored_bytes` counts."""
+        return sum(self._kept[fqn].numel for fqn in (self._in_plan() if in_plan_only else self._kept))
+
+    def _in_plan(self) -> list[str]:
+        return [fqn for fqn, state in self._kept.items() if state.in_plan]
+
+
+def _roles(rule: Rule) -> tuple[str, ...]:
+    """Of a rule and, where it has one, its element rule."""
+    others = rule.others.roles() if isinstance(rule, MatrixRule) else ()
+    return tuple(dict.fromkeys((*rule.roles(), *others)))

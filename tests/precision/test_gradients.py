@@ -1,0 +1,43 @@
+"""Gradient settings: what is refused, and under which keys."""
+
+from typing import Any
+
+import pytest
+
+from fp8train.precision.gradients import Fp8Gradients, Gradients
+from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.problems import PrecisionError
+
+SHARED = {"reduce": "shared_scale"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "keys", "message"),
+    [
+        ({"sum": "tree"}, "sum reduce", "sum belongs to reduce: shared_scale, but reduce is exchange"),
+        ({"mu_window": 5}, "mu_window reduce", "mu_window belongs to reduce: shared_scale"),
+        ({**SHARED, "node_size": 2}, "node_size reduce", "belongs to reduce: exchange, but reduce is shared"),
+        ({"reduce": "exact", "error_feedback": True}, "error_feedback reduce", "belongs to reduce: exchange"),
+        (
+            {**SHARED, "mu_criterion": "any", "mu_threshold": 1e-3},
+            "mu_threshold mu_criterion",
+            "mu_threshold belongs to mu_criterion: count, but mu_criterion is any",
+        ),
+        ({"between_nodes": "bf16"}, "between_nodes node_size", "node_size is set, but it is not"),
+        ({"accumulate": "fp8"}, "accumulate reduce", "write accumulate: bf16"),
+        ({"block": 16}, "block", "block: 16 elements; legal: 32 to 128"),
+        ({"reduce": "sum"}, "reduce", "'sum'; legal: exchange, shared_scale, exact, bf16, fp32"),
+    ],
+)
+def test_refused(settings: dict[str, Any], keys: str, message: str) -> None:
+    with pytest.raises(PrecisionError, match=message) as caught:
+        Fp8Gradients(**settings)
+    assert [problem.keys for problem in caught.value.problems] == [tuple(keys.split())]
+
+
+def test_exact_counts_in_units_of_e4m3() -> None:
+    exact = Fp8Gradients(reduce="exact")
+    assert Gradients(format=E4M3, fp8=exact).fp8 is exact
+    with pytest.raises(PrecisionError, match="write format: e4m3") as caught:
+        Gradients(format=E5M2, fp8=exact)
+    assert caught.value.problems[0].keys == ("format", "fp8.reduce")
