@@ -278,7 +278,7 @@ USAGE = {
     ),
     "two outputs": (
         ["config", "--schema", "--yaml"],
-        "error: --yaml, --schema, --reference and --recipe exclude each other",
+        "error: --yaml, --schema, --reference, --recipe and --summary exclude each other",
     ),
     "no text": (["data", "prepare", "--output", "x"], "error: name text files or folders, or give --stdlib"),
     "no output": (["data", "prepare", "x"], "error: Missing option '--output'"),

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from fp8train.checkpoint import save_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.cli import run_command
 from fp8train.config.environment import World, world_from_environment
 from fp8train.config.errors import ConfigError

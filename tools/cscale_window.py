@@ -35,7 +35,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fp8train.checkpoint import open_checkpoint, read_meta
+from fp8train.checkpoint.load import open_checkpoint, read_meta
 from fp8train.comm.collectives import alone
 from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError

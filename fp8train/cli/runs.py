@@ -38,10 +38,14 @@ def show_config(
         bool,
         typer.Option("--recipe", help="Print formats, scales, multipliers and rates of every layer."),
     ] = False,
+    summary: Annotated[
+        bool,
+        typer.Option("--summary", help="Print what the run would be: sizes, bytes, layout, FP8 coverage."),
+    ] = False,
 ) -> None:
     """Print every value of a run and where it came from."""
-    if sum((yaml, schema, reference, recipe)) > 1:
-        raise UserError("--yaml, --schema, --reference and --recipe exclude each other")
+    if sum((yaml, schema, reference, recipe, summary)) > 1:
+        raise UserError("--yaml, --schema, --reference, --recipe and --summary exclude each other")
     if schema or reference:
         if config is not None or world is not None:
             raise UserError("--schema and --reference describe every config; leave out CONFIG and --world")
@@ -61,6 +65,11 @@ def show_config(
         from fp8train.config.world import check_world
 
         check_world(resolved.config, world, origins=resolved.origins)
+    if summary:
+        from fp8train.planning.summary import summarise
+
+        write(summarise(resolved, world))
+        return
     if recipe:
         from fp8train.planning.recipe_table import describe_recipe
 

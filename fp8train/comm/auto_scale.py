@@ -32,10 +32,9 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.precision.gradients import Criterion, Start
+from fp8train.precision.gradients import Fp8Gradients, Start
 
-PAPER_THRESHOLD = 1e-5
-PAPER_WINDOW = 1000
+_PAPER = Fp8Gradients(reduce="shared_scale")
 
 
 def initial_mu(start: Start, world_size: int) -> float:
@@ -58,10 +57,7 @@ class MuController:
         *,
         world_size: int,
         device: torch.device,
-        initial: float | None = None,
-        criterion: Criterion = "count",
-        threshold: float | None = None,
-        window: int = PAPER_WINDOW,
+        settings: Fp8Gradients = _PAPER,
     ) -> None:
         """Start every tensor at the same μ.
 
@@ -69,30 +65,13 @@ class MuController:
             names: the tensors, in the order of ``mu``; keys of :meth:`state_tensors`.
             world_size: ranks that are summed, N.
             device: where the counts are.
-            initial: first μ, 1/N if None; in [1/(2N), 1].
-            criterion: ``count`` halves above a share of entries at ±max, ``any`` at the first one.
-            threshold: that share, the paper's 1e-5 if None; for ``count`` only.
-            window: quiet steps that double μ.
-
-        Raises:
-            ValueError: a value outside its range, or a threshold with ``any``.
+            settings: where μ starts, what halves it and how many quiet steps double it.
         """
-        low = 1.0 / (2 * world_size)
-        initial = 1.0 / world_size if initial is None else initial
-        if not low <= initial <= 1.0:
-            raise ValueError(f"initial μ: {initial:g}; legal for {world_size} ranks: {low:g} to 1")
-        if criterion not in ("count", "any"):
-            raise ValueError(f"μ criterion: {criterion!r}; legal: count, any")
-        if criterion == "any" and threshold is not None:
-            raise ValueError("μ criterion 'any' has no threshold; leave it out or use 'count'")
-        if threshold is not None and not 0.0 < threshold < 1.0:
-            raise ValueError(f"μ threshold: {threshold:g}; legal: a share between 0 and 1")
-        if window < 1:
-            raise ValueError(f"μ window: {window} steps; legal: 1 or more")
+        initial = initial_mu(settings.mu_initial, world_size)
         self.mu = torch.full((len(names),), initial, dtype=torch.float32, device=device)
-        self._names, self._low = tuple(names), low
-        self._threshold = 0.0 if criterion == "any" else PAPER_THRESHOLD if threshold is None else threshold
-        self._growth = 2.0 ** (1.0 / window)
+        self._names, self._low = tuple(names), 1.0 / (2 * world_size)
+        self._threshold = settings.mu_threshold if settings.mu_criterion == "count" else 0.0
+        self._growth = 2.0 ** (1.0 / settings.mu_window)
 
     @torch.no_grad()
     def update(

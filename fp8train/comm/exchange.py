@@ -25,7 +25,6 @@ Ranks must call them in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from torch import Tensor
 from fp8train.comm.collectives import CountedGroup
 from fp8train.numerics.block_scales import dequantize_blocks, quantize_blocks
 from fp8train.numerics.formats import dtype_of
+from fp8train.precision.gradients import Between
 from fp8train.precision.number_formats import Format
 
 Quantized = tuple[Tensor, Tensor]
@@ -150,7 +150,7 @@ class HierarchicalExchange:
         cross: CountedGroup,
         fmt: Format,
         *,
-        between: Literal["fp8", "bf16"],
+        between: Between,
         purpose: str,
     ) -> None:
         """Args: ``local``: ranks of this node; ``cross``: ranks of all nodes with this one's local rank."""

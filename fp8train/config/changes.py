@@ -23,7 +23,7 @@ from fp8train.config.schema import Config, to_plain
 Kind = Literal["free", "meaning", "refused"]
 
 NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "checkpoint", "logging")
-"""AllSections and keys about this attempt, not about the run."""
+"""Sections and keys about this attempt, not about the run."""
 FREE = (
     *("run.device", "run.threads", "run.deterministic", "parallel", "model.init_std"),
     *(f"data.{key}" for key in ("prefix", "blend", "valid_prefix", "split", "tokenizer", "shuffle_seed")),

@@ -95,7 +95,7 @@ def reference() -> str:
     """All keys as a Markdown page: what may be written, the default, what it means."""
     table = key_table()
     sections = table.children(())
-    lines = [*_REFERENCE_HEAD, "AllSections:", ""]
+    lines = [*_REFERENCE_HEAD, "Sections:", ""]
     lines += [f"- [{section.name}](#{section.name})" for section in sections]
     for section in sections:
         lines += ["", f"## {section.name}", "", section.description, ""]

@@ -24,6 +24,7 @@ from fp8train.precision.operand_cast import (
     Rounding,
     ScaleSource,
 )
+from fp8train.precision.precision import Smoothing
 from fp8train.precision.scale_blocks import Granularity
 
 
@@ -121,7 +122,7 @@ class GemmConfig(ValueSection):
     """Opt-in speed filter: linears with a dimension below this stay in high precision."""
     fast_accumulation: bool = False
     """Hopper's reduced-precision accumulator for the forward GEMM."""
-    smooth_swiglu: Literal["off", "token", "channel"] = "off"
+    smooth_swiglu: Smoothing = "off"
     """Smooth-SwiGLU, for recipes with one scale per tensor, or none. ``token`` scales SwiGLU's output token
     by token around the down projection, so that an outlier costs its own token alone; ``channel`` moves the
     size of each channel into the down projection's weight, which is then cast for every micro-batch and

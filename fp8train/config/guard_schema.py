@@ -5,18 +5,19 @@ See :mod:`fp8train.step.guard` for what it does and :mod:`fp8train.config.schema
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from fp8train.config.section import Fraction, PositiveInt, Section
+from fp8train.precision.precision import GuardAction
 
 
 class GuardConfig(Section):
     """Watches the cast statistics of every linear that multiplies in FP8, on sampled steps
     (``logging.cast_statistics_interval``)."""
 
-    action: Literal["off", "report", "bf16"] = "off"
+    action: GuardAction = "off"
     """``report``: name a linear that stands out, in the console and in ``events.jsonl``. ``bf16``: also
     multiply it in the compute type for ``lock`` steps."""
     rise: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 4.0

@@ -6,7 +6,7 @@ here, so that a pattern without a match is told before anything is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from fp8train.config.all_sections import AllSections
@@ -23,7 +23,7 @@ def linear_paths(num_layers: int) -> list[str]:
     return [f"layers.{layer}.{name}" for layer in range(num_layers) for name in LINEARS]
 
 
-def _dimensions(model: ModelConfig) -> dict[str, tuple[int, int]]:
+def linear_dimensions(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each of a block's linears, whole."""
     heads, gated = model.num_heads * model.head_dim, 2 if model.activation == "swiglu" else 1
     return {
@@ -34,14 +34,46 @@ def _dimensions(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def reason_to_skip(
+    path: str, dimensions: tuple[int, int], gemm: GemmConfig, *, num_layers: int
+) -> str | None:
+    """Why ``precision.gemm`` leaves a linear in high precision; None if it multiplies in FP8.
+
+    Args:
+        path: of the linear.
+        dimensions: its inputs and outputs, whole.
+        gemm: with ``fp8: true``.
+        num_layers: of the model.
+    """
+    layer = int(path.split(".")[1])
+    if not gemm.first_layers_bf16 <= layer < num_layers - gemm.last_layers_bf16:
+        return "first/last layers"
+    if any(matches(path, pattern) for pattern in gemm.exclude):
+        return "exclude"
+    if gemm.min_dim is not None and min(dimensions) < gemm.min_dim:
+        return f"dimension < {gemm.min_dim}"
+    return None
+
+
+def reasons_to_skip(model: ModelConfig, gemm: GemmConfig) -> dict[str, str | None]:
+    """:func:`reason_to_skip` of every linear but the head, by path."""
+    sizes = linear_dimensions(model)
+    return {
+        path: reason_to_skip(path, sizes[path.split(".", 2)[2]], gemm, num_layers=model.num_layers)
+        for path in linear_paths(model.num_layers)
+    }
+
+
 def linears_in_fp8(model: ModelConfig, gemm: GemmConfig) -> list[str]:
     """Paths of the linears that ``precision.gemm`` selects."""
-    wide = [
-        name for name, size in _dimensions(model).items() if gemm.min_dim is None or min(size) >= gemm.min_dim
-    ]
-    layers = range(gemm.first_layers_bf16, model.num_layers - gemm.last_layers_bf16)
-    paths = (f"layers.{layer}.{name}" for layer in layers for name in wide)
-    return [path for path in paths if not any(matches(path, pattern) for pattern in gemm.exclude)]
+    return [path for path, reason in reasons_to_skip(model, gemm).items() if reason is None]
+
+
+def coverage(converted: int, skipped: Mapping[str, int]) -> str:
+    """How many linears are in FP8, and how many are not for which reason."""
+    left_out = sum(skipped.values())
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+    return f"FP8: {converted} of {converted + left_out} linears; skipped {left_out} ({reasons})"
 
 
 def matches(path: str, pattern: str) -> bool:

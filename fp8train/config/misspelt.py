@@ -1,4 +1,4 @@
-"""AllSections whose name is misspelt, read as what was meant.
+"""Sections whose name is misspelt, read as what was meant.
 
 With ``modeel:`` for ``model:`` everything that stands below it would go unchecked, and everything that it
 should have set would be missing. So such a section is reported and read under the name that it stands for:

@@ -42,7 +42,10 @@ from fp8train.config.conditions import (
 from fp8train.config.nodes import Node
 from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.schema import Config
-from fp8train.precision.state_formats import FP8_STATES, ROUNDED_STATES, SCALED_STATES
+from fp8train.precision.gradients import FP8_GRADIENT_READS
+from fp8train.precision.operand_cast import CAST_READS, FP4_READS
+from fp8train.precision.problems import Reads
+from fp8train.precision.state_formats import ROUNDED_STATES, STATE_READS
 from fp8train.update_rules.registry import rules_that_read, rules_with_second_moment
 
 
@@ -90,6 +93,14 @@ def _below(section: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in names)
 
 
+def _reads(section: str, reads: Sequence[Reads], *, left_out: bool = True) -> tuple[Rule, ...]:
+    """The rules that a value of :mod:`fp8train.precision` has about its own fields."""
+    return tuple(
+        Rule(_below(section, *one.names), Is(f".{one.switch}", one.values), left_out=left_out)
+        for one in reads
+    )
+
+
 _ROUNDED_MOMENTS = AnyOf(tuple(Is(moment, ROUNDED_STATES) for moment in _MOMENTS))
 
 RULES: tuple[Rule, ...] = (
@@ -122,12 +133,8 @@ RULES: tuple[Rule, ...] = (
         Is("precision.gemm.grad_weight.fp8", (True,)),
         hidden=True,
     ),
-    Rule(_below(_OPERAND, "history", "reduce", "interval"), Is(".scale_source", ("delayed",)), left_out=True),
-    Rule(_below(_OPERAND, "constant_exponent"), Is(".scale_source", ("constant",)), left_out=True),
-    Rule(
-        _below(_OPERAND, "power_of_two", "margin"), Is(".scale_source", ("current", "delayed")), left_out=True
-    ),
-    Rule(_below(_OPERAND, "rounding", "hadamard"), Is(".format", ("e2m1",))),
+    *_reads(_OPERAND, CAST_READS),
+    *_reads(_OPERAND, FP4_READS, left_out=False),
     Rule(
         _below("precision.gemm", "output.*.hadamard", "grad_input.*.hadamard"),
         Never("it is built for the operands of grad_weight"),
@@ -153,24 +160,15 @@ RULES: tuple[Rule, ...] = (
     Rule(("precision.gradient.fp8",), AllOf((_FP8_GEMMS, _FP8_GRADIENTS)), hidden=True),
     Rule(("precision.gradient.fp8.accumulate",), IsNot(_REDUCE, "exact", "exchange")),
     Rule(("precision.gradient.fp8.block",), Is(_REDUCE, ("exchange", "bf16", "fp32"))),
-    Rule(_below("precision.gradient.fp8", "error_feedback", "node_size"), Is(_REDUCE, ("exchange",))),
+    *_reads("precision.gradient.fp8", FP8_GRADIENT_READS),
     Rule(("precision.gradient.fp8.between_nodes",), IsNot("precision.gradient.fp8.node_size", None, 8)),
-    Rule(
-        _below("precision.gradient.fp8", "sum", "mu_criterion", "mu_threshold", "mu_window", "mu_initial"),
-        Is(_REDUCE, ("shared_scale",)),
-        left_out=True,
-    ),
     Rule(("precision.gradient.fp8.mu_threshold",), Is("precision.gradient.fp8.mu_criterion", ("count",))),
     Rule(("precision.state.plan", "precision.state.exp_avg_sq"), _SECOND_MOMENT),
-    Rule(_below(_STATE, "granularity"), Is(".format", SCALED_STATES), left_out=True),
-    Rule(_below(_STATE, "rounding"), Is(".format", ROUNDED_STATES), left_out=True),
-    Rule(_below(_STATE, "expand"), Is(".format", FP8_STATES), left_out=True),
-    Rule(_below(_STATE, "expand"), Is(".granularity", ("block",)), left_out=True),
     Rule(
         ("precision.state.master.sqrt", "precision.state.exp_avg.sqrt"),
         Never("it halves the exponents of a second moment"),
     ),
-    Rule(("precision.state.exp_avg_sq.sqrt",), Is(".format", ROUNDED_STATES)),
+    *_reads(_STATE, STATE_READS),
     Rule(
         ("precision.state.bounded_update",),
         AllOf(

@@ -205,9 +205,13 @@ class PrecisionConfig(ValueSection):
 
     def value(self) -> Precision:
         """All of it as one value, whose rules are between the parts."""
-        gemm, guard = self.gemm, self.guard.action
-        traffic = self.traffic.value()
-        return build(Precision, self, traffic=traffic, smooth_swiglu=gemm.smooth_swiglu, guard=guard)
+        return build(
+            Precision,
+            self,
+            traffic=self.traffic.value(),
+            smooth_swiglu=self.gemm.smooth_swiglu,
+            guard_action=self.guard.action,
+        )
 
     @model_validator(mode="after")
     def _paper_has_its_own_recipe(self) -> PrecisionConfig:

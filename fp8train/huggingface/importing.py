@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import LogicalTensor, save_checkpoint
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR
+from fp8train.checkpoint.logical import LogicalTensor
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config, to_plain
 from fp8train.huggingface.architecture import Architecture, TensorMap

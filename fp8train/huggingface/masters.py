@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import open_checkpoint
+from fp8train.checkpoint.load import open_checkpoint
 from fp8train.config.schema import Config
 from fp8train.inference.load import TrainedRun
 from fp8train.inference.weights import as_trained, inference_config

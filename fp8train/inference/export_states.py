@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import OpenCheckpoint, open_checkpoint
+from fp8train.checkpoint.load import OpenCheckpoint, open_checkpoint
 from fp8train.checkpoint.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fp8train.checkpoint import find_checkpoint, read_meta
-from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, step_of, verify_given
+from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, find_checkpoint, step_of, verify_given
+from fp8train.checkpoint.load import read_meta
 from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import open_checkpoint
+from fp8train.checkpoint.load import open_checkpoint
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, outline

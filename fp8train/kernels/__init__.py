@@ -2,5 +2,5 @@
 
 ``gemm`` is the FP8 matrix multiplication and chooses its implementation once, when a model is built: the
 tensor cores, for scales that ``scaling`` says they take, or ``decode`` on devices without. ``matmul`` is for
-products in high precision.
+products in high precision, ``attention`` for those of attention.
 """

@@ -13,7 +13,6 @@ import os
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 """Limits that oneDNN, torch's library of CPU matrix products, reads from ``ONEDNN_MAX_CPU_ISA``; torch's own
@@ -35,39 +34,17 @@ def cpu_multiplies_bf16() -> bool:
 cpu_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _widen(x: Tensor) -> bool:
+def widens(x: Tensor) -> bool:
+    """Whether products of ``x`` are formed in FP32, and rounded."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bf16()
 
 
 def matmul(a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
     """``alpha · a @ b``, accumulated in at least FP32 and rounded once. Shapes: [.., M, K], [K, N] of one
     dtype; two-dimensional with an ``alpha`` other than 1."""
-    if _widen(a):
+    if widens(a):
         product = a.float() @ b.float()
         return (product if alpha == 1.0 else product.mul_(alpha)).to(a.dtype)
     if alpha == 1.0:
         return a @ b
     return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)  # beta 0: what is added is not read
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    scale: float | None = None,
-    in_fp32: bool = False,
-) -> Tensor:
-    """torch's function of this name; shapes [B, heads, S, D], result in the inputs' dtype. ``in_fp32``: of
-    BF16 inputs too, and what backward keeps of the result is not rounded either."""
-    dtype = query.dtype
-    wide = _widen(query) or (in_fp32 and dtype == torch.bfloat16)
-    if wide:
-        query, key, value = query.float(), key.float(), value.float()
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, scale=scale
-    )
-    return mixed.to(dtype) if wide else mixed

@@ -24,10 +24,11 @@ from fp8train.layers.grad_weight_op import (
 from fp8train.layers.linear_plan import Fp8Plan, LinearCall
 from fp8train.layers.wire import OperandName
 from fp8train.numerics.cast import uncast
-from fp8train.numerics.granularity import expand_scales, scale_tile
+from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.scale_state import ScaleSlot
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import scale_tile
 
 
 class CastSlots(NamedTuple):

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.layers.factors import Factors, scale
 from fp8train.layers.linear import Alphas, Linear
-from fp8train.layers.smooth import Smoothing, channel_scale, token_scale
+from fp8train.layers.smooth import channel_scale, token_scale
 from fp8train.layers.swiglu import swiglu
 from fp8train.layers.wire import wire
 from fp8train.numerics.scale import inverse_power_of_two
+from fp8train.precision.precision import Smoothing
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 _LARGEST_UNIT = 128

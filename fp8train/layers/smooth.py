@@ -17,15 +17,12 @@ the exponent apart), and constants to the backward pass, as scales are.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.comm.sequence_parallel import TensorParallel
 
-Smoothing = Literal["off", "token", "channel"]
 _EXPONENT = 0x7F800000
 
 

@@ -1,62 +1,17 @@
-"""What a run stores in which format: the header's lines about precision, and bytes per parameter.
-
-Bytes are persistent between steps, scales included. *Per parameter of the FP8 plan* counts the matrices
-whose linears multiply in FP8 (all hidden linears where FP8 is off): gradient, master weight and moments.
-The compute copy of the weights and the accumulator of micro-batches stand beside them, as does the whole
-model.
-"""
+"""What a run stores in which format: the header's lines about precision, and bytes per parameter."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from fp8train.config.precision_schema import StateFormatConfig
 from fp8train.config.schema import Config
-from fp8train.live.console import format_bytes, format_count
+from fp8train.live.console import format_count
+from fp8train.live.stored_bytes import StoredBytes
 from fp8train.optim.decay_loss import explain_lost_decay
 from fp8train.optim.parameter_state import in_plan
 from fp8train.step.trainer import Trainer
 from fp8train.update_rules.registry import rule_named
-
-
-@dataclass(frozen=True)
-class StoredBytes:
-    """Bytes that this rank stores, by what they are for.
-
-    Attributes:
-        parameters: elements of the hidden linears' matrices.
-        states: by what: ``gradient``, then the optimizer's roles; of those matrices.
-        compute_copy: their weights as the GEMMs read them.
-        accumulator: of those matrices, while micro-batches add up.
-        whole_model: everything above for all parameters.
-    """
-
-    parameters: int
-    states: dict[str, int]
-    compute_copy: int
-    accumulator: int
-    whole_model: int
-
-    def per_parameter(self) -> dict[str, float]:
-        """``{what: bytes}`` per parameter of the FP8 plan, with ``total`` over ``states``."""
-        shares = {name: count / self.parameters for name, count in self.states.items()}
-        return {
-            **shares,
-            "total": sum(shares.values()),
-            "compute_copy": self.compute_copy / self.parameters,
-            "accumulator": self.accumulator / self.parameters,
-        }
-
-    def __str__(self) -> str:
-        shares = self.per_parameter()
-        states = ", ".join(f"{name} {shares[name]:.2f}" for name in self.states)
-        return (
-            f"{shares['total']:.2f} bytes per parameter of the hidden linears ({states}) "
-            f"+ compute copy {shares['compute_copy']:.2f} + accumulator {shares['accumulator']:.2f}; "
-            f"whole model {format_bytes(self.whole_model)}"
-        )
 
 
 def stored_bytes(trainer: Trainer) -> StoredBytes:
@@ -121,7 +76,7 @@ def describe_precision(trainer: Trainer) -> list[str]:
     if trainer.pipeline is None:
         lines.append(f"memory: {stored_bytes(trainer)}")
     else:
-        lines.append(f"pipeline: {trainer.pipeline.layout.describe()}")
+        lines.append(f"pipeline: {trainer.pipeline.placement.describe()}")
         lines.append(f"memory of this rank's stages: {stored_bytes(trainer)}")
     return lines
 

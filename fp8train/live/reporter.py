@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fp8train import __version__
-from fp8train.checkpoint import Written
+from fp8train.checkpoint.background import Written
 from fp8train.config.length import beyond_the_end
 from fp8train.config.schema import to_plain
 from fp8train.config.threads import VARIABLE, threads_from_environment

@@ -13,7 +13,6 @@ from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
-from fp8train.layers.smooth import Smoothing
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
 from fp8train.models.mus import MuS
@@ -21,6 +20,7 @@ from fp8train.models.param_spec import initial_value
 from fp8train.models.parametrization import Batch, Parametrization
 from fp8train.models.part import ModelPart
 from fp8train.models.unit_scaling import UnitMaximalUpdate, UnitScaling
+from fp8train.precision.precision import Smoothing
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 

@@ -27,6 +27,7 @@ from fp8train.models.block import Block, make_norm, recompute
 from fp8train.models.param_spec import ParamSpec, Role, Shard
 from fp8train.models.parametrization import Parametrization
 from fp8train.models.part import ModelPart
+from fp8train.models.shapes import padded_vocab_size, split_dim
 
 _ROLES: dict[str, Role] = {
     "embedding.weight": "embedding",
@@ -48,23 +49,6 @@ def role_of(fqn: str) -> Role:
         return "norm"
     assert fqn.endswith(".bias"), f"parameter {fqn} has no role"
     return "bias"
-
-
-_SPLIT_ROWS = ("embedding", "head", "attention.qkv", "mlp.up")
-_SPLIT_COLUMNS = ("attention.out.weight", "mlp.down.weight")
-
-
-def split_dim(fqn: str) -> int | None:
-    """The dimension along which tensor-parallel ranks cut a parameter; None: each holds all of it."""
-    if fqn.endswith(_SPLIT_COLUMNS):
-        return 1
-    module = fqn.rpartition(".")[0]
-    return 0 if any(module == name or module.endswith("." + name) for name in _SPLIT_ROWS) else None
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """The vocabulary rounded up to a multiple of ``multiple``."""
-    return -(-vocab_size // multiple) * multiple
 
 
 class Decoder(nn.Module):

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from fp8train.config.gemm_schema import GemmConfig
-from fp8train.config.linear_names import matches
+from fp8train.config.linear_names import coverage, reason_to_skip
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.linear import Linear
@@ -50,11 +49,7 @@ class PlanReport:
         }
 
     def __str__(self) -> str:
-        line = f"FP8: {len(self.converted)} of {self.total} linears"
-        if self.skipped:
-            reasons = ", ".join(f"{reason}: {len(paths)}" for reason, paths in self.skipped.items())
-            line += f"; skipped {self.total - len(self.converted)} ({reasons})"
-        return line
+        return coverage(len(self.plans), {reason: len(paths) for reason, paths in self.skipped.items()})
 
 
 def plan_fp8(
@@ -81,13 +76,14 @@ def plan_fp8(
     plans: dict[str, Fp8Plan] = {}
     skipped: dict[str, list[str]] = {}
     for path, linear in linears.items():
-        reason = _reason_to_skip(path, linear, gemm, num_layers)
+        dimensions = linear.in_features, linear.out_features
+        reason = reason_to_skip(path, dimensions, gemm, num_layers=num_layers)
         if reason is None:
             plans[path] = Fp8Plan(quant, backend, _holding(path, precision, forward_only=forward_only))
         else:
             skipped.setdefault(reason, []).append(path)
     skipped["head"] = ["head"]
-    assert plans, "a configuration that excludes every linear is refused"
+    assert plans, "the configuration knows which linears are left (config/linear_names.py)"
     return PlanReport(
         plans,
         {reason: tuple(paths) for reason, paths in skipped.items()},
@@ -102,14 +98,3 @@ def _holding(path: str, precision: PrecisionConfig, *, forward_only: bool) -> Ho
     if forward_only:
         return "loaded"
     return "resident" if precision.weights == "fp8" else "cached"
-
-
-def _reason_to_skip(path: str, linear: Linear, gemm: GemmConfig, num_layers: int) -> str | None:
-    layer = int(path.split(".")[1])
-    if layer < gemm.first_layers_bf16 or layer >= num_layers - gemm.last_layers_bf16:
-        return "first/last layers"
-    if any(matches(path, pattern) for pattern in gemm.exclude):
-        return "exclude"
-    if gemm.min_dim is not None and min(linear.in_features, linear.out_features) < gemm.min_dim:
-        return f"dimension < {gemm.min_dim}"
-    return None

@@ -30,23 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.precision.scale_blocks import DIRECTED, OPERAND_BLOCK, TWO_LEVELS, Granularity
+from fp8train.precision.scale_blocks import OPERAND_BLOCK, TWO_LEVELS, Granularity, scale_tile
 
 _BLOCKS = sorted({size for name, size in OPERAND_BLOCK.items() if name not in TWO_LEVELS})
-
-
-def scale_tile(granularity: Granularity, contracted: int) -> tuple[int | None, int | None]:
-    """(rows, columns) that share a scale; None stands for all of them.
-
-    Args:
-        granularity: of an operand.
-        contracted: dimension that the GEMM contracts, 0 or 1.
-    """
-    if granularity == "tensor":
-        return None, None
-    along = OPERAND_BLOCK.get(granularity)
-    across = 1 if granularity in DIRECTED else along
-    return (across, along) if contracted == 1 else (along, across)
 
 
 def amax_along(x: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:

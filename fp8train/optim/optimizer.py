@@ -172,12 +172,10 @@ class Optimizer:
         """Of elements that each lossy role flushes; nothing without a parameter that has the plan's
         formats."""
         device = next((state.master.place.device for state in self.states.values() if state.in_plan), None)
+        if device is None:
+            return {}
         lossy = [role for role, fmt in self.states.plan.formats().items() if not fmt.is_exact]
-        return (
-            {}
-            if device is None
-            else {role: torch.zeros((), dtype=torch.int64, device=device) for role in lossy}
-        )
+        return {role: torch.zeros((), dtype=torch.int64, device=device) for role in lossy}
 
     def _update_of(self, state: ParameterState, step: int, lr_factor: float) -> StepScalars:
         lr = self.rule.settings.lr * lr_factor * state.spec.lr_mult

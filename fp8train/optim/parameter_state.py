@@ -18,7 +18,6 @@ from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.make_storage import make_master_storage, make_storage
 from fp8train.optim.state_storage import StatePlace, Storage
 from fp8train.optim.weight_target import WeightTarget
-from fp8train.precision.scale_blocks import block_size
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.rule import MatrixRule, Rule
 
@@ -112,23 +111,15 @@ def place_of(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.de
     Raises:
         ValueError: the region cuts a block.
     """
-    scaled = fmt.in_blocks
-    row = region.shape[-1]
-    block = block_size(spec.global_shape[-1], fmt.block) if scaled else 1
-    in_part = scaled and row != spec.global_shape[-1]
-    if in_part and fmt.fit and _cuts(block, region):
-        block = block_size(row, fmt.block)
-    if in_part and _cuts(block, region):
+    row, whole_row = region.shape[-1], spec.global_shape[-1]
+    block = fmt.block_in(row, whole_row)
+    if row != whole_row and (row % block or region.offset[-1] % block):
         raise ValueError(
             f"{spec.fqn}: a local row of {row} elements cuts a block of {block}; legal: multiples of {block}"
         )
     strides = [math.prod(spec.global_shape[dim + 1 :]) for dim in range(len(spec.global_shape))]
     first = sum(start * stride for start, stride in zip(region.offset, strides, strict=True))
     return StatePlace(region.shape, block, first, device, spec.global_shape[-1])
-
-
-def _cuts(block: int, region: Region) -> bool:
-    return bool(region.shape[-1] % block or region.offset[-1] % block)
 
 
 def logical_tensors(

@@ -65,7 +65,7 @@ class _StageModule(nn.Module):
         return self._run(x)
 
 
-class PipelineLayout:
+class StagePlacement:
     """Which pipeline rank holds which stages.
 
     Attributes:
@@ -117,13 +117,13 @@ class Pipeline:
     """Runs the stages that this rank holds, under the schedule's order.
 
     Attributes:
-        layout: who holds what.
+        placement: who holds what.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        layout: PipelineLayout,
+        placement: StagePlacement,
         group: CountedGroup,
         store: GradientStore,
         *,
@@ -133,21 +133,21 @@ class Pipeline:
     ) -> None:
         """Args:
         decoder: holds the parameters of this rank's stages.
-        layout: who holds what.
+        placement: who holds what.
         group: ranks with the other stages of the same samples.
         store: gradients; made with ``defer`` for :data:`ZERO_BUBBLE` schedules.
         parameters: names of all parameters of the whole model.
         fp8_traffic: send states and their gradients in FP8 where the next stage is on another rank.
         device: where states live.
         """
-        self.layout = layout
+        self.placement = placement
         self._decoder, self._group, self._store, self._device = decoder, group, store, device
         self._names, self._fp8_traffic = sorted(parameters), fp8_traffic
         self._schedule: Any = None
         self._shape: torch.Size | None = None
         self._num_tokens: Tensor | float = 1
         self._total = torch.zeros((), dtype=torch.float64, device=device)
-        self._tied = decoder.config.tie_embeddings and layout.first_rank != layout.last_rank
+        self._tied = decoder.config.tie_embeddings and placement.first_rank != placement.last_rank
 
     def run(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         """Forward and backward of all micro-batches into the gradient store.
@@ -168,7 +168,7 @@ class Pipeline:
         # torch runs forward and backward of A micro-batches of B sequences in the schedule's order, and moves
         # states [B, S, H] forward and their gradients backward between ranks. Only the first stage reads
         # tokens, only the last one targets. Weight gradients go to the store, as without a pipeline.
-        begins, ends = self.layout.held[0].begins, self.layout.held[-1].ends
+        begins, ends = self.placement.held[0].begins, self.placement.held[-1].ends
         self._schedule.step(
             *((inputs.flatten(0, 1),) if begins else ()),
             target=targets.flatten(0, 1) if ends else None,
@@ -182,15 +182,15 @@ class Pipeline:
         from torch.distributed import pipelining  # takes a second to import: for those who need it
 
         num_micro_batches, batch, length = shape
-        stages = [self._build_stage(stage, batch, length) for stage in self.layout.held]
+        stages = [self._build_stage(stage, batch, length) for stage in self.placement.held]
         arguments: dict[str, Any] = {
             "n_microbatches": num_micro_batches,
             "loss_fn": self._loss,
             "scale_grads": False,
         }
-        if self.layout.schedule == "1f1b":
+        if self.placement.schedule == "1f1b":
             return pipelining.Schedule1F1B(stages[0], **arguments)
-        return getattr(pipelining, _CLASSES[self.layout.schedule])(stages, **arguments)
+        return getattr(pipelining, _CLASSES[self.placement.schedule])(stages, **arguments)
 
     def _build_stage(self, stage: Stage, batch: int, length: int) -> PipelineStage:
         from torch.distributed.pipelining import PipelineStage
@@ -208,7 +208,7 @@ class Pipeline:
             else self._message(stage.index - 1, batch, length, meta).requires_grad_(),
             output_args=self._message(stage.index, batch, length, meta).requires_grad_(),
             group=self._group.group,
-            dw_builder=self._store.take_deferred if self.layout.schedule in ZERO_BUBBLE else None,
+            dw_builder=self._store.take_deferred if self.placement.schedule in ZERO_BUBBLE else None,
         )
 
     def _function(self, stage: Stage, batch: int, length: int) -> Callable[[Tensor], Tensor]:
@@ -228,8 +228,8 @@ class Pipeline:
 
     def _crosses(self, edge: int) -> bool:
         """Whether stage ``edge`` and the next one exist and are on two ranks."""
-        both = edge in self.layout.rank_of and edge + 1 in self.layout.rank_of
-        return both and self.layout.rank_of[edge] != self.layout.rank_of[edge + 1]
+        both = edge in self.placement.rank_of and edge + 1 in self.placement.rank_of
+        return both and self.placement.rank_of[edge] != self.placement.rank_of[edge + 1]
 
     def _wire(self, edge: int, batch: int, length: int) -> StageWire | None:
         """How states after stage ``edge`` travel; None as they are."""
@@ -254,7 +254,7 @@ class Pipeline:
     def _count_traffic(self, inputs: Tensor) -> None:
         """What torch sent: states to the next stage and gradients to the one before, if on other ranks."""
         meta, (_, batch, length) = torch.device("meta"), inputs.shape
-        for stage in self.layout.held:
+        for stage in self.placement.held:
             for edge, purpose in ((stage.index, "pipeline_states"), (stage.index - 1, "pipeline_gradients")):
                 if self._crosses(edge):
                     nbytes = self._message(edge, batch, length, meta).nbytes
@@ -275,9 +275,9 @@ class Pipeline:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         waits: list[Callable[[], None]] = []
         outputs: list[Tensor] = []
-        for stage in self.layout.held:
+        for stage in self.placement.held:
             run = self._function(stage, *inputs.shape[1:])
-            before, after = (self.layout.rank_of.get(stage.index + step) for step in (-1, 1))
+            before, after = (self.placement.rank_of.get(stage.index + step) for step in (-1, 1))
             received, outputs = outputs, []
             for i, tokens in enumerate(inputs):
                 x = run(self._input(stage, tokens, received[i : i + 1]))
@@ -297,22 +297,22 @@ class Pipeline:
         """What a stage computes on: tokens, a stage's output on this rank, or one from another rank."""
         if stage.begins:
             return tokens
-        if self.layout.is_here(stage.index - 1):
+        if self.placement.is_here(stage.index - 1):
             return local[0]
         batch, length = tokens.shape
         message = self._message(stage.index - 1, batch, length, self._device)
-        self._group.receive(message, self.layout.rank_of[stage.index - 1])
+        self._group.receive(message, self.placement.rank_of[stage.index - 1])
         return message
 
     def _send(self, message: Tensor, stage: Stage) -> Callable[[], None]:
-        to = self.layout.rank_of[stage.index + 1]
+        to = self.placement.rank_of[stage.index + 1]
         return self._group.send(message.contiguous(), to, purpose="pipeline_states")
 
     @torch.no_grad()
     def add_tied_gradients(self) -> None:
         """Give both copies of a tied embedding the sum of their gradients; after the data-parallel
         reduction."""
-        first, last = self.layout.first_rank, self.layout.last_rank
+        first, last = self.placement.first_rank, self.placement.last_rank
         if not self._tied or self._group.rank not in (first, last):
             return
         is_first = self._group.rank == first
@@ -326,7 +326,7 @@ class Pipeline:
         """Norm of the whole model's gradient: FP64 scalar, the same on all ranks."""
         # FP64 [parameters], zero for those of other stages; of two tied copies only the first counts.
         norms = self._store.norms(self._names)
-        if self._tied and self._group.rank != self.layout.first_rank:
+        if self._tied and self._group.rank != self.placement.first_rank:
             norms[self._names.index(TIED)] = 0.0
         self._group.all_reduce(norms, purpose="norm")()
         return torch.linalg.vector_norm(norms)

@@ -18,8 +18,8 @@ from itertools import pairwise
 
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
-from fp8train.models.decoder import padded_vocab_size
 from fp8train.models.part import ModelPart
+from fp8train.models.shapes import padded_vocab_size
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,14 @@ from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.build import COMPUTE_DTYPES, outline
-from fp8train.models.decoder import split_dim
 from fp8train.models.fp8_plan import plan_fp8
 from fp8train.models.part import ModelPart
-from fp8train.numerics.granularity import scale_tile
-from fp8train.parallel.pipeline import TIED, PipelineLayout
+from fp8train.models.shapes import held, local_shape, split_dim
+from fp8train.parallel.pipeline import TIED, StagePlacement
 from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
-from fp8train.precision.scale_blocks import MAX_BLOCK, block_size
+from fp8train.precision.scale_blocks import MAX_BLOCK, block_size, scale_tile
 
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
@@ -79,9 +78,7 @@ class Parameter:
 
     def local(self, tp: int) -> tuple[int, int]:
         """(rows, row length) of a tensor-parallel rank's part; a vector is one row."""
-        shape, dim = list(self.shape), split_dim(self.fqn)
-        if dim is not None:
-            shape[dim] //= tp
+        shape = local_shape(self.fqn, self.shape, tp)
         return math.prod(shape[:-1]), shape[-1]
 
     def elements(self, tp: int) -> int:
@@ -98,14 +95,14 @@ class RankStep:
         dp: data-parallel ranks.
         micro_batches: M.
         parameters: of the whole model.
-        layout: of the pipeline, seen from this rank; None with one stage.
+        placement: of the pipeline, seen from this rank; None with one stage.
     """
 
     config: Config
     dp: int
     micro_batches: int
     parameters: tuple[Parameter, ...]
-    layout: PipelineLayout | None = None
+    placement: StagePlacement | None = None
 
     @property
     def tp(self) -> int:
@@ -136,20 +133,14 @@ class RankStep:
     @property
     def part(self) -> ModelPart:
         """The part of the model that the rank holds."""
-        if self.layout is None:
+        if self.placement is None:
             return ModelPart.whole(self.config.model.num_layers)
-        return part_of(self.layout.held)
+        return part_of(self.placement.held)
 
     def held(self) -> list[Parameter]:
         """Parameters of the rank's part of the model, a copy of a tied embedding included."""
         part, tied = self.part, self.config.model.tie_embeddings
-        ends = {"embedding": part.begins or (part.ends and tied), "positions": part.begins}
-
-        def here(fqn: str) -> bool:
-            first, second = fqn.split(".")[:2]
-            return int(second) in part.layers if first == "layers" else ends.get(first, part.ends)
-
-        return [parameter for parameter in self.parameters if here(parameter.fqn)]
+        return [parameter for parameter in self.parameters if held(parameter.fqn, part, tied=tied)]
 
     def axis(self, *axes: str) -> str:
         """The name of these axes together; those of one rank do not count."""
@@ -285,19 +276,19 @@ def pipeline(step: RankStep) -> Volume:
     with e of ``gradient.accumulate`` for the last. Under ZeRO that is V/tp·H/R, with e of
     ``gradient.reduce``.
     """
-    layout, found = step.layout, _nothing()
-    if layout is None:
+    placement, found = step.placement, _nothing()
+    if placement is None:
         return found
     rows, width = step.tokens // step.tp, step.config.model.hidden_size
     message = rows * width * step.itemsize
     if step.config.precision.traffic.pipeline == "fp8":
         message = -(-in_blocks(rows, width, block_size(width, MAX_BLOCK)) // 4) * 4
-    for stage in layout.held:
-        here = layout.rank_of[stage.index]
+    for stage in placement.held:
+        here = placement.rank_of[stage.index]
         for other, name in ((stage.index + 1, "pipeline_states"), (stage.index - 1, "pipeline_gradients")):
-            if layout.rank_of.get(other, here) != here:
+            if placement.rank_of.get(other, here) != here:
                 found[Flow("pp", f"send/{name}")] += step.micro_batches * message
-    ends = {layout.first_rank, layout.last_rank}
+    ends = {placement.first_rank, placement.last_rank}
     if step.config.model.tie_embeddings and len(ends) == 2 and (step.part.begins or step.part.ends):
         table = next(p for p in step.parameters if p.fqn == TIED).elements(step.tp)
         gradient = step.config.precision.gradient
@@ -474,7 +465,9 @@ def rank_steps(config: Config, *, dp: int) -> list[RankStep]:
     if pp == 1:
         return [alone]
     stages = plan_stages(config, vocab_size)
-    return [replace(alone, layout=PipelineLayout(stages, schedule, pp=pp, rank=rank)) for rank in range(pp)]
+    return [
+        replace(alone, placement=StagePlacement(stages, schedule, pp=pp, rank=rank)) for rank in range(pp)
+    ]
 
 
 def most_loaded(volumes: list[dict[Flow, float]]) -> int:

@@ -14,22 +14,16 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from fp8train.config.schema import Config
-from fp8train.data.errors import DataError
-from fp8train.data.indexed_dataset import IndexedDataset
-from fp8train.data.sidecar import read_sidecar
 from fp8train.kernels.gemm import GemmBackend
 from fp8train.layers.linear_plan import Fp8Plan
 from fp8train.models.build import outline
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
+from fp8train.planning.vocabulary import ASSUMED_VOCABULARY, known_vocabulary
 from fp8train.precision.linear_gemms import GEMMS
 
 Row = tuple[str, ...]
 _LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
-
-
-ASSUMED_VOCABULARY = 32000
-"""Where neither the configuration nor a dataset tells."""
 
 
 def describe_recipe(config: Config) -> str:
@@ -38,23 +32,13 @@ def describe_recipe(config: Config) -> str:
     Raises:
         ConfigError: the FP8 plan selects nothing or names what is not there.
     """
-    size = config.model.vocab_size or _dataset_vocabulary(config)
+    size = known_vocabulary(config)
     if size is not None:
         return recipe_tables(config, size)
     note = (
         f"no model.vocab_size and no dataset yet: factors of embedding and head assume {ASSUMED_VOCABULARY}"
     )
     return f"{recipe_tables(config, ASSUMED_VOCABULARY)}\n# {note}\n"
-
-
-def _dataset_vocabulary(config: Config) -> int | None:
-    data = config.data
-    prefix = data.prefix if data.prefix is not None else data.blend[0].prefix if data.blend else None
-    try:
-        sidecar = None if prefix is None else read_sidecar(IndexedDataset(prefix))
-    except DataError:
-        return None
-    return None if sidecar is None else sidecar.vocab_size
 
 
 def recipe_tables(config: Config, vocab_size: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8train.precision.number_formats import E4M3, Format
-from fp8train.precision.problems import Problem, illegal_choices, out_of_range, refuse, unused
+from fp8train.precision.problems import Problem, Reads, illegal_choices, out_of_range, refuse, unread
 from fp8train.precision.scale_blocks import MAX_BLOCK, MIN_BLOCK
 
 Wide = Literal["fp32", "bf16"]
@@ -21,6 +21,11 @@ Between = Literal["fp8", "bf16"]
 Algorithm = Literal["ring", "tree", "native"]
 Criterion = Literal["count", "any"]
 Start = Literal["one_over_ranks", "one_over_root_ranks", "one"]
+
+FP8_GRADIENT_READS = (
+    Reads(("error_feedback", "node_size"), "reduce", ("exchange",)),
+    Reads(("sum", "mu_criterion", "mu_threshold", "mu_window", "mu_initial"), "reduce", ("shared_scale",)),
+)
 
 
 @dataclass(frozen=True)
@@ -57,21 +62,16 @@ class Fp8Gradients:
     mu_initial: Start = "one_over_ranks"
 
     def __post_init__(self) -> None:
-        refuse([*illegal_choices(self), *out_of_range(self, "block", MIN_BLOCK, MAX_BLOCK, "elements")])
-        refuse(self._ignored())
+        refuse([*illegal_choices(self), *self._out_of_range()])
+        refuse([*unread(self, FP8_GRADIENT_READS), *self._accumulated_otherwise()])
 
-    def _ignored(self) -> Iterator[Problem]:
-        mu = ("mu_criterion", "mu_threshold", "mu_window", "mu_initial")
-        yield from unused(self, "reduce", "shared_scale", "sum", *mu)
-        yield from unused(self, "reduce", "exchange", "error_feedback", "node_size")
-        if self.reduce == "shared_scale":
-            yield from unused(self, "mu_criterion", "count", "mu_threshold")
-        if self.between_nodes != "fp8" and self.node_size is None:
-            yield Problem(
-                f"between_nodes: {self.between_nodes} is read where node_size is set, but it is not; remove "
-                "it, or write node_size",
-                ("between_nodes", "node_size"),
-            )
+    def _out_of_range(self) -> Iterator[Problem]:
+        yield from out_of_range(self, "block", MIN_BLOCK, MAX_BLOCK, "elements")
+        yield from out_of_range(self, "mu_window", 1, None, "steps")
+        if not 0 < self.mu_threshold < 1:
+            yield Problem(f"mu_threshold: {self.mu_threshold:g}; legal: between 0 and 1", ("mu_threshold",))
+
+    def _accumulated_otherwise(self) -> Iterator[Problem]:
         if self.accumulate == "fp8" and self.reduce != "shared_scale":
             yield Problem(
                 "accumulate: fp8 is what reduce: shared_scale offers (fidelity to MS-AMP), but reduce is "

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8train.precision.number_formats import E2M1, Format
-from fp8train.precision.problems import Problem, illegal_choices, out_of_range, refuse, unused
+from fp8train.precision.problems import Problem, Reads, illegal_choices, out_of_range, refuse, unread
 from fp8train.precision.scale_blocks import DIRECTED, TWO_LEVELS, Granularity
 
 ScaleSource = Literal["current", "delayed", "constant", "mse"]
@@ -30,6 +30,13 @@ Rounding = Literal["nearest", "stochastic"]
 MAX_MARGIN = 8  # beyond, E4M3 would be left with values below 1.75
 MAX_HISTORY = 1024
 MAX_CONSTANT = 126  # both 2^k and 2^-k are normal FP32 numbers
+
+CAST_READS = (
+    Reads(("history", "reduce", "interval"), "scale_source", ("delayed",)),
+    Reads(("constant_exponent",), "scale_source", ("constant",)),
+    Reads(("power_of_two", "margin"), "scale_source", ("current", "delayed")),
+)
+FP4_READS = (Reads(("rounding", "hadamard"), "format", ("e2m1",)),)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         refuse([*illegal_choices(self), *self._out_of_range()])
-        refuse([*self._against_the_source(), *self._against_the_format()])
+        refuse(
+            [*unread(self, CAST_READS + FP4_READS), *self._against_the_source(), *self._against_the_format()]
+        )
 
     def _out_of_range(self) -> Iterator[Problem]:
         yield from out_of_range(self, "margin", 0, MAX_MARGIN, "powers of two")
@@ -83,19 +92,11 @@ class QuantSpec:
 
     def _against_the_source(self) -> Iterator[Problem]:
         source = self.scale_source
-        yield from unused(self, "scale_source", "delayed", "history", "reduce", "interval")
-        yield from unused(self, "scale_source", "constant", "constant_exponent")
         if source == "constant" and self.constant_exponent is None:
             yield Problem(
                 "scale_source: constant needs constant_exponent; the scale is 2^constant_exponent",
                 ("constant_exponent", "scale_source"),
             )
-        if source in ("mse", "constant"):
-            for key, given in (("margin", self.margin), ("power_of_two", not self.power_of_two)):
-                if given:
-                    yield Problem(
-                        f"{key} has no effect with scale_source: {source}; remove it", (key, "scale_source")
-                    )
         if self.granularity != "tensor" and source != "current":
             yield Problem(
                 f"granularity: {self.granularity} takes each scale from its own amax, but scale_source is "
@@ -109,7 +110,6 @@ class QuantSpec:
             )
 
     def _against_the_format(self) -> Iterator[Problem]:
-        given = [key for key in ("rounding", "hadamard") if getattr(self, key) not in ("nearest", False)]
         if self.is_nvfp4 != (self.granularity in TWO_LEVELS):
             yield Problem(
                 f"granularity: {self.granularity} with format: {self.format.name}; e2m1 has nv_1x16 or "
@@ -117,23 +117,17 @@ class QuantSpec:
                 ("granularity", "format"),
             )
         if not self.is_nvfp4:
-            for key in given:
-                yield Problem(
-                    f"{key}: {str(getattr(self, key)).lower()} is built for format: e2m1 only, but format is "
-                    f"{self.format.name}; remove it",
-                    (key, "format"),
-                )
             return
         if self.power_of_two or self.margin:
             yield Problem(
                 "e2m1 has FP32 scales from amax; write power_of_two: false and no margin",
                 ("power_of_two" if self.power_of_two else "margin", "format"),
             )
-        if self.granularity == "nv_16x16" and given:
+        if self.granularity == "nv_16x16" and (self.rounding == "stochastic" or self.hadamard):
             yield Problem(
                 "granularity: nv_16x16 serves two GEMMs with one copy; rounding: stochastic and "
                 "hadamard: true belong to nv_1x16",
-                (*given, "granularity"),
+                ("hadamard" if self.hadamard else "rounding", "granularity"),
             )
 
     @property

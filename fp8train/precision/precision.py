@@ -12,6 +12,11 @@ from fp8train.precision.problems import Problem, illegal_choices, refuse
 from fp8train.precision.state_formats import StateFormats
 from fp8train.precision.traffic import Traffic
 
+Smoothing = Literal["off", "token", "channel"]
+"""Of SwiGLU's output, around the down projection: not at all; token by token; the size of each channel in the
+down projection's weight."""
+GuardAction = Literal["off", "report", "bf16"]
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -24,7 +29,7 @@ class Precision:
         weights: how those have their weights between steps: in the compute type, or in FP8 only.
         traffic: what ranks send each other.
         smooth_swiglu: factors around the down projection.
-        guard: what happens to linears that stand out.
+        guard_action: what happens to linears that stand out.
 
     Raises:
         PrecisionError: parts that do not fit together.
@@ -35,8 +40,8 @@ class Precision:
     state: StateFormats
     weights: Literal["compute", "fp8"]
     traffic: Traffic
-    smooth_swiglu: Literal["off", "token", "channel"] = "off"
-    guard: Literal["off", "report", "bf16"] = "off"
+    smooth_swiglu: Smoothing = "off"
+    guard_action: GuardAction = "off"
 
     def __post_init__(self) -> None:
         refuse(illegal_choices(self))
@@ -58,15 +63,15 @@ class Precision:
                     "write gemm.fp8: true or level: O0",
                     (key, "gemm.fp8"),
                 )
-        if self.guard != "off":
+        if self.guard_action != "off":
             yield Problem(
-                f"guard.action: {self.guard} watches linears that multiply in FP8, but gemm.fp8 is false; "
-                "remove it, or write gemm.fp8: true",
+                f"guard.action: {self.guard_action} watches linears that multiply in FP8, but gemm.fp8 is "
+                "false; remove it, or write gemm.fp8: true",
                 ("guard.action", "gemm.fp8"),
             )
 
     def _guard(self, gemm: LinearQuant) -> Iterator[Problem]:
-        if self.guard != "bf16":
+        if self.guard_action != "bf16":
             return
         if self.weights == "fp8":
             yield Problem(
@@ -107,10 +112,8 @@ class Precision:
             key = "gemm.output.x.format"
             reason = " of GEMM operands, but e2m1 operands are simulated and have none"
         elif not gemm.grad_weight_fp8:
-            key, reason = (
-                "gemm.grad_weight.fp8",
-                ", but gemm.grad_weight.fp8: false multiplies unquantised values",
-            )
+            key = "gemm.grad_weight.fp8"
+            reason = f", but {key}: false multiplies unquantised values"
         else:
             return
         for name in ("activations", "grad_output"):

@@ -54,10 +54,27 @@ def out_of_range(value: object, name: str, low: float, high: float | None, unit:
         yield Problem(f"{name}: {given} {unit}; legal: {legal}", (name,))
 
 
-def unused(value: Any, switch: str, needs: str, *names: str) -> Iterator[Problem]:
-    """One problem for each field of ``names`` that is not at its default although ``switch`` is not
-    ``needs``, which alone reads it."""
-    chosen = getattr(value, switch)
-    for name in names if chosen != needs else ():
-        if getattr(value, name) != value.__dataclass_fields__[name].default:
-            yield Problem(f"{name} belongs to {switch}: {needs}, but {switch} is {chosen}", (name, switch))
+class Reads(NamedTuple):
+    """Fields of a value that are read only where its field ``switch`` has one of ``values``."""
+
+    names: tuple[str, ...]
+    switch: str
+    values: tuple[str, ...]
+
+
+def unread(value: Any, reads: Iterable[Reads]) -> Iterator[Problem]:
+    """One problem for each field that is not at its default although nothing reads it."""
+    told = set()
+    for names, switch, values in reads:
+        chosen = getattr(value, switch)
+        chosen = getattr(chosen, "name", chosen)
+        for name in names if chosen not in values else ():
+            given = getattr(value, name)
+            if given != value.__dataclass_fields__[name].default and name not in told:
+                told.add(name)
+                written = str(given).lower() if isinstance(given, bool) else given
+                yield Problem(
+                    f"{name}: {written} is read with {switch}: {' or '.join(values)}, but {switch} is "
+                    f"{chosen}; remove it",
+                    (name, switch),
+                )

@@ -43,3 +43,17 @@ def block_size(row_length: int, limit: int = MAX_BLOCK) -> int:
         return row_length
     divisors = (size for size in range(limit, MIN_BLOCK - 1, -1) if row_length % size == 0)
     return next(divisors, limit)
+
+
+def scale_tile(granularity: Granularity, contracted: int) -> tuple[int | None, int | None]:
+    """(rows, columns) that share a scale; None stands for all of them.
+
+    Args:
+        granularity: of an operand.
+        contracted: dimension that the GEMM contracts, 0 or 1.
+    """
+    if granularity == "tensor":
+        return None, None
+    along = OPERAND_BLOCK.get(granularity)
+    across = 1 if granularity in DIRECTED else along
+    return (across, along) if contracted == 1 else (along, across)

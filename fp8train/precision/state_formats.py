@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8train.precision.operand_cast import Rounding
-from fp8train.precision.problems import Problem, illegal_choices, out_of_range, refuse
-from fp8train.precision.scale_blocks import MAX_BLOCK
+from fp8train.precision.problems import Problem, Reads, illegal_choices, out_of_range, refuse, unread
+from fp8train.precision.scale_blocks import MAX_BLOCK, block_size
 
 StateName = Literal["fp32", "fp64", "bf16", "fp16_scaled", "bf16_remainder", "e4m3", "e5m2"]
 StateGranularity = Literal["tensor", "block"]
@@ -29,6 +29,14 @@ SCALED_STATES = ("fp16_scaled", "e4m3", "e5m2")
 FP8_STATES = ("e4m3", "e5m2")
 ROUNDED_STATES = ("bf16", *SCALED_STATES)
 """Those that lose bits of FP32."""
+
+STATE_READS = (
+    Reads(("granularity",), "format", SCALED_STATES),
+    Reads(("rounding", "sqrt"), "format", ROUNDED_STATES),
+    Reads(("expand",), "format", FP8_STATES),
+    Reads(("expand",), "granularity", ("block",)),
+)
+_BLOCK_READS = (Reads(("block",), "format", SCALED_STATES), Reads(("block",), "granularity", ("block",)))
 
 
 @dataclass(frozen=True)
@@ -63,28 +71,7 @@ class StateFormat:
 
     def __post_init__(self) -> None:
         refuse([*illegal_choices(self), *out_of_range(self, "block", 1, MAX_BLOCK, "elements")])
-        refuse(self._ignored())
-
-    def _ignored(self) -> Iterator[Problem]:
-        name = self.format
-        if self.granularity == "tensor" and not self.is_scaled:
-            remedy = f"{name} has no scale; leave it out or choose one of {', '.join(SCALED_STATES)}"
-            yield Problem(f"granularity: tensor with format {name}: {remedy}", ("granularity", "format"))
-        if self.block != MAX_BLOCK and not self.in_blocks:
-            remedy = (
-                "there are no block scales; leave it out or write granularity: block with a scaled format"
-            )
-            yield Problem(f"block: {self.block} with format {name}: {remedy}", ("block", "format"))
-        if self.expand and not (name in FP8_STATES and self.in_blocks):
-            remedy = (
-                "only FP8 blocks have a range to expand; write format: e4m3 or e5m2 with granularity: block"
-            )
-            yield Problem(f"expand: true with format {name}: {remedy}", ("expand", "format"))
-        if self.sqrt and self.is_exact:
-            yield _no_root(self)
-        if self.rounding == "stochastic" and self.is_exact:
-            remedy = f"{name} rounds nothing away; write nearest"
-            yield Problem(f"rounding: stochastic with format {name}: {remedy}", ("rounding", "format"))
+        refuse(unread(self, (*STATE_READS, *_BLOCK_READS)))
 
     @property
     def is_exact(self) -> bool:
@@ -101,6 +88,18 @@ class StateFormat:
         """Whether runs of a row have scales of their own."""
         return self.is_scaled and self.granularity == "block"
 
+    def block_in(self, row: int, whole_row: int) -> int:
+        """Elements that share a scale in a rank's part of a row; 1 where the format has no block scales.
+
+        Args:
+            row: elements of the part, which begins at a multiple of them.
+            whole_row: elements of the logical row.
+        """
+        if not self.in_blocks:
+            return 1
+        block = block_size(whole_row, self.block)
+        return block_size(row, self.block) if self.fit and row % block else block
+
     @property
     def two_pass(self) -> bool:
         """Whether one scale covers the tensor, so that its amax must be known before anything is stored."""
@@ -115,11 +114,6 @@ class StateFormat:
         if self.rounding == "stochastic":
             parts.append("stochastic")
         return "/".join(parts)
-
-
-def _no_root(fmt: StateFormat, role: str = "") -> Problem:
-    remedy = "it halves the exponents of a second moment in 8 or 16 bits; leave it out"
-    return Problem(f"sqrt: true with format {fmt.format}: {remedy}", (f"{role}sqrt", f"{role}format"))
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,9 @@ class StateFormats:
                     (f"{role}.format",),
                 )
             if fmt.sqrt and role != "exp_avg_sq":
-                yield _no_root(fmt, f"{role}.")
+                yield Problem(
+                    "sqrt: true halves the exponents of a second moment; remove it", (f"{role}.sqrt",)
+                )
 
     def formats(self) -> dict[str, StateFormat]:
         """Format by role, without an absent second moment."""

@@ -78,12 +78,8 @@ def tensor_parallel(config: Config, processes: Processes) -> TensorParallel | No
     """The ranks among which matrices and activations are cut; None for one."""
     if processes.sequence.size == 1:
         return None
-    return TensorParallel(
-        processes.tp,
-        processes.sequence,
-        processes.cp,
-        config.precision.traffic.value(),
-    )
+    traffic = config.precision.traffic.value()
+    return TensorParallel(processes.tp, processes.sequence, processes.cp, traffic)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradients.store import GradientStore
-from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, PipelineLayout
+from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, StagePlacement
 from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.parallel.zero import Partition
 from fp8train.step.assemble import (
@@ -50,14 +50,14 @@ from fp8train.step.sharding import Sharding, make_gather, make_partition
 from fp8train.step.targets import inputs_and_targets
 
 
-def pipeline_layout(config: Config, processes: Processes, vocab_size: int) -> PipelineLayout | None:
+def place_stages(config: Config, processes: Processes, vocab_size: int) -> StagePlacement | None:
     """Which pipeline rank holds which stage; None with one stage."""
     pp = processes.pp
     assert pp.size == config.parallel.pp, f"{pp.size} pipeline ranks, parallel.pp is {config.parallel.pp}"
     if pp.size == 1:
         return None
     stages = plan_stages(config, vocab_size)
-    return PipelineLayout(stages, config.parallel.pipeline.schedule, pp=pp.size, rank=pp.rank)
+    return StagePlacement(stages, config.parallel.pipeline.schedule, pp=pp.size, rank=pp.rank)
 
 
 class Trainer:
@@ -82,17 +82,17 @@ class Trainer:
     ) -> None:
         """Build everything and fill in the values of step 0."""
         self.config, self.processes, self.ignore_after = config, processes, ignore_after
-        layout = pipeline_layout(config, processes, vocab_size)
+        placement = place_stages(config, processes, vocab_size)
         self.built: BuiltModel = build_model(
             config,
             vocab_size=vocab_size,
             device=processes.device,
-            part=None if layout is None else part_of(layout.held),
+            part=None if placement is None else part_of(placement.held),
             parallel=tensor_parallel(config, processes),
             context=None if processes.cp.size == 1 else ContextParallel(processes.cp),
         )
         self.model = self.built.model
-        in_parts = layout is not None or processes.tp.size > 1
+        in_parts = placement is not None or processes.tp.size > 1
         self.outline = outline(config, vocab_size) if in_parts else self.model
         rule = self.model.parametrization
         self._unscale = 1 / rule.gradient_scale if rule.true_gradients else 1.0
@@ -114,11 +114,11 @@ class Trainer:
             recorder=self.monitors.recorder,
         )
         self.pipeline: Pipeline | None = None
-        if layout is None:
+        if placement is None:
             self.store = GradientStore(self.model, self.gradients, parts=processes.tp, whole=self._whole())
         else:
             check_pipeline(config, contributions)
-            self.store, self.pipeline = self._make_pipeline(layout)
+            self.store, self.pipeline = self._make_pipeline(placement)
             self.monitors.pipeline = self.pipeline
         self.parts = make_fp8_parts(self.built, recorder=self.monitors.recorder)
         self.scales = self.parts.scales
@@ -148,19 +148,19 @@ class Trainer:
             return None
         return ScaleEvents(slots, self.scales, self.processes.pp, self.processes.device)
 
-    def _make_pipeline(self, layout: PipelineLayout) -> tuple[GradientStore, Pipeline]:
+    def _make_pipeline(self, placement: StagePlacement) -> tuple[GradientStore, Pipeline]:
         store = GradientStore(
             self.model,
             self.gradients,
-            group_of=layout.launch_group,
-            uses=layout.uses(tied=self.config.model.tie_embeddings),
-            defer=layout.schedule in ZERO_BUBBLE,
+            group_of=placement.launch_group,
+            uses=placement.uses(tied=self.config.model.tie_embeddings),
+            defer=placement.schedule in ZERO_BUBBLE,
             parts=self.processes.tp,
             whole=self._whole(),
         )
         pipeline = Pipeline(
             self.model,
-            layout,
+            placement,
             self.processes.pp,
             store,
             parameters=list(self.outline.specs),

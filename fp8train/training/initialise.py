@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from fp8train.checkpoint import CheckpointError, open_checkpoint
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import open_checkpoint
 from fp8train.config.changes import changes, is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fp8train.config.errors import ConfigError
 from fp8train.evaluation.validation import Evaluation, evaluate
 from fp8train.run_dir.metrics import strict
 from fp8train.step.consistency import check_replicas
@@ -116,11 +115,7 @@ class TrainingLoop:
 
     def _evaluate(self) -> Evaluation:
         data = self._run.data
-        if data.valid is None:
-            raise ConfigError(
-                "train.eval_interval is set but there is no validation data; set data.split or "
-                "data.valid_prefix"
-            )
+        assert data.valid is not None, "seen before the run"
         with self.reporter.outside_throughput():
             return evaluate(
                 self.trainer.summed_loss,

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fp8train.checkpoint import CheckpointError, LogicalTensor, OpenCheckpoint
-from fp8train.checkpoint.errors import shorten
+from fp8train.checkpoint.errors import CheckpointError, shorten
+from fp8train.checkpoint.load import OpenCheckpoint
+from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.config.schema import to_plain
 from fp8train.optim.checkpoint_states import Part, Recast, announce, plan_load, recast, state_names
 from fp8train.step.trainer import Trainer

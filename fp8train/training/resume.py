@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fp8train.checkpoint import OpenCheckpoint, open_checkpoint, restore_rng
+from fp8train.checkpoint.load import OpenCheckpoint, open_checkpoint
+from fp8train.checkpoint.rng import restore_rng
 from fp8train.config.changes import is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fp8train.checkpoint import find_checkpoint, sweep_leftovers
+from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import NoGoodCheckpointError
 from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes

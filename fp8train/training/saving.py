@@ -15,20 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fp8train import __version__
-from fp8train.checkpoint import (
-    EVAL_LOSS,
-    BackgroundSaver,
-    CheckpointError,
-    LogicalTensor,
-    Order,
-    Ranks,
-    Retention,
-    Written,
-    capture_rng,
-    with_rank_state,
-    write_checkpoint,
-)
+from fp8train.checkpoint.background import BackgroundSaver, Written
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.logical import LogicalTensor
+from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import describe
+from fp8train.checkpoint.retention import EVAL_LOSS, Retention
+from fp8train.checkpoint.rng import capture_rng
+from fp8train.checkpoint.save import Order, with_rank_state, write_checkpoint
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.schema import to_plain
 from fp8train.evaluation.validation import Evaluation

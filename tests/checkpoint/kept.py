@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import OpenCheckpoint, open_checkpoint
+from fp8train.checkpoint.load import OpenCheckpoint, open_checkpoint
 from fp8train.cli import run_command
 from fp8train.data.indexed_dataset import IndexedDatasetWriter
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.checkpoint import CheckpointError, candidates, find_checkpoint, load_checkpoint, save_checkpoint
-from fp8train.checkpoint.catalog import sweep_leftovers
+from fp8train.checkpoint.catalog import candidates, find_checkpoint, sweep_leftovers
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.retention import Retention, retain
+from fp8train.checkpoint.save import save_checkpoint
 
 
 def _save(root: Path, step: int, keep_last: int = 9) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.checkpoint import save_checkpoint
 from fp8train.checkpoint.manifest import encode, file_entry, read_manifest
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.cli import run_command
 
 

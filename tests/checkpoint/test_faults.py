@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.checkpoint import CheckpointError, catalog, find_checkpoint, load_checkpoint, save_checkpoint
-from fp8train.checkpoint.catalog import sweep_leftovers
+from fp8train.checkpoint import catalog
+from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import load_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 
 NUM_TENSORS = 6
 

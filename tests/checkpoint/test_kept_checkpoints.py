@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.checkpoint import open_checkpoint, save_checkpoint
+from fp8train.checkpoint.load import open_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.resolve import load_config
 from fp8train.step.trainer import Trainer
 from fp8train.training.restore import restore

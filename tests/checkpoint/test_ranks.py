@@ -14,14 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fp8train.checkpoint import (
-    CheckpointError,
-    LogicalTensor,
-    Ranks,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from fp8train.checkpoint.catalog import find_checkpoint
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import load_checkpoint
+from fp8train.checkpoint.logical import LogicalTensor
+from fp8train.checkpoint.ranks import Ranks
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.errors import UserError
 from fp8train.run_dir.claim import RunDirError
 from fp8train.run_dir.directory import RunDir

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.checkpoint import CorruptCheckpointError, find_checkpoint, save_checkpoint
-from fp8train.checkpoint.catalog import step_of, write_pointer
+from fp8train.checkpoint.catalog import find_checkpoint, step_of, write_pointer
+from fp8train.checkpoint.errors import CorruptCheckpointError
 from fp8train.checkpoint.planners import LogicalSavePlanner, write_items
 from fp8train.checkpoint.retention import Retention, retain
+from fp8train.checkpoint.save import save_checkpoint
 
 
 def _save(root: Path, step: int, loss: object = None, **rules: int) -> Path:

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from fp8train.checkpoint import (
-    CheckpointError,
-    LogicalTensor,
-    capture_rng,
-    load_checkpoint,
-    read_meta,
-    restore_rng,
-    save_checkpoint,
-)
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import load_checkpoint, read_meta
+from fp8train.checkpoint.logical import LogicalTensor
+from fp8train.checkpoint.rng import capture_rng, restore_rng
+from fp8train.checkpoint.save import save_checkpoint
 
 DTYPES = [
     torch.float64,

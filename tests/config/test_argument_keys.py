@@ -14,11 +14,9 @@ from fp8train.data.errors import DataError
 
 PACKAGE = Path(__file__).parents[2] / "fp8train"
 LOWER = (
-    *("precision", "numerics", "kernels", "comm", "layers", "models", "parallel"),
+    *("precision", "update_rules", "numerics", "kernels", "comm", "layers", "models", "parallel", "optim"),
     *("data", "checkpoint", "inference", "huggingface"),
 )
-NOT_YET = ("optim",)
-"""Lower packages that may still name keys."""
 
 DOTTED = [key for key in key_table().keys if "." in key]
 # A whole key: "model.norm" is one, "model.norm.weight" and "the_model.norm" are not.

@@ -21,7 +21,7 @@ from fp8train.comm.exchange import pack, sum_parts
 from fp8train.layers import fp8_linear, loss
 from fp8train.layers import linear as linear_module
 from fp8train.layers.head_gemms import HeadGemms
-from fp8train.models.decoder import split_dim
+from fp8train.models.shapes import split_dim
 from fp8train.numerics.block_scales import as_blocks, from_blocks, quantize_blocks
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.number_formats import E4M3

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8train.checkpoint import load_checkpoint, save_checkpoint
+from fp8train.checkpoint.load import load_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.evaluation.validation import evaluate
 from fp8train.step.trainer import Trainer
@@ -86,7 +87,7 @@ def observe(overrides: list[str], processes: Processes, steps: int = STEPS) -> d
 
 def completion_order(trainer: Trainer) -> list[int]:
     """Stages of this rank in the order in which the schedule finishes their weight gradients."""
-    if trainer.pipeline is None or trainer.pipeline.layout.schedule == "1f1b":
+    if trainer.pipeline is None or trainer.pipeline.placement.schedule == "1f1b":
         return []
     actions = trainer.pipeline._schedule.pipeline_order[trainer.processes.pp.rank]
     last: dict[int, int] = {}

@@ -15,7 +15,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from fp8train.checkpoint import CheckpointError, LogicalTensor, Ranks, open_checkpoint, save_checkpoint
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import open_checkpoint
+from fp8train.checkpoint.logical import LogicalTensor
+from fp8train.checkpoint.ranks import Ranks
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8train.checkpoint import load_checkpoint, save_checkpoint
+from fp8train.checkpoint.load import load_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.step.trainer import Trainer
 from tests.distributed.pool import GlooPool

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8train.checkpoint import load_checkpoint
+from fp8train.checkpoint.load import load_checkpoint
 from fp8train.config.resolve import load_config
 from fp8train.huggingface.config_json import ConfigJson, read_config
 from fp8train.huggingface.errors import HuggingFaceError

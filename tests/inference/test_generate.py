@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fp8train.checkpoint import save_checkpoint
 from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.cli import run_command
 from fp8train.config.schema import Config, to_plain
 from fp8train.data.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import save_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.schema import Config, to_plain
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.kernels.matmul import cpu_multiplies_bf16, matmul, scaled_dot_product_attention
+from fp8train.kernels.attention import scaled_dot_product_attention
+from fp8train.kernels.matmul import cpu_multiplies_bf16, matmul
 
 pytestmark = pytest.mark.usefixtures("each_cpu")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fp8train.models.build import build_model, initialise
-from fp8train.models.decoder import padded_vocab_size
 from fp8train.models.param_spec import ParamSpec, initial_value
+from fp8train.models.shapes import padded_vocab_size
 from tests.models.settings import FAMILIES, VOCAB_SIZE, tiny_config, tiny_model
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from unit_scaling.optim import lr_scale_func_adam
 from unit_scaling.parameter import Parameter
 
 from fp8train.config.parametrization_schema import ParametrizationConfig
-from fp8train.kernels.matmul import scaled_dot_product_attention
+from fp8train.kernels.attention import scaled_dot_product_attention
 from fp8train.layers.factors import scale, scale_backward, scale_forward
 from fp8train.layers.linear import Linear
 from fp8train.layers.loss import linear_cross_entropy

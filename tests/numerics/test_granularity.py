@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fp8train.numerics.cast import quantize
-from fp8train.numerics.granularity import expand_scales, scale_tile
+from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.scaled_tensor import ScaledTensor
 from fp8train.numerics.statistics import FIELDS, cast_statistics
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import scale_tile
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE
 
 DIRECTED = ("row", "block_1x128", "mx_1x32")

@@ -6,7 +6,7 @@ import pytest
 
 from fp8train.config.errors import ConfigError
 from fp8train.config.world import check_world
-from fp8train.parallel.pipeline import PipelineLayout
+from fp8train.parallel.pipeline import StagePlacement
 from fp8train.parallel.stages import head_cost, part_of, plan_stages, split_layers, stages_of_rank
 from tests.training.tiny import tiny_config
 
@@ -60,17 +60,17 @@ def test_parts_cover_the_model_once() -> None:
         ["model.num_layers=7", "parallel.pp=2", "parallel.pipeline.schedule=zbv", "model.family=gpt"]
     )
     stages = plan_stages(config, 64)
-    layouts = [PipelineLayout(stages, "zbv", pp=2, rank=rank) for rank in range(2)]
-    parts = [part_of(layout.held) for layout in layouts]
+    placements = [StagePlacement(stages, "zbv", pp=2, rank=rank) for rank in range(2)]
+    parts = [part_of(placement.held) for placement in placements]
     assert sorted(layer for part in parts for layer in part.layers) == list(range(7))
     assert [(part.begins, part.ends) for part in parts] == [(True, True), (False, False)]
-    assert layouts[0].uses(tied=True) == {"embedding.weight": 2}
-    assert layouts[0].uses(tied=False) == layouts[1].uses(tied=True) == {}
+    assert placements[0].uses(tied=True) == {"embedding.weight": 2}
+    assert placements[0].uses(tied=False) == placements[1].uses(tied=True) == {}
     last_layer, first_layer = parts[0].layers[-1], parts[0].layers[0]
-    assert layouts[0].launch_group(f"layers.{last_layer}.mlp.up.weight") == 0
-    assert layouts[0].launch_group("final_norm.weight") == 0
-    assert layouts[0].launch_group(f"layers.{first_layer}.mlp.up.weight") == 1
-    assert layouts[0].launch_group("embedding.weight") == 1
+    assert placements[0].launch_group(f"layers.{last_layer}.mlp.up.weight") == 0
+    assert placements[0].launch_group("final_norm.weight") == 0
+    assert placements[0].launch_group(f"layers.{first_layer}.mlp.up.weight") == 1
+    assert placements[0].launch_group("embedding.weight") == 1
 
 
 def test_an_explicit_split_is_taken() -> None:

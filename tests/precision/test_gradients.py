@@ -14,18 +14,27 @@ SHARED = {"reduce": "shared_scale"}
 @pytest.mark.parametrize(
     ("settings", "keys", "message"),
     [
-        ({"sum": "tree"}, "sum reduce", "sum belongs to reduce: shared_scale, but reduce is exchange"),
-        ({"mu_window": 5}, "mu_window reduce", "mu_window belongs to reduce: shared_scale"),
-        ({**SHARED, "node_size": 2}, "node_size reduce", "belongs to reduce: exchange, but reduce is shared"),
-        ({"reduce": "exact", "error_feedback": True}, "error_feedback reduce", "belongs to reduce: exchange"),
         (
-            {**SHARED, "mu_criterion": "any", "mu_threshold": 1e-3},
-            "mu_threshold mu_criterion",
-            "mu_threshold belongs to mu_criterion: count, but mu_criterion is any",
+            {"sum": "tree"},
+            "sum reduce",
+            "sum: tree is read with reduce: shared_scale, but reduce is exchange",
         ),
-        ({"between_nodes": "bf16"}, "between_nodes node_size", "node_size is set, but it is not"),
+        ({"mu_window": 5}, "mu_window reduce", "mu_window: 5 is read with reduce: shared_scale"),
+        (
+            {**SHARED, "node_size": 2},
+            "node_size reduce",
+            "2 is read with reduce: exchange, but reduce is shared",
+        ),
+        (
+            {"reduce": "exact", "error_feedback": True},
+            "error_feedback reduce",
+            "true is read with reduce: exchange",
+        ),
         ({"accumulate": "fp8"}, "accumulate reduce", "write accumulate: bf16"),
         ({"block": 16}, "block", "block: 16 elements; legal: 32 to 128"),
+        ({**SHARED, "mu_threshold": 0.0}, "mu_threshold", "mu_threshold: 0; legal: between 0 and 1"),
+        ({**SHARED, "mu_window": 0}, "mu_window", "mu_window: 0 steps; legal: 1 or more"),
+        ({**SHARED, "mu_criterion": "energy"}, "mu_criterion", "'energy'; legal: count, any"),
         ({"reduce": "sum"}, "reduce", "'sum'; legal: exchange, shared_scale, exact, bf16, fp32"),
     ],
 )

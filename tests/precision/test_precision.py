@@ -40,12 +40,12 @@ def nvfp4() -> LinearQuant:
         ({"gemm": None, "gradient": Gradients(format=E4M3)}, ["gradient.format gemm.fp8"]),
         ({"gemm": None, "state": StateFormats(StateFormat("bf16"))}, ["state gemm.fp8"]),
         (
-            {"gemm": None, "weights": "fp8", "traffic": Traffic(output=True), "guard": "report"},
+            {"gemm": None, "weights": "fp8", "traffic": Traffic(output=True), "guard_action": "report"},
             ["weights gemm.fp8", "traffic gemm.fp8", "guard.action gemm.fp8"],
         ),
-        ({"weights": "fp8", "guard": "bf16"}, ["guard.action weights"]),
+        ({"weights": "fp8", "guard_action": "bf16"}, ["guard.action weights"]),
         (
-            {"gemm": LinearQuant(output_x=DELAYED, grad_weight_x=DELAYED), "guard": "bf16"},
+            {"gemm": LinearQuant(output_x=DELAYED, grad_weight_x=DELAYED), "guard_action": "bf16"},
             ["guard.action gemm.output.x.scale_source"],
         ),
         ({"traffic": Traffic(weights=True)}, ["traffic.weights weights"]),
@@ -77,5 +77,5 @@ def test_refused_with_all_keys(parts: dict[str, Any], keys: list[str]) -> None:
 
 def test_parts_that_fit() -> None:
     made_of(gemm=None)
-    made_of(weights="fp8", traffic=Traffic(True, True, True, True, True, True), guard="report")
-    made_of(gemm=rows("requantise"), smooth_swiglu="channel", guard="bf16")
+    made_of(weights="fp8", traffic=Traffic(True, True, True, True, True, True), guard_action="report")
+    made_of(gemm=rows("requantise"), smooth_swiglu="channel", guard_action="bf16")

@@ -19,17 +19,17 @@ TENSOR = {"format": "e4m3", "granularity": "tensor"}
         ("exp_avg", {"format": "fp8"}, "format: 'fp8'", "e4m3, e5m2"),
         ("exp_avg", {"format": "bf16_remainder"}, "format: bf16_remainder", "write fp32"),
         ("exp_avg_sq", {"format": "bf16_remainder"}, "format: bf16_remainder", "write fp32"),
-        ("master", {"granularity": "tensor"}, "granularity: tensor", "has no scale"),
+        ("master", {"granularity": "tensor"}, "granularity: tensor", "format: fp16_scaled or e4m3 or e5m2"),
         ("master", {"format": "e4m3", "granularity": "row"}, "granularity: 'row'", "tensor, block"),
         ("master", {"format": "e4m3", "block": 256}, "block: 256", "1 to 128"),
-        ("master", {"format": "bf16", "block": 64}, "block: 64", "no block scales"),
+        ("master", {"format": "bf16", "block": 64}, "block: 64", "remove it"),
         ("exp_avg", {**TENSOR, "block": 64}, "block: 64", "granularity: block"),
         ("exp_avg", {"format": "fp16_scaled", "expand": True}, "expand: true", "e4m3 or e5m2"),
         ("exp_avg", {**TENSOR, "expand": True}, "expand: true", "granularity: block"),
         ("exp_avg", {"format": "e4m3", "sqrt": True}, "sqrt: true", "second moment"),
-        ("exp_avg_sq", {"sqrt": True}, "sqrt: true", "leave it out"),
-        ("master", {"rounding": "stochastic"}, "rounding: stochastic", "write nearest"),
-        ("master", {"format": "bf16_remainder", "rounding": "stochastic"}, "rounding: st", "write nearest"),
+        ("exp_avg_sq", {"sqrt": True}, "sqrt: true", "bf16 or"),
+        ("master", {"rounding": "stochastic"}, "rounding: stochastic", "remove it"),
+        ("master", {"format": "bf16_remainder", "rounding": "stochastic"}, "rounding: st", "remove it"),
         ("master", {"format": "bf16", "rounding": "up"}, "rounding: 'up'", "nearest, stochastic"),
     ],
 )
@@ -46,7 +46,7 @@ def test_the_wrong_role_is_named_and_all_are_told() -> None:
     with pytest.raises(PrecisionError) as error:
         StateFormats(F("e4m3", sqrt=True), F("bf16_remainder"))
     assert [problem.keys for problem in error.value.problems] == [
-        ("master.sqrt", "master.format"),
+        ("master.sqrt",),
         ("exp_avg.format",),
     ]
 

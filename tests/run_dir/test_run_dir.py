@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8train.checkpoint import find_checkpoint, save_checkpoint
+from fp8train.checkpoint.catalog import find_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.errors import UserError
 from fp8train.run_dir.claim import RunDirError
 from fp8train.run_dir.directory import RunDir

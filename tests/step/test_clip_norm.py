@@ -30,7 +30,7 @@ def config_of(kind: str, width: int, layers: int, overrides: tuple[str, ...] = (
             f"model.hidden_size={width}",
             f"model.ffn_hidden_size={3 * width}",
             f"model.num_layers={layers}",
-            f"model.init_std={width**-0.5}",
+            *([f"model.init_std={width**-0.5}"] if kind == "standard" else []),
             "train.micro_batch_size=8",
             f"train.steps={STEPS}",
             f"optimizer.lr={RATES[kind] / (width if kind == 'standard' else 1)}",

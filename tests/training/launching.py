@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp8train.checkpoint import candidates
+from fp8train.checkpoint.catalog import candidates
 from fp8train.data.indexed_dataset import IndexedDatasetWriter
 from fp8train.run_dir.metrics import read_metrics
 

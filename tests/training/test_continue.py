@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8train.checkpoint import CheckpointError, capture_rng, save_checkpoint
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.rng import capture_rng
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config, to_plain

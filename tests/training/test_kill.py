@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8train.checkpoint import candidates
+from fp8train.checkpoint.catalog import candidates
 from tests.training.launching import weights, write_config
 
 RANKS = 2

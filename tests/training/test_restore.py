@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint import CheckpointError, OpenCheckpoint, open_checkpoint, save_checkpoint
+from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.load import OpenCheckpoint, open_checkpoint
+from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.schema import to_plain
 from fp8train.step.trainer import Trainer
 from fp8train.training.restore import Restored, restore

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8train.checkpoint import candidates
+from fp8train.checkpoint.catalog import candidates
 from tests.training.launching import STEPS, finish, history, start, wait_for_step, weights, write_config
 
 

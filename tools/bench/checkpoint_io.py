@@ -27,15 +27,11 @@ import torch
 from measure import describe_machine, print_table, write_json
 from torch import Tensor
 
-from fp8train.checkpoint import (
-    BackgroundSaver,
-    Order,
-    Retention,
-    load_checkpoint,
-    save_checkpoint,
-    with_rank_state,
-)
+from fp8train.checkpoint.background import BackgroundSaver
+from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.readback import describe
+from fp8train.checkpoint.retention import Retention
+from fp8train.checkpoint.save import Order, save_checkpoint, with_rank_state
 
 _ROWS = 2048
 _PARTS = {

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.comm.auto_scale import MuController, initial_mu
+from fp8train.comm.auto_scale import MuController
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange, HierarchicalExchange
 from fp8train.models.param_spec import ParamSpec
@@ -162,10 +162,7 @@ class GradientBuckets:
             names,
             world_size=self._groups.all.size,
             device=self._device,
-            initial=initial_mu(fp8.mu_initial, self._groups.all.size),
-            criterion=fp8.mu_criterion,
-            threshold=fp8.mu_threshold if fp8.mu_criterion == "count" else None,
-            window=fp8.mu_window,
+            settings=fp8,
         )
         return AutoScales(
             controller,
