@@ -3,7 +3,8 @@ refused.
 
 Refused is only what was written *and* differs from what would stand there anyway: a resolved configuration
 that was printed holds every value, and must load again. So a value that equals its default or its preset may
-be written even where it is moot: it promises nothing that is not so.
+be written even where it is moot: it promises nothing that is not so. Nor does one that asks for what happens
+anyway, such as traffic in the compute type.
 
 A later place may turn off what an earlier one describes: ``train.eval_interval=0`` on the command line, or in
 a file over its ``base:``, also takes back the ``eval_batches`` below it, as ``eval_batches=null`` would.
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 from fp8train.config.conditions import UNKNOWN, Look, Unmet
 from fp8train.config.keys import Key, KeyTable
 from fp8train.config.nodes import Node, Origin
-from fp8train.config.ownership import look_in, why_unread
+from fp8train.config.ownership import is_neutral, look_in, why_unread
 from fp8train.config.presets import Problem, apply_presets
 
 
@@ -39,10 +40,11 @@ def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem
     unread = _unread(explicit, tree, table)
     if not unread:
         return []
-    otherwise = look_in(apply_presets(_without(explicit, unread))[0])
+    otherwise, written = look_in(apply_presets(_without(explicit, unread))[0]), look_in(tree)
     problems = []
     for key, why in unread:
-        if key.is_section or look_in(tree)(key.name) != otherwise(key.name):
+        value = written(key.name)
+        if key.is_section or (value != otherwise(key.name) and not is_neutral(key.path, value)):
             remedy = f"remove it, or write {why.remedy}" if why.remedy else "remove it"
             if explicit.nearest_origin(key.path).kind == "file":
                 remedy = f"{remedy} ({key.name}=null takes back what a file sets)"

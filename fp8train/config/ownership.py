@@ -58,6 +58,8 @@ class Rule(NamedTuple):
         but: keys below them that the rule is not about.
         left_out: whether presets leave them at their defaults where it does not hold.
         hidden: whether a printed configuration leaves them out there, because they are many.
+        neutral: values that ask for nothing but what happens anyway, so that they may be written; where a
+            preset fills another one, a validator may even ask for them.
     """
 
     keys: tuple[str, ...]
@@ -65,6 +67,7 @@ class Rule(NamedTuple):
     but: tuple[str, ...] = ()
     left_out: bool = False
     hidden: bool = False
+    neutral: tuple[Any, ...] = ()
 
     def covers(self, path: Sequence[str]) -> bool:
         """Whether it is about this key."""
@@ -123,6 +126,7 @@ RULES: tuple[Rule, ...] = (
         _FP8_GEMMS,
         but=("precision.gemm.fp8",),
         hidden=True,
+        neutral=("compute", "high_precision", "fp32", "off"),
     ),
     Rule(
         _below("precision.gemm.grad_weight", "grad_output", "x"),
@@ -135,6 +139,8 @@ RULES: tuple[Rule, ...] = (
         _below("precision.gemm", "output.*.hadamard", "grad_input.*.hadamard"),
         Never("it is built for the operands of grad_weight"),
     ),
+    # Simulated operands are multiplied in high precision.
+    Rule(("precision.gemm.fast_accumulation",), IsNot("precision.gemm.output.x.format", "e2m1", "e4m3")),
     Rule(("precision.gemm.smooth_swiglu",), Is("model.activation", ("swiglu",))),
     Rule(
         _below("precision.gradient", "accumulate", "reduce"),
@@ -174,10 +180,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _below("precision.traffic", "activations", "grad_output", "grad_input", "output"),
         AtLeast("parallel.tp", 2, 2),
+        neutral=("compute",),
     ),
     Rule(
         ("precision.traffic.weights",),
         AllOf((Is("parallel.zero", (1,)), SeveralReplicas(), Is("precision.weights", ("fp8",)))),
+        neutral=("compute",),
     ),
     Rule(("precision.traffic.pipeline",), AtLeast("parallel.pp", 2, 2)),
     Rule(
@@ -187,7 +195,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(_below("precision.guard", "lock", "budget"), Is("precision.guard.action", ("bf16",))),
     Rule(("parallel.pipeline",), AtLeast("parallel.pp", 2, 2)),
-    Rule(("parallel.zero",), SeveralReplicas()),
+    Rule(("parallel.zero",), SeveralReplicas(), neutral=("none",)),
     Rule(("parallel.zero_partition",), AllOf((Is("parallel.zero", (1,)), SeveralReplicas()))),
     Rule(("optimizer.eps",), _read_by_rule("eps")),
     Rule(("optimizer.decay_rule",), IsNot("optimizer.weight_decay", 0, 0.1)),
@@ -238,6 +246,11 @@ def _matches(patterns: Sequence[str], path: Sequence[str]) -> bool:
 def rules_of(path: tuple[str, ...]) -> tuple[Rule, ...]:
     """The rules about a key, outer switches first."""
     return tuple(rule for rule in RULES if rule.covers(path))
+
+
+def is_neutral(path: tuple[str, ...], value: Any) -> bool:
+    """Whether the value asks for nothing but what happens anyway where nothing reads the setting."""
+    return any(value in rule.neutral for rule in rules_of(path))
 
 
 def why_unread(path: tuple[str, ...], look: Look) -> Unmet | None:

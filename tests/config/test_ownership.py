@@ -29,13 +29,14 @@ from fp8train.config.ownership import (
     RULES,
     Rule,
     always_read,
+    is_neutral,
     look_in,
     rules_of,
     schema_defaults,
     why_unread,
 )
 from fp8train.config.presets import apply_presets
-from fp8train.config.resolve import load_config
+from fp8train.config.resolve import load_config, resolve_mapping
 from tests.config.examples import MINIMAL, message_of, minimal, write
 
 Settings = dict[str, Any]
@@ -152,7 +153,20 @@ def written_value(key: Key, settings: Settings, folder: Path) -> Any:
     root, _ = load_file(write(folder, dump_plain(mapping(settings)), "without.yaml"))
     stands = look_in(apply_presets(root)[0])(key.name)
     chosen = settings.get(key.name)  # a rule may be about the key itself
-    return next(value for value in ([chosen] if chosen else legal_values(key)) if value != stands)
+    values = [chosen] if chosen else legal_values(key)
+    return next(value for value in values if value != stands and not is_neutral(key.path, value))
+
+
+def test_what_asks_for_nothing_may_be_written() -> None:
+    """O3 sends weights in FP8, and a validator asks for the opposite beside weights in the compute type."""
+    one_rank = {"train.global_batch_size": 4, "precision.level": "O3"}
+    for settings in (
+        {"precision.weights": "compute", "precision.traffic.weights": "compute"},
+        {"precision.traffic.activations": "compute", "parallel.zero": "none"},
+    ):
+        resolve_mapping(mapping({**one_rank, **settings}))
+    with pytest.raises(ConfigError, match=r"parallel\.tp is 1"):
+        resolve_mapping(mapping({"precision.level": "O2", "precision.traffic.activations": "fp8"}))
 
 
 @pytest.mark.parametrize(("name", "number", "way"), [*cases()], ids=lambda part: str(part))
