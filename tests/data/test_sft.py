@@ -241,7 +241,7 @@ def test_kinds_do_not_mix(conversations: Path, tokenizer: Tokenizer, tmp_path: P
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     for settings, message in (
-        ({"packing": "none"}, "packing is about conversations"),
+        ({"packing": "none"}, "data.packing, data.kind: has no effect: data.kind is pretrain"),
         ({"kind": "sft", "mask_end_of_document": True}, "kind: sft has a mask of its own"),
     ):
         with pytest.raises(ConfigError, match=message):
