@@ -111,7 +111,9 @@ class Reporter:
         parameters = sum(p.numel() for p in self.trainer.outline.parameters())
         from_environment = config.run.threads is None and threads_from_environment(os.environ)
         source = f" ({VARIABLE})" if from_environment else ""
-        where = f"{self.processes.world_size} x {name}, {torch.get_num_threads()} threads each{source}"
+        threads = torch.get_num_threads()
+        each = f"{threads} thread{'s' if threads > 1 else ''} each{source}"
+        where = f"{self.processes.world_size} x {name}, {each}"
         self.say(
             f"fp8train {__version__}, torch {torch.__version__}, {where}; run directory {self.run_dir.path}"
         )

@@ -28,7 +28,7 @@ import torch
 
 from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import NoGoodCheckpointError
-from fp8train.comm.failures import PeerFailedError, describe, lost_peers, undisturbed
+from fp8train.comm.failures import INTERRUPTED, PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
@@ -47,7 +47,7 @@ from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
-from fp8train.training.signals import EXIT_INTERRUPTED, StopRequest
+from fp8train.training.signals import StopRequest
 
 
 def run(config: Config, world: World, data: Data, *, console: Console, stop: StopRequest, again: str) -> int:
@@ -150,7 +150,7 @@ def _say(run_dir: RunDir, console: Console, text: str) -> None:
 
 def _write_interrupted(run_dir: RunDir, step: int) -> None:
     """The status of a run that a second Ctrl-C ended."""
-    run_dir.write_status("interrupted", step=step, reason="second Ctrl-C", exit_code=EXIT_INTERRUPTED)
+    run_dir.write_status("interrupted", step=step, reason="second Ctrl-C", exit_code=INTERRUPTED)
 
 
 @dataclass

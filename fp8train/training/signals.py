@@ -28,12 +28,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fp8train.comm.failures import INTERRUPTED
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
-
-EXIT_INTERRUPTED = 130
-"""Exit status after the second Ctrl-C: 128 + SIGINT, as shells report it."""
 
 SAME_CTRL_C_S = 1.0
 """SIGINTs closer than this are one Ctrl-C: the terminal and torchrun both deliver it."""
@@ -164,7 +163,7 @@ class StopRequest:
             if self.on_quit is not None:
                 self.on_quit()
         finally:
-            os._exit(EXIT_INTERRUPTED)
+            os._exit(INTERRUPTED)
 
 
 def _answer_to(number: int, plan: str) -> str:
