@@ -54,10 +54,14 @@ from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.operand_cast import MAX_CONSTANT, QuantSpec
 from fp8train.reporting.cast_log import INFERENCE_LOG
-from fp8train.reporting.constant_scale import find_window, plot_windows, summary
 from fp8train.reporting.scales import REPORT_DIR
 from fp8train.run_dir.claim import STATUS_FILE
 from fp8train.run_dir.metrics import strict
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, Python looks for modules beside it only
+
+from tools.cscale_report import find_window, plot_windows, summary  # noqa: E402
 
 OPERANDS = ("both", "x", "w")
 

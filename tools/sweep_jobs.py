@@ -12,11 +12,12 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from sweep_table import format_lr
+
 from fp8train.config.errors import UserError
 from fp8train.config.overrides import COMMAND_LINE
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config, to_plain
-from fp8train.reporting.lr_sweep import format_lr
 
 OWN_KEYS = {
     "model.hidden_size": "--widths",

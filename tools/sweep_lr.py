@@ -37,9 +37,9 @@ from pathlib import Path
 from typing import Any
 
 from sweep_jobs import Arm, Job, parse_arm, parse_lr, plan
+from sweep_table import plot_sweep, sweep_table
 
 from fp8train.config.errors import UserError
-from fp8train.reporting.lr_sweep import plot_sweep, sweep_table
 from fp8train.run_dir.metrics import read_metrics, strict
 
 ROOT = Path(__file__).resolve().parent.parent

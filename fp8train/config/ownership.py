@@ -70,8 +70,10 @@ class Rule(NamedTuple):
     neutral: tuple[Any, ...] = ()
 
     def covers(self, path: Sequence[str]) -> bool:
-        """Whether it is about this key."""
-        return _matches(self.keys, path) and not _matches(self.but, path)
+        """Whether it is about this key, or all of this section."""
+        section = ".".join((*path, ""))
+        above = any(key.startswith(section) for key in self.but)
+        return _matches(self.keys, path) and not above and not _matches(self.but, path)
 
 
 _FP8_GEMMS = Is("precision.gemm.fp8", (True,))

@@ -13,9 +13,9 @@ from fp8train.comm.processes import Layout, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
-from fp8train.planning.comm_volume import Flow, most_loaded, rank_steps, volume
 from fp8train.step.trainer import Trainer
 from tests.training.tiny import batches, tiny_config
+from tools.bench.volume_formulas import Flow, most_loaded, rank_steps, volume
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("amax", "gradient_fp8_plan_scale", "loss", "norm", "saturated", "saturation")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fp8train.cli import run_command
-from fp8train.reporting.constant_scale import Window, find_window
 from tests.training.launching import finish, start, write_config
+from tools.cscale_report import Window, find_window
 from tools.cscale_window import Evaluator, constant_quant, main
 
 CPU = torch.device("cpu")

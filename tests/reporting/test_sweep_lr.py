@@ -16,14 +16,6 @@ import pytest
 
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import load_config
-from fp8train.reporting.lr_sweep import (
-    Optimum,
-    find_optimum,
-    format_lr,
-    plot_sweep,
-    sweep_table,
-    transfer_slope,
-)
 from tests.training.launching import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +23,14 @@ sys.path.insert(0, str(ROOT / "tools"))  # as for a script that is run there
 
 import sweep_jobs  # noqa: E402
 import sweep_lr  # noqa: E402
+from sweep_table import (  # noqa: E402
+    Optimum,
+    find_optimum,
+    format_lr,
+    plot_sweep,
+    sweep_table,
+    transfer_slope,
+)
 
 OPTIONS = ["--widths", "32", "64", "--head-dim", "16", "--steps", "5", "--lrs", "2^-8", "0.03125"]
 OPTIONS += ["--overrides", "model.num_layers=1", "model.num_kv_heads=4"]

@@ -5,7 +5,7 @@
     python tools/bench/comm_volume.py --measure --json tools/bench/results/comm_volume_cpu.json
     python tools/bench/comm_volume.py --tiny
 
-With a configuration: the formulas of :mod:`fp8train.planning.comm_volume`, for the same layout at O0 to O3.
+With a configuration: the formulas of ``volume_formulas.py``, for the same layout at O0 to O3.
 ``parallel.zero`` is part of the layout: it stays what the configuration says (at its own level), so that a
 ratio compares formats, not algorithms. Of several pipeline ranks the one that sends most at the first level
 is shown; ranks along the other axes send the same.
@@ -28,13 +28,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from measure import describe_machine, print_table, write_json
+from volume_formulas import Flow, most_loaded, rank_steps, volume
 
 from fp8train.comm.processes import AXES, Layout, Processes, joined_processes
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import load_config, resolve_mapping
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, model_ranks
-from fp8train.planning.comm_volume import Flow, most_loaded, rank_steps, volume
 from fp8train.step.trainer import Trainer
 
 LEVELS = ("O0", "O1", "O2", "O3")
