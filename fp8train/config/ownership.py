@@ -18,7 +18,7 @@ read.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
@@ -307,14 +307,17 @@ def look_in(tree: Node) -> Look:
     return look
 
 
-def look_at(config: Config) -> Look:
-    """The values of a finished configuration."""
+def look_at(values: Mapping[str, Any]) -> Look:
+    """The values of a configuration that is finished, as nested plain ones. What they do not know, because an
+    older version wrote them, has the schema's default."""
 
     def look(key: str) -> Any:
-        value: Any = config
+        value: Any = values
         for name in key.split("."):
-            value = getattr(value, name)
-        return json.loads(json.dumps(value)) if isinstance(value, (tuple, list)) else value
+            if not isinstance(value, Mapping) or name not in value:
+                return schema_defaults().get(key, UNKNOWN)
+            value = value[name]
+        return value
 
     return look
 
