@@ -93,11 +93,6 @@ class StopRequest:
             self._raised = True  # once: what unwinds is not cut short by a third
             raise KeyboardInterrupt
 
-    @property
-    def local_reason(self) -> str | None:
-        """What this process was asked by, before any agreement."""
-        return _REASONS[self._code] or None
-
     def agree(self, group: dist.ProcessGroup | None, device: torch.device | None = None) -> str | None:
         """Whether to stop, and why: the same answer on every rank. Collective over ``group``.
 
