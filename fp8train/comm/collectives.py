@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -131,13 +130,16 @@ class CountedGroup:
     def swap(self, output: Tensor, tensor: Tensor, peer: int, *, purpose: str) -> None:
         """Send ``tensor`` to one rank of the group and fill ``output`` with what it sends; both call it."""
         self.count("send", purpose, tensor.nbytes)
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer),
-                dist.P2POp(dist.irecv, output, group=self.group, group_peer=peer),
-            ]
-        )
-        for work in works:
+        self.pass_on(tensor, peer, output, peer)
+
+    def pass_on(self, outgoing: Tensor, to: int, incoming: Tensor, source: int) -> None:
+        """Send a tensor to one rank of the group while another is filled by what ``source`` sends; both
+        contiguous, nothing is counted."""
+        ops = [
+            dist.P2POp(dist.isend, outgoing, group=self.group, group_peer=to),
+            dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source),
+        ]
+        for work in dist.batch_isend_irecv(ops):
             work.wait()
 
     def count(self, kind: str, purpose: str, nbytes: int) -> None:
@@ -153,11 +155,3 @@ class CountedGroup:
 def alone() -> CountedGroup:
     """A group of this process alone: its collectives copy, and send nothing."""
     return CountedGroup(None)
-
-
-def all_ranks_equal(group: CountedGroup, value: Tensor) -> bool:
-    """Whether an integer or float tensor is the same on every rank (compared by minimum and maximum)."""
-    low, high = value.clone().to(torch.float64), value.clone().to(torch.float64)
-    group.all_reduce(low, purpose="check", op=dist.ReduceOp.MIN)()
-    group.all_reduce(high, purpose="check", op=dist.ReduceOp.MAX)()
-    return bool(torch.equal(low, high))

@@ -8,6 +8,7 @@ values or outputs, and the arithmetic is that of one process, for any causal or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
+
+_Way = Callable[[Tensor, CountedGroup], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class ContextParallel:
 
     def to_heads(self, x: Tensor) -> Tensor:
         """All tokens of this rank's heads: [B, heads, S/N, D] -> [B, heads/N, S, D]."""
-        return _ToHeads.apply(x, self.group)
+        return _Trade.apply(x, self.group, _to_heads, _to_tokens)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """All heads of this rank's tokens: [B, heads/N, S, D] -> [B, heads, S/N, D]."""
-        return _ToTokens.apply(x, self.group)
+        return _Trade.apply(x, self.group, _to_tokens, _to_heads)
 
 
 def _trade(parts: Tensor, group: CountedGroup) -> Tensor:
@@ -76,23 +79,14 @@ def _to_tokens(x: Tensor, group: CountedGroup) -> Tensor:
     return received.transpose(0, 1).reshape(batch, heads * group.size, -1, dim)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: CountedGroup) -> Tensor:
-        ctx.group = group
-        return _to_heads(x, group)
+class _Trade(torch.autograd.Function):
+    """One way in forward, and ``back`` for the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_tokens(grads[0], ctx.group), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: CountedGroup) -> Tensor:
-        ctx.group = group
-        return _to_tokens(x, group)
+    def forward(ctx: Any, x: Tensor, group: CountedGroup, there: _Way, back: _Way) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.group), None, None, None

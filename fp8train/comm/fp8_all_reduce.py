@@ -1,10 +1,9 @@
 """FP8 sums over a process group: the rings and trees of :mod:`fp8train.comm.fp8_sum`, and NCCL's own.
 
-``ring_*`` and ``tree_*`` go hop by hop: a rank sends the bytes of its partial sum (gloo refuses float8), the
+``ring`` and ``tree`` go hop by hop: a rank sends the bytes of its partial sum (gloo refuses float8), the
 receiver adds its own and rounds to FP8. The bits are those of ``fold_ring`` and ``fold_tree``, the same on
 all ranks and any backend. Both put ``(N - 1) · ceil(n / N)`` bytes per rank on the wire to reduce and as many
-again to gather, the ring in N - 1 messages each, the tree in ceil(log2 N). ``native_*`` leave the sum to
-NCCL.
+again to gather, the ring in N - 1 messages each, the tree in ceil(log2 N). ``native`` leaves the sum to NCCL.
 
 Bytes are counted as this rank sends them.
 """
@@ -20,63 +19,54 @@ from torch import Tensor
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.fp8_sum import add_codes, as_chunks
 from fp8train.numerics.formats import dtype_of, format_of
+from fp8train.precision.gradients import Algorithm
 from fp8train.precision.number_formats import Format
 
 _NATIVE_NCCL = (2, 24, 3)  # the first release with FP8 reductions
 _NATIVE_CAPABILITY = (9, 0)
 
 
-def ring_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tensor:
-    """This rank's chunk of the sum, hop by hop around the ring.
+def all_reduce(
+    codes: Tensor, group: CountedGroup, algorithm: Algorithm, *, purpose: str
+) -> Callable[[], Tensor]:
+    """Start the sum that every rank gets.
 
     Args:
-        codes: FP8 payload [n], contiguous; consumed: its contents are undefined afterwards.
+        codes: FP8 payload [n], contiguous; consumed: not to be touched until the wait returns, and with
+            undefined contents afterwards.
         group: the ranks.
-        purpose: name in the byte counters, under ``reduce_scatter/``.
+        algorithm: who adds; ``ring`` and ``tree`` are done when this returns.
+        purpose: name in the byte counters, under ``all_reduce/``.
 
     Returns:
-        FP8 [ceil(n / N)], the bits of ``fold_ring``; the last chunks may end in padding.
+        A function that waits for the whole sum, FP8 [n]: the bits of ``fold_ring`` or ``fold_tree``.
+
+    Raises:
+        ValueError: ``native`` where :func:`check_native` refuses it.
     """
-    return _reduce_scatter(codes, group, f"reduce_scatter/{purpose}", _reduce_ring)
-
-
-def ring_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tensor:
-    """The whole sum, FP8 [n], on every rank: the bits of ``fold_ring``.
-
-    See :func:`ring_reduce_scatter`; counted under ``all_reduce/``.
-    """
-    return _all_reduce(codes, group, f"all_reduce/{purpose}", _reduce_ring, _gather_ring)
-
-
-def tree_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tensor:
-    """This rank's chunk of the sum, through N trees in ceil(log2 N) messages: FP8 [ceil(n / N)], the bits of
-    ``fold_tree``. Arguments as for :func:`ring_reduce_scatter`."""
-    return _reduce_scatter(codes, group, f"reduce_scatter/{purpose}", _reduce_tree)
-
-
-def tree_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Tensor:
-    """The whole sum, FP8 [n], on every rank, through N trees: the bits of ``fold_tree``. Arguments as for
-    :func:`ring_all_reduce`."""
-    return _all_reduce(codes, group, f"all_reduce/{purpose}", _reduce_tree, _gather_tree)
-
-
-_Reduce = Callable[[Tensor, Format, CountedGroup, str], None]
-_Gather = Callable[[Tensor, CountedGroup, str], None]
-
-
-def _reduce_scatter(codes: Tensor, group: CountedGroup, key: str, reduce: _Reduce) -> Tensor:
-    fmt = format_of(codes.dtype)
-    chunks = as_chunks(codes, group.size)
-    reduce(chunks, fmt, group, key)
-    return chunks[group.rank].clone().view(dtype_of(fmt))  # a view would keep all chunks alive
-
-
-def _all_reduce(codes: Tensor, group: CountedGroup, key: str, reduce: _Reduce, gather: _Gather) -> Tensor:
-    fmt = format_of(codes.dtype)
+    if algorithm == "native":
+        return _native_all_reduce(codes, group, purpose=purpose)
+    reduce, gather = _HOPS[algorithm]
+    fmt, key = format_of(codes.dtype), f"all_reduce/{purpose}"
     chunks = as_chunks(codes, group.size)
     reduce(chunks, fmt, group, key)
     gather(chunks, group, key)
-    return chunks.flatten()[: codes.numel()].view(dtype_of(fmt))
+    total = chunks.flatten()[: codes.numel()].view(dtype_of(fmt))
+    return lambda: total
+
+
+def reduce_scatter(
+    codes: Tensor, group: CountedGroup, algorithm: Algorithm, *, purpose: str
+) -> Callable[[], Tensor]:
+    """Start the sum of which every rank gets its chunk, FP8 [ceil(n / N)]; the last chunks may end in
+    padding. As :func:`all_reduce` otherwise, with the same bits; counted under ``reduce_scatter/``."""
+    if algorithm == "native":
+        return _native_reduce_scatter(codes, group, purpose=purpose)
+    fmt = format_of(codes.dtype)
+    chunks = as_chunks(codes, group.size)
+    _HOPS[algorithm][0](chunks, fmt, group, f"reduce_scatter/{purpose}")
+    mine = chunks[group.rank].clone().view(dtype_of(fmt))  # a view would keep all chunks alive
+    return lambda: mine
 
 
 def _reduce_ring(chunks: Tensor, fmt: Format, group: CountedGroup, key: str) -> None:
@@ -121,6 +111,13 @@ def _gather_tree(chunks: Tensor, group: CountedGroup, key: str) -> None:
         chunks[children] = received
 
 
+_HOPS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "ring": (_reduce_ring, _gather_ring),
+    "tree": (_reduce_tree, _gather_tree),
+}
+"""How each algorithm sums chunks, and how it then brings them to everyone."""
+
+
 def _strides(size: int) -> list[int]:
     return [1 << level for level in range((size - 1).bit_length())]
 
@@ -135,12 +132,7 @@ def _tree_chunks(chunks: Tensor, group: CountedGroup, stride: int) -> tuple[Tens
 
 def _hop(group: CountedGroup, to: int, outgoing: Tensor, source: int, incoming: Tensor, key: str) -> None:
     """Send ``outgoing`` to one rank while ``incoming`` is filled by another; both contiguous uint8."""
-    ops = [
-        dist.P2POp(dist.isend, outgoing, group=group.group, group_peer=to),
-        dist.P2POp(dist.irecv, incoming, group=group.group, group_peer=source),
-    ]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
+    group.pass_on(outgoing, to, incoming, source)
     group.sent[key] += outgoing.nbytes
 
 
@@ -167,24 +159,10 @@ def check_native(device: torch.device) -> None:
         )
 
 
-def native_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Callable[[], Tensor]:
-    """Start NCCL's FP8 SUM all-reduce, in place. **Unmeasured**: written from NCCL's release notes; no
-    machine with two such GPUs was at hand.
-
-    NCCL chooses ring, tree or NVLS by size and topology, so where it rounds, and hence the bits, are its own.
-    Bytes are counted as for a ring.
-
-    Args:
-        codes: FP8 payload [n] on a CUDA device, contiguous; not to be touched until the wait returns.
-        group: ranks of an NCCL group.
-        purpose: name in the byte counters.
-
-    Returns:
-        A function that waits and returns ``codes``.
-
-    Raises:
-        ValueError: see :func:`check_native`.
-    """
+def _native_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Callable[[], Tensor]:
+    """NCCL's FP8 SUM, in place. **Unmeasured**: written from NCCL's release notes; no machine with two such
+    GPUs was at hand. NCCL chooses ring, tree or NVLS by size and topology, so where it rounds, and hence the
+    bits, are its own. Bytes are counted as for a ring."""
     check_native(codes.device)
     if group.group is None or group.size == 1:
         return lambda: codes
@@ -193,12 +171,8 @@ def native_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> Ca
     return lambda: (work.wait(), codes)[1]
 
 
-def native_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) -> Callable[[], Tensor]:
-    """Start NCCL's FP8 SUM reduce-scatter; **unmeasured**, see :func:`native_all_reduce`.
-
-    Returns:
-        A function that waits and returns this rank's chunk, FP8 [ceil(n / N)].
-    """
+def _native_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) -> Callable[[], Tensor]:
+    """The same for a reduce-scatter; **unmeasured** too."""
     check_native(codes.device)
     if group.group is None or group.size == 1:
         return lambda: codes

@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -166,15 +166,15 @@ class SharedScaleReduction:
                 f"mus: {mus.dtype} {tuple(mus.shape)}; {len(gradients)} gradients need float32 "
                 f"({len(gradients)},)"
             )
-        if algorithm not in _SUMS:
-            raise ValueError(f"algorithm: {algorithm!r}; legal: {', '.join(_SUMS)}")
+        if algorithm not in (legal := get_args(Algorithm)):
+            raise ValueError(f"algorithm: {algorithm!r}; legal: {', '.join(legal)}")
         if algorithm == "native":
             fp8_all_reduce.check_native(gradients[0].device)
         self._gradients: Sequence[Tensor] = gradients
         self._numels = [gradient.numel() for gradient in gradients]
         self._mus, self._group, self._fmt = mus, group, fmt
         self._average, self._scatter, self._purpose = average, scatter, purpose
-        self._sum, self._on_cast = _SUMS[algorithm][scatter], on_cast
+        self._algorithm, self._on_cast = algorithm, on_cast
         self._agree, self._order = group if agree is None else agree, order
         assert order is None or scatter, "an order of chunks belongs to a reduce-scatter"
         self._wait_for_amax: Callable[[], None] | None = None
@@ -210,7 +210,8 @@ class SharedScaleReduction:
         self._gradients = ()
         if self._order is not None:
             codes = self._order.arrange(codes[:begin].view(torch.uint8)).view(dtype_of(self._fmt))
-        self._wait_for_sum = self._sum(codes, self._group, self._purpose)
+        add = fp8_all_reduce.reduce_scatter if self._scatter else fp8_all_reduce.all_reduce
+        self._wait_for_sum = add(codes, self._group, self._algorithm, purpose=self._purpose)
 
     @torch.no_grad()
     def finish(self) -> ReducedBucket:
@@ -249,46 +250,6 @@ def shared_scales(amax: Tensor, mus: Tensor, fmt: Format) -> tuple[Tensor, Tenso
     return scale, torch.where(inverse.isnan(), inverse, scale.reciprocal())
 
 
-def shared_scale_all_reduce(
-    gradients: Sequence[Tensor],
-    mus: Tensor,
-    group: CountedGroup,
-    *,
-    fmt: Format = E4M3,
-    algorithm: Algorithm = "ring",
-    average: bool = False,
-    purpose: str = "gradient",
-) -> ReducedBucket:
-    """Sum (or average) the gradients of a bucket over the ranks in FP8, at once; every rank gets all of it.
-
-    Arguments and errors as for :class:`SharedScaleReduction`.
-    """
-    reduction = SharedScaleReduction(
-        gradients, mus, group, fmt=fmt, algorithm=algorithm, average=average, purpose=purpose
-    )
-    reduction.start()
-    return reduction.finish()
-
-
-def shared_scale_reduce_scatter(
-    gradients: Sequence[Tensor],
-    mus: Tensor,
-    group: CountedGroup,
-    *,
-    fmt: Format = E4M3,
-    algorithm: Algorithm = "ring",
-    average: bool = False,
-    purpose: str = "gradient",
-) -> ReducedBucket:
-    """Sum (or average) the gradients of a bucket over the ranks in FP8, at once; every rank gets its chunk of
-    ``ceil(n / N)`` codes, with the bits that an all-reduce gives them."""
-    reduction = SharedScaleReduction(
-        gradients, mus, group, fmt=fmt, algorithm=algorithm, average=average, scatter=True, purpose=purpose
-    )
-    reduction.start()
-    return reduction.finish()
-
-
 def _overlap(
     numels: Sequence[int], offset: int, length: int
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
@@ -301,25 +262,3 @@ def _overlap(
     ]
     starts = tuple(max(0, lo - begin) for (lo, _), begin in zip(inside, begins, strict=True))
     return starts, tuple((lo - offset, max(lo, hi) - offset) for lo, hi in inside)
-
-
-_Sum = Callable[[Tensor, CountedGroup, str], Callable[[], Tensor]]
-
-
-def _at_once(function: Callable[..., Tensor]) -> _Sum:
-    def run(codes: Tensor, group: CountedGroup, purpose: str) -> Callable[[], Tensor]:
-        result = function(codes, group, purpose=purpose)
-        return lambda: result
-
-    return run
-
-
-_SUMS: dict[str, tuple[_Sum, _Sum]] = {
-    "ring": (_at_once(fp8_all_reduce.ring_all_reduce), _at_once(fp8_all_reduce.ring_reduce_scatter)),
-    "tree": (_at_once(fp8_all_reduce.tree_all_reduce), _at_once(fp8_all_reduce.tree_reduce_scatter)),
-    "native": (
-        lambda codes, group, purpose: fp8_all_reduce.native_all_reduce(codes, group, purpose=purpose),
-        lambda codes, group, purpose: fp8_all_reduce.native_reduce_scatter(codes, group, purpose=purpose),
-    ),
-}
-"""The all-reduce and the reduce-scatter of each algorithm, started."""

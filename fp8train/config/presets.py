@@ -67,11 +67,9 @@ _FAMILIES: dict[str, Values] = {
     },
 }
 
-_HIGH_PRECISION_GRADIENTS: Values = {
+_GRADIENTS: Values = {
     "precision.gradient.accumulate": "fp32",
     "precision.gradient.reduce": "fp32",
-}
-_FP8_GRADIENTS: Values = {
     "precision.gradient.fp8.accumulate": "bf16",
     "precision.gradient.fp8.reduce": "exchange",
     "precision.gradient.fp8.block": 128,
@@ -96,33 +94,23 @@ def _traffic(kind: str) -> Values:
     return {f"precision.traffic.{name}": kind for name in _TRAFFIC}
 
 
-_O2: Values = {
+_FP8: Values = {
     "precision.gemm.fp8": True,
     "precision.gradient.format": "e4m3",
     "precision.weights": "fp8",
-    **_HIGH_PRECISION_GRADIENTS,
-    **_FP8_GRADIENTS,
-    **_states("fp16_scaled", "e4m3", "fp16_scaled"),
+    **_GRADIENTS,
 }
+_O2: Values = {**_FP8, **_states("fp16_scaled", "e4m3", "fp16_scaled")}
 _LEVELS: dict[str, Values] = {
     "O0": {
         "precision.gemm.fp8": False,
         "precision.gradient.format": "high_precision",
         "precision.weights": "compute",
-        **_HIGH_PRECISION_GRADIENTS,
-        **_FP8_GRADIENTS,
+        **_GRADIENTS,
         **_states("fp32", "fp32", "fp32"),
         **_traffic("compute"),
     },
-    "O1": {
-        "precision.gemm.fp8": True,
-        "precision.gradient.format": "e4m3",
-        "precision.weights": "fp8",
-        **_HIGH_PRECISION_GRADIENTS,
-        **_FP8_GRADIENTS,
-        **_states("fp16_scaled", "fp32", "fp32"),
-        **_traffic("compute"),
-    },
+    "O1": {**_FP8, **_states("fp16_scaled", "fp32", "fp32"), **_traffic("compute")},
     "O2": {**_O2, **_traffic("compute")},
     "O3": {**_O2, **_traffic("fp8"), "parallel.zero": 1},
 }
@@ -157,11 +145,7 @@ _STATE_PLANS: dict[str, Values] = {
     "e4m3_e5m2": {
         f"precision.state.{role}.{key}": value
         for role, number_format in (("master", "fp16_scaled"), ("exp_avg", "e4m3"), ("exp_avg_sq", "e5m2"))
-        for key, value in {
-            "format": number_format,
-            "granularity": "tensor",
-            "rounding": "nearest",
-        }.items()
+        for key, value in {"format": number_format, "granularity": "tensor", "rounding": "nearest"}.items()
     },
 }
 """Formats of optimizer states beyond those of the levels."""

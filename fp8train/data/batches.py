@@ -41,7 +41,6 @@ class GlobalBatches:
             (:mod:`fp8train.data.packing`).
 
     Attributes:
-        micro_batches_per_step: A, after a ramp.
         batches_per_epoch: Global batches before samples repeat.
 
     Raises:
@@ -75,7 +74,6 @@ class GlobalBatches:
         self.seq_length = samples.seq_length
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.micro_batches_per_step = global_batch_size // (micro_batch_size * dp_size)
         self.batches_per_epoch = samples.samples_per_epoch // global_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._start_step = self._start_sample = 0

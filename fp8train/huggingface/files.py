@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,11 +39,9 @@ class WeightFiles:
     def __enter__(self) -> WeightFiles:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in self._files.values():
-            file.__exit__(kind, error, trace)
+            file.__exit__(*error)
 
     @staticmethod
     def _open(path: Path) -> safe_open:

@@ -26,7 +26,7 @@ E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardwa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -226,33 +226,12 @@ def _fp8_gemm(
     return product * alpha if outside else product
 
 
-@torch.library.custom_op("fp8train::gemm", mutates_args=())
-def _fp8_gemm_op(
-    a: Tensor,
-    b: Tensor,
-    scale_inv_a: Tensor,
-    scale_inv_b: Tensor,
-    alpha: float,
-    pow2: bool,
-    out_dtype: torch.dtype,
-    backend: str,
-    fast_accumulation: bool,
-) -> Tensor:
-    return _fp8_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype, backend, fast_accumulation)
+_fp8_gemm_op = torch.library.custom_op("fp8train::gemm", _fp8_gemm, mutates_args=())
 
 
 @_fp8_gemm_op.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    scale_inv_a: Tensor,
-    scale_inv_b: Tensor,
-    alpha: float,
-    pow2: bool,
-    out_dtype: torch.dtype,
-    backend: str,
-    fast_accumulation: bool,
-) -> Tensor:
+def _(a: Tensor, b: Tensor, *others: Any) -> Tensor:
+    out_dtype = others[4]
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 

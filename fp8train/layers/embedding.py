@@ -61,8 +61,8 @@ class _SplitEmbedding(torch.autograd.Function):
         return result.to(ctx.dtype), None, None
 
 
-class Embedding(nn.Module):
-    """A table of vectors: weight [rows, size], or with ``parallel`` this rank's rows of it."""
+class _Table(nn.Module):
+    """Weight [rows, size], or with ``parallel`` this rank's rows of it."""
 
     def __init__(
         self,
@@ -78,6 +78,19 @@ class Embedding(nn.Module):
         rows //= 1 if parallel is None else parallel.size
         self.weight = nn.Parameter(torch.empty(rows, size, dtype=dtype, device=device))
 
+    def extra_repr(self) -> str:
+        """Rows and size, for ``print(model)``."""
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class OutputHead(_Table):
+    """Weight [padded vocabulary, H] of an untied output head; :mod:`fp8train.layers.loss` multiplies
+    with it."""
+
+
+class Embedding(_Table):
+    """A table of vectors, of which some are read."""
+
     def forward(self, index: Tensor) -> Tensor:
         """Shapes: int64 [..] -> [.., size]; with ``parallel`` [B, S] -> [B, S/tp, size]."""
         if self.parallel is not None:
@@ -85,29 +98,3 @@ class Embedding(nn.Module):
         if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
             return _WideGradEmbedding.apply(self.weight, index)
         return F.embedding(index, self.weight)
-
-    def extra_repr(self) -> str:
-        """Rows and size, for ``print(model)``."""
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
-
-
-class OutputHead(nn.Module):
-    """Weight [padded vocabulary, H] of an untied output head; :mod:`fp8train.layers.loss` multiplies
-    with it."""
-
-    def __init__(
-        self,
-        rows: int,
-        size: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | None = None,
-        parallel: TensorParallel | None = None,
-    ) -> None:
-        super().__init__()
-        rows //= 1 if parallel is None else parallel.size
-        self.weight = nn.Parameter(torch.empty(rows, size, dtype=dtype, device=device))
-
-    def extra_repr(self) -> str:
-        """Rows and size, for ``print(model)``."""
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"

@@ -8,7 +8,7 @@ per optimizer step (:mod:`fp8train.layers.fp8_weight`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ class _Fp8Linear(torch.autograd.Function):
             if columns is not None and w_scale_inv is None:
                 w = w * columns
             # Operand w [N, K]: the forward's codes or their second copy; keep_w may have it cast again here.
-            w_operand = _backward_weight(quant, (w, w_scale_inv), slots, call)
+            w_operand = _backward_operand("w", w, w_scale_inv, slots, call)
             # GEMM grad_input: grad_output [T, N] · w [N, K] -> [T, K].
             specs = (quant.grad_input_grad_output, quant.grad_input_w)
             product = _multiply(
@@ -281,7 +281,7 @@ def _start_grad_weight_x(
     """The grad_weight GEMM's input from what forward kept, after a gather that starts now."""
     wire, (x, scale_inv) = call.wire, kept
     if not wire.gathers_input:  # all tokens are here
-        operand = _backward_x(x, scale_inv, quant, slots, call)
+        operand = _backward_operand("x", x, scale_inv, slots, call)
         return lambda: operand
     if not wire.input_in_fp8:  # forward kept x [T/tp, K] in high precision: gathered and cast again
         return lambda: _recast_x(wire.gather_input(x, call.batch)(), quant, slots, call)
@@ -293,28 +293,15 @@ def _start_grad_weight_x(
         arrived = _gathered((x, scale_inv), quant.grad_weight_x, 0, call)
     else:
         arrived = _gathered((x, scale_inv), quant.output_x, 1, call)
-    return lambda: _backward_x(*arrived(), quant, slots, call)
+    return lambda: _backward_operand("x", *arrived(), slots, call)
 
 
 def _recast_x(x: Tensor, quant: LinearQuant, slots: CastSlots, call: LinearCall) -> Operand:
     """The operand that forward made of ``x`` or keeps beside it, made again after a high-precision gather."""
     if quant.keep_x in ("same", "requantise"):
         operand = _quantize("x", x, quant.output_x, slots.output_x, call, contracted=1)
-        return _backward_x(*operand, quant, slots, call)
+        return _backward_operand("x", *operand, slots, call)
     return padded(_quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0))
-
-
-def _backward_x(
-    kept: Tensor, scale_inv: Tensor | None, quant: LinearQuant, slots: CastSlots, call: LinearCall
-) -> Operand:
-    spec, slot = quant.grad_weight_x, slots.grad_weight_x
-    return _backward_operand("x", quant.keep_x, kept, scale_inv, spec, slot, call)
-
-
-def _backward_weight(
-    quant: LinearQuant, kept: tuple[Tensor, Tensor | None], slots: CastSlots, call: LinearCall
-) -> Operand:
-    return _backward_operand("w", quant.keep_w, *kept, quant.grad_input_w, slots.grad_input_w, call)
 
 
 def _grad_weight(
@@ -381,15 +368,14 @@ def _multiply(
 
 
 def _backward_operand(
-    operand: OperandName,
-    keep: str,
-    kept: Tensor,
-    scale_inv: Tensor | None,
-    backward: QuantSpec,
-    slot: ScaleSlot | None,
-    call: LinearCall,
+    operand: Literal["x", "w"], kept: Tensor, scale_inv: Tensor | None, slots: CastSlots, call: LinearCall
 ) -> Operand:
     """The backward GEMM's operand from what forward kept. Backward contracts dimension 0 of both x and w."""
+    assert call.plan is not None
+    quant = call.plan.quant
+    keep, backward, slot = quant.keep_w, quant.grad_input_w, slots.grad_input_w
+    if operand == "x":
+        keep, backward, slot = quant.keep_x, quant.grad_weight_x, slots.grad_weight_x
     if scale_inv is None:  # bf16: kept in high precision, cast now
         return padded(_quantize(operand, kept, backward, slot, call, contracted=0))
     if keep == "requantise":  # kept as codes of the forward: decoded, and cast with the backward's scales

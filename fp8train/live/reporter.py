@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,9 +80,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.trackers.close(self._state)
 
     def _tracker_failed(self, kind: str, *, step: int, **fields: Any) -> None:

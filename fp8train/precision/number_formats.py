@@ -33,16 +33,6 @@ class Format:
     max: float
 
     @property
-    def min_normal(self) -> float:
-        """Smallest positive normal value."""
-        return 2.0 ** (1 - self.bias)
-
-    @property
-    def min_subnormal(self) -> float:
-        """Smallest positive value, a subnormal one."""
-        return 2.0 ** (1 - self.bias - self.mantissa_bits)
-
-    @property
     def max_exponent(self) -> int:
         """Exponent of the largest finite value: ``floor(log2(max))``."""
         return int(self.max).bit_length() - 1

@@ -4,7 +4,6 @@ process."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,6 +21,7 @@ from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
+from fp8train.parallel.gradients.recorder import GradientRecorder
 from fp8train.parallel.zero import Partition
 from fp8train.step.sharding import Sharding
 from fp8train.update_rules.registry import rule_named
@@ -67,7 +67,7 @@ def make_gradient_buckets(
         agree=processes.stage if processes.pp.size == 1 else processes.everyone,
         in_fp8_plan=() if built.fp8 is None else [f"{path}.weight" for path in built.fp8.converted],
         contributions=contributions,
-        recorder=None if recorder is None else _GradientSites(recorder),
+        recorder=None if recorder is None else GradientRecorder(recorder),
         unchanged=_settings_of_exact(config, processes.device) if exact else None,
         specs=built.model.specs,
         owners=owners,
@@ -80,20 +80,6 @@ def tensor_parallel(config: Config, processes: Processes) -> TensorParallel | No
         return None
     traffic = config.precision.traffic.value()
     return TensorParallel(processes.tp, processes.sequence, processes.cp, traffic)
-
-
-@dataclass(frozen=True)
-class _GradientSites:
-    """Names a gradient's cast site after its linear, as the operands' are."""
-
-    recorder: CastRecorder
-
-    @property
-    def active(self) -> bool:
-        return self.recorder.active
-
-    def record(self, fqn: str, source: Tensor, payload: Tensor, scale_inv: Tensor) -> None:
-        self.recorder.record(f"{fqn.removesuffix('.weight')}/grad_weight", source, payload, scale_inv)
 
 
 def _groups(node_size: int | None, processes: Processes) -> Groups:

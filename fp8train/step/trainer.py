@@ -355,7 +355,6 @@ class Trainer:
         the moments have seen."""
         self.updates = meta["updates"]
         self.monitors.load_state(meta)
-        self.gradients.restored()
         if self._scale_events is not None:
             self._scale_events.forget()
         self._publish()

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fp8train.comm.failures import INTERRUPTED
@@ -80,9 +80,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._record)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_wakeup_fd)
@@ -94,11 +92,6 @@ class StopRequest:
         if number == signal.SIGINT and self.quitting and not self._raised:
             self._raised = True  # once: what unwinds is not cut short by a third
             raise KeyboardInterrupt
-
-    @property
-    def local_reason(self) -> str | None:
-        """What this process was asked by, before any agreement."""
-        return _REASONS[self._code] or None
 
     def agree(self, group: dist.ProcessGroup | None, device: torch.device | None = None) -> str | None:
         """Whether to stop, and why: the same answer on every rank. Collective over ``group``.

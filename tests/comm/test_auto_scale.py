@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fp8train.comm.auto_scale import MuController, initial_mu
 from fp8train.comm.collectives import CountedGroup
-from fp8train.comm.shared_scale import shared_scale_all_reduce, shared_scale_reduce_scatter
 from fp8train.precision.gradients import Fp8Gradients
+from tests.comm.at_once import reduce_at_once
 from tests.comm.fp8_reference import next_mu
 
 CPU = torch.device("cpu")
@@ -136,9 +136,9 @@ def train(
     saturated = []
     for _ in range(6):
         gradients = [torch.full((300,), 3.4), torch.randn(500, generator=generator)]
-        reduced = shared_scale_all_reduce(gradients, whole.mu, counted)
+        reduced = reduce_at_once(gradients, whole.mu, counted)
         whole.update(reduced.saturated, numel)
-        chunk = shared_scale_reduce_scatter(gradients, sharded.mu, counted)
+        chunk = reduce_at_once(gradients, sharded.mu, counted, scatter=True)
         sharded.update(chunk.saturated, numel, sharded_over=counted)
         saturated.append(int(reduced.saturated[0]))
         for path, controller_ in zip(paths, (whole, sharded), strict=True):

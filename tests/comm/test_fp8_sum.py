@@ -10,13 +10,9 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.fp8_all_reduce import (
+    all_reduce,
     check_native,
-    native_all_reduce,
-    native_reduce_scatter,
-    ring_all_reduce,
-    ring_reduce_scatter,
-    tree_all_reduce,
-    tree_reduce_scatter,
+    reduce_scatter,
 )
 from fp8train.comm.fp8_sum import (
     _add_in_fp16,
@@ -143,10 +139,7 @@ def test_chunks_are_padded_with_zeros() -> None:
     assert [chunk_length(n, 4) for n in (0, 1, 4, 5)] == [1, 1, 1, 2]
 
 
-REDUCTIONS = {
-    "ring": (ring_all_reduce, ring_reduce_scatter, fold_ring),
-    "tree": (tree_all_reduce, tree_reduce_scatter, fold_tree),
-}
+FOLDS = {"ring": fold_ring, "tree": fold_tree}
 
 
 def reduce_all(
@@ -154,13 +147,13 @@ def reduce_all(
 ) -> dict[tuple[str, str, int], tuple[Tensor, Tensor, dict[str, int]]]:
     """Runs in the pool: (all-reduced, reduce-scattered, bytes sent) of every algorithm, format and length."""
     results = {}
-    for name, (all_reduce, reduce_scatter, _) in REDUCTIONS.items():
+    for name in FOLDS:
         for fmt in TABLES:
             for length in LENGTHS:
                 counted = CountedGroup(group)
                 mine = some_codes(world_size, length, fmt)[rank]
-                whole = all_reduce(mine.clone(), counted, purpose="test")
-                chunk = reduce_scatter(mine.clone(), counted, purpose="test")
+                whole = all_reduce(mine.clone(), counted, name, purpose="test")()
+                chunk = reduce_scatter(mine.clone(), counted, name, purpose="test")()
                 results[name, fmt.name, length] = whole, chunk, dict(counted.sent)
     return results
 
@@ -168,7 +161,7 @@ def reduce_all(
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_every_rank_gets_the_bits_of_the_fold(gloo_pool, world_size: int) -> None:
     per_rank = gloo_pool.run(reduce_all, world_size)
-    for name, (_, _, fold) in REDUCTIONS.items():
+    for name, fold in FOLDS.items():
         for fmt in TABLES:
             for length in LENGTHS:
                 key = (name, fmt.name, length)
@@ -190,18 +183,19 @@ def test_every_rank_gets_the_bits_of_the_fold(gloo_pool, world_size: int) -> Non
 
 def test_one_rank_sends_nothing() -> None:
     alone = CountedGroup(None)
-    for all_reduce, reduce_scatter, _ in REDUCTIONS.values():
+    for name in FOLDS:
         codes = some_codes(1, 77, E4M3)[0]
-        assert torch.equal(all_reduce(codes, alone, purpose="x").view(torch.uint8), codes.view(torch.uint8))
-        chunk = reduce_scatter(codes, alone, purpose="x")
+        whole = all_reduce(codes, alone, name, purpose="x")()
+        assert torch.equal(whole.view(torch.uint8), codes.view(torch.uint8))
+        chunk = reduce_scatter(codes, alone, name, purpose="x")()
         assert torch.equal(chunk.view(torch.uint8), codes.view(torch.uint8))
     assert not alone.sent
 
 
-@pytest.mark.parametrize("function", [native_all_reduce, native_reduce_scatter])
+@pytest.mark.parametrize("function", [all_reduce, reduce_scatter])
 def test_native_is_refused_without_a_gpu(function) -> None:
     with pytest.raises(ValueError, match="needs CUDA, not cpu; use algorithm 'ring' or 'tree'"):
-        function(some_codes(1, 8, E4M3)[0], CountedGroup(None), purpose="x")
+        function(some_codes(1, 8, E4M3)[0], CountedGroup(None), "native", purpose="x")
 
 
 @pytest.mark.parametrize(

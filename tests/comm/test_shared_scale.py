@@ -12,12 +12,11 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.shared_scale import (
     ReducedBucket,
     SharedScaleReduction,
-    shared_scale_all_reduce,
-    shared_scale_reduce_scatter,
     shared_scales,
 )
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from tests.comm import fp8_reference
+from tests.comm.at_once import reduce_at_once
 from tests.numerics.fp8_table import E4M3_TABLE, E5M2_TABLE, Table
 
 WORLD_SIZES = [2, 4, 8]
@@ -94,13 +93,13 @@ def reduce_everything(group: dist.ProcessGroup, rank: int, world_size: int) -> d
             for dtype in (torch.float32, torch.bfloat16):
                 key = f"{algorithm}/{fmt.name}/{dtype}"
                 reduce = functools.partial(
-                    shared_scale_all_reduce, random_bucket(rank, world_size, dtype), mus, fmt=fmt
+                    reduce_at_once, random_bucket(rank, world_size, dtype), mus, fmt=fmt
                 )
                 counted = CountedGroup(group)
                 results[key] = plain(reduce(counted, algorithm=algorithm))
                 results[f"{key}/sent"] = dict(counted.sent)
         results[f"{algorithm}/mean"] = plain(
-            shared_scale_all_reduce(
+            reduce_at_once(
                 random_bucket(rank, world_size, torch.float32),
                 mus,
                 CountedGroup(group),
@@ -110,20 +109,22 @@ def reduce_everything(group: dist.ProcessGroup, rank: int, world_size: int) -> d
         )
         counted = CountedGroup(group)
         results[f"{algorithm}/scatter"] = plain(
-            shared_scale_reduce_scatter(
-                random_bucket(rank, world_size, torch.float32), mus, counted, algorithm=algorithm
+            reduce_at_once(
+                random_bucket(rank, world_size, torch.float32),
+                mus,
+                counted,
+                algorithm=algorithm,
+                scatter=True,
             )
         )
         results[f"{algorithm}/scatter/sent"] = dict(counted.sent)
         safe = torch.full((2,), 1 / world_size)
-        mean = shared_scale_all_reduce(
+        mean = reduce_at_once(
             exact_bucket(rank), safe, CountedGroup(group), algorithm=algorithm, average=True
         )
         results[f"{algorithm}/exact"] = plain(mean)
     specials = list(special_bucket(rank, world_size).values())
-    results["special"] = plain(
-        shared_scale_all_reduce(specials, special_factors(world_size), CountedGroup(group))
-    )
+    results["special"] = plain(reduce_at_once(specials, special_factors(world_size), CountedGroup(group)))
     results["overlapped"] = [plain(bucket) for bucket in overlapped(CountedGroup(group), rank)]
     return results
 
@@ -344,9 +345,11 @@ def test_the_scale_itself_is_never_infinite_or_nan() -> None:
 
 def test_one_rank_reduces_by_itself() -> None:
     gradient = torch.tensor([1.0, -2.0, 7.0])
-    for scatter in (shared_scale_all_reduce, shared_scale_reduce_scatter):
+    for scatter in (False, True):
         alone = CountedGroup(None)
-        bucket = scatter([gradient, torch.empty(0)], torch.ones(2), alone, average=True)
+        bucket = reduce_at_once(
+            [gradient, torch.empty(0)], torch.ones(2), alone, average=True, scatter=scatter
+        )
         assert torch.equal(bucket.values(0), gradient)
         assert bucket.payload(1).numel() == 0
         assert bucket.saturated.tolist() == [1, 0]
@@ -356,12 +359,12 @@ def test_one_rank_reduces_by_itself() -> None:
 def test_bad_arguments_are_refused() -> None:
     alone, gradients = CountedGroup(None), [torch.ones(3), torch.ones(2)]
     with pytest.raises(ValueError, match="at least one gradient"):
-        shared_scale_all_reduce([], torch.ones(0), alone)
+        reduce_at_once([], torch.ones(0), alone)
     with pytest.raises(ValueError, match=r"2 gradients need float32 \(2,\)"):
-        shared_scale_all_reduce(gradients, torch.ones(3), alone)
+        reduce_at_once(gradients, torch.ones(3), alone)
     with pytest.raises(ValueError, match=r"mus: torch.float64"):
-        shared_scale_all_reduce(gradients, torch.ones(2).double(), alone)
+        reduce_at_once(gradients, torch.ones(2).double(), alone)
     with pytest.raises(ValueError, match="algorithm: 'star'; legal: ring, tree, native"):
-        shared_scale_all_reduce(gradients, torch.ones(2), alone, algorithm="star")  # type: ignore[arg-type]
+        reduce_at_once(gradients, torch.ones(2), alone, algorithm="star")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs CUDA"):
-        shared_scale_all_reduce(gradients, torch.ones(2), alone, algorithm="native")
+        reduce_at_once(gradients, torch.ones(2), alone, algorithm="native")

@@ -56,7 +56,6 @@ def test_batches_per_epoch(tmp_path):
     data = batches(samples(tmp_path / "d"))
     assert data.samples.samples_per_epoch == 124
     assert data.batches_per_epoch == 15
-    assert data.micro_batches_per_step == 4
 
 
 def test_too_small_for_one_global_batch(tmp_path):

@@ -49,8 +49,8 @@ def test_formats_are_described_by_their_definition() -> None:
     for fmt, table in ((E4M3, E4M3_TABLE), (E5M2, E5M2_TABLE)):
         values = table.positive
         assert fmt.max == table.max
-        assert fmt.min_subnormal == values[1]
-        assert fmt.min_normal == values[2**fmt.mantissa_bits]
+        assert 2.0 ** (1 - fmt.bias - fmt.mantissa_bits) == values[1]
+        assert 2.0 ** (1 - fmt.bias) == values[2**fmt.mantissa_bits]
         assert fmt.max_exponent == math.frexp(table.max)[1] - 1
         assert fmt.exponent_bits + fmt.mantissa_bits == 7
         assert fmt.max == 1.75 * 2.0**fmt.max_exponent  # the scale rule relies on it

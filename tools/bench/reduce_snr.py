@@ -33,7 +33,7 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange, padded_blocks
 from fp8train.comm.fp8_sum import fold_ring, fold_tree, fold_wide
 from fp8train.comm.processes import Processes
-from fp8train.comm.shared_scale import shared_scale_all_reduce, shared_scales
+from fp8train.comm.shared_scale import SharedScaleReduction, shared_scales
 from fp8train.config.resolve import load_config
 from fp8train.data.loading import open_data
 from fp8train.numerics.block_scales import as_blocks, dequantize_blocks, from_blocks, quantize_blocks
@@ -217,8 +217,9 @@ def gloo_rank(rank: int, ranks: int, folder: str) -> None:
         results[f"exchange/{fqn}"] = from_blocks(total, own.shape)
         for algorithm in ("ring", "tree"):
             mus = torch.full((1,), 1 / ranks)
-            reduced = shared_scale_all_reduce([own], mus, group, algorithm=algorithm)  # type: ignore[arg-type]
-            results[f"{algorithm}/{fqn}"] = reduced.values(0).view(own.shape)
+            reduction = SharedScaleReduction([own], mus, group, algorithm=algorithm)  # type: ignore[arg-type]
+            reduction.start()
+            results[f"{algorithm}/{fqn}"] = reduction.finish().values(0).view(own.shape)
     if rank == 0:
         torch.save(results, f"{folder}/result{ranks}.pt")
     dist.destroy_process_group()

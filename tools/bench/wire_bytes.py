@@ -25,13 +25,14 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.exchange import Exchange
-from fp8train.comm.shared_scale import shared_scale_all_reduce
+from fp8train.comm.shared_scale import SharedScaleReduction
 from fp8train.numerics.block_scales import quantize_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.grids import GridScales
 from fp8train.parallel.gradients.integer_storage import Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import CodeSum, IntegerSum
 from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
+from fp8train.precision.gradients import Algorithm
 from fp8train.precision.number_formats import E4M3
 
 BLOCK = 128
@@ -82,15 +83,19 @@ def exact(gradient: Tensor, group: CountedGroup, contributions: int) -> None:
     bucket.finish()
 
 
+def shared_scale(gradient: Tensor, group: CountedGroup, algorithm: Algorithm) -> None:
+    reduction = SharedScaleReduction([gradient], torch.ones(1), group, algorithm=algorithm, purpose="x")
+    reduction.start()
+    reduction.finish()
+
+
 MODES: dict[str, Callable[[Tensor, CountedGroup], Any]] = {
     "FP32 all-reduce": lambda g, group: group.all_reduce(g.clone(), purpose="x")(),
     "BF16 all-reduce": lambda g, group: group.all_reduce(g.bfloat16(), purpose="x")(),
     "exchange, all-reduce": exchange,
     "exchange, reduce-scatter": reduce_scatter,
-    "shared_scale ring": lambda g, group: shared_scale_all_reduce([g], torch.ones(1), group, purpose="x"),
-    "shared_scale tree": lambda g, group: shared_scale_all_reduce(
-        [g], torch.ones(1), group, algorithm="tree", purpose="x"
-    ),
+    "shared_scale ring": lambda g, group: shared_scale(g, group, "ring"),
+    "shared_scale tree": lambda g, group: shared_scale(g, group, "tree"),
     "exact, one micro-batch a rank": lambda g, group: exact(g, group, 1),
     "exact, several": lambda g, group: exact(g, group, 2),
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fp8train.comm.auto_scale import MuController
 from fp8train.comm.collectives import CountedGroup
+from fp8train.parallel.gradients.scales import GradientScales
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class StepFactors:
     saturated: Tensor
 
 
-class AutoScales:
-    """Scale state of ``shared_scale``: one auto-scaling factor mu per FP8 tensor, constant within a step (a
-    :class:`~fp8train.parallel.gradients.scales.GradientScales`).
+class AutoScales(GradientScales):
+    """Scale state of ``shared_scale``: one auto-scaling factor mu per FP8 tensor, constant within a step. No
+    step is run again: saturation is what moves mu.
 
     Attributes:
         controller: moves mu.
@@ -75,10 +76,6 @@ class AutoScales:
         if self._counted_over is not None:
             self._counted_over.all_reduce(self.step.saturated, purpose="saturation")()
 
-    def must_repeat(self) -> bool:
-        """Return False: no step is run again, as saturation is what moves mu."""
-        return False
-
     def commit(self) -> None:
         """Move every mu by the step's counts of saturated codes."""
         self.controller.update(self.step.saturated, self._numels)
@@ -86,9 +83,6 @@ class AutoScales:
     def state_tensors(self) -> Mapping[str, Tensor]:
         """The controller's tensors, for checkpoints; they are filled in place."""
         return self.controller.state_tensors()
-
-    def restored(self) -> None:
-        """Do nothing: the next step freezes what the checkpoint brought."""
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:
         """Extremes of mu, and the share of codes at ±max in the last step."""

@@ -26,6 +26,7 @@ from fp8train.numerics.block_scales import (
     quantize_blocks,
 )
 from fp8train.numerics.formats import dtype_of
+from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.held import HeldBlocks
 from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.parallel.gradients.recorder import GradientRecorder
@@ -37,9 +38,8 @@ def row_blocks(members: Sequence[Member], block: int) -> list[int]:
     return [-(-member.shape[-1] // block) for member in members]
 
 
-class BlockStorage:
-    """Keeps a bucket's gradients as FP8 codes with block scales (a
-    :class:`~fp8train.parallel.gradients.bucket.Storage`).
+class BlockStorage(Storage):
+    """Keeps a bucket's gradients as FP8 codes with block scales.
 
     The block matrix of a bucket is the block matrices of its members, one after the other, and zeros up to a
     multiple of the ranks that share it.

@@ -32,11 +32,11 @@ class Storage(Protocol):
     @property
     def accumulator_bytes(self) -> int:
         """Bytes that are needed beside :attr:`stored_bytes` while micro-batches add up."""
-        ...
+        return 0
 
     def begin(self) -> None:
-        """Begin a step, and forget what an unfinished one left."""
-        ...
+        """Begin a step, and forget what an unfinished one left; the first contribution overwrites."""
+        return None
 
     def buffer(self, member: int) -> Tensor:
         """The memory that a contribution changes, of the parameter's shape: declared to the compiler, never
@@ -53,7 +53,7 @@ class Storage(Protocol):
 
     def commit(self, clip: Tensor | None) -> None:
         """Learn that the step was applied, its gradient multiplied by ``clip`` (None: by 1)."""
-        ...
+        return None
 
 
 class Reduction(Protocol):

@@ -41,7 +41,7 @@ from fp8train.parallel.gradients.receivers import (
     row_elements,
 )
 from fp8train.parallel.gradients.recorder import GradientRecorder
-from fp8train.parallel.gradients.scales import GradientScales, NoScales
+from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.gradients.shared_scale_sum import SharedScaleSum
 from fp8train.parallel.gradients.tensor_storage import TensorStorage
 from fp8train.parallel.gradients.wide_storage import WideStorage
@@ -84,8 +84,7 @@ class Groups:
 
 
 class GradientBuckets:
-    """Makes the buckets of a gradient store (a
-    :class:`~fp8train.parallel.gradients.store.BucketMaker`) and keeps what they share from step to step.
+    """Makes the buckets of a gradient store and keeps what they share from step to step.
 
     Attributes:
         fp8: how FP8 gradients are kept; None if none are.
@@ -142,7 +141,7 @@ class GradientBuckets:
         self._receiver: Receiver = Everyone()
         if owners is not None:
             self._receiver = Owners(owners, groups.all.rank, in_rank_order(groups.all.size))
-        self.scales: GradientScales = NoScales()
+        self.scales = GradientScales()
         if fp8 is not None and fp8.reduce == "shared_scale":
             self.scales = self._auto_scales(parameters, fp8)
         elif fp8 is not None and fp8.reduce == "exact":
@@ -313,10 +312,6 @@ class GradientBuckets:
     def state_tensors(self) -> dict[str, Tensor]:
         """Scale state for checkpoints, equal on all ranks."""
         return dict(self.scales.state_tensors())
-
-    def restored(self) -> None:
-        """Take note that :meth:`state_tensors` were filled from a checkpoint."""
-        self.scales.restored()
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """What this rank alone knows from step to step: residuals of error feedback."""

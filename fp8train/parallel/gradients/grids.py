@@ -42,6 +42,7 @@ from fp8train.numerics.cast import amax_of, cast, decode_finite
 from fp8train.numerics.exact_sum import grid_square_sum, power_of_two_fp64, square_shift
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 from fp8train.parallel.gradients.receivers import Places
+from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.precision.number_formats import E4M3
 
 HISTORY = 16
@@ -165,9 +166,8 @@ class HeldSums:
         return total, torch.where(self.grids.finite[parameter], unit, torch.nan)
 
 
-class GridScales:
-    """Makes the grids of each step: amax of the last 16 steps, and the exponents that follow. See the module
-    and :class:`~fp8train.parallel.gradients.scales.GradientScales`.
+class GridScales(GradientScales):
+    """Makes the grids of each step: amax of the last 16 steps, and the exponents that follow. See the module.
 
     Attributes:
         step: grids of the running (or last) step.
@@ -263,9 +263,6 @@ class GridScales:
     def state_tensors(self) -> Mapping[str, Tensor]:
         """The history and the count of saturated elements, for checkpoints; they are filled in place."""
         return {"exact/amax_history": self._history, "exact/saturated": self.saturated}
-
-    def restored(self) -> None:
-        """Do nothing: the next step's grids follow from the history that the checkpoint brought."""
 
     def metrics(self, stages: CountedGroup) -> dict[str, float]:
         """Elements that left their grid in applied steps, and steps that were run again to avoid that, as

@@ -13,6 +13,7 @@ from torch import Tensor
 from fp8train.numerics.cast import amax_of, cast
 from fp8train.numerics.exact_sum import power_of_two_fp64
 from fp8train.numerics.scale import power_of_two
+from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.grids import GRID_BITS, GridScales, HeldSums, StepGrids, code_integers
 from fp8train.parallel.gradients.receivers import Places
 from fp8train.parallel.gradients.recorder import GradientRecorder
@@ -71,10 +72,8 @@ class FixedPoints:
         return scaled.nan_to_num(nan=0.0).clamp(-limit, limit).round().to(torch.int64)
 
 
-class IntegerStorage:
-    """Adds a bucket's gradients up as integers (a :class:`~fp8train.parallel.gradients.bucket.Storage`)."""
-
-    accumulator_bytes = 0
+class IntegerStorage(Storage):
+    """Adds a bucket's gradients up as integers."""
 
     def __init__(self, places: Places, points: Points, *, scales: GridScales, device: torch.device) -> None:
         """Allocate sums of zero. Args: ``places``: counted in elements; ``scales``: grids of all
@@ -121,6 +120,3 @@ class IntegerStorage:
     def hold(self, sums: Tensor) -> HeldSums:
         """Hand over the sums over ranks of this rank's places, with the grids that they were made on."""
         return HeldSums(sums, self.places, self._grids, self._parameters)
-
-    def commit(self, clip: Tensor | None) -> None:
-        """Do nothing: no state outlives the step here."""

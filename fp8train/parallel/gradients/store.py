@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,48 +34,10 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.grad_sink import register_sink
 from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.gradient_buckets import GradientBuckets
 from fp8train.parallel.gradients.grids import HeldSums
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.receivers import Member
-from fp8train.parallel.gradients.scales import GradientScales
-from fp8train.parallel.zero import Partition
-
-
-class BucketMaker(Protocol):
-    """Decides which parameters may share a bucket, and makes the buckets."""
-
-    def kind(self, fqn: str, shape: tuple[int, ...]) -> str:
-        """Name of the kind of bucket that a parameter of this local shape belongs to; only parameters of one
-        kind share buckets."""
-        ...
-
-    def capacity(self, kind: str) -> int:
-        """How many elements a bucket of this kind has, approximately."""
-        ...
-
-    def make(self, kind: str, members: Sequence[Member]) -> Bucket:
-        """Make a bucket of this kind for these members."""
-        ...
-
-    @property
-    def norm_is_exact(self) -> bool:
-        """Whether the global norm must not depend on buckets, ranks or device."""
-        ...
-
-    @property
-    def scales(self) -> GradientScales:
-        """The scale state that all buckets share."""
-        ...
-
-    @property
-    def owners(self) -> Partition | None:
-        """Who needs which rows of the sum under ZeRO; None where everyone needs all."""
-        ...
-
-    @property
-    def replicas(self) -> CountedGroup:
-        """The ranks whose gradients are added up."""
-        ...
 
 
 @dataclass
@@ -97,16 +58,12 @@ class _Bucket:
 
 
 class GradientStore:
-    """Accumulates, reduces and serves the gradients of a model.
-
-    Attributes:
-        num_buckets: how many pieces the reduction travels in.
-    """
+    """Accumulates, reduces and serves the gradients of a model."""
 
     def __init__(
         self,
         model: nn.Module,
-        maker: BucketMaker,
+        maker: GradientBuckets,
         *,
         group_of: Callable[[str], int] = lambda _: 0,
         uses: Mapping[str, int] | None = None,
@@ -143,7 +100,7 @@ class GradientStore:
         self._allocate(parameters, maker)
         self._attach(model, parameters)
 
-    def _allocate(self, parameters: Mapping[str, nn.Parameter], maker: BucketMaker) -> None:
+    def _allocate(self, parameters: Mapping[str, nn.Parameter], maker: GradientBuckets) -> None:
         groups: list[tuple[str, list[int]]] = []
         filled: dict[tuple[int, str], tuple[int, int]] = {}  # kind -> (its open group, elements in it)
         members = [Member(fqn, tuple(parameter.shape)) for fqn, parameter in parameters.items()]
@@ -196,11 +153,6 @@ class GradientStore:
             self._add(slot, gradient)
 
         return drain
-
-    @property
-    def num_buckets(self) -> int:
-        """Number of buckets: how many pieces the reduction travels in."""
-        return len(self._buckets)
 
     @property
     def buckets(self) -> list[Bucket]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fp8train.numerics.cast import quantize, uncast
 from fp8train.numerics.formats import dtype_of
+from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.receivers import Places
 from fp8train.precision.number_formats import Format
 from fp8train.precision.operand_cast import QuantSpec
@@ -39,9 +40,8 @@ class _Accumulator:
         return self.payload if self.scale_inv is None else uncast(self.payload, self.scale_inv)
 
 
-class TensorStorage:
-    """Adds up each tensor of a bucket by itself, in high precision or FP8 (a
-    :class:`~fp8train.parallel.gradients.bucket.Storage`)."""
+class TensorStorage(Storage):
+    """Adds up each tensor of a bucket by itself, in high precision or FP8."""
 
     def __init__(self, places: Places, *, fmt: Format, accumulate: torch.dtype, device: torch.device) -> None:
         """Allocate sums of zero. Args: ``places``: counted in elements; ``accumulate``: BF16, FP32, or
@@ -68,9 +68,6 @@ class TensorStorage:
         """Bytes of the sums of all tensors."""
         return sum(accumulator.payload.nbytes for accumulator in self._accumulators)
 
-    def begin(self) -> None:
-        """Do nothing: the first contribution overwrites."""
-
     def buffer(self, member: int) -> Tensor:
         """The member's sum, of its shape; uint8 codes if it adds up in FP8."""
         payload = self._accumulators[member].payload
@@ -88,6 +85,3 @@ class TensorStorage:
     def tensors(self) -> list[Tensor]:
         """This rank's sums of all members in high precision, each of its member's shape."""
         return [accumulator.values() for accumulator in self._accumulators]
-
-    def commit(self, clip: Tensor | None) -> None:
-        """Do nothing: no state outlives the step here."""

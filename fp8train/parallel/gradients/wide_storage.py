@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.held import HeldValues
 from fp8train.parallel.gradients.receivers import Places
 
 
-class WideStorage:
-    """Adds up micro-batches in ``dtype`` (a :class:`~fp8train.parallel.gradients.bucket.Storage`)."""
-
-    accumulator_bytes = 0
+class WideStorage(Storage):
+    """Adds up micro-batches in ``dtype``."""
 
     def __init__(self, places: Places, *, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate a buffer of zeros. Args: ``places``: counted in elements."""
@@ -27,9 +26,6 @@ class WideStorage:
     def stored_bytes(self) -> int:
         """Bytes of the buffer."""
         return self._flat.nbytes
-
-    def begin(self) -> None:
-        """Do nothing: the first contribution overwrites."""
 
     def buffer(self, member: int) -> Tensor:
         """The member's part of the buffer, a view of its shape."""
@@ -56,6 +52,3 @@ class WideStorage:
         if sums is not self._flat:
             self._flat.copy_(sums)
         return HeldValues(self._views)
-
-    def commit(self, clip: Tensor | None) -> None:
-        """Do nothing: no state outlives the step here."""
