@@ -54,7 +54,7 @@ def layout_problems(config: AllSections) -> Iterator[LayoutProblem]:
 def fitting_tp(config: AllSections) -> list[int]:
     """Sizes of ``parallel.tp``, 1 among them, that nothing in the file is against."""
     sizes = []
-    for tp in _common_divisors(config.model.num_heads):
+    for tp in common_divisors(config.model.num_heads):
         parallel = config.parallel.model_copy(update={"tp": tp})
         problems = _all_problems(config.model_copy(update={"parallel": parallel}))
         if tp == 1 or not any(_TP in problem.keys for problem in problems):
@@ -74,17 +74,18 @@ def _all_problems(config: AllSections) -> Iterator[LayoutProblem]:
 
 
 def _divisors(*numbers: int) -> str:
-    return one_of(_common_divisors(*numbers))
+    return one_of(common_divisors(*numbers))
 
 
-def _common_divisors(*numbers: int) -> list[int]:
+def common_divisors(*numbers: int) -> list[int]:
+    """What divides all of these, up to the most ranks that a message offers."""
     common = math.gcd(*numbers)
     return [n for n in range(1, min(common, _MOST_RANKS) + 1) if common % n == 0]
 
 
 def _whole_blocks(size: int, block: int) -> list[int]:
     """In how many parts ``size`` elements can be cut so that every part has whole blocks."""
-    return _common_divisors(size // block) if size % block == 0 else [1]
+    return common_divisors(size // block) if size % block == 0 else [1]
 
 
 def one_of(numbers: Sequence[int]) -> str:
@@ -112,7 +113,7 @@ def _tensor_parallel(config: AllSections) -> Iterator[LayoutProblem]:
     counts = _divided_by_tp(config)
     wrong = {name: count for name, count in counts.items() if count[0] % tp}
     if wrong:
-        legal = _common_divisors(*(count for count, _ in counts.values()))
+        legal = common_divisors(*(count for count, _ in counts.values()))
         reasons = " and ".join(f"{name} = {count}{why}" for name, (count, why) in wrong.items())
         yield LayoutProblem(
             f"parallel.tp ({tp}) must divide {reasons}; legal: parallel.tp={one_of(legal)}",

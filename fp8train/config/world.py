@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.layout import LayoutProblem, fitting_tp, one_of
+from fp8train.config.layout import LayoutProblem, common_divisors, fitting_tp, one_of
 from fp8train.config.nodes import Origin
 from fp8train.config.schema import Config
 
@@ -141,20 +141,34 @@ def check_world(
     return dp, micro_batches
 
 
-def world_problems(config: Config) -> Iterator[LayoutProblem]:
-    """What no number of processes could run, as far as the file alone shows it."""
+def fewest_processes(config: Config) -> int:
+    """The fewest processes that can run it.
+
+    Raises:
+        ConfigError: no number of processes can; says why the fewest that the layout has cannot.
+    """
     dp, train = config.parallel.dp, config.train
     rounds = train.global_batch_size // train.micro_batch_size
     worst: ConfigError | None = None
-    for ranks in [n for n in range(1, rounds + 1) if rounds % n == 0] if dp == "auto" else [dp]:
+    # The last: one round each, which interleaved schedules run too.
+    for ranks in (*common_divisors(rounds), rounds) if dp == "auto" else (dp,):
         try:
             check_world(config, model_ranks(config) * ranks)
-            return
+            return model_ranks(config) * ranks
         except ConfigError as error:
             worst = worst or error
+    assert worst is not None
+    raise worst
+
+
+def world_problems(config: Config) -> Iterator[LayoutProblem]:
+    """What no number of processes could run, as far as the file alone shows it."""
     batch = ("train.global_batch_size", "train.micro_batch_size")
-    keys = (*batch, "parallel.pp") if dp == "auto" else ("parallel.dp", *batch)
-    yield from (LayoutProblem(line, keys) for line in str(worst).splitlines())
+    keys = (*batch, "parallel.pp") if config.parallel.dp == "auto" else ("parallel.dp", *batch)
+    try:
+        fewest_processes(config)
+    except ConfigError as error:
+        yield from (LayoutProblem(line, keys) for line in str(error).splitlines())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from fp8train.config.linear_names import coverage, reasons_to_skip
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.schema import Config
-from fp8train.config.world import check_world, model_ranks
+from fp8train.config.world import check_world, fewest_processes
 from fp8train.live.console import format_count
 from fp8train.planning.rank_bytes import RankBytes
 from fp8train.planning.vocabulary import ASSUMED_VOCABULARY, known_vocabulary
@@ -50,12 +50,6 @@ def summarise(resolved: ResolvedConfig, world: int | None, *, nvidia: Path = _NV
         ("machine", _machine(config, nvidia)),
     ]
     return "".join(f"{name:<11} {text}\n" for name, text in rows)
-
-
-def fewest_processes(config: Config) -> int:
-    """The fewest processes that the layout has: one replica where ``parallel.dp`` is ``auto``."""
-    dp = config.parallel.dp
-    return model_ranks(config) * (1 if dp == "auto" else dp)
 
 
 def _model(config: Config, vocabulary: int | None) -> str:

@@ -9,7 +9,7 @@ import pytest
 from fp8train.cli import run_command
 from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import load_config, resolve_mapping
-from fp8train.config.world import accumulation_steps, check_world, data_parallel_size
+from fp8train.config.world import accumulation_steps, check_world, data_parallel_size, fewest_processes
 from tests.config.examples import MINIMAL, minimal, write
 
 
@@ -84,7 +84,7 @@ def test_dp_must_equal_the_world_size() -> None:
     [
         (["parallel.dp=4"], r"train\.global_batch_size \(8\) must be a multiple of .* = 4 \* 4 = 16"),
         (["parallel.pp=2", "train.micro_batch_size=8"], r"1f1b needs at least parallel\.pp = 2 micro"),
-        (["parallel.dp=2", "parallel.pp=2"], r"1f1b needs at least parallel\.pp = 2 micro-batches"),
+        (["parallel.dp=2", "parallel.pp=2"], r"1f1b needs at least parallel\.pp = 2 micro"),
     ],
 )
 def test_what_no_number_of_processes_could_run_is_refused_by_the_file(
@@ -99,3 +99,13 @@ def test_what_some_number_of_processes_could_run_is_not() -> None:
     schedule = ["parallel.pp=2", "parallel.pipeline.schedule=interleaved_1f1b", "model.num_layers=4"]
     config = resolve_mapping(minimal(), [*schedule, "train.micro_batch_size=2"]).config
     assert check_world(config, 2) == (1, 4)
+
+
+def test_the_fewest_processes_need_not_have_one_replica() -> None:
+    """Five rounds are no two equal ones of two stages; one round on each of five replicas is."""
+    schedule = ["parallel.pp=2", "parallel.pipeline.schedule=interleaved_1f1b", "model.num_layers=4"]
+    batch = ["train.micro_batch_size=1", "train.global_batch_size=5"]
+    config = resolve_mapping(minimal(), [*schedule, *batch]).config
+    with pytest.raises(ConfigError, match="equal rounds"):
+        check_world(config, 2)
+    assert fewest_processes(config) == 10

@@ -188,6 +188,13 @@ def test_a_ramp_and_an_unknown_vocabulary_are_said() -> None:
     assert "1,000 steps, 1.02M tokens" in text  # 10 of 2 samples, 990 of 4
 
 
+def test_many_tokens_and_few_heads_are_said_in_plain_numbers() -> None:
+    text = summarise(load_config(ROOT / "configs/3d/llama3_8b.yaml"), None)
+    assert "32 heads (8 key/value heads), MLP 14336" in text
+    assert "15.0T tokens, 1,868 for each parameter" in text  # 15e12 / 8.03e9
+    assert "2 heads (1 key/value head)," in summarise(load_config(QUICKSTART, SMALL), None)
+
+
 def test_it_needs_no_torch() -> None:
     code = (
         "import sys; from pathlib import Path\n"
