@@ -5,6 +5,8 @@ Three kinds. *Free*: where and how fast the same training runs: layout, devices,
 the training itself: formats, optimizer, schedule, length, batch; a user may want that, but must say so.
 *Refused*: the stored numbers would be those of another model. Data is in none of them: its fingerprint
 decides, for the same samples may lie elsewhere.
+
+A setting that neither run reads (:mod:`fp8train.config.ownership`) is no difference, whatever stands there.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pydantic import BaseModel
 
 from fp8train.config.batch_sizes import BatchSizes
 from fp8train.config.errors import ConfigError
+from fp8train.config.ownership import look_at, why_unread
 from fp8train.config.schema import Config, to_plain
 
 Kind = Literal["free", "meaning", "refused"]
@@ -66,11 +69,14 @@ def changes(saved: Mapping[str, Any], now: Config) -> list[Change]:
             is not compared.
         now: of this run.
     """
-    found = []
-    for key, before, value in _differing(Config, saved, to_plain(now), ""):
+    found, plain = [], to_plain(now)
+    looks = look_at(saved), look_at(plain)
+    for key, before, value in _differing(Config, saved, plain, ""):
         if is_in(key, NOT_COMPARED) or (
             key in ("train.steps", "train.tokens") and _steps(saved) == now.total_steps
         ):
+            continue
+        if all(why_unread(tuple(key.split(".")), look) is not None for look in looks):
             continue
         found.append(Change(key, before, value, _kind(key, now)))
     return found

@@ -34,7 +34,8 @@ _Representer.add_representer(list, _represent_list)
 def effective(config: Config) -> dict[str, Any]:
     """``config`` as nested plain values, without how FP8 would be done where it is off: loading fills the
     same presets again."""
-    look = look_at(config)
+    plain = to_plain(config)
+    look = look_at(plain)
 
     def shown(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         below = {
@@ -44,7 +45,7 @@ def effective(config: Config) -> dict[str, Any]:
         }
         return {name: value for name, value in below.items() if value != {}}
 
-    return shown(to_plain(config), ())
+    return shown(plain, ())
 
 
 def dump_yaml(config: Config) -> str:

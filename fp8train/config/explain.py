@@ -11,6 +11,7 @@ from fp8train.config.keys import describe, key_table
 from fp8train.config.ownership import look_at, why_hidden
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.scalars import needs_quotes
+from fp8train.config.schema import to_plain
 from fp8train.config.threads import FROM_ENVIRONMENT, threads_from_environment
 
 
@@ -39,7 +40,7 @@ def explain(resolved: ResolvedConfig, environment: Mapping[str, str]) -> str:
     if len(rows) < len(resolved.origins):
         hidden = len(resolved.origins) - len(rows)
         settings, are = ("setting", "is") if hidden == 1 else ("settings", "are")
-        look = look_at(resolved.config)
+        look = look_at(to_plain(resolved.config))
         unmet = [why_hidden(tuple(name.split(".")), look) for name in resolved.origins]
         why = "; ".join(dict.fromkeys(one.reason for one in unmet if one is not None))
         lines += ["", f"# {hidden} {settings} without effect {are} not shown: {why}"]

@@ -18,7 +18,7 @@ read.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
@@ -70,8 +70,10 @@ class Rule(NamedTuple):
     neutral: tuple[Any, ...] = ()
 
     def covers(self, path: Sequence[str]) -> bool:
-        """Whether it is about this key."""
-        return _matches(self.keys, path) and not _matches(self.but, path)
+        """Whether it is about this key, or all of this section."""
+        section = ".".join((*path, ""))
+        above = any(key.startswith(section) for key in self.but)
+        return _matches(self.keys, path) and not above and not _matches(self.but, path)
 
 
 _FP8_GEMMS = Is("precision.gemm.fp8", (True,))
@@ -305,14 +307,17 @@ def look_in(tree: Node) -> Look:
     return look
 
 
-def look_at(config: Config) -> Look:
-    """The values of a finished configuration."""
+def look_at(values: Mapping[str, Any]) -> Look:
+    """The values of a configuration that is finished, as nested plain ones. What they do not know, because an
+    older version wrote them, has the schema's default."""
 
     def look(key: str) -> Any:
-        value: Any = config
+        value: Any = values
         for name in key.split("."):
-            value = getattr(value, name)
-        return json.loads(json.dumps(value)) if isinstance(value, (tuple, list)) else value
+            if not isinstance(value, Mapping) or name not in value:
+                return schema_defaults().get(key, UNKNOWN)
+            value = value[name]
+        return value
 
     return look
 

@@ -25,6 +25,7 @@ from fp8train.config.overrides import OverrideError, parse_override
 from fp8train.config.presets import Problem, apply_presets
 from fp8train.config.scalars import ScalarError, check_text
 from fp8train.config.schema import Config
+from fp8train.config.world import world_problems
 from fp8train.config.yaml_tree import MAX_DEPTH
 
 
@@ -102,7 +103,7 @@ def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Se
         if not problems and not misspelt:  # a preset that fills too little: ours to mend, as pydantic says
             raise
         return None
-    for found in length_problems(config):
+    for found in (*length_problems(config), *world_problems(config)):
         key, *related = found.keys
         problems.append(Problem(tuple(key.split(".")), found.message, tuple(related)))
     return config

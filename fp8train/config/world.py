@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from fp8train.config.errors import ConfigError
-from fp8train.config.layout import fitting_tp, one_of
+from fp8train.config.layout import LayoutProblem, fitting_tp, one_of
 from fp8train.config.nodes import Origin
 from fp8train.config.schema import Config
 
@@ -139,6 +139,22 @@ def check_world(
     if problems:
         raise ConfigError("\n".join(problems))
     return dp, micro_batches
+
+
+def world_problems(config: Config) -> Iterator[LayoutProblem]:
+    """What no number of processes could run, as far as the file alone shows it."""
+    dp, train = config.parallel.dp, config.train
+    rounds = train.global_batch_size // train.micro_batch_size
+    worst: ConfigError | None = None
+    for ranks in [n for n in range(1, rounds + 1) if rounds % n == 0] if dp == "auto" else [dp]:
+        try:
+            check_world(config, model_ranks(config) * ranks)
+            return
+        except ConfigError as error:
+            worst = worst or error
+    batch = ("train.global_batch_size", "train.micro_batch_size")
+    keys = (*batch, "parallel.pp") if dp == "auto" else ("parallel.dp", *batch)
+    yield from (LayoutProblem(line, keys) for line in str(worst).splitlines())
 
 
 @contextmanager

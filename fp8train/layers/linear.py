@@ -209,11 +209,12 @@ class Linear(nn.Module):
         return isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight))
 
     def fp8_codes(self) -> Tensor:
-        """The FP8 weight of the output GEMM, padding included; once it was written."""
+        """The FP8 weight of the output GEMM, padding included, once it was written; the rounded values where
+        FP4 is simulated."""
         self.await_weight()
         assert self._w_forward is not None and self.plan is not None
-        # Exact where it is kept decoded.
-        return self._w_forward[0].to(dtype_of(self.plan.quant.output_w.format))
+        values, spec = self._w_forward[0], self.plan.quant.output_w
+        return values if spec.is_nvfp4 else values.to(dtype_of(spec.format))  # exact where kept decoded
 
     def fp8_scale_inv(self) -> Tensor:
         """The FP32 scales of :meth:`fp8_codes`: a scalar, or those of rows or blocks."""

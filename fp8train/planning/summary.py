@@ -60,8 +60,9 @@ def fewest_processes(config: Config) -> int:
 
 def _model(config: Config, vocabulary: int | None) -> str:
     model = config.model
+    kv = model.num_kv_heads
     heads = f"{model.num_heads} heads" + (
-        f" on {model.num_kv_heads}" if model.num_kv_heads != model.num_heads else ""
+        f" ({kv} key/value {'head' if kv == 1 else 'heads'})" if kv != model.num_heads else ""
     )
     words = (
         f"vocabulary {vocabulary}"
@@ -95,7 +96,8 @@ def _length(config: Config, counted: RankBytes) -> str:
     steps = config.total_steps
     tokens = config.train.batch_sizes.samples_before(steps) * config.data.seq_length
     per_parameter = tokens / sum(math.prod(shape) for shape in counted.shapes.values())
-    return f"{steps:,} steps, {format_count(tokens)} tokens, {per_parameter:.3g} for each parameter"
+    each = f"{per_parameter:.3g}" if per_parameter < 100 else f"{per_parameter:,.0f}"
+    return f"{steps:,} steps, {format_count(tokens)} tokens, {each} for each parameter"
 
 
 def _layout(config: Config, processes: int, dp: int, *, asked: bool) -> str:

@@ -85,6 +85,42 @@ def test_what_an_older_checkpoint_does_not_know_had_its_default() -> None:
     assert [str(change) for change in changed] == ["train.consistency_interval: 1000 -> 7"]
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "run"),
+    [
+        (("schedule",), "min_lr_ratio", 0.5, ["schedule.kind=constant"]),
+        (("optimizer",), "eps", 1e-3, ["optimizer.name=lion"]),
+        (("precision", "state", "exp_avg"), "granularity", "tensor", []),
+        (("precision", "traffic"), "output", "fp8", []),
+        (("model",), "rope_theta", 5.0, ["model.family=gpt"]),
+    ],
+)
+def test_what_neither_run_reads_is_no_change(
+    section: tuple[str, ...], key: str, value: object, run: list[str]
+) -> None:
+    """Older versions let it be written, and checkpoints say so."""
+    now = tiny_config([*BASE, *run])
+    saved = to_plain(now)
+    inner = saved
+    for name in section:
+        inner = inner[name]
+    assert inner[key] != value
+    inner[key] = value
+    assert changes(saved, now) == []
+
+
+def test_what_one_of_two_runs_reads_is_a_change() -> None:
+    saved = to_plain(tiny_config([*BASE, "schedule.kind=cosine", "schedule.min_lr_ratio=0.5"]))
+    kinds = {change.key for change in changes(saved, tiny_config([*BASE, "schedule.kind=constant"]))}
+    assert kinds == {"schedule.kind", "schedule.min_lr_ratio"}
+
+
+def test_a_ramp_is_compared() -> None:
+    ramp = ["train.batch_size_ramp=[{steps: 2, global_batch_size: 4}]", "parallel.zero=1"]
+    assert found([*BASE, *ramp], [*BASE, *ramp]) == {}
+    assert found([*BASE, *ramp])["train.batch_size_ramp"] == "meaning"
+
+
 def error(overrides: list[str]) -> str:
     """What a resume with these settings is told."""
     config: Config = tiny_config([*BASE, *overrides])

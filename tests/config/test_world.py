@@ -69,7 +69,7 @@ def test_the_command_checks_a_world(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_dp_must_equal_the_world_size() -> None:
-    resolved = resolve_mapping(minimal(), ["parallel.dp=4"])
+    resolved = resolve_mapping(minimal(), ["parallel.dp=4", "train.micro_batch_size=2"])
     assert data_parallel_size(resolved.config, 4) == 4
     with pytest.raises(ConfigError) as caught:
         check_world(resolved.config, 2, origins=resolved.origins)
@@ -77,3 +77,25 @@ def test_dp_must_equal_the_world_size() -> None:
         "command line: parallel.dp * pp * cp * tp = 4 * 1 * 1 * 1 must equal the number of processes (2): "
         "write parallel.dp: auto or 2, or start 4 processes (torchrun --nproc-per-node=4 on one node)"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["parallel.dp=4"], r"train\.global_batch_size \(8\) must be a multiple of .* = 4 \* 4 = 16"),
+        (["parallel.pp=2", "train.micro_batch_size=8"], r"1f1b needs at least parallel\.pp = 2 micro-batches"),
+        (["parallel.dp=2", "parallel.pp=2"], r"1f1b needs at least parallel\.pp = 2 micro-batches"),
+    ],
+)
+def test_what_no_number_of_processes_could_run_is_refused_by_the_file(
+    overrides: list[str], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        resolve_mapping(minimal(), overrides)
+
+
+def test_what_some_number_of_processes_could_run_is_not() -> None:
+    """Three rounds of two stages fit one data-parallel rank, not three."""
+    schedule = ["parallel.pp=2", "parallel.pipeline.schedule=interleaved_1f1b", "model.num_layers=4"]
+    config = resolve_mapping(minimal(), [*schedule, "train.micro_batch_size=2"]).config
+    assert check_world(config, 2) == (1, 4)

@@ -241,8 +241,8 @@ def test_kinds_do_not_mix(conversations: Path, tokenizer: Tokenizer, tmp_path: P
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     for settings, message in (
-        ({"packing": "none"}, "packing is about conversations"),
-        ({"kind": "sft", "mask_end_of_document": True}, "kind: sft has a mask of its own"),
+        ({"packing": "none"}, "data.packing, data.kind: has no effect: data.kind is pretrain"),
+        ({"kind": "sft", "mask_end_of_document": True}, "data.kind: has no effect: data.kind is sft"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolve_mapping({**mapping, "data": {"prefix": "x", "seq_length": 8, **settings}})

@@ -14,7 +14,7 @@ from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.step.trainer import Trainer
 from tests.distributed.pool import GlooPool
-from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
+from tests.training.tiny import VOCAB, alone, batches, losses, of_one_process, tiny_config
 
 STEPS = 5
 # Rows of the matrices that are cut along them are 256 long: blocks of 128 survive a cut in two.
@@ -83,7 +83,8 @@ def check(
     per_rank = pool.run(layout_losses, ranks, names, layout, more, timeout=600.0)
     for name in names:
         overrides, tolerance = CASES[name]
-        expected = torch.tensor(losses(tiny_config([*overrides, *more], **WIDE), alone(), STEPS)[0]).double()
+        config = tiny_config(of_one_process([*overrides, *more]), **WIDE)
+        expected = torch.tensor(losses(config, alone(), STEPS)[0]).double()
         got = torch.tensor(per_rank[0][name]).double()
         assert all(result[name] == per_rank[0][name] for result in per_rank), f"{name}: ranks disagree"
         worst = float(((got - expected).abs() / expected.abs()).max())

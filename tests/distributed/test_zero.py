@@ -13,7 +13,7 @@ from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import joined_processes
 from fp8train.live.describe import stored_bytes
 from fp8train.step.trainer import Trainer
-from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
+from tests.training.tiny import VOCAB, alone, batches, losses, of_one_process, tiny_config
 
 STEPS = 5
 FP64 = "precision.compute=fp64"
@@ -79,7 +79,9 @@ def test_owners_train_as_one_process(gloo_pool, world_size: int, names: list[str
     per_rank = gloo_pool.run(zero_losses, world_size, names, batch, timeout=600.0)
     for name in names:
         overrides, tolerance = CASES[name]
-        expected = torch.tensor(losses(tiny_config([*overrides, *batch]), alone(), STEPS)[0]).double()
+        expected = torch.tensor(
+            losses(tiny_config(of_one_process([*overrides, *batch])), alone(), STEPS)[0]
+        ).double()
         got = torch.tensor(per_rank[0][name]).double()
         assert all(result[name] == per_rank[0][name] for result in per_rank), f"{name}: ranks disagree"
         worst = float(((got - expected).abs() / expected.abs()).max())

@@ -116,8 +116,9 @@ def test_multipliers_become_weights(tmp_path: Path, case: str) -> None:
     """transformers computes from FP32 weights what the run's model computes with its multipliers."""
     model_settings, parametrization = FOLDED[case]
     unit = "kind" in parametrization
+    width = {} if unit else {"init_std": 0.2}
     config = tiny_config(
-        {"init_std": 0.2, **model_settings}, parametrization={"residual": "plain", **parametrization}
+        {**width, **model_settings}, parametrization={"residual": "plain", **parametrization}
     )
     ours = write_run(tmp_path / "run", config)
     assert unit == (ours.parametrization.settings.kind != "standard")
@@ -132,17 +133,17 @@ def test_multipliers_become_weights(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("model", "sections", "message"),
     [
-        ({"family": "llama", "norm_placement": "branch_end"}, {}, "model.norm_placement: branch_end cannot"),
-        ({"family": "llama", "qk_norm": "gain"}, {}, "model.qk_norm: gain cannot be exported"),
-        ({"family": "llama", "positions": "learned"}, {}, "model.positions: learned cannot be exported"),
-        ({"family": "llama", "activation": "gelu"}, {}, "model.activation: gelu cannot be exported"),
-        ({"family": "gpt", "activation": "swiglu"}, {}, "model.activation: swiglu cannot be exported"),
-        ({"family": "gpt", "num_kv_heads": 2}, {}, "model.num_kv_heads: 2 cannot be exported"),
-        ({"family": "gpt", "head_dim": 16}, {}, "model.head_dim: 16 cannot be exported"),
+        ({"family": "llama", "norm_placement": "branch_end"}, {}, "`norm_placement`: branch_end cannot"),
+        ({"family": "llama", "qk_norm": "gain"}, {}, "`qk_norm`: gain cannot be exported"),
+        ({"family": "llama", "positions": "learned"}, {}, "`positions`: learned cannot be exported"),
+        ({"family": "llama", "activation": "gelu"}, {}, "`activation`: gelu cannot be exported"),
+        ({"family": "gpt", "activation": "swiglu"}, {}, "`activation`: swiglu cannot be exported"),
+        ({"family": "gpt", "num_kv_heads": 2}, {}, "`num_kv_heads`: 2 cannot be exported"),
+        ({"family": "gpt", "head_dim": 16}, {}, "`head_dim`: 16 cannot be exported"),
         (
             {"family": "llama"},
             {"parametrization": {"kind": "unit_scaling"}},
-            "parametrization.residual: running_mean (kind: unit_scaling) cannot be exported",
+            "`residual`: running_mean (kind: unit_scaling) cannot be exported",
         ),
     ],
 )

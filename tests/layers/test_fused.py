@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.layers import blocks
+from fp8train.layers import row_chunks as chunking
 from fp8train.layers.embedding import Embedding
 from fp8train.layers.loss import linear_cross_entropy
 from fp8train.layers.norm import RMSNorm
@@ -29,7 +29,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> Te
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, so that small inputs are cut into several, the last one partial."""
-    monkeypatch.setattr(blocks, "_CPU_ELEMENTS", 40)
+    monkeypatch.setattr(chunking, "_CPU_ELEMENTS", 40)
 
 
 def plain_swiglu(fused: Tensor, unit: int) -> Tensor:

@@ -13,9 +13,10 @@ from fp8train.comm.processes import Layout, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.layers.linear import Linear
 from fp8train.layers.mlp import MLP
-from fp8train.layers.smooth import Smoothing, channel_scale, token_scale
+from fp8train.layers.smooth import channel_scale, token_scale
 from fp8train.precision.linear_gemms import E4M3, LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.precision import Smoothing
 from tests.distributed.test_tensor_parallel import WIDE
 from tests.layers.connecting import connect
 from tests.training.tiny import alone, losses, tiny_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,11 @@ def tiny_config(overrides: list[str] | tuple[str, ...] = (), **sections: Any) ->
         **sections,
     }
     return resolve_mapping(mapping, overrides).config
+
+
+def of_one_process(overrides: Sequence[str]) -> list[str]:
+    """``overrides`` without what nothing reads in one process."""
+    return [text for text in overrides if not text.startswith(("precision.traffic.", "parallel.zero"))]
 
 
 def alone() -> Processes:
