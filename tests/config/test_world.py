@@ -83,7 +83,7 @@ def test_dp_must_equal_the_world_size() -> None:
     ("overrides", "told"),
     [
         (["parallel.dp=4"], r"train\.global_batch_size \(8\) must be a multiple of .* = 4 \* 4 = 16"),
-        (["parallel.pp=2", "train.micro_batch_size=8"], r"1f1b needs at least parallel\.pp = 2 micro-batches"),
+        (["parallel.pp=2", "train.micro_batch_size=8"], r"1f1b needs at least parallel\.pp = 2 micro"),
         (["parallel.dp=2", "parallel.pp=2"], r"1f1b needs at least parallel\.pp = 2 micro-batches"),
     ],
 )
