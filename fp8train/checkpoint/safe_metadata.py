@@ -34,10 +34,7 @@ _RECORDS = frozenset(
         ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
-        (
-            "builtins",
-            "getattr",
-        ),  # how Python 3.11.0 to 3.11.3 pickle a member of an enum; inert like the rest
+        ("builtins", "getattr"),  # how Python 3.11.0 to 3.11.3 pickle a member of an enum; inert too
         ("torch", "Size"),
     }
 )

@@ -100,9 +100,7 @@ def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Se
             for problem in problems_of(error, tree, table, misspelt)
             if not any(_within(path, problem) for path in told)
         ]
-        if (
-            not problems and not misspelt
-        ):  # a preset that fills too little: ours to mend, with pydantic's own report
+        if not problems and not misspelt:  # a preset that fills too little: ours to mend, as pydantic says
             raise
         return None
     for found in (*length_problems(config), *world_problems(config)):

@@ -90,9 +90,7 @@ def _integer_weights(weights: Sequence[float]) -> list[int]:
     """Integers in the proportion of ``weights``: exact if their sum stays small, else rounded to a sum of
     2^18.
     """
-    exact = [
-        Fraction(repr(float(weight))) for weight in weights
-    ]  # the decimal that was written, not its binary value
+    exact = [Fraction(repr(float(weight))) for weight in weights]  # the decimal written, not its binary value
     scale = lcm(*(weight.denominator for weight in exact))
     counts = [int(weight * scale) for weight in exact]
     divisor = gcd(*counts)

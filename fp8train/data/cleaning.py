@@ -1,10 +1,9 @@
 """What happens to input text before it is tokenised, and the count of it.
 
 Repaired: a byte-order mark is dropped, NUL bytes are removed, CRLF becomes LF. Skipped: documents that are
-    empty, are not
-UTF-8, or hold a line longer than the limit (embedded binary data, minified code). JSONL lines that do not
-parse or lack the text are skipped too. Everything is counted, with the first few names, and nothing else is
-changed.
+empty, are not UTF-8, or hold a line longer than the limit (embedded binary data, minified code). JSONL lines
+that do not parse or lack the text are skipped too. Everything is counted, with the first few names, and
+nothing else is changed.
 """
 
 from __future__ import annotations

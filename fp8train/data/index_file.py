@@ -13,10 +13,9 @@ Layout (little-endian, no padding), with S sequences and E document boundaries::
     34 + 12 S   8 E    int64 document boundaries: document k is sequences [d[k], d[k+1]), first 0, last S
 
 Source: Megatron-LM ``megatron/core/datasets/indexed_dataset.py``. Megatron trusts the file; here every count,
-    pointer and
-size is checked when it is opened (one vectorised pass, about 0.1 s per 10 million sequences), because a
-damaged index otherwise shows up hours later as garbage tokens. Per-sequence modes (multimodal datasets) are
-refused.
+pointer and size is checked when it is opened (one vectorised pass, about 0.1 s per 10 million sequences),
+because a damaged index otherwise shows up hours later as garbage tokens. Per-sequence modes (multimodal
+datasets) are refused.
 """
 
 from __future__ import annotations
@@ -91,8 +90,7 @@ def read_index(path: Path) -> Index:
         kind = "truncated" if size < expected else "too long"
         raise DataError(
             f"{path}: {kind}: {size} bytes, but its header ({num_sequences} sequences, {num_boundaries} "
-            "document "
-            f"boundaries) needs {expected}\nprepare the dataset again, or copy the file again"
+            f"document boundaries) needs {expected}\nprepare the dataset again, or copy the file again"
         )
     lengths = _map(path, "<i4", HEADER.size, num_sequences)
     pointers = _map(path, "<i8", HEADER.size + 4 * num_sequences, num_sequences)
@@ -155,8 +153,8 @@ def _check_boundaries(path: Path, boundaries: np.ndarray, num_sequences: int) ->
     if first != 0 or last != num_sequences or np.any(boundaries[1:] < boundaries[:-1]):
         raise DataError(
             f"{path}: damaged: document boundaries must rise from 0 to {num_sequences} (the number of "
-            "sequences), "
-            f"found {first} to {last}" + ("" if (first, last) != (0, num_sequences) else ", not in order")
+            f"sequences), found {first} to {last}"
+            + ("" if (first, last) != (0, num_sequences) else ", not in order")
         )
 
 
@@ -175,8 +173,7 @@ def _check_pointers(
             where = begin + int(np.argmax(wrong))
             raise DataError(
                 f"{path}: damaged: sequence {where} points at byte {pointers[where]}, but the lengths "
-                "before it "
-                f"add up to byte {offsets[where] * itemsize}"
+                f"before it add up to byte {offsets[where] * itemsize}"
             )
 
 

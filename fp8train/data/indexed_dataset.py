@@ -165,8 +165,7 @@ class IndexedDatasetWriter:
             if low < 0 or high >= self.vocab_size:
                 raise DataError(
                     f"{bin_path(self.prefix)}: the tokenizer produced id {low if low < 0 else high}, "
-                    "outside its "
-                    f"vocabulary [0, {self.vocab_size}); the tokenizer file is damaged"
+                    f"outside its vocabulary [0, {self.vocab_size}); the tokenizer file is damaged"
                 )
         if lengths and max(lengths) > _MAX_LENGTH:
             raise DataError(
@@ -231,8 +230,8 @@ def _map_tokens(prefix: str, index: Index) -> np.ndarray:
             raise DataError(
                 f"{path}: {size} bytes, but {idx_path(prefix).name} describes {index.num_tokens} tokens of "
                 f"{index.dtype.itemsize} bytes = {needed}: the file is "
-                f"{'shorter' if size < needed else 'longer'} "
-                "than its index says\ncopy it again, or prepare the dataset again"
+                f"{'shorter' if size < needed else 'longer'} than its index says\n"
+                "copy it again, or prepare the dataset again"
             )
         if index.num_tokens == 0:
             return np.empty(0, dtype=index.dtype)

@@ -48,8 +48,7 @@ def inspect_dataset(
     size = dataset.num_tokens * dataset.dtype.itemsize
     lines = [
         f"{bin_path(prefix)}: {dataset.num_documents} documents, {dataset.num_tokens} tokens of type "
-        f"{dataset.dtype.name}, "
-        f"{size} bytes"
+        f"{dataset.dtype.name}, {size} bytes"
     ]
     if sidecar is not None:
         lines.append(

@@ -333,8 +333,7 @@ def _vocab_size(
         if tokenizer is None:
             raise DataError(
                 f"dataset {datasets[0].prefix} has no {sidecar_path(datasets[0].prefix).name} that names "
-                "its tokenizer\n"
-                "set `tokenizer`, or `vocab_size`"
+                "its tokenizer\nset `tokenizer`, or `vocab_size`"
             )
         return tokenizer.vocab_size
     known = [

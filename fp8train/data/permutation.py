@@ -7,7 +7,7 @@ only: unlike ``numpy.random.Generator`` streams, which numpy may change between 
 so a resumed run sees the same data for ever.
 
 Mixing: the finaliser of SplitMix64 (Steele, Lea, Flood 2014); Feistel shuffling: Black and Rogaway 2002,
-    section 5.
+section 5.
 """
 
 from __future__ import annotations

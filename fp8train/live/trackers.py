@@ -118,11 +118,7 @@ class TensorBoardTracker:
                 self._writer.add_scalar(name, value, step)
                 if name in _BY_TOKENS:
                     self._writer.add_scalar(f"{name}_by_tokens", value, tokens)
-        except (
-            ImportError,
-            OSError,
-            RuntimeError,
-        ) as error:  # RuntimeError: its thread died, e.g. on a full disk
+        except (ImportError, OSError, RuntimeError) as error:  # its thread died, e.g. on a full disk
             self._fail(error)
 
     def close(self, status: str) -> None:

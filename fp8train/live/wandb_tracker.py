@@ -129,9 +129,7 @@ class WandbTracker:
                 else:
                     run.finish(exit_code=1 if status == "failed" else 0)
                     return
-        except (
-            Exception
-        ) as error:  # another project's code, a network and a helper process: anything may come
+        except Exception as error:  # another project's code, a network, a helper process: anything may come
             self._fail(error)
 
     def _start(self) -> Any:
