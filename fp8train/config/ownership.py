@@ -103,8 +103,6 @@ def _reads(section: str, reads: Sequence[Reads], *, left_out: bool = True) -> tu
     )
 
 
-_ROUNDED_MOMENTS = AnyOf(tuple(Is(moment, ROUNDED_STATES) for moment in _MOMENTS))
-
 RULES: tuple[Rule, ...] = (
     Rule(("model.rope_theta", "model.rope_scaling"), Is("model.positions", ("rope",))),
     # Other parametrisations have weights of unit variance.
