@@ -45,6 +45,8 @@ def train_command(config: Path, overrides: Sequence[str]) -> int:
         stop.say = console.say
         if LAUNCHER not in os.environ:  # a launch script has said so
             console.say(starting_line(config, resolved))
+        for line in resolved.taken_back:
+            console.say(line)
         from fp8train.training.preflight import preflight
 
         data = preflight(resolved, world)

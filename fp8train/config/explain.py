@@ -37,6 +37,8 @@ def explain(resolved: ResolvedConfig, environment: Mapping[str, str]) -> str:
             section = name.split(".")[0]
             lines.append("")
         lines.append(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+    if resolved.taken_back:
+        lines += ["", *(f"# {line}" for line in resolved.taken_back)]
     if len(rows) < len(resolved.origins):
         hidden = len(resolved.origins) - len(rows)
         settings, are = ("setting", "is") if hidden == 1 else ("settings", "are")
@@ -87,7 +89,8 @@ _REFERENCE_HEAD = (
     "A setting that nothing will read is refused, such as `train.eval_batches` beside",
     "`train.eval_interval: 0`. But a later place may turn off what an earlier one describes. A file",
     "lies over its `base:`, and the command line over all files. So `train.eval_interval=0` on the",
-    "command line also takes back the `eval_batches` of a file.",
+    "command line also takes back the `eval_batches` of a file. `fp8train config` and the run say",
+    "so.",
     "",
 )
 

@@ -53,14 +53,17 @@ def unread_settings(explicit: Node, tree: Node, table: KeyTable) -> list[Problem
     return problems
 
 
-def without_what_later_places_turn_off(explicit: Node, table: KeyTable, sources: Sequence[str]) -> Node:
-    """``explicit`` without the settings that are moot because of a place over theirs.
+def without_what_later_places_turn_off(
+    explicit: Node, table: KeyTable, sources: Sequence[str]
+) -> tuple[Node, tuple[str, ...]]:
+    """``explicit`` without the settings that are moot because of a place over theirs, and a line on each.
 
     Args:
         explicit: what was written, without presets.
         table: the schema's keys.
         sources: the files, later ones laid over earlier ones.
     """
+    said: list[str] = []
     while True:
         tree = apply_presets(explicit)[0]
         turned_off = [
@@ -72,7 +75,11 @@ def without_what_later_places_turn_off(explicit: Node, table: KeyTable, sources:
             )
         ]
         if not turned_off:
-            return explicit
+            return explicit, tuple(said)
+        said += [
+            f"{key.name} of {explicit.nearest_origin(key.path)} is not read: {why.reason}"
+            for key, why in turned_off
+        ]
         explicit = _without(explicit, turned_off)
 
 

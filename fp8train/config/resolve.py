@@ -34,12 +34,14 @@ class ResolvedConfig:
     """A config and where each of its values came from.
 
     ``origins`` has one entry per leaf, by dotted key. ``sources`` lists the files read, later ones laid over
-    earlier ones.
+    earlier ones. ``taken_back`` says, a line each, which values of files are not read because of a place over
+    them.
     """
 
     config: Config
     origins: Mapping[str, Origin]
     sources: tuple[str, ...]
+    taken_back: tuple[str, ...]
 
 
 def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> ResolvedConfig:
@@ -79,13 +81,13 @@ def _resolve(root: Node, sources: tuple[str, ...], overrides: Sequence[str]) -> 
         except OverrideError as error:
             refused.append(error)
     root, misspelt = rename_misspelt_sections(root, table)
-    root = without_what_later_places_turn_off(root, table, sources)
+    root, taken_back = without_what_later_places_turn_off(root, table, sources)
     tree, problems = apply_presets(root)
     problems += unread_settings(root, tree, table)
     config = _validate(tree, table, problems, [error.meant or "" for error in refused])
     raise_problems([*misspelt, *problems], tree, sources, [(error.key, str(error)) for error in refused])
     assert config is not None
-    return ResolvedConfig(config, _origins(config, tree, table), sources)
+    return ResolvedConfig(config, _origins(config, tree, table), sources, taken_back)
 
 
 def _validate(tree: Node, table: KeyTable, problems: list[Problem], misspelt: Sequence[str]) -> Config | None:

@@ -22,6 +22,7 @@ from fp8train.config.conditions import (
 )
 from fp8train.config.dump import dump_plain
 from fp8train.config.errors import ConfigError
+from fp8train.config.explain import explain
 from fp8train.config.keys import Key, key_table
 from fp8train.config.loader import load_file
 from fp8train.config.ownership import (
@@ -214,6 +215,9 @@ def test_a_later_place_takes_back_what_it_turns_off(tmp_path: Path) -> None:
     for resolved in (load_config(run), load_config(base, ["train.eval_interval=0"])):
         assert resolved.config.train.eval_batches == default
         assert not resolved.origins["train.eval_batches"].explicit
+        said = f"train.eval_batches of {base}:16 is not read: train.eval_interval is 0"
+        assert resolved.taken_back == (said,)
+        assert f"# {said}\n" in explain(resolved, {})
     for path, overrides in (
         (base, ["train.eval_interval=0", "train.eval_batches=3"]),
         (run, ["train.eval_batches=3"]),
@@ -225,6 +229,7 @@ def test_a_later_place_takes_back_what_it_turns_off(tmp_path: Path) -> None:
     excluding = "precision: {level: LEVEL, gemm: {exclude: [layers.0.*]}}\n"
     o2 = write(tmp_path, MINIMAL + excluding.replace("LEVEL", "O2"), "o2.yaml")
     assert load_config(o2).config.precision.gemm.exclude == ("layers.0.*",)
+    assert load_config(o2).taken_back == ()
     assert load_config(o2, ["precision.level=O0"]).config.precision.gemm.exclude == ()
     o0 = write(tmp_path, MINIMAL + excluding.replace("LEVEL", "O0"), "o0.yaml")
     assert "precision.gemm.exclude, precision.gemm.fp8: has no effect" in message_of(o0)
