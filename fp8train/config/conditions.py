@@ -86,7 +86,7 @@ class IsNot:
 
 
 @dataclass(frozen=True)
-class AtLeast:
+class NotBelow:
     """A number is this large; ``example`` is."""
 
     key: str

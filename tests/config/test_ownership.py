@@ -12,11 +12,11 @@ import pytest
 from fp8train.config.conditions import (
     AllOf,
     AnyOf,
-    AtLeast,
     Condition,
     Is,
     IsNot,
     Never,
+    NotBelow,
     SeveralReplicas,
     Unless,
 )
@@ -90,7 +90,7 @@ def off(condition: Condition, section: str) -> Iterator[Settings]:
             yield from ({name: v} for v in legal_values(key_table().keys[name]) if v not in values)
         case IsNot(key, value, _):
             yield {full(key, section): value}
-        case AtLeast(key, least, _):
+        case NotBelow(key, least, _):
             yield {key: least - 1}
         case AllOf(conditions):
             for number, one in enumerate(conditions):
@@ -117,7 +117,7 @@ def on(condition: Condition, section: str) -> Settings:
             return {full(key, section): values[0]}
         case IsNot(key, _, instead):
             return {full(key, section): instead}
-        case AtLeast(key, _, example):
+        case NotBelow(key, _, example):
             return {key: example}
         case AllOf(conditions):
             return {key: value for one in conditions for key, value in on(one, section).items()}
