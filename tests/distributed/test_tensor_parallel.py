@@ -69,9 +69,10 @@ def layout_losses(
     """Runs in the pool: the losses of each case."""
     processes = joined_processes(torch.device("cpu"), layout)
     overrides = [f"parallel.tp={layout.tp}", f"parallel.pp={layout.pp}", f"parallel.cp={layout.cp}"]
+    cases = {name: CASES[name][0] if layout.tp > 1 else of_one_process(CASES[name][0]) for name in names}
     return {
-        name: losses(tiny_config([*CASES[name][0], *overrides, *more], **WIDE), processes, STEPS)[0]
-        for name in names
+        name: losses(tiny_config([*case, *overrides, *more], **WIDE), processes, STEPS)[0]
+        for name, case in cases.items()
     }
 
 
