@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels import norms  # noqa: F401  (declares)
+from fp8train.kernels import norms, split_heads  # noqa: F401  (declare)
 from fp8train.kernels.operands import CastRule
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
@@ -87,7 +87,14 @@ def _norms() -> Iterator[Case]:
         yield Case("norm_backward", f"layer {width}", (wide, wide, wide, rstd, rstd, gain, True))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms)
+def _heads() -> Iterator[Case]:
+    qkv = _empty(1, TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    table = _empty(TOKENS, HEAD_DIM // 2, dtype=torch.float32)
+    yield Case("split_heads", "rotated", (qkv, table, table, KV_HEADS, HEAD_DIM))
+    yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _heads)
 
 
 def cases() -> list[Case]:

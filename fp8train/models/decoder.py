@@ -24,6 +24,7 @@ from fp8train.layers.linear import Linear
 from fp8train.layers.loss import linear_cross_entropy, logits
 from fp8train.layers.rotary import RopeScaling, rotary_frequencies, rotary_table
 from fp8train.models.block import Block, make_norm, recompute
+from fp8train.models.fused_block import fused_block
 from fp8train.models.param_spec import ParamSpec, Role, Shard
 from fp8train.models.parametrization import Parametrization
 from fp8train.models.part import ModelPart
@@ -194,13 +195,21 @@ class Decoder(nn.Module):
         span = slice(first + span.start, first + span.stop)
         if self.config.positions == "rope":
             cos, sin = (table[span] for table in self._rotary_table(x.device))
+        delta: Tensor | None = None  # a branch that has yet to join the stream
         for i, layer in enumerate(layers):
             block = self.layers[str(layer)]
-            if self.full_recompute and caches is None and torch.is_grad_enabled():
+            recomputes = self.full_recompute and caches is None and torch.is_grad_enabled()
+            fused = None if caches is not None else fused_block(block, x)
+            if fused is not None:
+                x, delta = recompute(fused, x, delta, cos, sin) if recomputes else fused(x, delta, cos, sin)
+                continue
+            if delta is not None:
+                x, delta = x + delta, None
+            if recomputes:
                 x = recompute(block, x, cos, sin)
             else:
                 x = block(x, cos, sin, None if caches is None else caches[i])
-        return x
+        return x if delta is None else x + delta
 
     def _first_position(self, length: int) -> int:
         """Position of the first token of this rank's part of a sequence."""

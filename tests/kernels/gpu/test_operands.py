@@ -104,4 +104,6 @@ def test_an_amax_of_many_pieces() -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 0)], ids=str)
 def test_turning_codes(shape: tuple[int, int]) -> None:
     codes = torch.randint(256, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    assert same(operands._turn_op.launch(codes.view(torch.float8_e5m2)).view(torch.uint8), codes.t().contiguous())
+    assert same(
+        operands._turn_op.launch(codes.view(torch.float8_e5m2)).view(torch.uint8), codes.t().contiguous()
+    )
