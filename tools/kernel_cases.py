@@ -6,6 +6,8 @@ A case is made of tensors without values on the meta device, so it costs nothing
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels import norms, split_heads  # noqa: F401  (declare)
+import fp8train.kernels
 from fp8train.kernels.operands import CastRule
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
+
+for _module in pkgutil.iter_modules(fp8train.kernels.__path__):  # operations are declared when imported
+    if not _module.ispkg:
+        importlib.import_module(f"fp8train.kernels.{_module.name}")
 
 TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 14336, 32, 8, 128
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
@@ -94,7 +100,37 @@ def _heads() -> Iterator[Case]:
     yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _heads)
+def _activations() -> Iterator[Case]:
+    fused, h, partials = _empty(TOKENS, 2 * FFN), _empty(TOKENS, FFN), _empty(1024, dtype=torch.float32)
+    for name, inputs, inputs_grad in (
+        ("swiglu", (fused, 128, 1.0, 1.0), (fused, h, 128, 1.0, 1.0)),
+        ("gelu", (h, False, 1.0, 1.0), (h, h, False, 1.0, 1.0)),
+        ("gelu", (h, True, 1.0, 1.0), (h, h, True, 1.0, 1.0)),
+    ):
+        variant = "tanh" if inputs[1] is True else "bf16"
+        yield Case(f"{name}_forward", variant, inputs)
+        yield Case(f"{name}_amax", variant, inputs)
+        yield Case(f"{name}_cast", variant, (*inputs, partials, None, *X, True, True))
+        yield Case(f"{name}_backward", variant, inputs_grad)
+        yield Case(f"{name}_grad_amax", variant, inputs_grad)
+        yield Case(f"{name}_grad_cast", variant, (*inputs_grad, partials, None, *GRADIENT, True, True))
+
+
+def _rotary() -> Iterator[Case]:
+    batch, length = 2, TOKENS // 2
+    cos = _empty(length, HEAD_DIM // 2, dtype=torch.float32)
+    qkv = _empty(batch, length, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    yield Case("rotate_heads", "bf16", (qkv, cos, cos, KV_HEADS, HEAD_DIM))
+    query, key = (_empty(batch, length, heads, HEAD_DIM).transpose(1, 2) for heads in (HEADS, KV_HEADS))
+    inputs, partials = (query, key, key, cos, cos), _empty(1024, dtype=torch.float32)
+    yield Case("heads_grad_forward", "bf16", inputs)
+    yield Case("heads_grad_amax", "bf16", inputs)
+    yield Case("heads_grad_cast", "bf16", (*inputs, partials, None, *GRADIENT, True, True))
+    merged = (query, key, key, None, None, partials, None, *GRADIENT, True, True)
+    yield Case("heads_grad_cast", "not rotated", merged)
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _heads, _activations, _rotary)
 
 
 def cases() -> list[Case]:

@@ -60,7 +60,9 @@ def trained(*overrides: str, fuse: bool) -> tuple[list[tuple[float, float]], dic
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
 def test_training_has_the_same_bits(level: str, recompute: str) -> None:
     settings = (*LLAMA, f"precision.level={level}", f"train.activation_checkpointing={recompute}")
-    (one, weights, without), (other, fused_weights, used) = (trained(*settings, fuse=f) for f in (False, True))
+    (one, weights, without), (other, fused_weights, used) = (
+        trained(*settings, fuse=f) for f in (False, True)
+    )
     assert without == 0 and used == 3 * 2 * 2  # steps, micro-batches, blocks
     assert one == other
     assert one[-1][0] < one[0][0]
@@ -76,7 +78,7 @@ def test_training_has_the_same_bits(level: str, recompute: str) -> None:
         (*LLAMA, "precision.level=O1", "precision.recipe=fp8lm"),
         (*LLAMA, "precision.level=O1", "precision.recipe=cscale"),
         (*LLAMA, "precision.level=O2", "model.norm_gain=false"),
-        (*LLAMA, "precision.gemm.fp8=true", "precision.gemm.power_of_two=false"),
+        (*LLAMA, "precision.gemm.fp8=true", "precision.gemm.output.x.power_of_two=false"),
     ],
     ids=["gelu", "gelu_tanh", "delayed", "constant", "no gain", "any scale"],
 )
