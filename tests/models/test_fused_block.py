@@ -17,6 +17,7 @@ from tests.training.tiny import alone, tiny_config
 
 VOCAB, LENGTH = 512, 24
 LLAMA = ["model.family=llama", "model.num_kv_heads=2"]
+ANY_SCALE = [f"precision.gemm.{use}.x.power_of_two=false" for use in ("output", "grad_weight")]
 GPT = ["model.family=gpt", "model.bias=false"]
 
 
@@ -75,10 +76,10 @@ def test_training_has_the_same_bits(level: str, recompute: str) -> None:
     [
         (*LLAMA, "precision.level=O2", "model.activation=gelu"),
         (*LLAMA, "precision.level=O2", "model.activation=gelu_tanh"),
-        (*LLAMA, "precision.level=O1", "precision.recipe=fp8lm"),
+        (*LLAMA, "precision.level=O1", "precision.recipe=te_delayed"),
         (*LLAMA, "precision.level=O1", "precision.recipe=cscale"),
         (*LLAMA, "precision.level=O2", "model.norm_gain=false"),
-        (*LLAMA, "precision.gemm.fp8=true", "precision.gemm.output.x.power_of_two=false"),
+        (*LLAMA, "precision.gemm.fp8=true", *ANY_SCALE),
     ],
     ids=["gelu", "gelu_tanh", "delayed", "constant", "no gain", "any scale"],
 )
