@@ -43,10 +43,9 @@ from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
 from fp8train.evaluation.validation import evaluate
 from fp8train.inference.load import resolve_checkpoint
-from fp8train.inference.weights import as_trained
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.linear import Fp8Plan
-from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model
+from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, outline
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.master_weights import MasterWeights
@@ -91,7 +90,7 @@ class Evaluator:
             raise UserError(str(error)) from None
         self.vocab_size = int(meta["vocab_size"])
         self.model, self.step = _load(self.checkpoint, self.config, self.vocab_size, device)
-        specs, fp8 = as_trained(self.config, self.vocab_size).specs, self.config.precision.gemm.fp8
+        specs, fp8 = outline(self.config, self.vocab_size).specs, self.config.precision.gemm.fp8
         self.linears = {
             path: linear
             for path, linear in self.model.linears().items()
@@ -198,7 +197,7 @@ def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.devic
     parameters = dict(model.named_parameters())
     opened = open_checkpoint(checkpoint, group=None, verify="size")
     master = config.precision.state.master.value()
-    stored = as_trained(config, vocab_size)  # the plan decides in which format a master is stored
+    stored = outline(config, vocab_size)  # the plan decides in which format a master is stored
     masters = MasterWeights(parameters, stored.specs, master, opened.tensors)
     opened.read(masters.state_tensors())
     for fqn, parameter in parameters.items():

@@ -143,7 +143,6 @@ def _read(request: Request) -> int:
 
 def _score_batch(model: Decoder, requests: Sequence[Request], pad_id: int, device: torch.device) -> Tensor:
     """FP64 [B, 2] on the CPU: summed log-probability, and 1 where all targets are the likeliest."""
-    assert model.config.vocab_size is not None
     length = max(map(_read, requests))
     tokens = torch.full((len(requests), length), pad_id, dtype=torch.int64)
     rows: list[int] = []
@@ -161,7 +160,7 @@ def _score_batch(model: Decoder, requests: Sequence[Request], pad_id: int, devic
         hidden[index[0], index[1]],
         model.head_weight,
         target,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.vocab_size,
         alpha=model.parametrization.head().output,
     )
     # Summed on the CPU: index_add on a GPU adds in an order of its own.

@@ -12,8 +12,8 @@ from torch import Tensor
 from fp8train.checkpoint.load import open_checkpoint
 from fp8train.config.schema import Config
 from fp8train.inference.load import TrainedRun
-from fp8train.inference.weights import as_trained, inference_config
-from fp8train.models.build import build_model
+from fp8train.inference.weights import inference_config
+from fp8train.models.build import build_model, outline
 from fp8train.models.decoder import Decoder
 from fp8train.optim.master_weights import MasterWeights
 
@@ -27,7 +27,7 @@ class MasterReader:
 
     def __init__(self, run: TrainedRun) -> None:
         self._opened = open_checkpoint(run.path, group=None, verify="size")
-        self.decoder = as_trained(run.config, run.vocab_size)
+        self.decoder = outline(run.config, run.vocab_size)
         self._parameters = dict(self.decoder.named_parameters())
         self._stored = self._opened.tensors
         self._format = run.config.precision.state.master.value()

@@ -28,7 +28,7 @@ from fp8train.checkpoint.safetensors_files import (
 )
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import TrainedRun, open_run
-from fp8train.inference.weights import as_trained
+from fp8train.models.build import outline
 from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.checkpoint_states import with_stored_blocks
 from fp8train.optim.make_storage import make_storage
@@ -98,7 +98,7 @@ def export_states(checkpoint: Path, output: Path, *, max_shard_bytes: int) -> st
 
 
 def _states(run: TrainedRun, opened: OpenCheckpoint) -> list[_State]:
-    model, formats = as_trained(run.config, run.vocab_size), run.config.state_formats.formats()
+    model, formats = outline(run.config, run.vocab_size), run.config.state_formats.formats()
     stored = opened.tensors
     return [
         _State(

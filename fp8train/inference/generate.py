@@ -73,8 +73,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p)
     _check_length(len(prompt_tokens), max_tokens, model.config.max_seq_len)
-    assert model.config.vocab_size is not None
-    choices = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    choices = min(vocab_size or model.vocab_size, model.vocab_size)
     device, alpha = model.embedding.weight.device, model.parametrization.head().output
     for linear in model.linears().values():
         linear.decode_weight()

@@ -28,11 +28,9 @@ from torch import Tensor
 
 from fp8train.checkpoint.load import open_checkpoint
 from fp8train.config.schema import Config
-from fp8train.kernels.gemm import GemmBackend
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, outline
 from fp8train.models.connect import Fp8Parts, connect_linears, make_fp8_parts
 from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import plan_fp8
 from fp8train.optim.master_weights import MasterWeights
 
 Numerics = Literal["matched", "bf16"]
@@ -80,27 +78,11 @@ def build_trained(
     return built
 
 
-def as_trained(config: Config, vocab_size: int) -> Decoder:
-    """The whole model with the run's own types and FP8 plan, without storage: it says in which formats a
-    checkpoint stores what."""
-    model = outline(config, vocab_size)
-    if config.precision.gemm.fp8:
-        report = plan_fp8(
-            model.linears(),
-            config.precision,
-            GemmBackend("decode", "never multiplies"),
-            num_layers=config.model.num_layers,
-        )
-        in_plan = {f"{path}.weight" for path in report.converted}
-        model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
-    return model
-
-
 @torch.no_grad()
 def _fill(model: Decoder, parts: Fp8Parts, config: Config, checkpoint: Path, vocab_size: int) -> None:
     """Read master weights and scale state, then write the weights: rounded, and cast to FP8 where they exist
     in FP8 alone."""
-    stored = as_trained(config, vocab_size)
+    stored = outline(config, vocab_size)
     opened = open_checkpoint(checkpoint, group=None, verify="size")
     masters = MasterWeights(
         dict(stored.named_parameters()),

@@ -7,7 +7,6 @@ processes is ``--world``, else the fewest that the layout has.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,9 +107,7 @@ def _coverage(config: Config) -> str:
     gemm = config.precision.gemm
     if not gemm.fp8:
         return f"{config.precision.compute} GEMMs; FP8: off"
-    reasons = reasons_to_skip(config.model, gemm).values()
-    skipped = Counter(reason for reason in reasons if reason is not None) | Counter({"head": 1})
-    return f"recipe {config.precision.recipe}, {coverage(sum(reason is None for reason in reasons), skipped)}"
+    return f"recipe {config.precision.recipe}, {coverage(reasons_to_skip(config.model, gemm))}"
 
 
 def _of_largest_rank(config: Config, dp: int) -> str:
