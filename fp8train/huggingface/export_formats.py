@@ -17,7 +17,7 @@ Embeddings, head and norms are BF16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -136,7 +136,11 @@ class ExportFormat:
 
 
 def choose_format(
-    name: FormatName, maps: Sequence[TensorMap], shapes: Mapping[str, tuple[int, ...]], *, planned: set[str]
+    name: FormatName,
+    maps: Sequence[TensorMap],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    planned: Collection[str],
 ) -> ExportFormat:
     """Decide which matrices are stored in FP8, and why the others are not.
 

@@ -27,9 +27,15 @@ from fp8train.huggingface.config_json import ConfigJson, read_config
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.files import WeightFiles
 from fp8train.huggingface.find_architecture import architecture_of_config
-from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.output import new_folder, read_text
-from fp8train.huggingface.parity import Parity, check_passed, compare, our_logits, their_logits, wants_check
+from fp8train.huggingface.parity import (
+    Parity,
+    check_passed,
+    compare,
+    decoder_in_fp32,
+    their_logits,
+    wants_check,
+)
 from fp8train.huggingface.tokenizer_files import import_tokenizer
 from fp8train.huggingface.train_file import TRAIN_FILE, imported_config, write_train_file
 from fp8train.inference.load import open_run
@@ -54,9 +60,7 @@ def import_command(folder: Path, *, output: Path, check: bool | None, text: Path
         UserError: the model cannot be expressed, its files are not what they should be, or the imported model
             computes something else.
     """
-    checked = wants_check(check)
-    if text is not None and not checked:
-        raise HuggingFaceError("--text needs the comparison with transformers: --check")
+    checked = wants_check(check, text)
     began = time.perf_counter()
     config_json = read_config(folder)
     architecture = architecture_of_config(config_json)
@@ -217,11 +221,5 @@ def _copies_of_embedding(files: WeightFiles, architecture: Architecture, names: 
 def check_import(folder: Path, run_dir: Path, *, text: Path | None) -> Parity:
     """Compare an imported model with transformers' from the folder that it came from."""
     run = open_run(run_dir)
-    model = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
-    return compare(
-        our_logits(model),
-        their_logits(folder),
-        vocab_size=run.vocab_size,
-        max_seq_len=run.config.model.max_seq_len,
-        text=None if text is None else read_text(text, run),
-    )
+    model = decoder_in_fp32(run, run.states().read)
+    return compare(model, their_logits(folder), None if text is None else read_text(text, run))

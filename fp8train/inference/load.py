@@ -23,6 +23,7 @@ from fp8train.config.schema import Config
 from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
+from fp8train.inference.stored_states import StoredStates
 from fp8train.inference.weights import Numerics, build_trained
 from fp8train.models.build import BuiltModel
 
@@ -48,6 +49,10 @@ class TrainedRun:
     vocab_size: int
     recorded_tokenizer: Path | None
 
+    def states(self) -> StoredStates:
+        """Open the checkpoint, to read its states one by one."""
+        return StoredStates(self.config, self.vocab_size, self.path)
+
     def load(self, numerics: Numerics, *, device: torch.device) -> BuiltModel:
         """Load the model with its weights, ready to run forward.
 
@@ -60,9 +65,7 @@ class TrainedRun:
             CheckpointError: the checkpoint's files are not those of this model.
         """
         try:
-            return build_trained(
-                self.config, self.path, vocab_size=self.vocab_size, numerics=numerics, device=device
-            )
+            return build_trained(self.states(), numerics=numerics, device=device)
         except ValueError as error:  # the device cannot multiply in FP8
             raise InferenceError(f"{self.path}: {error}; or use --numerics bf16") from None
 

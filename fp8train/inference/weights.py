@@ -20,18 +20,14 @@ A checkpoint holds logical tensors, so the layout that wrote it does not matter 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from fp8train.checkpoint.load import open_checkpoint
 from fp8train.config.schema import Config
-from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, outline
-from fp8train.models.connect import Fp8Parts, connect_linears, make_fp8_parts
-from fp8train.models.decoder import Decoder
-from fp8train.optim.master_weights import MasterWeights
+from fp8train.inference.stored_states import StoredStates
+from fp8train.models.build import BuiltModel, build_model
+from fp8train.models.connect import connect_linears, make_fp8_parts
 
 Numerics = Literal["matched", "bf16"]
 
@@ -52,15 +48,13 @@ def inference_config(config: Config, numerics: Numerics) -> Config:
     return config.model_copy(update={"train": train, "precision": precision})
 
 
-def build_trained(
-    config: Config, checkpoint: Path, *, vocab_size: int, numerics: Numerics, device: torch.device
-) -> BuiltModel:
-    """The model of a (verified) checkpoint, ready to run forward.
+@torch.no_grad()
+def build_trained(states: StoredStates, *, numerics: Numerics, device: torch.device) -> BuiltModel:
+    """The model of a checkpoint, ready to run forward: its master weights rounded, and cast to FP8 where they
+    exist in FP8 alone.
 
     Args:
-        config: the run's.
-        checkpoint: the checkpoint directory.
-        vocab_size: tokens that the model knows.
+        states: of the checkpoint.
         numerics: see the module's description.
         device: where the model goes.
 
@@ -68,37 +62,20 @@ def build_trained(
         CheckpointError: the files are not those of this model.
         ValueError: the device cannot multiply in FP8.
     """
-    built = build_model(
-        inference_config(config, numerics), vocab_size=vocab_size, device=device, forward_only=True
-    )
+    config = inference_config(states.config, numerics)
+    built = build_model(config, vocab_size=states.model.vocab_size, device=device, forward_only=True)
     parts = make_fp8_parts(built)
     connect_linears(built, parts)
-    _fill(built.model, parts, config, checkpoint, vocab_size)
-    built.model.requires_grad_(False)
-    return built
-
-
-@torch.no_grad()
-def _fill(model: Decoder, parts: Fp8Parts, config: Config, checkpoint: Path, vocab_size: int) -> None:
-    """Read master weights and scale state, then write the weights: rounded, and cast to FP8 where they exist
-    in FP8 alone."""
-    stored = outline(config, vocab_size)
-    opened = open_checkpoint(checkpoint, group=None, verify="size")
-    masters = MasterWeights(
-        dict(stored.named_parameters()),
-        stored.specs,
-        config.precision.state.master.value(),
-        opened.tensors,
-    )
-    scales = {} if parts.scales is None else parts.scales.state_tensors()
-    tensors: dict[str, Tensor] = masters.state_tensors() | scales
-    opened.read(tensors)
+    if parts.scales is not None:
+        states.opened.read(parts.scales.state_tensors())
     loaded = parts.loaded
-    for fqn, parameter in model.named_parameters():
-        values = masters.values(fqn)
+    for fqn, parameter in built.model.named_parameters():
+        values = states.read(fqn)
         if fqn not in loaded:
             parameter.copy_(values)
             continue
         if config.precision.weights == "compute":
-            values = values.to(COMPUTE_DTYPES[config.precision.compute])
+            values = values.to(states.model.dtype)
         loaded[fqn].load(values.to(parameter.device))
+    built.model.requires_grad_(False)
+    return built
