@@ -42,7 +42,7 @@ from fp8train.config.errors import UserError
 from fp8train.config.linear_names import linears_in_fp8
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
-from fp8train.evaluation.validation import evaluate
+from fp8train.evaluation.validation import Text, evaluate
 from fp8train.inference.load import resolve_checkpoint
 from fp8train.inference.stored_states import StoredStates
 from fp8train.kernels.gemm import choose_gemm_backend
@@ -101,14 +101,9 @@ class Evaluator:
         model = self.model if quant is None else self._quantised(quant, recorder)
         ignore_after = self.data.eod_id if self.config.data.mask_end_of_document else None
         assert self.data.valid is not None
-        result = evaluate(
-            partial(self._summed_loss, model),
-            self.data.valid,
-            num_batches=self.batches,
-            processes=Processes(self.device, 1, 0, alone(), None),
-            token_lengths=None,
-            ignore_after=ignore_after,
-        )
+        text = Text(self.data.valid, self.batches, ignore_after, token_lengths=None)
+        processes = Processes(self.device, 1, 0, alone(), None)
+        result = evaluate(partial(self._summed_loss, model), text, processes)
         self.tokens = result.tokens
         return result.loss
 

@@ -32,6 +32,7 @@ from fp8train.evaluation.text import windows
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate
 from fp8train.inference.load import load_trained
+from fp8train.inference.sampling import Sampling
 from fp8train.inference.weights import Numerics
 
 DEFAULT_NEW_TOKENS = 256
@@ -155,7 +156,7 @@ class Fp8TrainLM(LM):  # type: ignore[misc]
         temperature = float(settings.pop("temperature", 1.0 if settings.get("do_sample") else 0.0))
         if not settings.pop("do_sample", temperature > 0):
             temperature = 0.0
-        top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", None)
+        sampling = Sampling(temperature, settings.pop("top_k", None), settings.pop("top_p", None))
         if settings:
             raise InferenceError(f"generation settings that are not known here: {', '.join(settings)}")
         prompt = self.tokenizer.encode(context) or [self.tokenizer.eod_id]
@@ -170,9 +171,7 @@ class Fp8TrainLM(LM):  # type: ignore[misc]
             self.model,
             prompt,
             max_tokens=new,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=sampling,
             generator=torch.Generator().manual_seed(0),
             eod_id=self.tokenizer.eod_id,
             vocab_size=self.tokenizer.vocab_size,

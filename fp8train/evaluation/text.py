@@ -37,11 +37,6 @@ class Corpus:
     documents: list[list[int]]
     num_bytes: int
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens to score."""
-        return sum(map(len, self.documents))
-
 
 def read_corpus(files: Sequence[Path], tokenizer: Tokenizer, *, json_key: str = "text") -> Corpus:
     """Read and tokenise the texts of files.

@@ -39,9 +39,7 @@ def generate(
     prompt_tokens: Sequence[int],
     *,
     max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    sampling: Sampling,
     generator: torch.Generator,
     eod_id: int | None,
     num_samples: int = 1,
@@ -54,9 +52,7 @@ def generate(
         model: with its weights.
         prompt_tokens: at least one token id.
         max_tokens: most tokens to add.
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: sample from the k likeliest tokens; None: from all.
-        top_p: sample from the likeliest tokens of this mass; None: from all.
+        sampling: how each is chosen.
         generator: CPU generator.
         eod_id: a sample ends when this is drawn (it is not returned); None never ends early.
         num_samples: continuations to draw.
@@ -68,10 +64,8 @@ def generate(
         ``num_samples`` lists of new tokens.
 
     Raises:
-        InferenceError: no prompt, more tokens than the model has positions, a sampling setting outside its
-            range, or logits that are not finite.
+        InferenceError: no prompt, more tokens than the model has positions, or logits that are not finite.
     """
-    sampling = Sampling(temperature, top_k, top_p)
     _check_length(len(prompt_tokens), max_tokens, model.config.max_seq_len)
     choices = min(vocab_size or model.vocab_size, model.vocab_size)
     device, alpha = model.embedding.weight.device, model.parametrization.head().output
@@ -125,9 +119,7 @@ def generate_command(
     *,
     prompt: str,
     max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    sampling: Sampling,
     seed: int,
     num_samples: int,
     device: str,
@@ -139,9 +131,7 @@ def generate_command(
         checkpoint: step directory, or run directory for its newest good checkpoint.
         prompt: text to continue; empty: the model begins a document.
         max_tokens: most tokens to add.
-        temperature: see :func:`generate`.
-        top_k: see :func:`generate`.
-        top_p: see :func:`generate`.
+        sampling: how each is chosen.
         seed: of the sampling.
         num_samples: continuations to print.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -161,9 +151,7 @@ def generate_command(
         model,
         prompt_tokens,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=sampling,
         generator=torch.Generator().manual_seed(seed),
         eod_id=tokenizer.eod_id,
         num_samples=num_samples,

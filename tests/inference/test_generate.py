@@ -62,9 +62,7 @@ def test_cache_gives_the_tokens_of_the_whole_sequence(family: str, sampling: Sam
         model,
         prompt,
         max_tokens=21,  # up to the last position: the last token is never fed back
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        sampling=sampling,
         generator=torch.Generator().manual_seed(8),
         eod_id=None,
         num_samples=3,
@@ -87,9 +85,7 @@ def test_sampling_sees_the_logits_of_training() -> None:
             model,
             prompt,
             max_tokens=8,
-            temperature=1.0,
-            top_k=None,
-            top_p=None,
+            sampling=sampling,
             generator=torch.Generator().manual_seed(8),
             eod_id=None,
             num_samples=3,
@@ -104,9 +100,9 @@ def test_sampling_sees_the_logits_of_training() -> None:
 def draw(model: Decoder, **changes: Any) -> list[list[int]]:
     arguments: dict[str, Any] = {
         "max_tokens": 15,
-        "temperature": 1.0,
-        "top_k": None,
-        "top_p": None,
+        "sampling": Sampling(
+            changes.pop("temperature", 1.0), changes.pop("top_k", None), changes.pop("top_p", None)
+        ),
         "generator": torch.Generator().manual_seed(changes.pop("seed", 8)),
         "eod_id": None,
     }
@@ -264,9 +260,7 @@ def test_command(
         trained.built.model,
         prompt,
         max_tokens=12,
-        temperature=1.0,
-        top_k=40,
-        top_p=0.9,
+        sampling=Sampling(1.0, top_k=40, top_p=0.9),
         generator=torch.Generator().manual_seed(3),
         eod_id=trained.tokenizer.eod_id,
         num_samples=2,
@@ -280,9 +274,7 @@ def run_with(path: Path, **changes: Any) -> int:
     arguments: dict[str, Any] = {
         "prompt": "def",
         "max_tokens": 5,
-        "temperature": 0.0,
-        "top_k": None,
-        "top_p": None,
+        "sampling": Sampling(temperature=0.0),
         "seed": 1,
         "num_samples": 1,
         "device": "cpu",
