@@ -86,12 +86,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, apart:
     if apart:
         return Request(tokenizer.encode(context) or [tokenizer.eod_id], whole)
     before = len(tokenizer.encode(stripped)) if stripped else 0
-    if before == 0:
-        return Request([tokenizer.eod_id], whole)
     cut = min(before, len(whole) - 1)
-    if cut == 0:
-        return Request([tokenizer.eod_id], whole)
-    return Request(whole[:cut], whole[cut:])
+    return Request(whole[:cut] or [tokenizer.eod_id], whole[cut:])
 
 
 @torch.no_grad()

@@ -81,8 +81,17 @@ class Export:
         return value * self.multipliers.of(fqn, shape)
 
     def encode(self, tensor: TensorMap) -> dict[str, Tensor]:
-        """Encode one of our tensors: their tensors by name, in the export's format."""
-        return self.format.encode(tensor, self.value(tensor.ours))
+        """Encode one of our tensors: their tensors by name, in the export's format.
+
+        Raises:
+            HuggingFaceError: it is not finite.
+        """
+        value = self.value(tensor.ours)
+        if not torch.isfinite(value).all():
+            raise HuggingFaceError(
+                f"{tensor.ours} is not finite; export a checkpoint from before the run diverged"
+            )
+        return self.format.encode(tensor, value)
 
 
 def _shape(fqn: str, decoder: Decoder) -> tuple[int, ...]:
@@ -226,7 +235,7 @@ def export_command(
     began = time.perf_counter()
     run = open_run(checkpoint)
     export = plan_export(run, dtype)
-    with new_folder(output, "--output") as folder:
+    with new_folder(output) as folder:
         told = write_export(export, folder, max_bytes=max_bytes)
         print(
             f"{run.path}: step {run.step}, {export.parameters:,} parameters -> {export.architecture.name} in "

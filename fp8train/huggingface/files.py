@@ -7,10 +7,8 @@ safetensors hold a JSON header and plain bytes, so reading one executes nothing.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -87,18 +85,11 @@ def _file_names(folder: Path) -> list[str]:
         return names
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
-    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-        path.name for path in folder.glob("*.pt*")
-    )
+    pickled = [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pt*"))]
     if pickled:
         raise HuggingFaceError(
-            f"{folder}: holds {pickled[0]} and no {SINGLE_FILE}; a pickle can run code when it is read and "
-            "is not imported\nload the model with transformers where you trust it, and write it again: "
+            f"{folder}: holds {pickled[0].name} and no {SINGLE_FILE}; a pickle can run code when it is read "
+            "and is not imported\nload the model with transformers where you trust it, and write it again: "
             "model.save_pretrained(DIR)"
         )
     raise HuggingFaceError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-
-
-def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes that a tensor of this shape and type takes."""
-    return math.prod(shape) * dtype.itemsize

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config, to_plain
 from fp8train.huggingface.architecture import Architecture, TensorMap
-from fp8train.huggingface.config_json import ConfigJson, read_config
+from fp8train.huggingface.config_json import read_config
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.files import WeightFiles
 from fp8train.huggingface.find_architecture import architecture_of_config
@@ -66,25 +65,21 @@ def import_command(folder: Path, *, output: Path, check: bool | None, text: Path
     architecture = architecture_of_config(config_json)
     settings = architecture.settings(config_json)
     config = imported_config(settings, str(config_json.path))
-    with new_folder(output, "--output") as run_dir:
+    with new_folder(output) as run_dir:
         parameters, told = _write_run(folder, run_dir, architecture, settings, config, final=output)
         print(
             f"{architecture.name} from {folder}: {parameters:,} parameters -> {output}, "
             f"{time.perf_counter() - began:.1f} s"
         )
-        for line in [*told, *_unread(config_json)]:
-            print(line)
+        print(told)
+        if unread := config_json.unread():
+            print(f"without meaning to transformers' class, so to none here: {', '.join(unread)}")
         if checked:
             parity = check_import(folder, run_dir, text=text)
             check_passed(parity, "nothing was imported")
             print("\n".join(parity.lines()), flush=True)
     print(f"continue its training: fp8train train {output / TRAIN_FILE}")
     return 0
-
-
-def _unread(config: ConfigJson) -> list[str]:
-    unread = config.unread()
-    return [f"without meaning to transformers' class, so to none here: {', '.join(unread)}"] if unread else []
 
 
 def _write_run(
@@ -95,21 +90,30 @@ def _write_run(
     config: Config,
     *,
     final: Path,
-) -> tuple[int, list[str]]:
+) -> tuple[int, str]:
     """The run directory's content; returns the number of parameters and what to tell."""
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
     tokenizer, told = import_tokenizer(folder, run_dir, vocab_size=vocab_size, final=final)
-    shapes = {
-        fqn: tuple(parameter.shape) for fqn, parameter in outline(config, vocab_size).named_parameters()
-    }
+    shapes = {fqn: spec.global_shape for fqn, spec in outline(config, vocab_size).specs.items()}
     maps = architecture.tensors(config.model)
+
+    def lazy(tensor: TensorMap) -> LogicalTensor:
+        """One of our parameters from their file, FP32, read when it is its turn to be written."""
+        shape = shapes[tensor.ours]
+
+        def read() -> Tensor:
+            theirs = [files.read(names[name]).float() for name in tensor.theirs]
+            return tensor.arrangement.to_ours(theirs, shape)
+
+        return LogicalTensor(torch.empty(shape, device="meta"), shape, (0,) * len(shape), read)
+
     with WeightFiles(folder) as files:
         names = match(files, architecture, maps, shapes, config.model)
         save_checkpoint(
             run_dir / CHECKPOINTS_DIR,
             0,
-            {f"master/{one.ours}": _lazy(files, names, one, shapes[one.ours]) for one in maps},
+            {f"master/{one.ours}": lazy(one) for one in maps},
             meta={
                 "config": to_plain(config),
                 "vocab_size": vocab_size,
@@ -129,30 +133,7 @@ def _write_run(
         final=final,
         tokenizer=tokenizer,
     )
-    return parameters, [told]
-
-
-def _lazy(
-    files: WeightFiles, names: dict[str, str], tensor: TensorMap, shape: tuple[int, ...]
-) -> LogicalTensor:
-    return LogicalTensor(
-        torch.empty(shape, dtype=torch.float32, device="meta"),
-        shape,
-        (0,) * len(shape),
-        read=partial(read_ours, files, names, tensor, shape),
-    )
-
-
-def read_ours(files: WeightFiles, names: dict[str, str], tensor: TensorMap, shape: tuple[int, ...]) -> Tensor:
-    """One of our parameters from their file, FP32.
-
-    Args:
-        files: the file.
-        names: of tensors in the file, by the names in ``tensor``.
-        tensor: which.
-        shape: of ours.
-    """
-    return tensor.arrangement.to_ours([files.read(names[name]).float() for name in tensor.theirs], shape)
+    return parameters, told
 
 
 def match(

@@ -25,7 +25,7 @@ import torch
 
 from fp8train.comm.processes import choose_device
 from fp8train.inference.errors import InferenceError
-from fp8train.inference.load import load_trained
+from fp8train.inference.load import open_run
 from fp8train.inference.sampling import Sampling, sample
 from fp8train.inference.weights import Numerics
 from fp8train.layers.head_gemms import HeadGemms
@@ -141,14 +141,16 @@ def generate_command(
         Exit status 0.
 
     Raises:
-        UserError: anything that :func:`~fp8train.inference.load.load_trained` or :func:`generate` refuses.
+        UserError: anything that :func:`~fp8train.inference.load.open_run`, its results or :func:`generate`
+            refuse.
     """
-    trained = load_trained(checkpoint, device=choose_device(device, 0), numerics=numerics)
-    model, tokenizer, run = trained.built.model, trained.tokenizer, trained.run
-    print(f"{run.path}: step {run.step}, {trained.numerics}", file=sys.stderr, flush=True)
+    chosen, run = choose_device(device, 0), open_run(checkpoint)
+    tokenizer = run.tokenizer()
+    built = run.load(numerics, device=chosen)
+    print(f"{run.path}: step {run.step}, {run.describe(numerics, built)}", file=sys.stderr, flush=True)
     prompt_tokens = tokenizer.encode(prompt) or [tokenizer.eod_id]
     samples = generate(
-        model,
+        built.model,
         prompt_tokens,
         max_tokens=max_tokens,
         sampling=sampling,

@@ -113,23 +113,6 @@ class TrainedRun:
         return [run_dir / name for name in TOKENIZER_FILES] + recorded
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A loaded model with its tokenizer, ready to use.
-
-    Attributes:
-        built: the decoder with its weights, and how its GEMMs run.
-        tokenizer: turns text into its tokens and back.
-        run: where it comes from.
-        numerics: how it multiplies, in words.
-    """
-
-    built: BuiltModel
-    tokenizer: Tokenizer
-    run: TrainedRun
-    numerics: str
-
-
 def resolve_checkpoint(path: Path) -> Path:
     """Find the checkpoint directory that ``path`` means, and verify it.
 
@@ -170,23 +153,6 @@ def open_run(path: Path) -> TrainedRun:
     recorded = meta.get("tokenizer")
     step = read_manifest(checkpoint).step
     return TrainedRun(checkpoint, step, config, vocab_size, Path(recorded) if recorded else None)
-
-
-def load_trained(path: Path, *, device: torch.device, numerics: Numerics = "matched") -> TrainedModel:
-    """Load the model of a checkpoint and its tokenizer.
-
-    Args:
-        path: see :func:`resolve_checkpoint`.
-        device: where the model goes.
-        numerics: see :mod:`fp8train.inference.weights`.
-
-    Raises:
-        UserError: what :func:`open_run`, :meth:`TrainedRun.tokenizer` and :meth:`TrainedRun.load` refuse.
-    """
-    run = open_run(path)
-    tokenizer = run.tokenizer()
-    built = run.load(numerics, device=device)
-    return TrainedModel(built, tokenizer, run, run.describe(numerics, built))
 
 
 def _description(checkpoint: Path, meta: dict[str, Any]) -> tuple[Config, int]:

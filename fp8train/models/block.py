@@ -38,21 +38,14 @@ def _qk_norms(
     parametrization: Parametrization, dtype: torch.dtype, device: torch.device | None
 ) -> tuple[RMSNorm, RMSNorm] | None:
     """Norms of query and key heads, if the model has them."""
-    model = parametrization.model
+    model, grad = parametrization.model, parametrization.vector_grad()
     if model.qk_norm == "none":
         return None
-
-    def norm() -> RMSNorm:
-        return RMSNorm(
-            model.head_dim,
-            eps=model.norm_eps,
-            dtype=dtype,
-            device=device,
-            gain=model.qk_norm == "gain",
-            gain_grad=parametrization.vector_grad(),
-        )
-
-    return norm(), norm()
+    size, eps, gain = model.head_dim, model.norm_eps, model.qk_norm == "gain"
+    query, key = (
+        RMSNorm(size, eps=eps, dtype=dtype, device=device, gain=gain, gain_grad=grad) for _ in range(2)
+    )
+    return query, key
 
 
 class Block(nn.Module):

@@ -46,7 +46,7 @@ def summarise(resolved: ResolvedConfig, world: int | None, *, nvidia: Path = _NV
         ("layout", _layout(config, processes, dp, asked=world is not None)),
         ("precision", f"{config.precision.level}, {_coverage(config)}"),
         ("bytes", f"{counted.largest()}{_of_largest_rank(config, dp)}"),
-        ("machine", _machine(config, nvidia)),
+        ("machine", "; ".join(_machine(config, nvidia))),
     ]
     return "".join(f"{name:<11} {text}\n" for name, text in rows)
 
@@ -117,12 +117,8 @@ def _of_largest_rank(config: Config, dp: int) -> str:
     return " (the largest rank's part)" if several else ""
 
 
-def _machine(config: Config, nvidia: Path) -> str:
+def _machine(config: Config, nvidia: Path) -> Iterator[str]:
     """What of FP8 is not computed by FP8 units here, as far as can be told without torch."""
-    return "; ".join(_remarks(config, nvidia))
-
-
-def _remarks(config: Config, nvidia: Path) -> Iterator[str]:
     gpu = nvidia.is_dir()
     on_cpu = config.run.device == "cpu" or not gpu
     yield f"run.device is {config.run.device}, {'an' if gpu else 'no'} NVIDIA driver here"

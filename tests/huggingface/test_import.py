@@ -306,12 +306,12 @@ def test_a_wrong_import_is_noticed(saved: Path, tmp_path: Path, monkeypatch: pyt
     """The parity check, on by default, fails where keys and values are exchanged; nothing is left behind."""
     from fp8train.huggingface import llama
 
-    right = llama._parts
+    right = llama.vectors
 
-    def wrong(ours: str, theirs: str, names: tuple[str, ...], *rest: Any) -> Any:
-        return right(ours, theirs, tuple(names[i] for i in (0, 2, 1)) if len(names) == 3 else names, *rest)
+    def wrong(ours: str, *theirs: str, **rest: Any) -> Any:
+        return right(ours, *((theirs[0], theirs[2], theirs[1]) if len(theirs) == 3 else theirs), **rest)
 
-    monkeypatch.setattr(llama, "_parts", wrong)
+    monkeypatch.setattr(llama, "vectors", wrong)
     with pytest.raises(HuggingFaceError, match=r"largest difference of a logit .*\nthe two models differ"):
         import_command(saved, output=tmp_path / "run", check=None, text=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
