@@ -171,9 +171,7 @@ def _quiet() -> Iterator[None]:
 @torch.no_grad()
 def decoder_in_fp32(run: TrainedRun, value: Callable[[str], Tensor]) -> Decoder:
     """A run's model in FP32 on the CPU, without FP8; ``value`` gives each parameter by its name."""
-    plain = inference_config(run.config, "bf16")
-    precision = plain.precision.model_copy(update={"compute": "fp32"})
-    plain = plain.model_copy(update={"precision": precision})
+    plain = inference_config(run.config, "fp32")
     model = build_model(plain, vocab_size=run.vocab_size, device=torch.device("cpu")).model
     for fqn, parameter in model.named_parameters():
         parameter.copy_(value(fqn))

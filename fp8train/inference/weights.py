@@ -32,19 +32,19 @@ from fp8train.models.connect import connect_linears, make_fp8_parts
 Numerics = Literal["matched", "bf16"]
 
 
-def inference_config(config: Config, numerics: Numerics) -> Config:
-    """The run's configuration with what a forward-only model of these numerics changes.
+def inference_config(config: Config, compute: Literal["bf16", "fp32"] | None) -> Config:
+    """The run's configuration with what a forward-only model changes.
 
     Args:
         config: the run's.
-        numerics: see the module's description.
+        compute: the type of all operands, without FP8; None: what training computes with.
     """
     # Every generated token has another length, and nothing is kept for backward: neither setting would help.
     train = config.train.model_copy(update={"compile": "off", "activation_checkpointing": "none"})
     precision = config.precision
-    if numerics == "bf16":
+    if compute is not None:
         gemm = precision.gemm.model_copy(update={"fp8": False})
-        precision = precision.model_copy(update={"compute": "bf16", "gemm": gemm})
+        precision = precision.model_copy(update={"compute": compute, "gemm": gemm})
     return config.model_copy(update={"train": train, "precision": precision})
 
 
@@ -62,7 +62,7 @@ def build_trained(states: StoredStates, *, numerics: Numerics, device: torch.dev
         CheckpointError: the files are not those of this model.
         ValueError: the device cannot multiply in FP8.
     """
-    config = inference_config(states.config, numerics)
+    config = inference_config(states.config, "bf16" if numerics == "bf16" else None)
     built = build_model(config, vocab_size=states.model.vocab_size, device=device, forward_only=True)
     parts = make_fp8_parts(built)
     connect_linears(built, parts)

@@ -81,16 +81,11 @@ class RankBytes:
 
     def largest(self) -> StoredBytes:
         """Count what the rank stores that stores most."""
-        parallel, found = self.config.parallel, []
-        stages = plan_stages(self.config, self._vocab_size) if parallel.pp > 1 else []
-        for rank in range(parallel.pp):
-            part = ModelPart.whole(self.config.model.num_layers)
-            if stages:
-                of_rank = stages_of_rank(
-                    parallel.pipeline.schedule, pp=parallel.pp, per_rank=parallel.pipeline.stages, rank=rank
-                )
-                part = part_of([stages[index] for index in of_rank])
-            found.append(self._of(part))
+        pp, pipeline, found = self.config.parallel.pp, self.config.parallel.pipeline, []
+        stages = plan_stages(self.config, self._vocab_size)
+        for rank in range(pp):
+            of_rank = stages_of_rank(pipeline.schedule, pp=pp, per_rank=pipeline.stages, rank=rank)
+            found.append(self._of(part_of([stages[index] for index in of_rank])))
         return max(found, key=lambda stored: stored.whole_model)
 
     def _of(self, model_part: ModelPart) -> StoredBytes:
