@@ -71,26 +71,20 @@ class Export:
         parts = [part for one in self.maps for part in one.arrangement.shapes(self.shapes[one.ours])]
         return sum(math.prod(part) for part in parts)
 
-    def value(self, fqn: str) -> Tensor:
-        """A parameter as it is exported, FP32, before it is rounded."""
-        shape = self.shapes[fqn]
-        if fqn in self.states.model.specs:
-            value = self.states.read(fqn).float()
-        else:
-            value = torch.full(shape, 1.0 if fqn.endswith("norm.weight") else 0.0)
-        return value * self.multipliers.of(fqn, shape)
-
     def encode(self, tensor: TensorMap) -> dict[str, Tensor]:
         """Encode one of our tensors: their tensors by name, in the export's format.
 
         Raises:
             HuggingFaceError: it is not finite.
         """
-        value = self.value(tensor.ours)
+        fqn, shape = tensor.ours, self.shapes[tensor.ours]
+        if fqn in self.states.model.specs:
+            value = self.states.read(fqn).float()
+        else:
+            value = torch.full(shape, 1.0 if fqn.endswith("norm.weight") else 0.0)
+        value = value * self.multipliers.of(fqn, shape)
         if not torch.isfinite(value).all():
-            raise HuggingFaceError(
-                f"{tensor.ours} is not finite; export a checkpoint from before the run diverged"
-            )
+            raise HuggingFaceError(f"{fqn} is not finite; export a checkpoint from before the run diverged")
         return self.format.encode(tensor, value)
 
 

@@ -16,7 +16,8 @@ from fp8train.huggingface.errors import HuggingFaceError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_FLOATING = ("F64", "F32", "F16", "BF16")
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Types of unquantised numbers, in safetensors' notation."""
 
 
 class WeightFiles:
@@ -62,10 +63,6 @@ class WeightFiles:
     def dtype(self, name: str) -> str:
         """Type of a tensor in safetensors' notation, such as ``BF16``; from the file's header."""
         return str(self._where[name].get_slice(name).get_dtype())
-
-    def is_floating(self, name: str) -> bool:
-        """Whether a tensor holds unquantised numbers (FP64, FP32, FP16 or BF16)."""
-        return self.dtype(name) in _FLOATING
 
     def read(self, name: str) -> Tensor:
         """Read a tensor to the CPU, as it is stored."""

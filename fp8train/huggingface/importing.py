@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fp8train.config.schema import Config, to_plain
 from fp8train.huggingface.architecture import Architecture, TensorMap
 from fp8train.huggingface.config_json import read_config
 from fp8train.huggingface.errors import HuggingFaceError
-from fp8train.huggingface.files import WeightFiles
+from fp8train.huggingface.files import FLOATING, WeightFiles
 from fp8train.huggingface.find_architecture import architecture_of_config
 from fp8train.huggingface.output import new_folder, read_text
 from fp8train.huggingface.parity import (
@@ -39,8 +39,6 @@ from fp8train.huggingface.tokenizer_files import import_tokenizer
 from fp8train.huggingface.train_file import TRAIN_FILE, imported_config, write_train_file
 from fp8train.inference.load import open_run
 from fp8train.models.build import outline
-
-Say = Callable[[str], None]
 
 
 def import_command(folder: Path, *, output: Path, check: bool | None, text: Path | None) -> int:
@@ -126,7 +124,6 @@ def _write_run(
         parameters = sum(math.prod(files.shape(name)) for name in names.values())
     write_train_file(
         run_dir / TRAIN_FILE,
-        config,
         settings,
         name=architecture.name,
         source=folder,
@@ -165,7 +162,7 @@ def match(
                 problems.append(f"{stored} is missing")
             elif files.shape(stored) != shape:
                 problems.append(f"{stored} is {list(files.shape(stored))}, config.json says {list(shape)}")
-            elif not files.is_floating(stored):
+            elif files.dtype(stored) not in FLOATING:
                 problems.append(f"{stored} is {files.dtype(stored)}, not a floating-point number")
     rest = files.names - set(names.values())
     rest = {name for name in rest if not name.endswith(architecture.buffers)}
