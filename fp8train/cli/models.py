@@ -61,14 +61,13 @@ def generate(
     """Continue a text with a trained model."""
     require_checkpoint(checkpoint)
     from fp8train.inference.generate import generate_command
+    from fp8train.inference.sampling import Sampling
 
     return generate_command(
         checkpoint,
         prompt=prompt,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=Sampling(temperature, top_k, top_p),
         seed=seed,
         num_samples=num_samples,
         device=device.value,

@@ -69,9 +69,8 @@ def describe_precision(trainer: Trainer) -> list[str]:
     if built.fp8 is None:
         lines.append("FP8: off")
     else:
-        assert built.backend is not None
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
-        lines.append(f"{built.fp8} [{built.backend.reason}]{recipe}")
+        lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
     if trainer.pipeline is None:
         lines.append(f"memory: {stored_bytes(trainer)}")

@@ -141,7 +141,7 @@ class Reporter:
                 linear.weight.numel() for linear in self.trainer.outline.linears().values()
             ),
             fp8_linears=0 if fp8 is None else len(fp8.converted),
-            fp8_skipped={} if fp8 is None else {reason: list(paths) for reason, paths in fp8.skipped.items()},
+            fp8_skipped={} if fp8 is None else fp8.skipped,
             bytes_per_parameter=stored_bytes(self.trainer).per_parameter(),
         )
         self.throughput.restart()

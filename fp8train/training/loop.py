@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fp8train.evaluation.validation import Evaluation, evaluate
+from fp8train.evaluation.validation import Evaluation, Text, evaluate
 from fp8train.run_dir.metrics import strict
 from fp8train.step.consistency import check_replicas
 from fp8train.step.non_finite import SkippedSteps
@@ -117,11 +117,7 @@ class TrainingLoop:
         data = self._run.data
         assert data.valid is not None, "seen before the run"
         with self.reporter.outside_throughput():
-            return evaluate(
-                self.trainer.summed_loss,
-                data.valid,
-                num_batches=self.config.train.eval_batches,
-                processes=self._run.processes,
-                token_lengths=data.token_lengths,
-                ignore_after=self.trainer.ignore_after,
+            text = Text(
+                data.valid, self.config.train.eval_batches, self.trainer.ignore_after, data.token_lengths
             )
+            return evaluate(self.trainer.summed_loss, text, self._run.processes)

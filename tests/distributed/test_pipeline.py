@@ -14,7 +14,7 @@ from torch import Tensor
 from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
-from fp8train.evaluation.validation import evaluate
+from fp8train.evaluation.validation import Text, evaluate
 from fp8train.step.trainer import Trainer
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
@@ -65,14 +65,8 @@ def observe(overrides: list[str], processes: Processes, steps: int = STEPS) -> d
     seen = {"forward": dict(calls.forward), "contributions": dict(calls.gradients)}
     grads = {fqn: trainer.store.grad(fqn).clone() for fqn in trainer.model.specs}
     results = [first] + [trainer.step(i, data.batch(i)) for i in range(1, steps)]
-    valid = evaluate(
-        trainer.summed_loss,
-        data,
-        num_batches=1,
-        processes=processes,
-        token_lengths=None,
-        ignore_after=None,
-    )
+    text = Text(data, num_batches=1, ignore_after=None, token_lengths=None)
+    valid = evaluate(trainer.summed_loss, text, processes)
     return {
         "losses": [float(r.loss) for r in results],
         "norms": [r.grad_norm for r in results],
