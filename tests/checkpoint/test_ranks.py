@@ -16,13 +16,13 @@ import torch.multiprocessing as mp
 
 from fp8train.checkpoint.catalog import find_checkpoint
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.errors import UserError
 from fp8train.run_dir.claim import RunDirError
 from fp8train.run_dir.directory import RunDir
+from tests.checkpoint.loading import load_checkpoint
 
 WORLD = 4
 WHOLE = torch.arange(10 * 12, dtype=torch.uint8).view(10, 12)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
 from fp8train.evaluation.validation import evaluate
 from fp8train.step.trainer import Trainer
+from tests.checkpoint.loading import load_checkpoint
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
