@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, NoGoodCheckpointError, shorten
-from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
 from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, is_complete, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config import places
+from fp8train.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
 
 if TYPE_CHECKING:
     import torch.distributed as dist

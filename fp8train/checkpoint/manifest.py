@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8train.checkpoint.errors import CorruptCheckpointError, explain_os_error, shorten
-from fp8train.checkpoint.files import is_real_dir, is_real_file
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config import places
+from fp8train.files import is_real_dir, is_real_file
 
 MANIFEST_FILE = places.MANIFEST_FILE
 META_FILE = "meta.json"

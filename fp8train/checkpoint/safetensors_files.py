@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8train.checkpoint.errors import CheckpointError, explain_os_error
-from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, replace_file
+from fp8train.files import TMP_SUFFIX, fsync_dir, replace_file
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"

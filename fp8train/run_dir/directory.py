@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR
 from fp8train.checkpoint.errors import explain_os_error
-from fp8train.checkpoint.files import is_real_file, replace_file
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.comm.failures import Failure, cause
+from fp8train.files import is_real_file, replace_file
 from fp8train.run_dir.claim import STATUS_FILE, claim, in_use, recorded_step
 
 if TYPE_CHECKING:
