@@ -184,11 +184,9 @@ def _check_hash(directory: Path, name: str, manifest: Manifest, on_bytes: Callab
         found = file_entry(directory / name, on_bytes)
     except OSError as error:  # a dying disk is damage too: an older checkpoint may still be readable
         return f"{name}: {explain_os_error(error)}"
-    return (
-        ""
-        if found == expected
-        else f"{name}: SHA-256 {found.sha256[:16]}..., expected {expected.sha256[:16]}..."
-    )
+    if found == expected:
+        return ""
+    return f"{name}: SHA-256 {found.sha256[:16]}..., expected {expected.sha256[:16]}..."
 
 
 def _refuse(directory: Path, problems: list[str]) -> None:
