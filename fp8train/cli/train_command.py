@@ -39,7 +39,7 @@ def train_command(config: Path, overrides: Sequence[str]) -> int:
     first = os.environ.get("RANK", "0") == "0"
     again = continue_command(config, overrides, resolved)
     with (
-        Console(enabled=first, total_steps=resolved.config.total_steps) as console,
+        Console(enabled=first) as console,
         StopRequest() as stop,
     ):
         stop.say = console.say

@@ -6,7 +6,7 @@ not data: it is reported once as an event, and the tracker is left alone from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +16,6 @@ from fp8train.run_dir.directory import RunDir
 
 # Shown against tokens too: TensorBoard has one x-axis, so these get a second curve.
 _BY_TOKENS = ("train/loss", "train/loss_mean", "eval/loss")
-
-
-class EventLog(Protocol):
-    """Takes what happened, for example :meth:`fp8train.run_dir.directory.RunDir.log_event`."""
-
-    def __call__(self, kind: str, *, step: int, **fields: Any) -> None:
-        """Record an event of this kind after this step."""
 
 
 class Tracker(Protocol):
@@ -47,14 +40,14 @@ class Trackers:
         self,
         logging: LoggingConfig,
         run_dir: RunDir,
-        event: EventLog,
+        event: Callable[..., None],
         *,
         run_name: str,
         run_config: Mapping[str, Any],
         enabled: bool,
     ) -> None:
-        """``event`` is told about trackers that fail; ``run_config`` is what W&B shows as the run's
-        settings."""
+        """``event`` is told about trackers that fail, as ``RunDir.log_event`` is; ``run_config`` is what W&B
+        shows as the run's settings."""
         self._event = event
         self._step = 0
         self._trackers: list[Tracker] = []

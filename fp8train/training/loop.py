@@ -89,7 +89,7 @@ class TrainingLoop:
                 self.reporter.casts(step + 1, self.trainer.monitors.cast_rows(), optimizer)
                 self._guard(step + 1)
         if sampled:
-            with self.reporter.outside_throughput():
+            with self.reporter.throughput.excluded():
                 self.reporter.monitor(self.trainer.monitors.attention_metrics())
         if not result.applied:
             self.reporter.skipped(step + 1, result)
@@ -116,7 +116,7 @@ class TrainingLoop:
     def _evaluate(self) -> Evaluation:
         data = self._run.data
         assert data.valid is not None, "seen before the run"
-        with self.reporter.outside_throughput():
+        with self.reporter.throughput.excluded():
             return evaluate(
                 self.trainer.summed_loss,
                 data.valid,

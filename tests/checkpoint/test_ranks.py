@@ -177,7 +177,7 @@ def run_directory(rank: int, root: Path, pair: dist.ProcessGroup) -> None:
     run.write_status("running", step=1)
     run.log("hello")
     dist.barrier()
-    assert run.metrics_file.read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
     assert [file.name for file in sorted((run.path / "logs").iterdir())] == [f"rank{i}.log" for i in range(4)]
     assert "hello" in run.rank_log.read_text()
     with pytest.raises(RunDirError if rank == 0 else UserError, match="in use by another job"):
