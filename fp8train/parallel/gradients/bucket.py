@@ -47,10 +47,6 @@ class Storage(Protocol):
         """Take one micro-batch's gradient; ``first`` of the step overwrites."""
         ...
 
-    def local(self, member: int) -> Tensor:
-        """This rank's sum, of the parameter's shape, before it is reduced."""
-        ...
-
     def commit(self, clip: Tensor | None) -> None:
         """Learn that the step was applied, its gradient multiplied by ``clip`` (None: by 1)."""
         return None
@@ -90,7 +86,6 @@ class Bucket:
         """Join a storage and the reduction that was made for it."""
         self._storage, self._reduction = storage, reduction
         self._held: Held | None = None
-        self._reduced = False
 
     @property
     def members(self) -> list[Member]:
@@ -119,7 +114,7 @@ class Bucket:
 
     def begin(self) -> None:
         """Begin a step: drop the last result and what an unfinished step left."""
-        self._held, self._reduced = None, False
+        self._held = None
         self._storage.begin()
 
     def buffer(self, member: int) -> Tensor:
@@ -128,7 +123,7 @@ class Bucket:
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
         """Add one micro-batch's gradient of a member; the ``first`` of the step overwrites."""
-        self._held, self._reduced = None, False
+        self._held = None
         self._storage.add(member, gradient, first=first)
 
     def launch(self) -> None:
@@ -141,7 +136,7 @@ class Bucket:
 
     def finish(self) -> None:
         """Wait for the reduced gradients; :attr:`held` has them from here on."""
-        self._held, self._reduced = self._reduction.finish(), True
+        self._held = self._reduction.finish()
 
     @property
     def held(self) -> Held:
@@ -152,19 +147,6 @@ class Bucket:
     def reader(self, member: int, *, offset: int = 0) -> GradientReader:
         """The reduced gradient in pieces, of this rank's rows; from element ``offset`` of them on."""
         return _Reader(self.held, member, offset)
-
-    def grad(self, member: int) -> Tensor:
-        """The whole gradient: local sum before :meth:`finish`, then global; zero in rows of other owners."""
-        if not self._reduced:
-            return self._storage.local(member)
-        places, values = self._storage.places, self.held.values(member)
-        part = values.view(places.held_shape(member))
-        if not places.scattered:
-            return part
-        whole = part.new_zeros(places.members[member].shape)
-        rows = places.rows[member]
-        whole[rows.start : rows.stop] = part
-        return whole
 
     def values(self, member: int) -> Tensor:
         """Memory of a reduced gradient in high precision, flat: writing changes it."""

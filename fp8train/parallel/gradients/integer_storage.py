@@ -108,11 +108,6 @@ class IntegerStorage(Storage):
         else:
             sums.add_(integers)
 
-    def local(self, member: int) -> Tensor:
-        """This rank's sum of a member in FP32, of the parameter's shape."""
-        unit = self._grids.unit(self._parameters[member])
-        return (self.buffer(member).double() * unit).float()
-
     def integers(self) -> Tensor:
         """This rank's sums of all members, flat [total]."""
         return self._sums

@@ -272,11 +272,6 @@ class GradientStore:
         for bucket in self._buckets:
             bucket.storage.release()
 
-    def grad(self, fqn: str) -> Tensor:
-        """The parameter's gradient: local sum before :meth:`finish`, global after. Shape of the parameter."""
-        slot = self._index[fqn]
-        return self._bucket(slot).grad(self._slots[slot].member)
-
     def global_norm(self) -> Tensor:
         """Euclidean norm over all parameters: FP64 scalar on the device, no host sync. Sums run in slot
         order, in FP64 on CPUs and for FP64 gradients, else in FP32. Where the norm is to be exact, they run
