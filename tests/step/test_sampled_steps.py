@@ -64,7 +64,7 @@ def test_flushed_shares_are_those_of_the_states(clip: float) -> None:
         for role, new in (("exp_avg", 0.1 * gradient), ("exp_avg_sq", 0.05 * gradient.square())):
             stored = trainer.optimizer.states.decoded(f"{path}.weight", role)
             flushed[role] += int(((stored == 0) & (new.float() != 0)).sum())
-    metrics = trainer.optimizer_metrics()
+    metrics = trainer.monitors.optimizer_metrics(trainer.optimizer)
     assert flushed["exp_avg_sq"] > 10
     for role, count in flushed.items():
         assert metrics[f"optim/flushed_{role}"] == pytest.approx(count / total, rel=1e-6), role
@@ -75,7 +75,7 @@ def test_steps_that_are_not_sampled_count_nothing() -> None:
     assert trainer.monitors.recorder is not None
     trainer.monitors.recorder.active = False
     trainer.step(1, batches(trainer.config, alone()).batch(1))
-    assert trainer.optimizer_metrics() == {}
+    assert trainer.monitors.optimizer_metrics(trainer.optimizer) == {}
 
 
 def test_a_run_records_both(tmp_path: Path) -> None:

@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.exchange import Quantized
-from fp8train.numerics.block_scales import (
-    as_blocks,
-    decode_e8m0,
-    dequantize_blocks,
-    quantize_blocks,
-)
+from fp8train.numerics.block_scales import as_blocks, decode_e8m0, dequantize_blocks, quantize_blocks
 from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.held import HeldBlocks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues
-from fp8train.parallel.gradients.receivers import Member, Places
+from fp8train.parallel.gradients.receivers import Places
 
 
 class Storage(Protocol):
@@ -80,51 +80,29 @@ class _Reader:
 
 
 class Bucket:
-    """Parameters whose gradients one storage adds up over micro-batches and one reduction over ranks."""
+    """Parameters whose gradients one storage adds up over micro-batches and one reduction over ranks.
+
+    Attributes:
+        storage: where this rank's contributions add up.
+        members: the parameters of the bucket, in the order in which they lie in memory.
+        scattered: whether each rank receives only the rows of the sum that it owns (ZeRO).
+    """
 
     def __init__(self, storage: Storage, reduction: Reduction) -> None:
         """Join a storage and the reduction that was made for it."""
-        self._storage, self._reduction = storage, reduction
+        self.storage, self._reduction = storage, reduction
+        self.members, self.scattered = storage.places.members, storage.places.scattered
         self._held: Held | None = None
-
-    @property
-    def members(self) -> list[Member]:
-        """The parameters of the bucket, in the order in which they lie in memory."""
-        return self._storage.places.members
-
-    @property
-    def storage(self) -> Storage:
-        """The storage in which this rank's contributions add up."""
-        return self._storage
-
-    @property
-    def scattered(self) -> bool:
-        """Whether each rank receives only the rows of the sum that it owns (ZeRO)."""
-        return self._storage.places.scattered
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that the storage keeps between steps, scales included."""
-        return self._storage.stored_bytes
-
-    @property
-    def accumulator_bytes(self) -> int:
-        """Bytes that the storage needs beside those while micro-batches add up."""
-        return self._storage.accumulator_bytes
 
     def begin(self) -> None:
         """Begin a step: drop the last result and what an unfinished step left."""
         self._held = None
-        self._storage.begin()
-
-    def buffer(self, member: int) -> Tensor:
-        """The memory that contributions of a member change, of the parameter's shape."""
-        return self._storage.buffer(member)
+        self.storage.begin()
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
         """Add one micro-batch's gradient of a member; the ``first`` of the step overwrites."""
         self._held = None
-        self._storage.add(member, gradient, first=first)
+        self.storage.add(member, gradient, first=first)
 
     def launch(self) -> None:
         """Start the reduction: every contribution is in, and the first communication is posted."""
@@ -165,4 +143,4 @@ class Bucket:
     def commit(self, clip: Tensor | None = None) -> None:
         """Tell the storage that the step was applied, its gradient multiplied by ``clip``, a device scalar
         (None: by 1)."""
-        self._storage.commit(clip)
+        self.storage.commit(clip)

@@ -15,7 +15,7 @@ from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
-from fp8train.parallel.gradients.receivers import Everyone, Member
+from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.parallel.gradients.store import GradientStore
 from fp8train.precision.gradients import Fp8Gradients, Gradients
 from fp8train.precision.number_formats import E4M3
@@ -118,11 +118,11 @@ def test_a_single_micro_batch_is_cast_as_it_is_produced() -> None:
     net = Net()
     store = store_of(net, 1)
     fp8 = [bucket for bucket in store.buckets if isinstance(bucket.storage, BlockStorage)]
-    assert sum(bucket.accumulator_bytes for bucket in fp8) == 0
+    assert sum(bucket.storage.accumulator_bytes for bucket in fp8) == 0
     elements = sum(16 * width for width in WIDTHS)
     padding = 16 * (256 - 131)  # rows of 131 end in a short block of 128
     scales = 16 * (1 + 2 + 2)
-    assert sum(bucket.stored_bytes for bucket in fp8) == elements + padding + scales
+    assert sum(bucket.storage.stored_bytes for bucket in fp8) == elements + padding + scales
     batch = inputs(1)
     store.begin_step(1)
     net(batch).backward()
@@ -151,7 +151,7 @@ def test_the_optimizer_reads_pieces_of_what_is_stored() -> None:
 
 def bucket_of(accumulate: torch.dtype | None, **changes: Any) -> Bucket:
     members = [Member("w", (4, 256))]
-    places = Everyone().places(members, row_blocks(members, 128))
+    places = Places(members, row_blocks(members, 128))
     storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, device=CPU, **changes)
     return Bucket(storage, ExchangeSum(storage, None))
 
