@@ -99,14 +99,10 @@ def verify_command(path: Path) -> int:
         if read_pointer(root) is None:
             good = False
             print(
-                f"{root / POINTER_FILE}: missing or names no checkpoint; a run takes the newest",
-                flush=True,
+                f"{root / POINTER_FILE}: missing or names no checkpoint; a run takes the newest", flush=True
             )
     if not good:
-        print(
-            "error: not all is well; a run passes over damaged checkpoints",
-            file=sys.stderr,
-        )
+        print("error: not all is well; a run passes over damaged checkpoints", file=sys.stderr)
     return 0 if good else FAILED
 
 

@@ -75,7 +75,7 @@ def write_safetensors(
     max_bytes: int,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors.
+    """Write tensors in as many files as their size asks for, and an index of several.
 
     Args:
         folder: exists.

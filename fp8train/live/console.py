@@ -224,15 +224,8 @@ def _scaled(value: float, base: int, units: tuple[str, ...], *, separator: str) 
     while abs(value) >= 999.5 and exponent < len(units) - 1:
         value /= base
         exponent += 1
-    if exponent == 0:
-        digits = f"{value:.0f}"
-    else:
-        digits = (
-            f"{value:.2f}"
-            if abs(value) < 9.995
-            else (f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}")
-        )
-    return f"{digits}{separator}{units[exponent]}"
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals if exponent else 0}f}{separator}{units[exponent]}"
 
 
 def _columns(stream: TextIO) -> int:

@@ -25,12 +25,7 @@ from fp8train.config.threads import VARIABLE, threads_from_environment
 from fp8train.data.loading import Data
 from fp8train.evaluation.validation import Evaluation
 from fp8train.live.console import Console, format_count, format_duration, live_line, step_line
-from fp8train.live.describe import (
-    describe_layout,
-    describe_precision,
-    precision_warnings,
-    stored_bytes,
-)
+from fp8train.live.describe import describe_layout, describe_precision, precision_warnings, stored_bytes
 from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
 from fp8train.run_dir.directory import RunDir
@@ -63,7 +58,6 @@ class Reporter:
             self._tracker_failed,
             run_name=config.run.name,
             run_config=to_plain(config),
-            enabled=processes.rank == 0,
         )
         self._samples_before = data.train.samples_before  # a resumed run may have had other batches
         self._state = "failed"

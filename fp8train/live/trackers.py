@@ -44,16 +44,15 @@ class Trackers:
         *,
         run_name: str,
         run_config: Mapping[str, Any],
-        enabled: bool,
     ) -> None:
         """``event`` is told about trackers that fail, as ``RunDir.log_event`` is; ``run_config`` is what W&B
         shows as the run's settings."""
         self._event = event
         self._step = 0
         self._trackers: list[Tracker] = []
-        if enabled and logging.tensorboard:
+        if run_dir.rank == 0 and logging.tensorboard:
             self._trackers.append(TensorBoardTracker(run_dir.tensorboard))
-        if enabled and logging.wandb.mode != "off":
+        if run_dir.rank == 0 and logging.wandb.mode != "off":
             self._trackers.append(
                 WandbTracker(
                     logging.wandb,
