@@ -1,6 +1,9 @@
 """Fixtures and rules for all tests."""
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels run without a GPU
 
 import hypothesis
 import pytest
