@@ -42,7 +42,7 @@ class Console:
         """Print to ``stream``; default: stdout."""
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
-        terminal = is_terminal(self._stream)
+        terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = terminal and not os.environ.get("NO_COLOR")
         self._live = enabled and terminal
         self._shown = False
@@ -179,11 +179,6 @@ def print_safely(text: str, stream: TextIO) -> bool:
             _discard(stream)
             return False
     return True
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Whether the cursor can be moved on this stream."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def format_count(value: float) -> str:

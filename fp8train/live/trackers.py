@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fp8train.config.all_sections import LoggingConfig
 from fp8train.live.wandb_tracker import WandbTracker, kept_run_id
@@ -18,23 +18,9 @@ from fp8train.run_dir.directory import RunDir
 _BY_TOKENS = ("train/loss", "train/loss_mean", "eval/loss")
 
 
-class Tracker(Protocol):
-    """One place that shows curves. No method raises, and only ``close`` may wait."""
-
-    name: str
-
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Show the numbers of a step."""
-
-    def close(self, status: str) -> None:
-        """Finish with this status: ``completed``, ``stopped`` or ``failed``."""
-
-    def take_problem(self) -> str | None:
-        """Return what went wrong since the last call, if anything; each problem once."""
-
-
 class Trackers:
-    """The trackers that the configuration asks for; none on ranks other than 0."""
+    """The trackers that the configuration asks for; none on ranks other than 0. No method of one raises, and
+    only ``close`` may wait."""
 
     def __init__(
         self,
@@ -49,7 +35,7 @@ class Trackers:
         shows as the run's settings."""
         self._event = event
         self._step = 0
-        self._trackers: list[Tracker] = []
+        self._trackers: list[TensorBoardTracker | WandbTracker] = []
         if run_dir.rank == 0 and logging.tensorboard:
             self._trackers.append(TensorBoardTracker(run_dir.tensorboard))
         if run_dir.rank == 0 and logging.wandb.mode != "off":
