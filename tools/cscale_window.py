@@ -35,7 +35,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fp8train.checkpoint.load import read_meta
+from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.comm.collectives import alone
 from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError
@@ -81,7 +81,7 @@ class Evaluator:
         """Args: ``path``: checkpoint or run directory; ``data``: dataset prefix to evaluate on instead of the
         run's validation split; ``batches``: global batches, by default the run's ``train.eval_batches``."""
         self.checkpoint, self.device = resolve_checkpoint(path), device
-        meta = read_meta(self.checkpoint)
+        _, meta = read_meta_file(self.checkpoint)
         self.config = _config_of(self.checkpoint, meta)
         self.batches = batches or self.config.train.eval_batches
         self.data = _open(self.config, int(meta["vocab_size"]), data)

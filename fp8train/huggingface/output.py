@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fp8train.checkpoint.files import TMP_SUFFIX
+from fp8train.files import TMP_SUFFIX
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.parity import PERPLEXITY_TOKENS
 from fp8train.inference.load import TrainedRun

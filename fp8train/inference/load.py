@@ -15,8 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, find_checkpoint, step_of, verify_given
-from fp8train.checkpoint.load import read_meta
-from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, read_meta_file
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.config.schema import Config
@@ -148,7 +147,7 @@ def open_run(path: Path) -> TrainedRun:
         CheckpointError: its files are damaged.
     """
     checkpoint = resolve_checkpoint(path)
-    meta = read_meta(checkpoint)
+    _, meta = read_meta_file(checkpoint)
     config, vocab_size = _description(checkpoint, meta)
     recorded = meta.get("tokenizer")
     step = read_manifest(checkpoint).step

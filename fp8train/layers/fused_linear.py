@@ -104,7 +104,7 @@ class FusedLinear:
     def _quant(self) -> LinearQuant | None:
         return None if self.call.plan is None else self.call.plan.quant
 
-    def forward(self, source: Source, weight: Operand | tuple[Tensor, None]) -> tuple[Tensor, Kept]:
+    def forward(self, source: Source, weight: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Kept]:
         """``alpha · source @ weight.T``.
 
         Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp8train.kernels import activations, fused_op
 from fp8train.layers.factors import Factors
@@ -63,10 +63,11 @@ class FusedBlock:
         return flat.view(shape), result.view(shape)
 
 
-def fused_block(block: Block, x: Tensor) -> FusedBlock | None:
+def fused_block(block: nn.Module, x: Tensor) -> FusedBlock | None:
     """The block as fused functions for a stream x [B, S, H]; None where its layers have to run one by one:
     on CPUs, in compiled graphs, cut over ranks, with biases, with norms at the end of branches or within
     attention, with factors that a fused function does not know, or while casts are sampled."""
+    assert isinstance(block, Block)
     if not fused_op.fuses(x) or torch.compiler.is_compiling() or not _is_plain(block):
         return None
     selective = block.attention.recompute is not None
@@ -108,8 +109,7 @@ def _vectors(norm: RMSNorm | LayerNorm) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _norm(norm: RMSNorm | LayerNorm, *, casts: bool) -> FusedNorm:
-    kind = "layer" if isinstance(norm, LayerNorm) else "rms"
-    return FusedNorm(kind, norm.eps, norm.gain_grad, casts)
+    return FusedNorm("layer" if isinstance(norm, LayerNorm) else "rms", norm.eps, norm.gain_grad, casts)
 
 
 def _activation(mlp: MLP) -> FusedActivation:

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.config.resolve import load_config
 from fp8train.huggingface.config_json import ConfigJson, read_config
 from fp8train.huggingface.errors import HuggingFaceError
@@ -21,6 +20,7 @@ from fp8train.huggingface.find_architecture import architecture_of_config
 from fp8train.huggingface.importing import import_command
 from fp8train.huggingface.parity import decoder_in_fp32
 from fp8train.inference.load import TrainedRun, open_run
+from tests.checkpoint.loading import load_checkpoint
 from tests.huggingface.models import VARIANTS, VOCAB, logits_of, their_model, tokens_of
 from tests.models.hf_mapping import to_gpt2, to_llama, to_neox
 

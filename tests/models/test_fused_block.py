@@ -42,7 +42,7 @@ def trained(*overrides: str, fuse: bool) -> tuple[list[tuple[float, float]], dic
     """(loss and gradient norm of each step, weights after them, how many blocks were fused)."""
     used = 0
 
-    def counted(block: decoder.Block, x: Tensor) -> FusedBlock | None:
+    def counted(block: torch.nn.Module, x: Tensor) -> FusedBlock | None:
         nonlocal used
         result = fused_block(block, x)
         used += result is not None
