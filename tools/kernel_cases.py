@@ -6,6 +6,8 @@ A case is made of tensors without values on the meta device, so it costs nothing
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels import activations, norms, rotary  # noqa: F401  (they declare)
+import fp8train.kernels
 from fp8train.kernels.operands import CastRule
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
+
+for _module in pkgutil.iter_modules(fp8train.kernels.__path__):  # operations are declared when imported
+    if not _module.ispkg:
+        importlib.import_module(f"fp8train.kernels.{_module.name}")
 
 TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 14336, 32, 8, 128
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
@@ -60,6 +66,7 @@ def _operands() -> Iterator[Case]:
     yield Case("amax_partials", "bf16", (x,))
     yield Case("cast_operand", "x", (x, partials, None, *X, True, True))
     yield Case("cast_operand", "grad_output", (x, partials, None, *GRADIENT, True, True))
+    yield Case("turn_codes", "weight", (_empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn),))
     delayed = _empty(dtype=torch.float32)
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
 
@@ -84,6 +91,13 @@ def _norms() -> Iterator[Case]:
         yield Case("residual_norm", str(width), (wide, wide, gain, None, 1e-5, "rms", False, True))
         yield Case("norm_backward", str(width), (wide, wide, wide, None, rstd, gain, False))
         yield Case("norm_backward", f"layer {width}", (wide, wide, wide, rstd, rstd, gain, True))
+
+
+def _heads() -> Iterator[Case]:
+    qkv = _empty(1, TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    table = _empty(TOKENS, HEAD_DIM // 2, dtype=torch.float32)
+    yield Case("split_heads", "rotated", (qkv, table, table, KV_HEADS, HEAD_DIM))
+    yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
 
 
 def _activations() -> Iterator[Case]:
@@ -116,7 +130,7 @@ def _rotary() -> Iterator[Case]:
     yield Case("heads_grad_cast", "not rotated", merged)
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _activations, _rotary)
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _heads, _activations, _rotary)
 
 
 def cases() -> list[Case]:
