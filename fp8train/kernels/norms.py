@@ -291,8 +291,8 @@ def norm_backward(
     """Gradients of :func:`residual_norm`; x and delta both have the stream's.
 
     Args:
-        grad_y: [T, H], contiguous.
-        grad_stream: what else the stream's gradient has, likewise: added to the norm's own when that was
+        grad_y: [T, H]; copied if it is not contiguous.
+        grad_stream: what else the stream's gradient has, likewise; added to the norm's own when that was
             rounded to the stream's dtype, as autograd adds two gradients. None: nothing.
         stream: [T, H], the norm's input.
         mean: FP32 [T]; None for an RMSNorm.
@@ -300,4 +300,5 @@ def norm_backward(
         weight: [H] or None.
         want_bias: whether there is a bias, whose gradient is wanted.
     """
+    grad_y, grad_stream = grad_y.contiguous(), None if grad_stream is None else grad_stream.contiguous()
     return NormGradients(*_norm_backward_op(grad_y, grad_stream, stream, mean, rstd, weight, want_bias))

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fp8train.kernels.gpu.codes import largest_magnitude
 from fp8train.kernels.gpu.launch import hardware, launch
-from fp8train.kernels.gpu.operands import scale_constants
 from fp8train.kernels.gpu.tiles import TILE_COLUMNS, TILE_ROWS, operand_scale, store_operand
 from fp8train.kernels.operands import PARTIALS, CastOperand, CastRule, count_of_partials, empty_operand
 from fp8train.kernels.tiled import cut
@@ -182,6 +181,20 @@ def _cast_kernel(
         )
 
 
+def _scale_constants(partials: Tensor, delayed: Tensor | None, rule: CastRule) -> dict[str, Any]:
+    """The compile-time constants of :func:`~fp8train.kernels.gpu.tiles.operand_scale` and of the cast."""
+    return {
+        "DELAYED": delayed is not None,
+        "CONSTANT": rule.constant_exponent,
+        "POWER_OF_TWO": rule.power_of_two,
+        "MANTISSA": rule.mantissa_bits,
+        "MAX_EXPONENT": rule.format.max_exponent,
+        "MARGIN": rule.margin,
+        "MOST": min(PARTIALS, triton.next_power_of_2(partials.numel())),
+        "HARDWARE": hardware(),
+    }
+
+
 class Tiles(NamedTuple):
     """A formula with its inputs.
 
@@ -270,7 +283,7 @@ class Tiles(NamedTuple):
             columns,
             STRAIGHT=straight,
             TURNED=turned,
-            **scale_constants(partials, delayed, rule) | self._constants(),
+            **_scale_constants(partials, delayed, rule) | self._constants(),
         )
         return out
 
