@@ -1,5 +1,5 @@
-"""What a training step asks of a GPU must not grow: ceilings on launches, bytes and host waits, at the shapes of
-Llama-3-8B with 8,192 tokens. And the counter itself, against counts by hand."""
+"""What a training step asks of a GPU must not grow: ceilings on launches, bytes and host waits, at the shapes
+of Llama-3-8B with 8,192 tokens. And the counter itself, against counts by hand."""
 
 from __future__ import annotations
 
