@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.kernels import block_cast as _block_cast  # noqa: F401
 from fp8train.kernels.operands import CastRule
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
@@ -63,7 +64,26 @@ def _operands() -> Iterator[Case]:
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands,)
+def _block_gradients() -> Iterator[Case]:
+    """A bucket of three weights of an MLP: cast whole from an accumulator, and one weight alone."""
+    blocks, segments = 3 * FFN * HIDDEN // 128, 3
+    accumulated, gradient = _empty(blocks, 128, dtype=torch.float32), _empty(FFN, HIDDEN)
+    ends, scales = _empty(segments, dtype=torch.int64), _empty(blocks, dtype=torch.uint8)
+    squares = _empty(segments, 1024, dtype=torch.float64)
+    codes, residual = _empty(blocks, 128, dtype=torch.uint8), _empty(blocks, 128)
+    yield Case("cast_blocks", "fp32, squares", (accumulated, None, ends, codes, scales, None, squares, 3))
+    yield Case(
+        "cast_blocks", "fp32, feedback", (accumulated, residual, ends, codes, scales, residual, squares, 3)
+    )
+    own, own_scales = codes[: blocks // 3], scales[: blocks // 3]
+    yield Case("cast_blocks", "bf16, squares", (gradient, None, None, own, own_scales, None, squares[:1], 3))
+    yield Case("cast_blocks", "bf16", (gradient, None, None, own, own_scales, None, None, 3))
+    short = _empty(FFN, HIDDEN - 1)
+    yield Case("cast_blocks", "bf16, short blocks", (short, None, None, own, own_scales, None, None, 3))
+    yield Case("squares_of_blocks", "e4m3", (codes.view(torch.float8_e4m3fn), scales, ends))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _block_gradients)
 
 
 def cases() -> list[Case]:
