@@ -37,9 +37,7 @@ def test_codes_and_scales(rows: int, columns: int, block: int, dtype: torch.dtyp
     block_cast._cast_op.launch(
         x, None, None, payload.view(torch.uint8), scales, None, None, fmt.mantissa_bits
     )
-    for ours, reference, theirs in zip(
-        (payload, scales), cast_blocks(x, block, fmt), expected, strict=True
-    ):
+    for ours, reference, theirs in zip((payload, scales), cast_blocks(x, block, fmt), expected, strict=True):
         assert same(ours, theirs)
         assert same(reference, theirs)
 
