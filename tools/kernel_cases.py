@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels import block_cast, exchange_sum  # noqa: F401 - declare their operations
+from fp8train.kernels import block_cast, cross_entropy, exchange_sum  # noqa: F401 - declare their operations
 from fp8train.kernels.operands import CastRule
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
 
-TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 14336, 32, 8, 128
+TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 8192, 4096, 14336, 32, 8, 128, 128256
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
 
 
@@ -108,7 +108,27 @@ def _exchanged_gradients() -> Iterator[Case]:
     yield Case("sum_parts", "bf16, cast", (_empty(ranks, blocks // ranks * 128), 128, 3, 1))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _block_gradients, _exchanged_gradients)
+def _head() -> Iterator[Case]:
+    """A chunk of tokens, and the gradient of the head's weight once for all chunks."""
+    logits = _empty(1024, VOCAB, dtype=torch.float32)
+    column, one = _empty(1024, 1, dtype=torch.int64), _empty(1024, 1, dtype=torch.float32)
+    yield Case("softmax_statistics", "fp32", (logits, column, VOCAB, 1.0), VOCAB - 1)
+    yield Case("softmax_statistics", "fp32, padded, alpha", (logits, column, VOCAB - 7, 0.5), VOCAB - 8)
+    rest = (one, one, column, one, one)
+    yield Case("softmax_gradient", "bf16", (logits, *rest, VOCAB, 1.0, torch.bfloat16), VOCAB - 1)
+    yield Case("softmax_gradient", "fp32", (logits, *rest, VOCAB, 1.0, torch.float32), VOCAB - 1)
+    factor = _empty(dtype=torch.float32)
+    wide = _empty(VOCAB, HIDDEN, dtype=torch.float32)
+    yield Case("times_factor", "fp32 to bf16", (wide, factor, torch.bfloat16))
+    yield Case("times_factor", "bf16", (_empty(TOKENS, HIDDEN), factor, torch.bfloat16))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (
+    _operands,
+    _block_gradients,
+    _exchanged_gradients,
+    _head,
+)
 
 
 def cases() -> list[Case]:

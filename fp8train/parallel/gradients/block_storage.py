@@ -201,6 +201,8 @@ class BlockStorage(Storage):
         """
         if self.residual is not None:
             assert self._lost is not None, "no step has begun"
-            # Not a scalar: those take the other operand's type, and the factor has more than BF16's 8 bits.
-            self.residual.copy_(self._lost if clip is None else self._lost * clip.float().view(1, 1))
+            if clip is None:
+                self.residual.copy_(self._lost)
+            else:  # not a scalar: those take the other operand's type, and the factor has more than 8 bits
+                torch.mul(self._lost, clip.float().view(1, 1), out=self.residual)
             self._lost = None
