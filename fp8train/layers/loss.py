@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.cross_entropy import softmax_gradient, softmax_statistics, times_factor
+from fp8train.kernels.fused_op import fuses
 from fp8train.kernels.matmul import matmul
 from fp8train.layers.head_gemms import HeadGemms
 from fp8train.layers.linear_plan import Alphas
@@ -27,7 +28,7 @@ from fp8train.layers.row_chunks import row_chunks
 IGNORE = -100
 _STANDARD = Alphas()
 # CPU: glibc maps blocks of 32 MiB and more anew each time, and every page of them faults.
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 16 << 20, 512 << 20
 # A chunk reads the weight twice and grad_weight once, whatever its size: below this many tokens that would
 # be most of its time, and the cost of a token would grow with the vocabulary squared.
 _MIN_ROWS = 128
@@ -56,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         found = _Targets.of(targets, vocabulary, gemms.wide)
         losses = torch.empty_like(found.weight)
         grad_hidden = torch.empty_like(hidden, dtype=gemms.grad_hidden_dtype) if needs_grad else None
-        fused = weight.device.type != "cpu" and gemms.wide == torch.float32
+        fused = fuses(weight) and gemms.wide == torch.float32
         softmax = _fused_softmax if fused else _softmax
         for start in range(0, len(hidden), max(1, rows)):
             part, tokens = hidden[start : start + rows], slice(start, start + rows)
@@ -76,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grads[0]
         # Times a BF16 tensor, CUDA would round the factor (1 / tokens) to BF16 first and bias every gradient.
-        if factor.device.type != "cpu" and factor.dtype == torch.float32:
+        if fuses(factor) and factor.dtype == torch.float32:
             grad_hidden = times_factor(grad_hidden, factor, ctx.dtypes[0])
             grad_weight = times_factor(grad_weight, factor, ctx.dtypes[1])
         else:
@@ -96,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk_rows(weight: Tensor) -> int:
     """Tokens whose logits are at hand at once; the largest intermediate is a chunk of them in FP32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    chunk = _CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"]
+    chunk = _CPU_CHUNK_BYTES if weight.device.type == "cpu" else _GPU_CHUNK_BYTES
     return max(_MIN_ROWS, chunk // (weight.shape[0] * wide.itemsize))
 
 

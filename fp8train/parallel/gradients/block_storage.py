@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fp8train.kernels.block_cast import cast_blocks_into, count_of_partials
 from fp8train.kernels.exchange_sum import Quantized
+from fp8train.kernels.fused_op import fuses
 from fp8train.numerics.block_scales import as_blocks, decode_e8m0, dequantize_blocks, from_blocks
 from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.bucket import Storage
@@ -81,7 +82,7 @@ class BlockStorage(Storage):
         ends = [place.stop for place in places.whole]
         self._ends = torch.tensor([*ends[:-1], places.total], device=device)  # the last one's has the padding
         self._squares: Tensor | None = None
-        if own_norms and self._ends.device.type != "cpu":
+        if own_norms and fuses(self._payload):
             partials = len(ends), count_of_partials(*shape)
             self._squares = torch.zeros(partials, dtype=torch.float64, device=device)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.block_cast import squares_of_blocks
+from fp8train.kernels.fused_op import fuses
 from fp8train.numerics.block_scales import dequantize_blocks, from_blocks
 from fp8train.numerics.cast import uncast
 from fp8train.parallel.gradients.receivers import Places
@@ -158,7 +159,7 @@ class HeldBlocks:
     def norms(self, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of each member's part, FP64 [members]. Padding is zero and does not count. On a GPU
         the codes are read once, or not at all where their cast has added their squares up."""
-        if self.payload.device.type == "cpu":
+        if not fuses(self.payload):
             return torch.stack([self._norm(i, dtype) for i in range(len(self.places.members))]).double()
         squares = self.squares
         if squares is None:
