@@ -84,6 +84,28 @@ def is_finite(x):
 
 
 @triton.jit
+def widen(x, HARDWARE: tl.constexpr):
+    """FP32 values of floats of up to 32 bits. Triton's interpreter loses the subnormal numbers of BF16."""
+    if HARDWARE:
+        return x.to(tl.float32)
+    elif x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, HARDWARE: tl.constexpr):
+    """FP32 values rounded to BF16, to nearest even. Triton's interpreter truncates."""
+    if HARDWARE:
+        return x.to(tl.bfloat16)
+    bits = x.to(tl.uint32, bitcast=True)
+    nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+    kept = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, nearest) >> 16
+    return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def largest(a, b):
     """The larger of two FP32 values; NaN if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

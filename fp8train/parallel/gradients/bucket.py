@@ -131,9 +131,10 @@ class Bucket:
         assert isinstance(self._held, HeldValues), "only gradients in high precision are values in memory"
         return self._held.values(member)
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of this rank's rows, scalar in ``dtype``; NaN if the gradient is not finite."""
-        return self.held.norm(member, dtype)
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of this rank's rows of each member, FP64 [members]; NaN if the gradient is not
+        finite. ``dtype``: of the arithmetic, or narrower than it."""
+        return self.held.norms(dtype)
 
     def release(self) -> None:
         """The optimizer has read the gradients: free what is not kept between steps."""

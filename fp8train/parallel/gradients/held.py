@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fp8train.kernels.block_cast import squares_of_blocks
+from fp8train.kernels.fused_op import fuses
 from fp8train.numerics.block_scales import dequantize_blocks, from_blocks
 from fp8train.numerics.cast import uncast
 from fp8train.parallel.gradients.receivers import Places
@@ -72,8 +74,9 @@ class Held(Protocol):
         be written to."""
         ...
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's part, scalar in ``dtype``; NaN if the gradient is not finite."""
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's part, FP64 [members]; NaN if the gradient is not finite.
+        ``dtype``: of the arithmetic, or narrower than it."""
         ...
 
 
@@ -96,8 +99,11 @@ class HeldValues:
         """Return the memory of a member's gradient, flat: writing changes it."""
         return self.parts[member].view(-1)
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's part, accumulated in ``dtype``; a scalar."""
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's part, accumulated in ``dtype``: FP64 [members]."""
+        return torch.stack([self._norm(member, dtype) for member in range(len(self.parts))]).double()
+
+    def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
         flat = self.values(member)
         return norm_in_pieces(flat.numel(), lambda start, stop: flat[start:stop], dtype, flat.device)
 
@@ -110,11 +116,15 @@ class HeldBlocks:
         payload: FP8 [blocks, block].
         scales: E8M0 bytes uint8 [blocks].
         places: in blocks.
+        ends: int64 [members], end of each member in ``payload``; padding is the last one's.
+        squares: FP64 [members, n], which add up to the sum of squares of each member; None: not known yet.
     """
 
     payload: Tensor
     scales: Tensor
     places: Places
+    ends: Tensor
+    squares: Tensor | None = None
 
     def stored(self, member: int) -> tuple[Tensor, Tensor]:
         """The codes and scales of a member's rows on this rank: (payload [blocks, block], scales
@@ -137,8 +147,17 @@ class HeldBlocks:
         values = from_blocks(dequantize_blocks(payload[rows], scales[rows]), (last - first, length))
         return values.reshape(-1)[start - first * length : stop - first * length]
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's part, scalar in ``dtype``. Padding is zero and does not count."""
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's part, FP64 [members]. Padding is zero and does not count. On a GPU
+        the codes are read once, or not at all where their cast has added their squares up."""
+        if not fuses(self.payload):
+            return torch.stack([self._norm(i, dtype) for i in range(len(self.places.members))]).double()
+        squares = self.squares
+        if squares is None:
+            squares = squares_of_blocks(self.payload, self.scales, self.ends)
+        return squares.sum(dim=1).sqrt()
+
+    def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
         payload, scales = self.stored(member)
         block = payload.shape[1]
 
@@ -165,8 +184,11 @@ class HeldTensors:
         """Decode elements ``start .. stop`` with the member's scale: FP32, flat."""
         return uncast(self.payloads[member][start:stop], self.scale_inv[member])
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's decoded part, scalar in ``dtype``; NaN if its scale is."""
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's decoded part, FP64 [members]; NaN if its scale is."""
+        return torch.stack([self._norm(member, dtype) for member in range(len(self.payloads))]).double()
+
+    def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
         payload, scale_inv = self.payloads[member], self.scale_inv[member]
 
         def decoded(start: int, stop: int) -> Tensor:
