@@ -78,6 +78,22 @@ def decode_e8m0(byte):
 
 
 @triton.jit
+def encode_bf16(x, HARDWARE: tl.constexpr):
+    """Bits (uint16) of FP32 values rounded to BF16, to nearest even; Triton's interpreter cuts instead."""
+    if HARDWARE:
+        return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    word = x.to(tl.uint32, bitcast=True)
+    rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+    return tl.where((word & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
+
+
+@triton.jit
+def decode_bf16(bits):
+    """FP32 values of BF16 numbers by their bits (uint16 or int16)."""
+    return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def is_finite(x):
     """Whether FP32 values are neither infinite nor NaN."""
     return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000

@@ -146,6 +146,9 @@ class HeldSums:
         unit = self.grids.unit(self.parameters[member])
         return (self._integers(member)[start:stop].double() * unit).float()
 
+    def stored(self, member: int, start: int, stop: int) -> None:
+        """Nothing: integers are decoded here alone."""
+
     def values(self, member: int) -> Tensor:
         """Return all elements of a member that are on this rank: FP32, flat."""
         return self.chunk(member, 0, len(self._integers(member)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,23 @@ def norm_in_pieces(
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
+class StoredGradient(NamedTuple):
+    """A gradient as it lies in memory, for a kernel that decodes it itself.
+
+    Attributes:
+        values: contiguous: FP32 or BF16, flat; or FP8 codes [blocks, block], rows padded to whole blocks.
+        scales: E8M0 bytes uint8 [blocks] of FP8 codes; None for values.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def of_values(cls, values: Tensor) -> StoredGradient | None:
+        """Flat values, if they are FP32 or BF16."""
+        return cls(values) if values.dtype in (torch.float32, torch.bfloat16) else None
+
+
 class GradientReader(Protocol):
     """A reduced gradient as the optimizer reads it, a piece at a time: FP8 is never widened as a whole."""
 
@@ -63,6 +80,11 @@ class GradientReader(Protocol):
         """
         ...
 
+    def stored(self, count: int) -> StoredGradient | None:
+        """The first ``count`` elements, whole rows, as they lie in memory; None where only :meth:`chunk`
+        decodes them."""
+        ...
+
 
 class Held(Protocol):
     """The reduced gradients of a bucket; of each member the rows that this rank receives."""
@@ -70,6 +92,11 @@ class Held(Protocol):
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
         """Elements ``start .. stop`` of a member's rows on this rank: flat, FP32 (FP64 in FP64 runs), not to
         be written to."""
+        ...
+
+    def stored(self, member: int, start: int, stop: int) -> StoredGradient | None:
+        """Elements ``start .. stop`` of a member's rows on this rank, whole rows, as they lie in memory; None
+        where only :meth:`chunk` decodes them."""
         ...
 
     def values(self, member: int) -> Tensor:
@@ -96,6 +123,10 @@ class HeldValues:
         values = self.values(member)[start:stop]
         return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
+    def stored(self, member: int, start: int, stop: int) -> StoredGradient | None:
+        """Elements ``start .. stop`` of FP32 and BF16 gradients."""
+        return StoredGradient.of_values(self.values(member)[start:stop])
+
     def values(self, member: int) -> Tensor:
         """Return the memory of a member's gradient, flat: writing changes it."""
         return self.parts[member].view(-1)
@@ -120,7 +151,7 @@ class HeldBlocks:
     scales: Tensor
     places: Places
 
-    def stored(self, member: int) -> tuple[Tensor, Tensor]:
+    def blocks(self, member: int) -> tuple[Tensor, Tensor]:
         """The codes and scales of a member's rows on this rank: (payload [blocks, block], scales
         [blocks])."""
         rows = self.places.held[member]
@@ -129,7 +160,7 @@ class HeldBlocks:
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
         """Decode the blocks that hold elements ``start .. stop`` to FP32; rows that end in a short block are
         cut out of it."""
-        payload, scales = self.stored(member)
+        payload, scales = self.blocks(member)
         block, length = payload.shape[1], self.places.members[member].shape[-1]
         if length % block == 0:
             first, last = start // block, -(-stop // block)
@@ -141,14 +172,23 @@ class HeldBlocks:
         values = from_blocks(dequantize_blocks(payload[rows], scales[rows]), (last - first, length))
         return values.reshape(-1)[start - first * length : stop - first * length]
 
+    def stored(self, member: int, start: int, stop: int) -> StoredGradient:
+        """Codes and scales of the rows with elements ``start .. stop``."""
+        payload, scales = self.blocks(member)
+        length = self.places.members[member].shape[-1]
+        assert start % length == 0 and stop % length == 0, f"{start}..{stop} of rows of {length}"
+        per_row = -(-length // payload.shape[1])
+        rows = slice(start // length * per_row, stop // length * per_row)
+        return StoredGradient(payload[rows], scales[rows])
+
     def values(self, member: int) -> Tensor:
         """Decode all of a member's elements that are on this rank: FP32, flat."""
         shape = self.places.held_shape(member)
-        return from_blocks(dequantize_blocks(*self.stored(member)), shape).reshape(-1)
+        return from_blocks(dequantize_blocks(*self.blocks(member)), shape).reshape(-1)
 
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of a member's part, scalar in ``dtype``. Padding is zero and does not count."""
-        payload, scales = self.stored(member)
+        payload, scales = self.blocks(member)
         block = payload.shape[1]
 
         def decoded(start: int, stop: int) -> Tensor:
@@ -173,6 +213,9 @@ class HeldTensors:
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
         """Decode elements ``start .. stop`` with the member's scale: FP32, flat."""
         return uncast(self.payloads[member][start:stop], self.scale_inv[member])
+
+    def stored(self, member: int, start: int, stop: int) -> None:
+        """Nothing: their scales are not those of blocks."""
 
     def values(self, member: int) -> Tensor:
         """Decode all of a member's elements that are on this rank: FP32, flat."""
