@@ -6,16 +6,25 @@ A case is made of tensors without values on the meta device, so it costs nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp8train.kernels.operands import CastRule
+from fp8train.kernels.optimizer_update import optimizer_update
+from fp8train.models.param_spec import ParamSpec
+from fp8train.optim.optimizer import Optimizer
+from fp8train.parallel.gradients.held import StoredGradient
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.state_formats import StateFormat, StateFormats
+from fp8train.update_rules.adamw import AdamW, AdamWSettings
+from fp8train.update_rules.lion import Lion
+from fp8train.update_rules.rule import Rule, RuleSettings
 
 TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 14336, 32, 8, 128
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
@@ -23,11 +32,13 @@ X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
 
 @dataclass(frozen=True)
 class Case:
-    """One call: an operation's name, what distinguishes the case, and its arguments."""
+    """One call: an operation's name, what distinguishes the case, and its arguments. ``remade`` makes those
+    on a device, from (device, scale), where more than their memory counts."""
 
     operation: str
     variant: str
     arguments: tuple[Any, ...]
+    remade: Callable[[torch.device, int], tuple[Any, ...]] | None = None
 
     def __str__(self) -> str:
         return f"{self.operation}[{self.variant}]"
@@ -35,6 +46,8 @@ class Case:
     def filled(self, device: torch.device, *, scale: int = 1) -> tuple[Any, ...]:
         """The arguments in memory: floats of a normal distribution, bytes and integers of few bits; leading
         dimensions divided by ``scale``."""
+        if self.remade is not None:
+            return self.remade(device, scale)
         generator = torch.Generator(device).manual_seed(0)
 
         def fill(x: Any) -> Any:
@@ -63,7 +76,71 @@ def _operands() -> Iterator[Case]:
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands,)
+def _updates() -> Iterator[Case]:
+    """The optimizer step of a layer's matrices, and of what FP8 leaves alone."""
+    sr = StateFormat("fp16_scaled", rounding="stochastic")
+    o2 = StateFormats(sr, StateFormat("e4m3"), StateFormat("fp16_scaled"))
+    small = StateFormats(sr, o2.exp_avg, StateFormat("e4m3", sqrt=True, rounding="stochastic"))
+    adamw = AdamW(AdamWSettings(lr=3e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8))
+    lion = Lion(RuleSettings(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.3))
+    matrices = ((HIDDEN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN))
+    for variant, rule, plan, shapes in (
+        ("O2", adamw, o2, matrices),
+        ("O1", adamw, StateFormats(sr), matrices),
+        ("O2, sqrt of v in E4M3", adamw, small, matrices),
+        ("O2, BF16 remainder", adamw, replace(o2, master=StateFormat("bf16_remainder")), matrices),
+        ("O2, lion", lion, replace(o2, exp_avg_sq=None), matrices),
+        ("O2, short blocks", adamw, o2, ((FFN, 257),)),
+        ("FP32", adamw, StateFormats(), ((HIDDEN,), (FFN, HIDDEN))),
+    ):
+        remade = partial(_update, rule, plan, shapes)
+        yield Case("optimizer_update", variant, remade(torch.device("meta"), 1), remade)
+
+
+def _update(
+    rule: Rule, plan: StateFormats, shapes: Sequence[tuple[int, ...]], device: torch.device, scale: int
+) -> tuple[Any, ...]:
+    """Arguments of one launch: BF16 weights, gradients in E4M3 blocks under a plan, else in FP32; all
+    zero."""
+    seen: list[tuple[Any, ...]] = []
+
+    def keep(*arguments: Any) -> tuple[Tensor, Tensor]:
+        seen.append(arguments)
+        return optimizer_update.fake(*arguments)
+
+    specs, weights, gradients = {}, {}, {}
+    for number, (rows, *columns) in enumerate(shapes):
+        fqn, shape = f"w{number}", (max(1, rows // scale), *columns)
+        planned = plan != StateFormats()
+        specs[fqn] = ParamSpec(fqn, "hidden", shape, 1, 1, "normal", 0.02, 1.0, "lr_times_lambda", planned)
+        weights[fqn] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        gradients[fqn] = _Gradient(StoredGradient(torch.zeros(weights[fqn].numel(), device=device)))
+        if planned:
+            blocks = shape[0] * -(-shape[-1] // 128)
+            codes = torch.zeros((blocks, 128), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+            scales = torch.full((blocks,), 127, dtype=torch.uint8, device=device)
+            gradients[fqn] = _Gradient(StoredGradient(codes, scales))
+    optimizer = Optimizer(rule, weights, specs, plan, seed=1, update=keep)
+    one = torch.ones((), device=device)
+    optimizer.step(gradients.__getitem__, step=1, lr_factor=1.0, grad_multiplier=one)
+    assert len(seen) == 1, optimizer.describe_pass()
+    return seen[0]
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """A gradient that only a kernel reads."""
+
+    memory: StoredGradient
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        raise AssertionError("not in chunks")
+
+    def stored(self, count: int) -> StoredGradient:
+        return self.memory
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _updates)
 
 
 def cases() -> list[Case]:

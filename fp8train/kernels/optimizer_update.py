@@ -41,7 +41,7 @@ from fp8train.precision.number_formats import E4M3, E5M2, FP16, Format
 
 PARTIALS = 1024
 """Most programs of a parameter."""
-TILE = 2048
+TILE = 1024
 """Elements that a program holds at once."""
 RULES = ("adamw", "lion")
 """The update rules that the kernel knows; a signature has their position."""
@@ -82,13 +82,12 @@ PLACES = (
     "blocks",
     "row",
     "offset",
-    "local_row",
     "logical_row",
     "numel",
 )
 """Columns of the static table: addresses; programs of the kernel; blocks, elements of a row that they cut;
-place in the logical tensor (logical index of the first element; elements of its rows, here and logically);
-elements. ``*_scale`` of a remainder is its lower half."""
+logical index of the first element, elements of a logical row (``row`` where rows are whole); elements.
+``*_scale`` of a remainder is its lower half."""
 
 _FIRST_FLOAT = NUMBERS.index("keep")
 
@@ -208,7 +207,6 @@ class _Place(NamedTuple):
     block: int
     row: int
     offset: int
-    local_row: int
     logical_row: int
     numel: int
 
@@ -222,7 +220,7 @@ class _Place(NamedTuple):
 
     def bits(self, key: int, device: torch.device) -> Tensor:
         """Random bits of all elements: int32, flat."""
-        rows = {"row": self.local_row, "logical_row": self.logical_row, "offset": self.offset}
+        rows = {"row": self.row, "logical_row": self.logical_row, "offset": self.offset}
         return random_bits_in_rows(key, 0, self.numel, **rows, device=device)
 
 

@@ -119,11 +119,11 @@ class _Group:
         blocks = place.numel // member.row * -(-member.row // block)
         stored = [member.stored.get(role) for role in ROLES]
         tensors = [t for one in stored for t in ((None, None) if one is None else (one.payload, one.scale))]
-        logical_row = place.row if place.logical_row is None else place.logical_row
+        logical_row = place.logical_row if self.signature.cut else member.row
         return [
             *(_address(tensor) for tensor in (*tensors, member.state.weight)),
             *(first_program, count_of_programs(blocks, block), blocks),
-            *(member.row, place.offset, place.row, logical_row, place.numel),
+            *(member.row, place.offset, logical_row, place.numel),
         ]
 
     def numbers(self, gradients: Sequence[StoredGradient], steps: Sequence[StepOf]) -> Tensor:
@@ -233,6 +233,10 @@ class FusedPass:
             block, row = state.storages[scaled[0]].place.block, place.row
         elif gradient.scales is not None:
             block, row = gradient.values.shape[1], place.row
+        cut = any(fmt.rounding == "stochastic" for fmt in state.formats.values())
+        cut = cut and place.logical_row not in (None, place.row)
+        if cut:
+            row = place.row
         random = {role: int(state.formats[role].rounding == "stochastic") for role in stored}
         tensors = [state.weight, gradient.values, *(one.payload for one in stored.values())]
         tensors += [one.scale for one in stored.values() if one.mantissa == REMAINDER]
@@ -250,7 +254,7 @@ class FusedPass:
             weight=_weight_format(state, stored["master"]),
             block=block,
             ragged=int(row % block != 0),
-            cut=int(any(random.values()) and place.logical_row not in (None, place.row)),
+            cut=int(cut),
             aligned=int(all(_address(tensor) % 16 == 0 for tensor in tensors)),
             counted=int(count),
         )

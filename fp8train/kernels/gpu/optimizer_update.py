@@ -62,30 +62,44 @@ def _number(numbers, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _load(payload, scale, start, at, inside, block, exists, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+def _load(
+    payload,
+    scale,
+    start,
+    at,
+    inside,
+    block,
+    exists,
+    FORMAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
     """FP32 values [blocks, lanes] of a state or gradient.
 
     Args: ``payload``, ``scale``: addresses; ``start + at``: elements; ``inside``: which exist; ``block``,
     ``exists``: likewise of blocks [blocks].
     """
     if FORMAT == _WIDE:
-        return tl.load(_pointer(payload, tl.float32, ALIGNED) + start + at, mask=inside, other=0.0)
-    if FORMAT == _BF16:
-        return decode_bf16(tl.load(_pointer(payload, tl.uint16, ALIGNED) + start + at, mask=inside, other=0))
-    if FORMAT == _REMAINDER:
+        values = tl.load(_pointer(payload, tl.float32, ALIGNED) + start + at, mask=inside, other=0.0)
+    elif FORMAT == _BF16:
+        values = decode_bf16(
+            tl.load(_pointer(payload, tl.uint16, ALIGNED) + start + at, mask=inside, other=0)
+        )
+    elif FORMAT == _REMAINDER:
         high = tl.load(_pointer(payload, tl.uint16, ALIGNED) + start + at, mask=inside, other=0)
         low = tl.load(_pointer(scale, tl.int16, ALIGNED) + start + at, mask=inside, other=0)
         word = (high.to(tl.uint32) << 16) + low.to(tl.int32).to(tl.uint32, bitcast=True)
-        return word.to(tl.float32, bitcast=True)
-    if FORMAT == _FP16:
-        codes = tl.load(_pointer(payload, tl.float16, ALIGNED) + start + at, mask=inside, other=0.0)
-        values = codes.to(tl.float32)
+        values = word.to(tl.float32, bitcast=True)
     else:
-        values = decode_fp8(
-            tl.load(_pointer(payload, tl.uint8, ALIGNED) + start + at, mask=inside, other=0), FORMAT
-        )
-    factor = decode_e8m0(tl.load(_pointer(scale, tl.uint8, ALIGNED) + block, mask=exists, other=127))
-    return values * factor[:, None]
+        if FORMAT == _FP16:
+            codes = tl.load(_pointer(payload, tl.float16, ALIGNED) + start + at, mask=inside, other=0.0)
+            values = codes.to(tl.float32)
+        else:
+            codes = tl.load(_pointer(payload, tl.uint8, ALIGNED) + start + at, mask=inside, other=0)
+            values = decode_fp8(codes, FORMAT, HARDWARE)
+        factor = decode_e8m0(tl.load(_pointer(scale, tl.uint8, False) + block, mask=exists, other=127))
+        values = values * factor[:, None]
+    return values
 
 
 @triton.jit
@@ -110,53 +124,54 @@ def _store(
     """
     if FORMAT == _WIDE:
         tl.store(_pointer(payload, tl.float32, ALIGNED) + start + at, values, mask=inside)
-        return values
-    if FORMAT == _BF16:
+        stored = values
+    elif FORMAT == _BF16:
         if RANDOM:
             values = round_stochastic(values, bits, 7, -126)
         code = encode_bf16(values, HARDWARE)
         tl.store(_pointer(payload, tl.uint16, ALIGNED) + start + at, code, mask=inside)
-        return decode_bf16(code)
-    if FORMAT == _REMAINDER:
-        # Signed: the carry of 0x7FFF.... into the sign wraps, and the shift keeps it, as in the reference.
+        stored = decode_bf16(code)
+    elif FORMAT == _REMAINDER:
         word = values.to(tl.int32, bitcast=True)
-        high = (word + 0x8000) >> 16
+        high = (word + 0x8000) >> 16  # keeps the sign, as in the reference
         tl.store(_pointer(payload, tl.int16, ALIGNED) + start + at, high.to(tl.int16), mask=inside)
         low = (word - (high << 16)).to(tl.int16)
         tl.store(_pointer(scale, tl.int16, ALIGNED) + start + at, low, mask=inside)
-        return values
-    MAX_EXPONENT: tl.constexpr = 8 if FORMAT == 3 else 15
-    MIN_EXPONENT: tl.constexpr = -6 if FORMAT == 3 else -14
-    LARGEST: tl.constexpr = 448.0 if FORMAT == 3 else (57344.0 if FORMAT == 2 else 65504.0)
-    amax = largest_magnitude(values, 1)
-    finite = is_finite(amax)
-    if RANDOM:
-        k = exponent_from_amax(amax, MAX_EXPONENT)
+        stored = values
     else:
-        k = exponent_from_amax(tl.where(finite, amax, 0.0), MAX_EXPONENT)
-    byte = encode_e8m0(-k, finite)
-    tl.store(_pointer(scale, tl.uint8, ALIGNED) + block, byte, mask=exists)
-    scaled = values * pow2(k)[:, None]
-    scaled = tl.clamp(scaled, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    if RANDOM:
-        scaled = round_stochastic(scaled, bits, FORMAT, MIN_EXPONENT)
-        scaled = tl.clamp(scaled, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    factor = decode_e8m0(byte)[:, None]
-    if FORMAT == _FP16:
-        code = scaled.to(tl.float16)
-        tl.store(_pointer(payload, tl.float16, ALIGNED) + start + at, code, mask=inside)
-        return code.to(tl.float32) * factor
-    else:
-        code = encode_fp8(scaled, FORMAT, HARDWARE)
-        tl.store(_pointer(payload, tl.uint8, ALIGNED) + start + at, code, mask=inside)
-        return decode_fp8(code, FORMAT) * factor
+        MAX_EXPONENT: tl.constexpr = 8 if FORMAT == 3 else 15
+        MIN_EXPONENT: tl.constexpr = -6 if FORMAT == 3 else -14
+        amax = largest_magnitude(values, 1)
+        finite = is_finite(amax)
+        if RANDOM:
+            k = exponent_from_amax(amax, MAX_EXPONENT)
+        else:
+            k = exponent_from_amax(tl.where(finite, amax, 0.0), MAX_EXPONENT)
+        byte = encode_e8m0(-k, finite)
+        tl.store(_pointer(scale, tl.uint8, False) + block, byte, mask=exists)
+        # Within the format, as the scale was made for it; but for infinity, which becomes the largest number.
+        scaled = values * pow2(k)[:, None]
+        if FORMAT == _FP16:  # encoding FP8 does that itself
+            scaled = tl.clamp(scaled, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        if RANDOM:
+            scaled = round_stochastic(scaled, bits, FORMAT, MIN_EXPONENT)
+        if FORMAT == _FP16:
+            code = scaled.to(tl.float16)
+            tl.store(_pointer(payload, tl.float16, ALIGNED) + start + at, code, mask=inside)
+            stored = code.to(tl.float32)
+        else:
+            code = encode_fp8(scaled, FORMAT, HARDWARE)
+            tl.store(_pointer(payload, tl.uint8, ALIGNED) + start + at, code, mask=inside)
+            stored = decode_fp8(code, FORMAT, HARDWARE)
+        stored = stored * decode_e8m0(byte)[:, None]
+    return stored
 
 
 @triton.jit
 def _lerp(start, end, weight):
     """From ``start`` to ``end``, from the nearer of them."""
-    way = end - start
-    return tl.where(weight < 0.5, start + way * weight, end - way * (1.0 - weight))
+    near = weight < 0.5
+    return tl.where(near, start, end) + (end - start) * tl.where(near, weight, weight - 1.0)
 
 
 @triton.jit
@@ -206,7 +221,7 @@ def _update_kernel(
     number = program - tl.load(places + _FIRST_PROGRAM)
     programs, blocks = tl.load(places + _FIRST_PROGRAM + 1), tl.load(places + _FIRST_PROGRAM + 2)
     row, offset = tl.load(places + _FIRST_PROGRAM + 3), tl.load(places + _FIRST_PROGRAM + 4)
-    local_row, logical_row = tl.load(places + _FIRST_PROGRAM + 5), tl.load(places + _FIRST_PROGRAM + 6)
+    logical_row = tl.load(places + _FIRST_PROGRAM + 5)
     gradient, gradient_scale = tl.load(numbers), tl.load(numbers + 1)
     master_key, first_key, second_key = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
     keep, step_size = _number(numbers, _KEEP), _number(numbers, _KEEP + 1)
@@ -225,36 +240,50 @@ def _update_kernel(
         own = tl.arange(0, BLOCKS)
         block = tile * BLOCKS + own
         exists = block < blocks
-        whole = exists[:, None] if LANES == BLOCK else exists[:, None] & (lane < BLOCK)[None, :]
-        if RAGGED:
+        if RAGGED or CUT:
             per_row = (row + BLOCK - 1) // BLOCK
-            column = (block % per_row)[:, None] * BLOCK + lane[None, :]
-            inside = whole & (column < row)
-            start = tile * 0
-            at = (block // per_row)[:, None] * row + column
+            line, column = block // per_row, block % per_row * BLOCK
+        # Elements are a number plus a pattern of 32 bits.
+        if RAGGED:
+            begin = tile * BLOCKS
+            start = begin // per_row * row + begin % per_row * BLOCK
+            at = (line * row + column - start).to(tl.int32)[:, None] + lane[None, :]
+            length = tl.minimum(row - column, BLOCK).to(tl.int32)
+            inside = exists[:, None] & (lane[None, :] < length[:, None])
         else:
-            inside = whole
             start = tile * (BLOCKS * BLOCK)
             at = own[:, None] * BLOCK + lane[None, :]
+            inside = exists[:, None] if LANES == BLOCK else exists[:, None] & (lane < BLOCK)[None, :]
         # Rows of FP8 gradients are padded to whole blocks.
         if GRADIENT == _WIDE or GRADIENT == _BF16:  # noqa: SIM109
-            g = _load(gradient, gradient_scale, start, at, inside, block, exists, GRADIENT, ALIGNED)
+            g = _load(gradient, gradient_scale, start, at, inside, block, exists, GRADIENT, ALIGNED, HARDWARE)
         else:
             padded = own[:, None] * BLOCK + lane[None, :]
             first_code = tile * (BLOCKS * BLOCK)
-            g = _load(gradient, gradient_scale, first_code, padded, inside, block, exists, GRADIENT, ALIGNED)
+            g = _load(
+                gradient,
+                gradient_scale,
+                first_code,
+                padded,
+                inside,
+                block,
+                exists,
+                GRADIENT,
+                ALIGNED,
+                HARDWARE,
+            )
         g = g * clip
-        m = _load(first, first_scale, start, at, inside, block, exists, FIRST, ALIGNED)
-        w = _load(master, master_scale, start, at, inside, block, exists, MASTER, ALIGNED)
+        m = _load(first, first_scale, start, at, inside, block, exists, FIRST, ALIGNED, HARDWARE)
+        w = _load(master, master_scale, start, at, inside, block, exists, MASTER, ALIGNED, HARDWARE)
         if MASTER_RANDOM or FIRST_RANDOM or SECOND_RANDOM:
             if CUT:
-                index = start + at
-                index = (index // local_row * logical_row + index % local_row + offset).to(tl.uint32)
+                logical = (line * logical_row + column + offset).to(tl.uint32)
+                index = logical[:, None] + lane.to(tl.uint32)[None, :]
             else:
                 index = (start + offset).to(tl.uint32) + at.to(tl.uint32)
         # The rule, one rounded operation at a time.
         if RULE == _ADAMW:
-            v = _load(second, second_scale, start, at, inside, block, exists, SECOND, ALIGNED)
+            v = _load(second, second_scale, start, at, inside, block, exists, SECOND, ALIGNED, HARDWARE)
             if SECOND_ROOT:
                 v = v * v
             m = _lerp(m, g, toward_first)
