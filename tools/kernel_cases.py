@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.kernels import norms  # noqa: F401  (declares)
 from fp8train.kernels.operands import CastRule
 from fp8train.kernels.optimizer_update import optimizer_update
 from fp8train.models.param_spec import ParamSpec
@@ -72,6 +73,7 @@ def _operands() -> Iterator[Case]:
     yield Case("amax_partials", "bf16", (x,))
     yield Case("cast_operand", "x", (x, partials, None, *X, True, True))
     yield Case("cast_operand", "grad_output", (x, partials, None, *GRADIENT, True, True))
+    yield Case("turn_codes", "weight", (_empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn),))
     delayed = _empty(dtype=torch.float32)
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
 
@@ -140,7 +142,29 @@ class _Gradient:
         return self.memory
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _updates)
+def _norms() -> Iterator[Case]:
+    x, weight = _empty(TOKENS, HIDDEN), _empty(HIDDEN)
+    rstd, partials = (_empty(size, dtype=torch.float32) for size in (TOKENS, 1024))
+    for kind, mean, bias in (("rms", None, None), ("layer", rstd, weight)):
+        rest = (weight, bias, 1e-5, kind)
+        yield Case("residual_norm", f"{kind}, amax", (x, x, *rest, False, True))
+        yield Case("residual_norm", f"{kind}, y", (x, x, *rest, True, False))
+        yield Case("norm_cast", kind, (x, mean, rstd, weight, bias, partials, None, *X, True, True))
+        yield Case("norm_backward", kind, (x, x, x, mean, rstd, weight, bias is not None))
+    yield Case("norm_forward", "rms", (x, None, rstd, weight, None))
+    yield Case("norm_amax", "rms", (x, None, rstd, weight, None))
+    heads, gain = _empty(TOKENS * HEADS, HEAD_DIM), _empty(HEAD_DIM)
+    inverse = _empty(TOKENS * HEADS, dtype=torch.float32)
+    yield Case("residual_norm", "heads", (heads, None, gain, None, 1e-5, "rms", True, False))
+    yield Case("norm_backward", "heads", (heads, None, heads, None, inverse, gain, False))
+    for width in (8192, 16384):
+        wide, gain = _empty(TOKENS, width), _empty(width)
+        yield Case("residual_norm", str(width), (wide, wide, gain, None, 1e-5, "rms", False, True))
+        yield Case("norm_backward", str(width), (wide, wide, wide, None, rstd, gain, False))
+        yield Case("norm_backward", f"layer {width}", (wide, wide, wide, rstd, rstd, gain, True))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _updates)
 
 
 def cases() -> list[Case]:

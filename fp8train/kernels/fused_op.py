@@ -48,6 +48,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether work on ``x`` is to be done by fused operations: anywhere but on a CPU, whose caches like
+    chains of small operations better."""
+    return x.device.type != "cpu"
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of these tensors together; None is nothing."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

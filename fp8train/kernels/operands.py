@@ -147,6 +147,24 @@ def empty_operand(
     )
 
 
+def _turn_codes(codes: Tensor) -> Tensor:
+    return codes.t().contiguous()
+
+
+_turn_op = FusedOp(
+    _turn_codes,
+    launcher="fp8train.kernels.gpu.operands:turn_codes",
+    fake=lambda codes: codes.new_empty(codes.shape[1], codes.shape[0]),
+    cost=lambda args, out: Cost(1, nbytes(args[0]), nbytes(out)),
+)
+
+
+def turn_codes(codes: Tensor) -> Tensor:
+    """The transpose of contiguous FP8 codes [M, K], contiguous: [K, M]."""
+    result: Tensor = _turn_op(codes)
+    return result
+
+
 def _cast_operand(
     x: Tensor,
     partials: Tensor,
