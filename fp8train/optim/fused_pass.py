@@ -119,7 +119,7 @@ class _Group:
         blocks = place.numel // member.row * -(-member.row // block)
         stored = [member.stored.get(role) for role in ROLES]
         tensors = [t for one in stored for t in ((None, None) if one is None else (one.payload, one.scale))]
-        logical_row = place.logical_row if self.signature.cut else member.row
+        logical_row = place.logical_row if self.signature.cut and place.logical_row else member.row
         return [
             *(_address(tensor) for tensor in (*tensors, member.state.weight)),
             *(first_program, count_of_programs(blocks, block), blocks),

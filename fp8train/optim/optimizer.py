@@ -119,12 +119,14 @@ class Optimizer:
         self._fused = None if update is None else FusedPass(self.states, update)
 
     def describe_pass(self) -> str:
-        """How parameters are updated, in one line: which in one launch of many, which in chunks, and why."""
+        """Say in one line how parameters are updated: which in one launch of many, which in chunks, and
+        why."""
         return "optimizer step: in chunks" if self._fused is None else self._fused.describe()
 
     def weight_amax(self) -> Mapping[str, Tensor]:
-        """Of each parameter that the last step updated in one launch of many: FP32 numbers on the device
-        whose largest is the amax of its new weight. What casts the weight need not look for it again."""
+        """Return, of each parameter that the last step updated in one launch of many, FP32 numbers on the
+        device whose largest is the amax of its new weight. What casts the weight need not look for it
+        again."""
         return {} if self._fused is None else self._fused.partials
 
     def publish(self) -> None:

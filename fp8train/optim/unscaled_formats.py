@@ -37,7 +37,7 @@ class WideStorage(Storage):
             target.copy_(values)
 
     def stored(self) -> Stored | None:
-        """FP32 memory; None in FP64."""
+        """Return FP32 memory; None in FP64."""
         return Stored(WIDE, self.tensor) if self.tensor.dtype == torch.float32 else None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class BFloat16Storage(Storage):
         self._flat[start:stop].copy_(values)
 
     def stored(self) -> Stored:
-        """BF16 memory."""
+        """Return the BF16 memory."""
         return Stored(BFLOAT16, self.tensor)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class RemainderStorage(Storage):
         self._flat_low[start:stop].copy_(low)
 
     def stored(self) -> Stored:
-        """Both halves."""
+        """Return both halves."""
         return Stored(REMAINDER, self.high, self.low)
 
     def tensors(self) -> dict[str, Tensor]:
