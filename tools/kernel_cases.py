@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels import norms  # noqa: F401  (declares)
+from fp8train.kernels import norms, stored_weight  # noqa: F401  (declare)
 from fp8train.kernels.operands import CastRule
-from fp8train.kernels.optimizer_update import optimizer_update
+from fp8train.kernels.optimizer_update import WIDE, optimizer_update
 from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.held import StoredGradient
-from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.precision.number_formats import E4M3, E5M2, FP16
 from fp8train.precision.operand_cast import QuantSpec
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
@@ -99,6 +99,17 @@ def _updates() -> Iterator[Case]:
         yield Case("optimizer_update", variant, remade(torch.device("meta"), 1), remade)
 
 
+def _stored_weights() -> Iterator[Case]:
+    number, codes = _empty(dtype=torch.float32), _empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn)
+    blocks = _empty(FFN, HIDDEN // 128, dtype=torch.uint8)
+    for name, payload, scale, bits in (
+        ("FP16 blocks", _empty(FFN, HIDDEN, dtype=torch.float16), blocks, FP16.mantissa_bits),
+        ("FP32", _empty(FFN, HIDDEN, dtype=torch.float32), None, WIDE),
+    ):
+        master = (payload, scale, bits, 128, number)
+        yield Case("cast_stored", name, (codes, number, number, number, *master, None, 0, *X))
+
+
 def _update(
     rule: Rule, plan: StateFormats, shapes: Sequence[tuple[int, ...]], device: torch.device, scale: int
 ) -> tuple[Any, ...]:
@@ -164,7 +175,7 @@ def _norms() -> Iterator[Case]:
         yield Case("norm_backward", f"layer {width}", (wide, wide, wide, rstd, rstd, gain, True))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _updates)
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _updates, _stored_weights)
 
 
 def cases() -> list[Case]:

@@ -241,6 +241,12 @@ def _decode(state: _State, place: _Place) -> Tensor:
     return values.square() if state.root else values
 
 
+def decode_stored(payload: Tensor, scale: Tensor | None, mantissa: int, block: int) -> Tensor:
+    """Values of a stored matrix [rows, K]: FP32, flat. ``scale``, ``mantissa``, ``block``: of its format."""
+    place = _Place(block, payload.shape[-1], 0, payload.shape[-1], payload.numel())
+    return _decode(_State(payload, scale, mantissa), place)
+
+
 def _encode(state: _State, place: _Place, values: Tensor) -> Tensor:
     """Store new values, FP32 and flat; returns what the state is now."""
     if state.root:

@@ -12,11 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8train.kernels.fused_op import OPERATIONS, Cost
 from fp8train.kernels.optimizer_update import optimizer_update
+from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.param_spec import Shard
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.held import GradientReader, HeldTensors, StoredGradient
+from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.number_formats import E4M3
+from fp8train.precision.operand_cast import QuantSpec
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW
 from tests.optim.fused_cases import Run, in_blocks, in_fp32
@@ -191,7 +194,7 @@ def test_new_weights_have_new_versions() -> None:
     assert run.weights["a"]._version > version
 
 
-VIEWS = ("aten::empty", "aten::slice", "aten::unbind")
+VIEWS = ("aten::empty", "aten::slice", "aten::unbind", "aten::view")
 
 
 class Counted(TorchDispatchMode):
@@ -242,3 +245,23 @@ def test_a_step_moves_each_byte_once_and_launches_once(plan: StateFormats, expec
     assert cost.launches == 1 and moved == pytest.approx(expected, rel=1e-3)
     launched = [name for name in counted.others if not name.startswith(VIEWS)]
     assert launched in ([], ["aten::_to_copy"] * 3), launched  # two tables once, one for the step
+
+
+def test_an_fp8_weight_is_written_in_one_more_launch() -> None:
+    """Counted on the meta device: with the codes of a weight that exists in FP8 only, instead of BF16."""
+    shape, meta = (1 << 13, 1 << 13), torch.device("meta")
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=meta)
+    quant = LinearQuant(output_w=QuantSpec(E4M3), grad_input_w=QuantSpec(E4M3))
+    target = ResidentFp8Weight(quant, torch.Size(shape), meta)
+    specs = {"w": matrix_spec("w", shape)}
+    optimizer = Optimizer(
+        AdamW(SETTINGS), {"w": weight}, specs, O2, seed=1, weight_targets={"w": target}, device=meta
+    )
+    gradient, one = in_blocks(torch.empty(shape, device=meta)), torch.empty((), device=meta)
+    with Counted() as counted:
+        optimizer.step(lambda _: gradient, step=1, lr_factor=1.0, grad_multiplier=one)
+    moved = sum(cost.moved for cost in counted.costs) / weight.numel()
+    assert [cost.launches for cost in counted.costs] == [1, 1]
+    assert moved == pytest.approx(1 + 3 * 2 + 2 * 1 + 2 * 2 + 1 + 8 / 128, rel=1e-3)
+    launched = [name for name in counted.others if not name.startswith(VIEWS)]
+    assert launched == ["aten::_to_copy"] * 3 + ["aten::amax"]

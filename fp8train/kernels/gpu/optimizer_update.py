@@ -62,7 +62,7 @@ def _number(numbers, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _load(
+def load_blocks(
     payload,
     scale,
     start,
@@ -120,7 +120,7 @@ def _store(
 ):
     """Encode values, which are 0 outside, and return what their codes stand for.
 
-    Args: as of :func:`_load`; ``bits``: uint32 patterns, read if ``RANDOM``.
+    Args: as of :func:`load_blocks`; ``bits``: uint32 patterns, read if ``RANDOM``.
     """
     if FORMAT == _WIDE:
         tl.store(_pointer(payload, tl.float32, ALIGNED) + start + at, values, mask=inside)
@@ -256,11 +256,13 @@ def _update_kernel(
             inside = exists[:, None] if LANES == BLOCK else exists[:, None] & (lane < BLOCK)[None, :]
         # Rows of FP8 gradients are padded to whole blocks.
         if GRADIENT == _WIDE or GRADIENT == _BF16:  # noqa: SIM109
-            g = _load(gradient, gradient_scale, start, at, inside, block, exists, GRADIENT, ALIGNED, HARDWARE)
+            g = load_blocks(
+                gradient, gradient_scale, start, at, inside, block, exists, GRADIENT, ALIGNED, HARDWARE
+            )
         else:
             padded = own[:, None] * BLOCK + lane[None, :]
             first_code = tile * (BLOCKS * BLOCK)
-            g = _load(
+            g = load_blocks(
                 gradient,
                 gradient_scale,
                 first_code,
@@ -273,8 +275,8 @@ def _update_kernel(
                 HARDWARE,
             )
         g = g * clip
-        m = _load(first, first_scale, start, at, inside, block, exists, FIRST, ALIGNED, HARDWARE)
-        w = _load(master, master_scale, start, at, inside, block, exists, MASTER, ALIGNED, HARDWARE)
+        m = load_blocks(first, first_scale, start, at, inside, block, exists, FIRST, ALIGNED, HARDWARE)
+        w = load_blocks(master, master_scale, start, at, inside, block, exists, MASTER, ALIGNED, HARDWARE)
         if MASTER_RANDOM or FIRST_RANDOM or SECOND_RANDOM:
             if CUT:
                 logical = (line * logical_row + column + offset).to(tl.uint32)
@@ -283,7 +285,7 @@ def _update_kernel(
                 index = (start + offset).to(tl.uint32) + at.to(tl.uint32)
         # The rule, one rounded operation at a time.
         if RULE == _ADAMW:
-            v = _load(second, second_scale, start, at, inside, block, exists, SECOND, ALIGNED, HARDWARE)
+            v = load_blocks(second, second_scale, start, at, inside, block, exists, SECOND, ALIGNED, HARDWARE)
             if SECOND_ROOT:
                 v = v * v
             m = _lerp(m, g, toward_first)
