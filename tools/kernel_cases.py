@@ -6,6 +6,8 @@ A case is made of tensors without values on the meta device, so it costs nothing
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels import norms, stored_weight  # noqa: F401  (declare)
+import fp8train.kernels
 from fp8train.kernels.operands import CastRule
 from fp8train.kernels.optimizer_update import WIDE, optimizer_update
 from fp8train.models.param_spec import ParamSpec
@@ -27,26 +29,32 @@ from fp8train.update_rules.adamw import AdamW, AdamWSettings
 from fp8train.update_rules.lion import Lion
 from fp8train.update_rules.rule import Rule, RuleSettings
 
-TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 14336, 32, 8, 128
+for _module in pkgutil.iter_modules(fp8train.kernels.__path__):  # operations are declared when imported
+    if not _module.ispkg:
+        importlib.import_module(f"fp8train.kernels.{_module.name}")
+
+TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 8192, 4096, 14336, 32, 8, 128, 128256
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: an operation's name, what distinguishes the case, and its arguments. ``remade`` makes those
-    on a device, from (device, scale), where more than their memory counts."""
+    """One call: an operation's name, what distinguishes the case, its arguments, and the largest number of
+    those that count or index (int32, int64). ``remade`` makes the arguments on a device, from (device,
+    scale), where more than their memory counts."""
 
     operation: str
     variant: str
     arguments: tuple[Any, ...]
+    largest: int = 0
     remade: Callable[[torch.device, int], tuple[Any, ...]] | None = None
 
     def __str__(self) -> str:
         return f"{self.operation}[{self.variant}]"
 
     def filled(self, device: torch.device, *, scale: int = 1) -> tuple[Any, ...]:
-        """The arguments in memory: floats of a normal distribution, bytes and integers of few bits; leading
-        dimensions divided by ``scale``."""
+        """The arguments in memory: floats of a normal distribution, bytes of few bits, integers that rise to
+        the largest; leading dimensions divided by ``scale``."""
         if self.remade is not None:
             return self.remade(device, scale)
         generator = torch.Generator(device).manual_seed(0)
@@ -57,6 +65,9 @@ class Case:
             shape = (max(1, x.shape[0] // scale), *x.shape[1:]) if x.dim() > 1 else x.shape
             if x.dtype.is_floating_point and x.element_size() > 1:
                 return torch.randn(shape, generator=generator, device=device).to(x.dtype)
+            if x.dtype in (torch.int32, torch.int64):
+                steps = torch.arange(1, x.numel() + 1, device=device)
+                return (steps * (self.largest // scale) // x.numel()).to(x.dtype).view(shape)
             return torch.randint(1, 120, shape, generator=generator, device=device, dtype=torch.uint8).view(
                 x.dtype
             )
@@ -96,7 +107,7 @@ def _updates() -> Iterator[Case]:
         ("FP32", adamw, StateFormats(), ((HIDDEN,), (FFN, HIDDEN))),
     ):
         remade = partial(_update, rule, plan, shapes)
-        yield Case("optimizer_update", variant, remade(torch.device("meta"), 1), remade)
+        yield Case("optimizer_update", variant, remade(torch.device("meta"), 1), remade=remade)
 
 
 def _stored_weights() -> Iterator[Case]:
@@ -175,7 +186,109 @@ def _norms() -> Iterator[Case]:
         yield Case("norm_backward", f"layer {width}", (wide, wide, wide, rstd, rstd, gain, True))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _updates, _stored_weights)
+def _heads() -> Iterator[Case]:
+    qkv = _empty(1, TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    table = _empty(TOKENS, HEAD_DIM // 2, dtype=torch.float32)
+    yield Case("split_heads", "rotated", (qkv, table, table, KV_HEADS, HEAD_DIM))
+    yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
+
+
+def _activations() -> Iterator[Case]:
+    fused, h, partials = _empty(TOKENS, 2 * FFN), _empty(TOKENS, FFN), _empty(1024, dtype=torch.float32)
+    for name, inputs, inputs_grad in (
+        ("swiglu", (fused, 128, 1.0, 1.0), (fused, h, 128, 1.0, 1.0)),
+        ("gelu", (h, False, 1.0, 1.0), (h, h, False, 1.0, 1.0)),
+        ("gelu", (h, True, 1.0, 1.0), (h, h, True, 1.0, 1.0)),
+    ):
+        variant = "tanh" if inputs[1] is True else "bf16"
+        yield Case(f"{name}_forward", variant, inputs)
+        yield Case(f"{name}_amax", variant, inputs)
+        yield Case(f"{name}_cast", variant, (*inputs, partials, None, *X, True, True))
+        yield Case(f"{name}_backward", variant, inputs_grad)
+        yield Case(f"{name}_grad_amax", variant, inputs_grad)
+        yield Case(f"{name}_grad_cast", variant, (*inputs_grad, partials, None, *GRADIENT, True, True))
+
+
+def _rotary() -> Iterator[Case]:
+    batch, length = 2, TOKENS // 2
+    cos = _empty(length, HEAD_DIM // 2, dtype=torch.float32)
+    qkv = _empty(batch, length, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    yield Case("rotate_heads", "bf16", (qkv, cos, cos, KV_HEADS, HEAD_DIM))
+    query, key = (_empty(batch, length, heads, HEAD_DIM).transpose(1, 2) for heads in (HEADS, KV_HEADS))
+    inputs, partials = (query, key, key, cos, cos), _empty(1024, dtype=torch.float32)
+    yield Case("heads_grad_forward", "bf16", inputs)
+    yield Case("heads_grad_amax", "bf16", inputs)
+    yield Case("heads_grad_cast", "bf16", (*inputs, partials, None, *GRADIENT, True, True))
+    merged = (query, key, key, None, None, partials, None, *GRADIENT, True, True)
+    yield Case("heads_grad_cast", "not rotated", merged)
+
+
+def _block_gradients() -> Iterator[Case]:
+    """A bucket of three weights of an MLP: cast whole from an accumulator, and one weight alone."""
+    blocks, segments = 3 * FFN * HIDDEN // 128, 3
+    accumulated, gradient = _empty(blocks, 128, dtype=torch.float32), _empty(FFN, HIDDEN)
+    ends, scales = _empty(segments, dtype=torch.int64), _empty(blocks, dtype=torch.uint8)
+    squares = _empty(segments, 1024, dtype=torch.float64)
+    codes, residual = _empty(blocks, 128, dtype=torch.uint8), _empty(blocks, 128)
+    yield Case(
+        "cast_blocks", "fp32, squares", (accumulated, None, ends, codes, scales, None, squares, 3), blocks
+    )
+    yield Case(
+        "cast_blocks",
+        "fp32, feedback",
+        (accumulated, residual, ends, codes, scales, residual.clone(), squares, 3),
+        blocks,
+    )
+    own, own_scales = codes[: blocks // 3], scales[: blocks // 3]
+    yield Case("cast_blocks", "bf16, squares", (gradient, None, None, own, own_scales, None, squares[:1], 3))
+    yield Case("cast_blocks", "bf16", (gradient, None, None, own, own_scales, None, None, 3))
+    short = _empty(FFN, HIDDEN - 1)
+    yield Case("cast_blocks", "bf16, short blocks", (short, None, None, own, own_scales, None, None, 3))
+    yield Case("squares_of_blocks", "e4m3", (codes.view(torch.float8_e4m3fn), scales, ends), blocks)
+
+
+def _exchanged_gradients() -> Iterator[Case]:
+    """The same bucket between 8 ranks; under ZeRO blocks are sent in another order."""
+    ranks, blocks = 8, 3 * FFN * HIDDEN // 128
+    codes, scales = _empty(blocks, 128, dtype=torch.uint8), _empty(blocks, dtype=torch.uint8)
+    message = _empty(ranks, blocks // ranks * 129, dtype=torch.uint8)
+    yield Case("pack_parts", "e4m3", (codes, scales, None, ranks))
+    order = _empty(blocks, dtype=torch.int32)
+    yield Case("pack_parts", "e4m3, order", (codes, scales, order, ranks), blocks - 1)
+    yield Case("unpack_parts", "e4m3", (message, codes, scales))
+    yield Case("sum_parts", "fp32", (message, 128, 3, 0))
+    yield Case("sum_parts", "cast", (message, 128, 3, 1))
+    yield Case("sum_parts", "cast, 4 parts", (message, 128, 3, 4))
+    yield Case("sum_parts", "bf16, cast", (_empty(ranks, blocks // ranks * 128), 128, 3, 1))
+
+
+def _head() -> Iterator[Case]:
+    """A chunk of tokens, and the gradient of the head's weight once for all chunks."""
+    logits = _empty(1024, VOCAB, dtype=torch.float32)
+    column, one = _empty(1024, 1, dtype=torch.int64), _empty(1024, 1, dtype=torch.float32)
+    yield Case("softmax_statistics", "fp32", (logits, column, VOCAB, 1.0), VOCAB - 1)
+    yield Case("softmax_statistics", "fp32, padded, alpha", (logits, column, VOCAB - 7, 0.5), VOCAB - 8)
+    rest = (one, one, column, one, one)
+    yield Case("softmax_gradient", "bf16", (logits, *rest, VOCAB, 1.0, torch.bfloat16), VOCAB - 1)
+    yield Case("softmax_gradient", "fp32", (logits, *rest, VOCAB, 1.0, torch.float32), VOCAB - 1)
+    factor = _empty(dtype=torch.float32)
+    wide = _empty(VOCAB, HIDDEN, dtype=torch.float32)
+    yield Case("times_factor", "fp32 to bf16", (wide, factor, torch.bfloat16))
+    yield Case("times_factor", "bf16", (_empty(TOKENS, HIDDEN), factor, torch.bfloat16))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (
+    _operands,
+    _norms,
+    _heads,
+    _activations,
+    _rotary,
+    _block_gradients,
+    _exchanged_gradients,
+    _head,
+    _updates,
+    _stored_weights,
+)
 
 
 def cases() -> list[Case]:

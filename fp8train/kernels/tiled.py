@@ -1,4 +1,4 @@
-"""Matrices of values that a GPU computes tile by tile, wherever they are wanted: three operations of a formula.
+"""Matrices of values that a GPU computes tile by tile, wherever they are wanted: a formula, three operations.
 
 With one scale per tensor a cast needs the amax of all values before it casts the first. Of a formula that
 only reads memory, computing the values twice moves fewer bytes than writing and reading them between::
@@ -66,7 +66,7 @@ class TiledValues:
         launchers: str,
         forward: str | None = None,
     ) -> None:
-        """Declare.
+        """Declare the three operations.
 
         Args:
             values: annotated as an operation's reference; its first input has the dtype of the result.

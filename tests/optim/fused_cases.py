@@ -18,7 +18,7 @@ from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.block_storage import row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.held import HeldBlocks
-from fp8train.parallel.gradients.receivers import Everyone, Member
+from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from fp8train.precision.scale_blocks import block_size
 from fp8train.precision.state_formats import StateFormats
@@ -46,9 +46,7 @@ def in_blocks(gradient: Tensor, fmt: Format = E4M3, block: int | None = None) ->
     block = block or block_size(gradient.shape[-1])
     payload, scales = quantize_blocks(as_blocks(gradient, block), fmt)
     member = Member("w", tuple(gradient.shape))
-    return _Held(
-        HeldBlocks(payload, scales, Everyone().places([member], row_blocks([member], block)))
-    ).reader(0)
+    return _Held(HeldBlocks(payload, scales, Places([member], row_blocks([member], block)), scales)).reader(0)
 
 
 def in_e5m2(gradient: Tensor) -> GradientReader:

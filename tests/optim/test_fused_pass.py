@@ -14,8 +14,10 @@ from fp8train.kernels.fused_op import OPERATIONS, Cost
 from fp8train.kernels.optimizer_update import optimizer_update
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.param_spec import Shard
+from fp8train.numerics.block_scales import dequantize_blocks, from_blocks
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
+from fp8train.optim.parameter_state import Region
 from fp8train.parallel.gradients.held import GradientReader, HeldTensors, StoredGradient
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.number_formats import E4M3
@@ -23,7 +25,7 @@ from fp8train.precision.operand_cast import QuantSpec
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW
 from tests.optim.fused_cases import Run, in_blocks, in_fp32
-from tests.optim.state_cases import COAT, O1, O2, PAPER, SETTINGS, matrix_spec
+from tests.optim.state_cases import COAT, O1, O2, PAPER, SETTINGS, matrix_spec, run_step
 from tests.training.tiny import alone, losses, tiny_config
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (24, 256), "b": (10, 257), "norm": (130,)}
@@ -96,6 +98,34 @@ def test_parts_have_the_bits_of_the_whole() -> None:
         for run in (whole, *parts):
             run.step(step, in_blocks)
     assert torch.equal(whole.weights["a"], torch.cat([part.weights["a"] for part in parts], dim=1))
+
+
+def test_a_rank_without_rows_updates_nothing() -> None:
+    spec, weight = matrix_spec("w", (4, 128)), torch.empty(0, 128)
+    optimizer = Optimizer(
+        AdamW(SETTINGS),
+        {"w": weight},
+        {"w": spec},
+        O2,
+        seed=1,
+        regions={"w": Region((0, 128), (4, 0))},
+        update=optimizer_update.launch,
+    )
+    run_step(optimizer, {"w": weight}, 1)
+    assert optimizer.weight_amax() == {} and optimizer.describe_pass() == "optimizer step: 0 parameters fused"
+
+
+@pytest.mark.parametrize("shape", [(6, 128), (6, 200), (6, 257)])
+def test_rows_of_a_gradient_lie_where_they_are_said_to(shape: tuple[int, int]) -> None:
+    """As a rank of ZeRO reads its rows of a gradient that all ranks hold."""
+    reader = in_blocks(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    width, rows = shape[1], slice(2, 5)
+    part = replace(reader, offset=rows.start * width)  # type: ignore[type-var]
+    stored = part.stored(3 * width)
+    assert stored is not None and stored.scales is not None
+    values = from_blocks(dequantize_blocks(stored.values, stored.scales), (3, width))
+    assert torch.equal(values.reshape(-1), part.chunk(0, 3 * width))
+    assert part.stored(width + 1) is None
 
 
 def in_one_scale(gradient: Tensor) -> GradientReader:

@@ -86,27 +86,31 @@ def decode_e8m0(byte):
 
 
 @triton.jit
-def encode_bf16(x, HARDWARE: tl.constexpr):
-    """Bits (uint16) of FP32 values rounded to BF16, to nearest even; Triton's interpreter cuts instead."""
-    if HARDWARE:
-        bits = x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
-    else:
-        word = x.to(tl.uint32, bitcast=True)
-        rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
-        bits = tl.where((word & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
-    return bits
-
-
-@triton.jit
-def decode_bf16(bits):
-    """FP32 values of BF16 numbers by their bits (uint16 or int16)."""
-    return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def is_finite(x):
     """Whether FP32 values are neither infinite nor NaN."""
     return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+
+
+@triton.jit
+def widen(x, HARDWARE: tl.constexpr):
+    """FP32 values of floats of up to 32 bits. Triton's interpreter loses the subnormal numbers of BF16."""
+    if HARDWARE:
+        return x.to(tl.float32)
+    elif x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, HARDWARE: tl.constexpr):
+    """FP32 values rounded to BF16, to nearest even. Triton's interpreter truncates."""
+    if HARDWARE:
+        return x.to(tl.bfloat16)
+    bits = x.to(tl.uint32, bitcast=True)
+    nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+    kept = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, nearest) >> 16
+    return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

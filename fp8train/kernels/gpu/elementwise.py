@@ -1,9 +1,11 @@
 """Kernels of :class:`~fp8train.kernels.tiled.TiledValues`: written once, for every formula.
 
-A formula is a device function that computes a tile, ``VALUES(inputs, row, column, inside, HARDWARE)``, from a
-tuple of pointers and numbers. It returns FP32 values that are rounded to the first input's dtype. Formulas
-whose results come in pairs from the same inputs (gate and up, the two halves of a rotated head) return two
-tiles: with ``UNIT``, column c of a pair lies in columns ``c // UNIT · 2·UNIT + c % UNIT`` and ``UNIT`` later.
+A formula is a device function that computes a tile from a tuple of pointers and numbers,
+``VALUES(inputs, row, column, inside, OPTION, HARDWARE)``, where ``OPTION`` is whatever it is compiled for. It
+returns FP32 values that are rounded to the first input's dtype.
+
+Formulas whose results come in pairs from the same inputs (gate and up, the two halves of a rotated head)
+return two tiles: with ``UNIT``, pair c lies in columns ``c // UNIT · 2·UNIT + c % UNIT`` and ``UNIT`` later.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def _forward_kernel(
     height,
     width,
     VALUES: tl.constexpr,
+    OPTION: tl.constexpr,
     UNIT: tl.constexpr,
     HARDWARE: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -68,12 +71,12 @@ def _forward_kernel(
     column = tl.program_id(1).to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
     if UNIT is None:
         inside = (row < height)[:, None] & (column < width)[None, :]
-        values = VALUES(inputs, row, column, inside, HARDWARE)
+        values = VALUES(inputs, row, column, inside, OPTION, HARDWARE)
         tl.store(out + row[:, None] * width + column[None, :], values, mask=inside)
     else:
         first = first_of_pair(column, UNIT)
         inside = (row < height)[:, None] & (first < width)[None, :]
-        one, two = VALUES(inputs, row, column, inside, HARDWARE)
+        one, two = VALUES(inputs, row, column, inside, OPTION, HARDWARE)
         at = row[:, None] * width + first[None, :]
         tl.store(out + at, one, mask=inside)
         tl.store(out + at + UNIT, two, mask=inside)
@@ -89,6 +92,7 @@ def _amax_kernel(
     across,
     programs,
     VALUES: tl.constexpr,
+    OPTION: tl.constexpr,
     UNIT: tl.constexpr,
     HARDWARE: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -100,11 +104,11 @@ def _amax_kernel(
         column = (tile % across).to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
         if UNIT is None:
             inside = (row < height)[:, None] & (column < width)[None, :]
-            values = VALUES(inputs, row, column, inside, HARDWARE)
+            values = VALUES(inputs, row, column, inside, OPTION, HARDWARE)
             found = larger_magnitude(found, tl.where(inside, values, 0.0))
         else:
             inside = (row < height)[:, None] & (first_of_pair(column, UNIT) < width)[None, :]
-            one, two = VALUES(inputs, row, column, inside, HARDWARE)
+            one, two = VALUES(inputs, row, column, inside, OPTION, HARDWARE)
             found = larger_magnitude(found, tl.where(inside, one, 0.0))
             found = larger_magnitude(found, tl.where(inside, two, 0.0))
     tl.store(partials + tl.program_id(0), largest_magnitude(tl.ravel(found), 0))
@@ -125,6 +129,7 @@ def _cast_kernel(
     rows,
     columns,
     VALUES: tl.constexpr,
+    OPTION: tl.constexpr,
     UNIT: tl.constexpr,
     STRAIGHT: tl.constexpr,
     TURNED: tl.constexpr,
@@ -149,14 +154,14 @@ def _cast_kernel(
     column = tl.program_id(1).to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
     if UNIT is None:
         inside = (row < height)[:, None] & (column < width)[None, :]
-        values = tl.where(inside, VALUES(inputs, row, column, inside, HARDWARE), 0.0)
+        values = tl.where(inside, VALUES(inputs, row, column, inside, OPTION, HARDWARE), 0.0)
         store_operand(
             values, scale, row, column, straight, turned, rows, columns, STRAIGHT, TURNED, MANTISSA, HARDWARE
         )
     else:
         first = first_of_pair(column, UNIT)
         inside = (row < height)[:, None] & (first < width)[None, :]
-        one, two = VALUES(inputs, row, column, inside, HARDWARE)
+        one, two = VALUES(inputs, row, column, inside, OPTION, HARDWARE)
         one, two = tl.where(inside, one, 0.0), tl.where(inside, two, 0.0)
         store_operand(
             one, scale, row, first, straight, turned, rows, columns, STRAIGHT, TURNED, MANTISSA, HARDWARE
@@ -186,6 +191,8 @@ class Tiles(NamedTuple):
         like: tensor with the dtype and device of the result.
         shape: of the result.
         unit: of pairs, or None.
+        option: what else the formula is compiled for.
+        warps: 16 leave a thread half as many elements as 8, for formulas that need registers.
     """
 
     values: Any
@@ -193,16 +200,19 @@ class Tiles(NamedTuple):
     like: Tensor
     shape: tuple[int, int]
     unit: int | None = None
+    option: Any = None
+    warps: int = 8
 
     def _constants(self) -> dict[str, Any]:
         """What all three kernels are compiled for. Two tiles in registers have half the columns each."""
         return {
             "VALUES": self.values,
+            "OPTION": self.option,
             "UNIT": self.unit,
             "HARDWARE": hardware(),
             "TILE_M": TILE_ROWS,
             "TILE_K": TILE_COLUMNS if self.unit is None else TILE_COLUMNS // 2,
-            "num_warps": 8,
+            "num_warps": self.warps,
         }
 
     def _grid(self, rows: int, columns: int) -> tuple[int, int]:
@@ -213,7 +223,7 @@ class Tiles(NamedTuple):
         return triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, tile)
 
     def forward(self) -> Tensor:
-        """The values."""
+        """Compute the values alone."""
         out = torch.empty(self.shape, dtype=self.like.dtype, device=self.like.device)
         launch(_forward_kernel, self._grid(*self.shape), self.inputs, out, *self.shape, **self._constants())
         return out

@@ -42,7 +42,7 @@ def _with_gain(normalised, weight, bias, column, width):
 
 
 @triton.jit
-def _norm_values(inputs, row, column, inside, HARDWARE: tl.constexpr):
+def _norm_values(inputs, row, column, inside, OPTION: tl.constexpr, HARDWARE: tl.constexpr):
     stream, mean, rstd, weight, bias, height, width = inputs
     values = tl.load(stream + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if mean is not None:

@@ -12,19 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8train.kernels.gpu.codes import (
-    decode_bf16,
     decode_e8m0,
     decode_fp8,
-    encode_bf16,
     encode_e8m0,
     encode_fp8,
     exponent_from_amax,
     is_finite,
     largest,
     largest_magnitude,
+    narrow,
     pow2,
     random_bits,
     round_stochastic,
+    widen,
 )
 from fp8train.kernels.gpu.launch import hardware, launch
 from fp8train.kernels.optimizer_update import (
@@ -82,9 +82,8 @@ def load_blocks(
     if FORMAT == _WIDE:
         values = tl.load(_pointer(payload, tl.float32, ALIGNED) + start + at, mask=inside, other=0.0)
     elif FORMAT == _BF16:
-        values = decode_bf16(
-            tl.load(_pointer(payload, tl.uint16, ALIGNED) + start + at, mask=inside, other=0)
-        )
+        codes = tl.load(_pointer(payload, tl.bfloat16, ALIGNED) + start + at, mask=inside, other=0.0)
+        values = widen(codes, HARDWARE)
     elif FORMAT == _REMAINDER:
         high = tl.load(_pointer(payload, tl.uint16, ALIGNED) + start + at, mask=inside, other=0)
         low = tl.load(_pointer(scale, tl.int16, ALIGNED) + start + at, mask=inside, other=0)
@@ -128,9 +127,9 @@ def _store(
     elif FORMAT == _BF16:
         if RANDOM:
             values = round_stochastic(values, bits, 7, -126)
-        code = encode_bf16(values, HARDWARE)
-        tl.store(_pointer(payload, tl.uint16, ALIGNED) + start + at, code, mask=inside)
-        stored = decode_bf16(code)
+        code = narrow(values, HARDWARE)
+        tl.store(_pointer(payload, tl.bfloat16, ALIGNED) + start + at, code, mask=inside)
+        stored = widen(code, HARDWARE)
     elif FORMAT == _REMAINDER:
         word = values.to(tl.int32, bitcast=True)
         high = (word + 0x8000) >> 16  # keeps the sign, as in the reference
@@ -361,13 +360,14 @@ def _update_kernel(
             master_flushed += _flushed(stored, w)
         # The model gets the master as it was stored.
         if WEIGHT == _BF16:
-            code = encode_bf16(stored, HARDWARE)
-            tl.store(_pointer(weight, tl.uint16, ALIGNED) + start + at, code, mask=inside)
-            stored = decode_bf16(code)
+            code = narrow(stored, HARDWARE)
+            tl.store(_pointer(weight, tl.bfloat16, ALIGNED) + start + at, code, mask=inside)
+            stored = widen(code, HARDWARE)
         elif WEIGHT == _WIDE:
             tl.store(_pointer(weight, tl.float32, ALIGNED) + start + at, stored, mask=inside)
         elif WEIGHT == _REMAINDER:
-            stored = decode_bf16(((stored.to(tl.int32, bitcast=True) + 0x8000) >> 16).to(tl.int16))
+            half = ((stored.to(tl.int32, bitcast=True) + 0x8000) >> 16) << 16
+            stored = half.to(tl.float32, bitcast=True)
         found = largest(found, largest_magnitude(stored, 1))
 
     # One number of this program, and zeros for programs that the parameter does not have.

@@ -149,15 +149,11 @@ class HeldSums:
     def stored(self, member: int, start: int, stop: int) -> None:
         """Nothing: integers are decoded here alone."""
 
-    def values(self, member: int) -> Tensor:
-        """Return all elements of a member that are on this rank: FP32, flat."""
-        return self.chunk(member, 0, len(self._integers(member)))
-
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's elements on this rank, scalar in ``dtype``; after
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's elements on this rank, FP64 [members]; after
         :meth:`StepGrids.agree`."""
-        total, unit = self.square(member)
-        return torch.sqrt(total.double() * unit).to(dtype)
+        squares = [self.square(member) for member in range(len(self.parameters))]
+        return torch.stack([total.double() * unit for total, unit in squares]).sqrt()
 
     def square(self, member: int) -> tuple[Tensor, Tensor]:
         """(int64 sum of squares of the elements of a member that are here, FP64 value of one of them), after

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fp8train.kernels.block_cast import squares_of_blocks
+from fp8train.kernels.fused_op import fuses
 from fp8train.numerics.block_scales import dequantize_blocks, from_blocks
 from fp8train.numerics.cast import uncast
 from fp8train.parallel.gradients.receivers import Places
@@ -99,12 +101,9 @@ class Held(Protocol):
         where only :meth:`chunk` decodes them."""
         ...
 
-    def values(self, member: int) -> Tensor:
-        """All elements of a member that are on this rank, flat."""
-        ...
-
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's part, scalar in ``dtype``; NaN if the gradient is not finite."""
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's part, FP64 [members]; NaN if the gradient is not finite.
+        ``dtype``: of the arithmetic, or narrower than it."""
         ...
 
 
@@ -131,8 +130,11 @@ class HeldValues:
         """Return the memory of a member's gradient, flat: writing changes it."""
         return self.parts[member].view(-1)
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's part, accumulated in ``dtype``; a scalar."""
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's part, accumulated in ``dtype``: FP64 [members]."""
+        return torch.stack([self._norm(member, dtype) for member in range(len(self.parts))]).double()
+
+    def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
         flat = self.values(member)
         return norm_in_pieces(flat.numel(), lambda start, stop: flat[start:stop], dtype, flat.device)
 
@@ -145,11 +147,15 @@ class HeldBlocks:
         payload: FP8 [blocks, block].
         scales: E8M0 bytes uint8 [blocks].
         places: in blocks.
+        ends: int64 [members], end of each member in ``payload``; padding is the last one's.
+        squares: FP64 [members, n], which add up to the sum of squares of each member; None: not known yet.
     """
 
     payload: Tensor
     scales: Tensor
     places: Places
+    ends: Tensor
+    squares: Tensor | None = None
 
     def blocks(self, member: int) -> tuple[Tensor, Tensor]:
         """The codes and scales of a member's rows on this rank: (payload [blocks, block], scales
@@ -172,22 +178,27 @@ class HeldBlocks:
         values = from_blocks(dequantize_blocks(payload[rows], scales[rows]), (last - first, length))
         return values.reshape(-1)[start - first * length : stop - first * length]
 
-    def stored(self, member: int, start: int, stop: int) -> StoredGradient:
-        """Codes and scales of the rows with elements ``start .. stop``."""
+    def stored(self, member: int, start: int, stop: int) -> StoredGradient | None:
+        """Codes and scales of the rows with elements ``start .. stop``; None where those cut a row."""
         payload, scales = self.blocks(member)
         length = self.places.members[member].shape[-1]
-        assert start % length == 0 and stop % length == 0, f"{start}..{stop} of rows of {length}"
+        if start % length or stop % length:
+            return None
         per_row = -(-length // payload.shape[1])
         rows = slice(start // length * per_row, stop // length * per_row)
         return StoredGradient(payload[rows], scales[rows])
 
-    def values(self, member: int) -> Tensor:
-        """Decode all of a member's elements that are on this rank: FP32, flat."""
-        shape = self.places.held_shape(member)
-        return from_blocks(dequantize_blocks(*self.blocks(member)), shape).reshape(-1)
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's part, FP64 [members]. Padding is zero and does not count. On a GPU
+        the codes are read once, or not at all where their cast has added their squares up."""
+        if not fuses(self.payload):
+            return torch.stack([self._norm(i, dtype) for i in range(len(self.places.members))]).double()
+        squares = self.squares
+        if squares is None:
+            squares = squares_of_blocks(self.payload, self.scales, self.ends)
+        return squares.sum(dim=1).sqrt()
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's part, scalar in ``dtype``. Padding is zero and does not count."""
+    def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
         payload, scales = self.blocks(member)
         block = payload.shape[1]
 
@@ -217,12 +228,11 @@ class HeldTensors:
     def stored(self, member: int, start: int, stop: int) -> None:
         """Nothing: their scales are not those of blocks."""
 
-    def values(self, member: int) -> Tensor:
-        """Decode all of a member's elements that are on this rank: FP32, flat."""
-        return uncast(self.payloads[member], self.scale_inv[member])
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's decoded part, FP64 [members]; NaN if its scale is."""
+        return torch.stack([self._norm(member, dtype) for member in range(len(self.payloads))]).double()
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's decoded part, scalar in ``dtype``; NaN if its scale is."""
+    def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
         payload, scale_inv = self.payloads[member], self.scale_inv[member]
 
         def decoded(start: int, stop: int) -> Tensor:

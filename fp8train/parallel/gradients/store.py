@@ -35,7 +35,7 @@ from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.grad_sink import register_sink
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets
-from fp8train.parallel.gradients.grids import HeldSums
+from fp8train.parallel.gradients.grids import GridScales, HeldSums
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.receivers import Member
 
@@ -93,8 +93,9 @@ class GradientStore:
         self._buckets: list[_Bucket] = []
         self._index: dict[str, int] = {}
         self._next_launch = 0
-        self._norm_is_exact = maker.norm_is_exact
+        self._device, self._norm_is_exact = maker.device, isinstance(maker.scales, GridScales)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._orders: dict[tuple[str, ...], Tensor] = {}
         self._sink = register_sink(self)
         parameters = {fqn: p for fqn, p in reversed(list(model.named_parameters())) if p.requires_grad}
         self._allocate(parameters, maker)
@@ -139,7 +140,7 @@ class GradientStore:
     def sink_slot(self, fqn: str) -> SinkSlot:
         """Where a linear contributes the gradients of its weight ``fqn``."""
         slot = self._index[fqn]
-        buffer = self._bucket(slot).buffer(self._slots[slot].member)
+        buffer = self._bucket(slot).storage.buffer(self._slots[slot].member)
         return SinkSlot(self._sink, torch.tensor(slot), buffer)
 
     def _bucket(self, slot: int) -> Bucket:
@@ -272,14 +273,9 @@ class GradientStore:
         for bucket in self._buckets:
             bucket.storage.release()
 
-    def grad(self, fqn: str) -> Tensor:
-        """The parameter's gradient: local sum before :meth:`finish`, global after. Shape of the parameter."""
-        slot = self._index[fqn]
-        return self._bucket(slot).grad(self._slots[slot].member)
-
     def global_norm(self) -> Tensor:
         """Euclidean norm over all parameters: FP64 scalar on the device, no host sync. Sums run in slot
-        order, in FP64 on CPUs and for FP64 gradients, else in FP32. Where the norm is to be exact, they run
+        order, in FP64 on CPUs, of FP64 gradients and of FP8 blocks, else in FP32. Where it is exact, they run
         in the order of names and in FP64 everywhere: slots follow buckets, whose order a rank's part may
         change."""
         if self._norm_is_exact:
@@ -294,23 +290,26 @@ class GradientStore:
         """
         if self._norm_is_exact:
             return self._exact_norms(fqns)
-        buffer = self._bucket(0).buffer(0)
-        wide = buffer.device.type == "cpu" or any(b.buffer(0).dtype == torch.float64 for b in self.buckets)
+        dtypes = [bucket.storage.buffer(0).dtype for bucket in self.buckets]
+        wide = self._device.type == "cpu" or torch.float64 in dtypes
         dtype = torch.float64 if wide else torch.float32
-        zero = torch.zeros((), dtype=dtype, device=buffer.device)
-        norms = [
-            self._bucket(self._index[fqn]).norm(self._slots[self._index[fqn]].member, dtype)
-            if fqn in self._index
-            else zero
-            for fqn in fqns
-        ]
-        return self._over_parts(self._over_owners(torch.stack(norms).double(), fqns), fqns)
+        zero = torch.zeros(1, dtype=torch.float64, device=self._device)
+        found = torch.cat([*(bucket.norms(dtype) for bucket in self.buckets), zero])  # by slot, then none
+        return self._over_parts(self._over_owners(found[self._order(fqns)], fqns), fqns)
+
+    def _order(self, fqns: Sequence[str]) -> Tensor:
+        """int64 slots of these parameters, one past the last for those that this rank does not have. On the
+        device, made once, as :meth:`_mask`."""
+        key = tuple(fqns)
+        if key not in self._orders:
+            slots = [self._index.get(fqn, len(self._slots)) for fqn in fqns]
+            self._orders[key] = torch.tensor(slots, device=self._device)
+        return self._orders[key]
 
     def _exact_norms(self, fqns: Sequence[str]) -> Tensor:
         """From sums of squares that are integers, so that it does not matter which rank holds what."""
-        device = self._bucket(0).buffer(0).device
-        sums = torch.zeros(len(fqns), dtype=torch.int64, device=device)
-        units = torch.zeros(len(fqns), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(fqns), dtype=torch.int64, device=self._device)
+        units = torch.zeros(len(fqns), dtype=torch.float64, device=self._device)
         for i, fqn in enumerate(fqns):
             if fqn in self._index:
                 slot = self._slots[self._index[fqn]]
@@ -333,7 +332,7 @@ class GradientStore:
         """On the device. Made once, because that waits for it; norms are of the same parameters each step."""
         key = tuple(flags)
         if key not in self._masks:
-            self._masks[key] = torch.tensor(key, device=self._bucket(0).buffer(0).device)
+            self._masks[key] = torch.tensor(key, device=self._device)
         return self._masks[key]
 
     def _counted_by_owners(self, fqns: Sequence[str]) -> Tensor:
