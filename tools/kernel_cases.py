@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,16 @@ from torch import Tensor
 
 import fp8train.kernels
 from fp8train.kernels.operands import CastRule
-from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.kernels.optimizer_update import WIDE, optimizer_update
+from fp8train.models.param_spec import ParamSpec
+from fp8train.optim.optimizer import Optimizer
+from fp8train.parallel.gradients.held import StoredGradient
+from fp8train.precision.number_formats import E4M3, E5M2, FP16
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.state_formats import StateFormat, StateFormats
+from fp8train.update_rules.adamw import AdamW, AdamWSettings
+from fp8train.update_rules.lion import Lion
+from fp8train.update_rules.rule import Rule, RuleSettings
 
 for _module in pkgutil.iter_modules(fp8train.kernels.__path__):  # operations are declared when imported
     if not _module.ispkg:
@@ -31,12 +40,14 @@ X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
 @dataclass(frozen=True)
 class Case:
     """One call: an operation's name, what distinguishes the case, its arguments, and the largest number of
-    those that count or index (int32, int64)."""
+    those that count or index (int32, int64). ``remade`` makes the arguments on a device, from (device,
+    scale), where more than their memory counts."""
 
     operation: str
     variant: str
     arguments: tuple[Any, ...]
     largest: int = 0
+    remade: Callable[[torch.device, int], tuple[Any, ...]] | None = None
 
     def __str__(self) -> str:
         return f"{self.operation}[{self.variant}]"
@@ -44,6 +55,8 @@ class Case:
     def filled(self, device: torch.device, *, scale: int = 1) -> tuple[Any, ...]:
         """The arguments in memory: floats of a normal distribution, bytes of few bits, integers that rise to
         the largest; leading dimensions divided by ``scale``."""
+        if self.remade is not None:
+            return self.remade(device, scale)
         generator = torch.Generator(device).manual_seed(0)
 
         def fill(x: Any) -> Any:
@@ -74,6 +87,81 @@ def _operands() -> Iterator[Case]:
     yield Case("turn_codes", "weight", (_empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn),))
     delayed = _empty(dtype=torch.float32)
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
+
+
+def _updates() -> Iterator[Case]:
+    """The optimizer step of a layer's matrices, and of what FP8 leaves alone."""
+    sr = StateFormat("fp16_scaled", rounding="stochastic")
+    o2 = StateFormats(sr, StateFormat("e4m3"), StateFormat("fp16_scaled"))
+    small = StateFormats(sr, o2.exp_avg, StateFormat("e4m3", sqrt=True, rounding="stochastic"))
+    adamw = AdamW(AdamWSettings(lr=3e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8))
+    lion = Lion(RuleSettings(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.3))
+    matrices = ((HIDDEN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN))
+    for variant, rule, plan, shapes in (
+        ("O2", adamw, o2, matrices),
+        ("O1", adamw, StateFormats(sr), matrices),
+        ("O2, sqrt of v in E4M3", adamw, small, matrices),
+        ("O2, BF16 remainder", adamw, replace(o2, master=StateFormat("bf16_remainder")), matrices),
+        ("O2, lion", lion, replace(o2, exp_avg_sq=None), matrices),
+        ("O2, short blocks", adamw, o2, ((FFN, 257),)),
+        ("FP32", adamw, StateFormats(), ((HIDDEN,), (FFN, HIDDEN))),
+    ):
+        remade = partial(_update, rule, plan, shapes)
+        yield Case("optimizer_update", variant, remade(torch.device("meta"), 1), remade=remade)
+
+
+def _stored_weights() -> Iterator[Case]:
+    number, codes = _empty(dtype=torch.float32), _empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn)
+    blocks = _empty(FFN, HIDDEN // 128, dtype=torch.uint8)
+    for name, payload, scale, bits in (
+        ("FP16 blocks", _empty(FFN, HIDDEN, dtype=torch.float16), blocks, FP16.mantissa_bits),
+        ("FP32", _empty(FFN, HIDDEN, dtype=torch.float32), None, WIDE),
+    ):
+        master = (payload, scale, bits, 128, number)
+        yield Case("cast_stored", name, (codes, number, number, number, *master, None, 0, *X))
+
+
+def _update(
+    rule: Rule, plan: StateFormats, shapes: Sequence[tuple[int, ...]], device: torch.device, scale: int
+) -> tuple[Any, ...]:
+    """Arguments of one launch: BF16 weights, gradients in E4M3 blocks under a plan, else in FP32; all
+    zero."""
+    seen: list[tuple[Any, ...]] = []
+
+    def keep(*arguments: Any) -> tuple[Tensor, Tensor]:
+        seen.append(arguments)
+        return optimizer_update.fake(*arguments)
+
+    specs, weights, gradients = {}, {}, {}
+    for number, (rows, *columns) in enumerate(shapes):
+        fqn, shape = f"w{number}", (max(1, rows // scale), *columns)
+        planned = plan != StateFormats()
+        specs[fqn] = ParamSpec(fqn, "hidden", shape, 1, 1, "normal", 0.02, 1.0, "lr_times_lambda", planned)
+        weights[fqn] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        gradients[fqn] = _Gradient(StoredGradient(torch.zeros(weights[fqn].numel(), device=device)))
+        if planned:
+            blocks = shape[0] * -(-shape[-1] // 128)
+            codes = torch.zeros((blocks, 128), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+            scales = torch.full((blocks,), 127, dtype=torch.uint8, device=device)
+            gradients[fqn] = _Gradient(StoredGradient(codes, scales))
+    optimizer = Optimizer(rule, weights, specs, plan, seed=1, update=keep)
+    one = torch.ones((), device=device)
+    optimizer.step(gradients.__getitem__, step=1, lr_factor=1.0, grad_multiplier=one)
+    assert len(seen) == 1, optimizer.describe_pass()
+    return seen[0]
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """A gradient that only a kernel reads."""
+
+    memory: StoredGradient
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        raise AssertionError("not in chunks")
+
+    def stored(self, count: int) -> StoredGradient:
+        return self.memory
 
 
 def _norms() -> Iterator[Case]:
@@ -198,6 +286,8 @@ _GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (
     _block_gradients,
     _exchanged_gradients,
     _head,
+    _updates,
+    _stored_weights,
 )
 
 

@@ -72,6 +72,7 @@ class FusedOp:
         name: in torch's registry, after ``fp8train::``.
         reference: plain torch.
         cost: ``cost(arguments, results)`` of the launcher, from the tuple of arguments and what came out.
+        fake: gives empty results of the right shapes.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class FusedOp:
             mutates: arguments that are written in place.
         """
         self.name, self.reference, self.cost = reference.__name__.lstrip("_"), reference, cost
+        self.fake = fake
         self._launcher = launcher
         qualified = f"fp8train::{self.name}"
         # As torch.library.custom_op would, but for its Python layers: those cost 0.1 ms a call.

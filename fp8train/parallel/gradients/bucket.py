@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues
+from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues, StoredGradient
 from fp8train.parallel.gradients.receivers import Places
 
 
@@ -77,6 +77,9 @@ class _Reader:
 
     def chunk(self, start: int, stop: int) -> Tensor:
         return self.held.chunk(self.member, self.offset + start, self.offset + stop)
+
+    def stored(self, count: int) -> StoredGradient | None:
+        return self.held.stored(self.member, self.offset, self.offset + count)
 
 
 class Bucket:

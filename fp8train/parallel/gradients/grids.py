@@ -146,6 +146,9 @@ class HeldSums:
         unit = self.grids.unit(self.parameters[member])
         return (self._integers(member)[start:stop].double() * unit).float()
 
+    def stored(self, member: int, start: int, stop: int) -> None:
+        """Nothing: integers are decoded here alone."""
+
     def norms(self, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of each member's elements on this rank, FP64 [members]; after
         :meth:`StepGrids.agree`."""

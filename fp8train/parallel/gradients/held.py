@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,23 @@ def norm_in_pieces(
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
+class StoredGradient(NamedTuple):
+    """A gradient as it lies in memory, for a kernel that decodes it itself.
+
+    Attributes:
+        values: contiguous: FP32 or BF16, flat; or FP8 codes [blocks, block], rows padded to whole blocks.
+        scales: E8M0 bytes uint8 [blocks] of FP8 codes; None for values.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def of_values(cls, values: Tensor) -> StoredGradient | None:
+        """Flat values, if they are FP32 or BF16."""
+        return cls(values) if values.dtype in (torch.float32, torch.bfloat16) else None
+
+
 class GradientReader(Protocol):
     """A reduced gradient as the optimizer reads it, a piece at a time: FP8 is never widened as a whole."""
 
@@ -65,6 +82,11 @@ class GradientReader(Protocol):
         """
         ...
 
+    def stored(self, count: int) -> StoredGradient | None:
+        """The first ``count`` elements, whole rows, as they lie in memory; None where only :meth:`chunk`
+        decodes them."""
+        ...
+
 
 class Held(Protocol):
     """The reduced gradients of a bucket; of each member the rows that this rank receives."""
@@ -72,6 +94,11 @@ class Held(Protocol):
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
         """Elements ``start .. stop`` of a member's rows on this rank: flat, FP32 (FP64 in FP64 runs), not to
         be written to."""
+        ...
+
+    def stored(self, member: int, start: int, stop: int) -> StoredGradient | None:
+        """Elements ``start .. stop`` of a member's rows on this rank, whole rows, as they lie in memory; None
+        where only :meth:`chunk` decodes them."""
         ...
 
     def norms(self, dtype: torch.dtype) -> Tensor:
@@ -94,6 +121,10 @@ class HeldValues:
         """Return elements ``start .. stop``: a view of FP32 and FP64 gradients, a copy in FP32 of others."""
         values = self.values(member)[start:stop]
         return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+    def stored(self, member: int, start: int, stop: int) -> StoredGradient | None:
+        """Elements ``start .. stop`` of FP32 and BF16 gradients."""
+        return StoredGradient.of_values(self.values(member)[start:stop])
 
     def values(self, member: int) -> Tensor:
         """Return the memory of a member's gradient, flat: writing changes it."""
@@ -126,7 +157,7 @@ class HeldBlocks:
     ends: Tensor
     squares: Tensor | None = None
 
-    def stored(self, member: int) -> tuple[Tensor, Tensor]:
+    def blocks(self, member: int) -> tuple[Tensor, Tensor]:
         """The codes and scales of a member's rows on this rank: (payload [blocks, block], scales
         [blocks])."""
         rows = self.places.held[member]
@@ -135,7 +166,7 @@ class HeldBlocks:
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
         """Decode the blocks that hold elements ``start .. stop`` to FP32; rows that end in a short block are
         cut out of it."""
-        payload, scales = self.stored(member)
+        payload, scales = self.blocks(member)
         block, length = payload.shape[1], self.places.members[member].shape[-1]
         if length % block == 0:
             first, last = start // block, -(-stop // block)
@@ -146,6 +177,16 @@ class HeldBlocks:
         rows = slice(first * per_row, last * per_row)
         values = from_blocks(dequantize_blocks(payload[rows], scales[rows]), (last - first, length))
         return values.reshape(-1)[start - first * length : stop - first * length]
+
+    def stored(self, member: int, start: int, stop: int) -> StoredGradient | None:
+        """Codes and scales of the rows with elements ``start .. stop``; None where those cut a row."""
+        payload, scales = self.blocks(member)
+        length = self.places.members[member].shape[-1]
+        if start % length or stop % length:
+            return None
+        per_row = -(-length // payload.shape[1])
+        rows = slice(start // length * per_row, stop // length * per_row)
+        return StoredGradient(payload[rows], scales[rows])
 
     def norms(self, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of each member's part, FP64 [members]. Padding is zero and does not count. On a GPU
@@ -158,7 +199,7 @@ class HeldBlocks:
         return squares.sum(dim=1).sqrt()
 
     def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        payload, scales = self.stored(member)
+        payload, scales = self.blocks(member)
         block = payload.shape[1]
 
         def decoded(start: int, stop: int) -> Tensor:
@@ -183,6 +224,9 @@ class HeldTensors:
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
         """Decode elements ``start .. stop`` with the member's scale: FP32, flat."""
         return uncast(self.payloads[member][start:stop], self.scale_inv[member])
+
+    def stored(self, member: int, start: int, stop: int) -> None:
+        """Nothing: their scales are not those of blocks."""
 
     def norms(self, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of each member's decoded part, FP64 [members]; NaN if its scale is."""
