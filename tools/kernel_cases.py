@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.kernels.group_operands import GroupRule
 from fp8train.kernels.operands import CastRule
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import Granularity
 
 TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 14336, 32, 8, 128
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
@@ -63,7 +65,21 @@ def _operands() -> Iterator[Case]:
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands,)
+def _group_operands() -> Iterator[Case]:
+    x = _empty(TOKENS, HIDDEN)
+    granularities: tuple[Granularity, ...] = ("row", "block_1x128", "mx_1x32", "block_128x128")
+    for name in granularities:
+        rule = GroupRule.of(QuantSpec(E4M3, name))
+        directed = name != "block_128x128"
+        yield Case("cast_groups", f"{name}, along rows", (x, *rule, 1, True, not directed))
+        if directed:
+            yield Case("cast_groups", f"{name}, along columns", (x, *rule, 0, False, True))
+            yield Case("cast_both", name, (x, *rule))
+    free = GroupRule.of(QuantSpec(E5M2, "block_1x128", power_of_two=False))
+    yield Case("cast_both", "block_1x128, fp32 scales", (x, *free))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _group_operands)
 
 
 def cases() -> list[Case]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.kernels.decode import decode_gemm
+from fp8train.kernels.padding import ALIGNMENT
 from fp8train.kernels.scaling import (
     cuda_version,
     fills_blocks,
@@ -41,9 +42,6 @@ from fp8train.kernels.scaling import (
     scaled_mm_of_arrays,
 )
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
-
-ALIGNMENT = 16
-
 
 @dataclass(frozen=True)
 class GemmBackend:

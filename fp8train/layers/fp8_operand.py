@@ -1,16 +1,13 @@
-"""Operands of FP8 GEMMs: quantised matrices, padded with zeros to what the GPU multiplies.
-
-Padding comes after the amax was taken and multiplies to nothing, so it changes no value.
-"""
+"""Operands of FP8 GEMMs: quantised matrices, padded with zeros to what the GPU multiplies
+(:mod:`fp8train.kernels.padding`)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fp8train.comm.sequence_parallel import Agreement
-from fp8train.kernels.gemm import ALIGNMENT
+from fp8train.kernels.padding import Operand, padded
 from fp8train.numerics.cast import amax_of, cast, operand_amax
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.mse_scale import magnitude_counts, mse_scale
@@ -19,39 +16,6 @@ from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import cast_statistics
 from fp8train.precision.operand_cast import QuantSpec
-
-Operand = tuple[Tensor, Tensor]
-"""(payload, scale_inv): a matrix, and its scales as :mod:`fp8train.numerics.granularity` describes them."""
-
-
-def aligned(size: int) -> int:
-    """``size`` rounded up to a multiple of 16."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def pad_to(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Zero-pad a matrix (FP8 too: through its bytes) to [rows, columns]; itself if it has that shape."""
-    if x.shape == (rows, columns):
-        return x
-    padding = (0, columns - x.shape[1], 0, rows - x.shape[0])
-    if x.element_size() == 1:
-        return F.pad(x.view(torch.uint8), padding).view(x.dtype)
-    return F.pad(x, padding)
-
-
-def padded(operand: Operand) -> Operand:
-    """The operand with its payload padded to multiples of 16, and with scales of 1 for new rows or columns
-    that have scales of their own. Blocks are multiples of 16: there are no more of them."""
-    payload, scale_inv = operand
-    rows, columns = aligned(payload.shape[0]), aligned(payload.shape[1])
-    if scale_inv.dim() and payload.shape != (rows, columns):
-        more = [
-            new - old if count == old and old > 1 else 0
-            for new, old, count in zip((rows, columns), payload.shape, scale_inv.shape, strict=True)
-        ]
-        scale_inv = F.pad(scale_inv, (0, more[1], 0, more[0]), value=1.0)
-    return pad_to(payload, rows, columns), scale_inv
-
 
 def cropped(operand: Operand, rows: int, columns: int) -> Operand:
     """The first ``rows`` and ``columns`` of an operand: what it was before :func:`padded`."""

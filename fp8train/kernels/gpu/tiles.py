@@ -18,6 +18,27 @@ PARTIALS = 1024
 
 
 @triton.jit
+def own_scale(
+    amax, POWER_OF_TWO: tl.constexpr, MAX_EXPONENT: tl.constexpr, MARGIN: tl.constexpr
+):
+    """(scale, scale_inv) of FP32 amaxes of any shape, as ``scale_from_amax`` defines them; ``scale_inv`` is
+    NaN where an amax is not finite."""
+    finite = is_finite(amax)
+    if POWER_OF_TWO:
+        k = exponent_from_amax(tl.where(finite, amax, 0.0), MAX_EXPONENT - MARGIN)
+        scale, scale_inv = pow2(k), pow2(-k)
+    else:
+        LARGEST: tl.constexpr = 1.75 * 2.0 ** (MAX_EXPONENT - MARGIN)
+        LIMIT: tl.constexpr = 2.0**126
+        known = finite & (amax > 0)
+        ratio = tl.div_rn(tl.full(amax.shape, LARGEST, tl.float32), tl.where(known, amax, 1.0))
+        ratio = tl.minimum(tl.maximum(ratio, 1.0 / LIMIT), LIMIT)
+        scale = tl.where(known, ratio, 1.0)
+        scale_inv = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+    return scale, tl.where(finite, scale_inv, float("nan"))
+
+
+@triton.jit
 def operand_scale(
     partials,
     count,
@@ -42,17 +63,8 @@ def operand_scale(
     if CONSTANT is not None:
         scale = pow2(tl.full((), CONSTANT, tl.int32))
         scale_inv = pow2(tl.full((), -CONSTANT, tl.int32))
-    elif POWER_OF_TWO:
-        k = exponent_from_amax(tl.where(finite, amax, 0.0), MAX_EXPONENT - MARGIN)
-        scale, scale_inv = pow2(k), pow2(-k)
     else:
-        LARGEST: tl.constexpr = 1.75 * 2.0 ** (MAX_EXPONENT - MARGIN)
-        LIMIT: tl.constexpr = 2.0**126
-        some = tl.where(finite & (amax > 0), amax, 1.0)
-        ratio = tl.div_rn(tl.full((), LARGEST, tl.float32), some)
-        ratio = tl.minimum(tl.maximum(ratio, 1.0 / LIMIT), LIMIT)
-        scale = tl.where(finite & (amax > 0), ratio, 1.0)
-        scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+        scale, scale_inv = own_scale(amax, POWER_OF_TWO, MAX_EXPONENT, MARGIN)
     if DELAYED:
         earlier = tl.load(delayed)
         known = earlier > 0
