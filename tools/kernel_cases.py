@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8train.kernels import scaling
 from fp8train.kernels.group_operands import GroupRule
 from fp8train.kernels.operands import CastRule
 from fp8train.precision.number_formats import E4M3, E5M2
@@ -79,7 +80,12 @@ def _group_operands() -> Iterator[Case]:
     yield Case("cast_both", "block_1x128, fp32 scales", (x, *free))
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _group_operands)
+def _scale_layouts() -> Iterator[Case]:
+    yield Case(scaling.mx_scales.__name__, "x", (_empty(TOKENS, HIDDEN // 32, dtype=torch.float32),))
+    yield Case("square_scales", "w", (_empty(FFN // 128, HIDDEN // 128, dtype=torch.float32),))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _group_operands, _scale_layouts)
 
 
 def cases() -> list[Case]:

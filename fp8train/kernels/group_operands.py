@@ -50,7 +50,7 @@ class GroupRule(NamedTuple):
 
     @property
     def format(self) -> Format:
-        """Of the codes."""
+        """The format of the codes."""
         return E4M3 if self.mantissa_bits == E4M3.mantissa_bits else E5M2
 
     @property

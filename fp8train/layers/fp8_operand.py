@@ -17,6 +17,7 @@ from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import cast_statistics
 from fp8train.precision.operand_cast import QuantSpec
 
+
 def cropped(operand: Operand, rows: int, columns: int) -> Operand:
     """The first ``rows`` and ``columns`` of an operand: what it was before :func:`padded`."""
     payload, scale_inv = operand

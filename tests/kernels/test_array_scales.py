@@ -14,8 +14,15 @@ from torch import Tensor
 
 from fp8train.kernels import gemm
 from fp8train.kernels.decode import array_folds
-from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm, gemms_without_kernel, scaled_mm
-from fp8train.kernels.scaling import block_scales, granularity_of, mx_scales, native_pair
+from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm, gemms_by_kernel, scaled_mm
+from fp8train.kernels.scaling import (
+    block_scales,
+    fits_kernel,
+    granularity_of,
+    mx_scales,
+    native_pair,
+    shape_rule,
+)
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.granularity import expand_scales
 from fp8train.precision.linear_gemms import LinearQuant
@@ -177,16 +184,41 @@ def test_shapes_tell_granularities() -> None:
 
 
 def test_kernels_of_devices() -> None:
-    hopper, blackwell, ada = (9, 0), (10, 0), (8, 9)
+    hopper, blackwell, ada, bf16 = (9, 0), (10, 0), (8, 9), torch.bfloat16
     for capability in (hopper, blackwell, ada):
-        assert native_pair("row", "tensor", capability, (12, 8))
-        assert not native_pair("row", "block_1x128", capability, (12, 9))
-    assert native_pair("block_1x128", "block_128x128", hopper, (12, 9))
-    assert not native_pair("block_1x128", "block_128x128", hopper, (12, 8))
-    assert not native_pair("block_1x128", "block_128x128", blackwell, (13, 0))
-    assert not native_pair("block_128x128", "block_128x128", hopper, (13, 0))
-    assert native_pair("mx_1x32", "mx_1x32", blackwell, (12, 8))
-    assert not native_pair("mx_1x32", "mx_1x32", hopper, (13, 0))
+        assert native_pair("row", "tensor", capability, (12, 8), bf16)
+        assert native_pair("tensor", "tensor", capability, (12, 8), torch.float32, torch.float8_e5m2)
+        assert not native_pair("row", "block_1x128", capability, (12, 9), bf16)
+    assert native_pair("block_1x128", "block_128x128", hopper, (12, 9), bf16)
+    assert not native_pair("block_1x128", "block_128x128", hopper, (12, 8), bf16)
+    assert not native_pair("block_1x128", "block_128x128", blackwell, (13, 0), bf16)
+    assert not native_pair("block_128x128", "block_128x128", hopper, (13, 0), bf16)
+    assert native_pair("mx_1x32", "mx_1x32", blackwell, (12, 8), bf16)
+    assert not native_pair("mx_1x32", "mx_1x32", hopper, (13, 0), bf16)
+
+
+@pytest.mark.parametrize(("a", "b"), [("row", "row"), ("row", "tensor"), ("tensor", "row")])
+def test_only_cublas_gives_rows_in_fp32_or_takes_b_in_e5m2(a: str, b: str) -> None:
+    for odd in ((torch.float32, torch.float8_e4m3fn), (torch.bfloat16, torch.float8_e5m2)):
+        assert native_pair(a, b, (9, 0), (12, 9), *odd)
+        assert native_pair(a, b, (9, 0), (13, 0), *odd)
+        for capability, cuda in (((9, 0), (12, 8)), ((8, 9), (13, 0)), ((10, 0), (13, 0))):
+            assert not native_pair(a, b, capability, cuda, *odd)
+
+
+def test_shapes_of_block_kernels() -> None:
+    blocks = ("block_1x128", "block_128x128")
+    assert fits_kernel(*blocks, 48, 256, 384)
+    assert not fits_kernel(*blocks, 48, 272, 384)  # a short block along K
+    assert not fits_kernel(*blocks, 48, 256, 80)  # along N
+    assert not fits_kernel(*blocks, 50, 256, 384)
+    assert not fits_kernel("block_128x128", "block_1x128", 48, 256, 80)
+    assert fits_kernel("block_1x128", "block_1x128", 48, 256, 80)
+    assert fits_kernel("mx_1x32", "mx_1x32", 50, 96, 80)
+    assert not fits_kernel("mx_1x32", "mx_1x32", 48, 80, 80)
+    assert fits_kernel("row", "tensor", 50, 80, 80)
+    assert shape_rule([("row", "row"), ("tensor", "tensor")]) == ""
+    assert shape_rule([("mx_1x32", "mx_1x32")]) == "K a multiple of 32"
 
 
 def mx_quant() -> LinearQuant:
@@ -202,9 +234,56 @@ def test_the_reason_says_which_gemms_are_decoded(monkeypatch: pytest.MonkeyPatch
         "no kernel here for output (mx_1x32 x mx_1x32), grad_input (mx_1x32 x mx_1x32), grad_weight "
         "(mx_1x32 x mx_1x32): operands decoded, multiplied in high precision" in backend.reason
     )
-    assert gemms_without_kernel(mx_quant(), (10, 0), (12, 8)) == []
+    native, decoded = gemms_by_kernel(mx_quant(), (10, 0), (12, 8), torch.bfloat16)
+    assert list(native) == ["output", "grad_input", "grad_weight"] and not decoded
     plain = choose_gemm_backend(torch.device("cuda"), torch.bfloat16, LinearQuant())
     assert "decoded" not in plain.reason
+
+
+def test_the_reason_tells_results_and_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have FP32 results on a Hopper with CUDA 12.9 only; blocks have kernels for some shapes only."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 8))
+    row, block, square = (
+        QuantSpec(E4M3, granularity) for granularity in ("row", "block_1x128", "block_128x128")
+    )
+    cuda, rows = torch.device("cuda"), LinearQuant(row, row, row, row, row, row, "second_copy", "second_copy")
+    in_fp32 = "grad_weight (row x row) with results in torch.float32: operands decoded"
+    for dtype, said in ((torch.bfloat16, ""), (torch.float32, in_fp32)):
+        reason = choose_gemm_backend(cuda, dtype, rows).reason
+        assert said in reason and ("decoded" in reason) == bool(said)
+    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 9))
+    assert "decoded" not in choose_gemm_backend(cuda, torch.float32, rows).reason
+    blocks = LinearQuant(block, square, block, square, block, block, "second_copy", "same")
+    assert choose_gemm_backend(cuda, torch.bfloat16, blocks).reason.endswith(
+        "; kernels of output, grad_input, grad_weight take K a multiple of 128, 1x128 operands with a "
+        "multiple of 4 rows, 128x128 operands of whole blocks: operands of other shapes decoded, likewise"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "n", "out_dtype", "kernel"),
+    [
+        ((9, 0), 128, torch.bfloat16, True),
+        ((9, 0), 80, torch.bfloat16, False),
+        ((10, 0), 128, torch.bfloat16, False),
+    ],
+)
+def test_a_shape_without_a_kernel_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    n: int,
+    out_dtype: torch.dtype,
+    kernel: bool,
+) -> None:
+    """M = 48, N = 80 included. The device is told by a tensor without memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 9))
+    a, b = operand(48, 256, "block_1x128", 1, 1, True), operand(256, n, "block_128x128", 0, 2, True)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake_a = torch.empty(a[0].shape, dtype=a[0].dtype, device="cuda")
+        fake_b = torch.empty(b[0].shape, dtype=b[0].dtype, device="cuda")
+        assert gemm._has_kernel(fake_a, fake_b, a[1], b[1], out_dtype) == kernel
 
 
 def test_block_scales_have_the_kernels_shapes_and_strides() -> None:

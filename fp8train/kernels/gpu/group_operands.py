@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8train.kernels.gpu.codes import encode_fp8, largest_magnitude
+from fp8train.kernels.gpu.launch import hardware, launch
+from fp8train.kernels.gpu.tiles import own_scale, store_straight, store_turned
 from fp8train.kernels.group_operands import (
     PART_COLUMNS,
     PART_ROWS,
@@ -18,12 +21,7 @@ from fp8train.kernels.group_operands import (
     parts_of_columns,
     parts_of_rows,
 )
-from fp8train.kernels.gpu.codes import encode_fp8, largest_magnitude
-from fp8train.kernels.gpu.launch import hardware, launch
-from fp8train.kernels.gpu.tiles import own_scale
 
-_TILE = 128
-"""Rows and columns of a program's tile: a block of 128x128, and whole ones of all other blocks."""
 _ROWS, _COLUMNS = 4, 1024
 """Of what a program holds of its rows at a time."""
 _PARTS = 16
@@ -41,10 +39,11 @@ def _cast_blocks(
     MARGIN: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """Codes of FP32 values [r, c], and the inverse scales of blocks of ``BLOCK`` along ``AXIS``: [r, blocks]
-    or [blocks, c]; of the whole tile, a scalar, for ``AXIS`` 2."""
+    """Codes of values [r, c] of any float type, and the inverse scales of blocks of ``BLOCK`` along ``AXIS``:
+    [r, blocks] or [blocks, c]; of the whole tile, a scalar, for ``AXIS`` 2."""
     ROWS: tl.constexpr = values.shape[0]
     COLUMNS: tl.constexpr = values.shape[1]
+    values = values.to(tl.float32)
     if AXIS == 2:
         amax = largest_magnitude(largest_magnitude(values, 1), 0)
         scale, scale_inv = own_scale(amax, POWER_OF_TWO, MAX_EXPONENT, MARGIN)
@@ -64,32 +63,17 @@ def _cast_blocks(
 def _store_scales(scale_inv, out, row, column, vectors, blocks, AXIS: tl.constexpr, BLOCK: tl.constexpr):
     """Store scales of :func:`_cast_blocks`; ``out``: FP32 [blocks, vectors], or [rows of blocks, blocks] for
     ``AXIS`` 2. ``row``, ``column``: int64, of the tile's elements."""
+    at, other = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if AXIS == 2:
-        tl.store(out + tl.program_id(0).to(tl.int64) * blocks + tl.program_id(1), scale_inv)
+        tl.store(out + at * blocks + other, scale_inv, mask=(at < vectors) & (other < blocks))
     elif AXIS == 1:
-        BLOCKS: tl.constexpr = scale_inv.shape[1]
-        block = tl.program_id(1).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        block = other * scale_inv.shape[1] + tl.arange(0, scale_inv.shape[1])
         inside = (row < vectors)[:, None] & (block < blocks)[None, :]
         tl.store(out + block[None, :] * vectors + row[:, None], scale_inv, mask=inside)
     else:
-        BLOCKS: tl.constexpr = scale_inv.shape[0]
-        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        block = at * scale_inv.shape[0] + tl.arange(0, scale_inv.shape[0])
         inside = (block < blocks)[:, None] & (column < vectors)[None, :]
         tl.store(out + block[:, None] * vectors + column[None, :], scale_inv, mask=inside)
-
-
-@triton.jit
-def _store_turned(code, turned, row, column, rows, columns):
-    """Store a tile's codes transposed; ``turned``: uint8 [columns, rows]."""
-    inside = (column < columns)[:, None] & (row < rows)[None, :]
-    tl.store(turned + column[:, None] * rows + row[None, :], tl.trans(code), mask=inside)
-
-
-@triton.jit
-def _store_straight(code, straight, row, column, rows, columns):
-    """Store a tile's codes; ``straight``: uint8 [rows, columns]."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(straight + row[:, None] * columns + column[None, :], code, mask=inside)
 
 
 @triton.jit
@@ -117,26 +101,27 @@ def _blocks_kernel(
     MAX_EXPONENT: tl.constexpr,
     MARGIN: tl.constexpr,
     HARDWARE: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_K: tl.constexpr,
 ):
     """``FIRST``: axis of the blocks of codes in either layout; ``SECOND``: of transposed ones, if others."""
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    column = tl.program_id(1).to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
     inside = (row < height)[:, None] & (column < width)[None, :]
-    values = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0.0)
     code, scale_inv = _cast_blocks(
         values, FIRST, BLOCK, POWER_OF_TWO, MANTISSA, MAX_EXPONENT, MARGIN, HARDWARE
     )
     _store_scales(scale_inv, first_scales, row, column, first_vectors, first_blocks, FIRST, BLOCK)
     if STRAIGHT:
-        _store_straight(code, straight, row, column, rows, columns)
+        store_straight(code, straight, row, column, rows, columns)
     if TURNED:
         if SECOND is not None:
             code, scale_inv = _cast_blocks(
                 values, SECOND, BLOCK, POWER_OF_TWO, MANTISSA, MAX_EXPONENT, MARGIN, HARDWARE
             )
             _store_scales(scale_inv, second_scales, row, column, second_vectors, second_blocks, SECOND, BLOCK)
-        _store_turned(code, turned, row, column, rows, columns)
+        store_turned(code, turned, row, column, rows, columns)
 
 
 @triton.jit
@@ -177,9 +162,9 @@ def _rows_kernel(
         values = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
         code = encode_fp8(values * scale[:, None], MANTISSA, HARDWARE)
         if STRAIGHT:
-            _store_straight(code, straight, row, column, rows, columns)
+            store_straight(code, straight, row, column, rows, columns)
         if TURNED:
-            _store_turned(code, turned, row, column, rows, columns)
+            store_turned(code, turned, row, column, rows, columns)
 
 
 @triton.jit
@@ -264,7 +249,7 @@ def _vectors_kernel(
         tl.store(column_scales + column, scale_inv, mask=column < column_vectors)
     code = encode_fp8(values * scale[None, :], MANTISSA, HARDWARE)
     if TURNED:
-        _store_turned(code, turned, row, column, rows, columns)
+        store_turned(code, turned, row, column, rows, columns)
     if STRAIGHT:
         if OF_ROWS:
             amax = _amax_of_parts(row_parts, row_count, row, height, PARTS)
@@ -272,7 +257,7 @@ def _vectors_kernel(
             if tl.program_id(1) == 0:
                 tl.store(row_scales + row, scale_inv, mask=row < row_vectors)
             code = encode_fp8(values * scale[:, None], MANTISSA, HARDWARE)
-        _store_straight(code, straight, row, column, rows, columns)
+        store_straight(code, straight, row, column, rows, columns)
 
 
 def _constants(rule: GroupRule) -> dict[str, object]:
@@ -362,9 +347,10 @@ def _blocks(
     that differ."""
     sizes = _aligned(x)
     others = first if second is None else second
+    tile, warps = _tile(rule, first[0], second is not None)
     launch(
         _blocks_kernel,
-        _grid(sizes, _TILE, _TILE),
+        _grid(sizes, *tile),
         x,
         straight.view(torch.uint8),
         turned.view(torch.uint8),
@@ -380,9 +366,19 @@ def _blocks(
         SECOND=None if second is None else second[0],
         BLOCK=rule.block,
         **_constants(rule),
-        TILE=_TILE,
-        num_warps=8,
+        TILE_M=tile[0],
+        TILE_K=tile[1],
+        num_warps=warps,
     )
+
+
+def _tile(rule: GroupRule, axis: int, both: bool) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a program's tile, which holds whole blocks, and its warps: 32 elements a thread."""
+    if rule.block == 32:
+        return ((64, 64), 4) if both else ((64, 128), 8)
+    if both or axis == 2:
+        return (128, 128), 16
+    return ((64, 128), 8) if axis == 1 else ((128, 64), 8)
 
 
 def _vectors_and_blocks(scales: tuple[int, Tensor]) -> tuple[int, int]:
@@ -400,7 +396,7 @@ def cast_groups(
     straight: bool,
     turned: bool,
 ) -> GroupOperand:
-    """:func:`fp8train.kernels.group_operands.cast_groups`."""
+    """:func:`fp8train.kernels.group_operands.cast_groups`: one write of each layout."""
     assert x.is_contiguous(), f"strides {x.stride()}"
     rule = GroupRule(granularity, mantissa_bits, power_of_two, margin)  # type: ignore[arg-type]
     out = empty_group_operand(x, rule, contracted, straight, turned)
@@ -436,7 +432,7 @@ def cast_groups(
 def cast_both(
     x: Tensor, granularity: str, mantissa_bits: int, power_of_two: bool, margin: int
 ) -> TwoOperands:
-    """:func:`fp8train.kernels.group_operands.cast_both`."""
+    """:func:`fp8train.kernels.group_operands.cast_both`: one write of each cast."""
     assert x.is_contiguous(), f"strides {x.stride()}"
     rule = GroupRule(granularity, mantissa_bits, power_of_two, margin)  # type: ignore[arg-type]
     out = empty_two_operands(x, rule)

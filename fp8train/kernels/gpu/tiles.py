@@ -18,9 +18,7 @@ PARTIALS = 1024
 
 
 @triton.jit
-def own_scale(
-    amax, POWER_OF_TWO: tl.constexpr, MAX_EXPONENT: tl.constexpr, MARGIN: tl.constexpr
-):
+def own_scale(amax, POWER_OF_TWO: tl.constexpr, MAX_EXPONENT: tl.constexpr, MARGIN: tl.constexpr):
     """(scale, scale_inv) of FP32 amaxes of any shape, as ``scale_from_amax`` defines them; ``scale_inv`` is
     NaN where an amax is not finite."""
     finite = is_finite(amax)
@@ -78,6 +76,21 @@ def operand_scale(
 
 
 @triton.jit
+def store_straight(code, straight, row, column, rows, columns):
+    """Store a tile's codes (uint8) that lie at int64 ``row`` [r] and ``column`` [c]; ``straight``: uint8
+    [rows, columns]."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(straight + row[:, None] * columns + column[None, :], code, mask=inside)
+
+
+@triton.jit
+def store_turned(code, turned, row, column, rows, columns):
+    """Store a tile's codes transposed, as :func:`store_straight`; ``turned``: uint8 [columns, rows]."""
+    inside = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(turned + column[:, None] * rows + row[None, :], tl.trans(code), mask=inside)
+
+
+@triton.jit
 def store_operand(
     values,
     scale,
@@ -99,9 +112,7 @@ def store_operand(
     which ``values`` are 0.
     """
     code = encode_fp8(values * scale, MANTISSA, HARDWARE)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
     if STRAIGHT:
-        tl.store(straight + row[:, None] * columns + column[None, :], code, mask=inside)
+        store_straight(code, straight, row, column, rows, columns)
     if TURNED:
-        turned_at = column[:, None] * rows + row[None, :]
-        tl.store(turned + turned_at, tl.trans(code), mask=tl.trans(inside))
+        store_turned(code, turned, row, column, rows, columns)
