@@ -62,6 +62,7 @@ def _operands() -> Iterator[Case]:
     yield Case("amax_partials", "bf16", (x,))
     yield Case("cast_operand", "x", (x, partials, None, *X, True, True))
     yield Case("cast_operand", "grad_output", (x, partials, None, *GRADIENT, True, True))
+    yield Case("turn_codes", "weight", (_empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn),))
     delayed = _empty(dtype=torch.float32)
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
 

@@ -26,6 +26,10 @@ def scaled_dot_product_attention(
     wide = widens(query) or (in_fp32 and dtype == torch.bfloat16)
     if wide:
         query, key, value = query.float(), key.float(), value.float()
+    if query.device.type == "meta":  # shapes only, of the kernel that a GPU runs
+        assert attn_mask is None, "attention without values, with a mask"
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, is_causal, scale=scale)[0]
     mixed = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, scale=scale
     )

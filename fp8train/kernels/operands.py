@@ -47,7 +47,7 @@ class CastRule(NamedTuple):
 
     @property
     def format(self) -> Format:
-        """Of the codes."""
+        """The format of the codes."""
         return E4M3 if self.mantissa_bits == E4M3.mantissa_bits else E5M2
 
 
@@ -140,6 +140,24 @@ def empty_operand(
         x.new_empty((), dtype=torch.float32),
         x.new_empty((), dtype=torch.float32),
     )
+
+
+def _turn_codes(codes: Tensor) -> Tensor:
+    return codes.t().contiguous()
+
+
+_turn_op = FusedOp(
+    _turn_codes,
+    launcher="fp8train.kernels.gpu.operands:turn_codes",
+    fake=lambda codes: codes.new_empty(codes.shape[1], codes.shape[0]),
+    cost=lambda args, out: Cost(1, nbytes(args[0]), nbytes(out)),
+)
+
+
+def turn_codes(codes: Tensor) -> Tensor:
+    """The transpose of contiguous FP8 codes [M, K], contiguous: [K, M]."""
+    result: Tensor = _turn_op(codes)
+    return result
 
 
 def _cast_operand(

@@ -16,7 +16,7 @@ from torch import Tensor
 from fp8train.kernels.gemm import fp8_gemm
 from fp8train.kernels.matmul import matmul
 from fp8train.kernels.padding import Operand, padded
-from fp8train.layers.fp8_operand import quantize_matrix, transposed
+from fp8train.layers.fp8_operand import Layouts, quantize_layouts, quantize_matrix, transposed
 from fp8train.layers.grad_weight_op import (
     SinkSlot,
     contribute_grad_weight,
@@ -111,10 +111,16 @@ class _Fp8Linear(torch.autograd.Function):
         # Operand x [T, K], cast here for a GEMM that sums over K. A current scale comes from the amax over
         # all ranks that hold parts of what shares it, a delayed one from its slot. Column-parallel: ranks'
         # tokens are gathered before the cast in the compute type, or after it as codes (1 byte an element).
-        source = x if wire.input_in_fp8 else wire.gather_input(x, call.batch)()
-        local_x = _quantize("x", source, quant.output_x, slots.output_x, call, rows.x, contracted=1)
-        whole_x = _gathered(local_x, quant.output_x, 1, call)() if wire.input_in_fp8 else local_x
-        x_operand = padded(whole_x)
+        kept_x: tuple[Tensor, Tensor | None]
+        if wire.input_in_fp8:
+            local_x = _quantize("x", x, quant.output_x, slots.output_x, call, rows.x, contracted=1)
+            whole_x = _gathered(local_x, quant.output_x, 1, call)()
+            x_operand, tokens, kept_x = padded(whole_x), whole_x[0].shape[0], local_x
+        else:  # in the layouts of this GEMM, and of grad_weight
+            source = wire.gather_input(x, call.batch)()
+            agree = wire.agreement("x", quant.output_x, 1)
+            both = quantize_layouts(source, quant.output_x, slots.output_x, rows.x, agree, contracted=1)
+            x_operand, tokens, kept_x = both.rows, source.shape[0], both.columns
         # GEMM output: x [T, K] · wᵀ [K, N] -> [T, N]; both are padded to multiples of 16, cut off again.
         product = _multiply(
             call.plan,
@@ -124,10 +130,9 @@ class _Fp8Linear(torch.autograd.Function):
             call.alphas.output,
             x.dtype,
             fast_accumulation=quant.fast_accumulation,
-        )[: whole_x[0].shape[0], : weight.shape[0]]
+        )[:tokens, : weight.shape[0]]
         # Kept for GEMM grad_weight, which sums over T: the operand just multiplied; where tokens were
         # gathered only this rank's (codes, or x itself), to be gathered again; or what keep_x asks for.
-        kept_x: tuple[Tensor, Tensor | None] = local_x if wire.input_in_fp8 else x_operand
         if quant.keep_x == "bf16" or (wire.gathers_input and not wire.input_in_fp8):
             kept_x = (x, None)
         elif quant.keep_x == "second_copy":
@@ -137,7 +142,7 @@ class _Fp8Linear(torch.autograd.Function):
         ctx.save_for_backward(*kept_x, *kept_w, columns)
         # Not saved: other micro-batches change what these hold.
         ctx.buffer, ctx.sink_slot, ctx.slots, ctx.grad_row = buffer, sink_slot, slots, rows.grad_output
-        ctx.call, ctx.shape, ctx.weight_shape = call, whole_x[0].shape, weight.shape
+        ctx.call, ctx.shape, ctx.weight_shape = call, (tokens, x.shape[1]), weight.shape
         # Row-parallel: [T, N] are partial sums over K; ranks send each other parts (FP8 or the compute type),
         # add them, and keep their own tokens [T/tp, N].
         return wire.scatter_output(product, call.batch, fp8=True)()
@@ -176,7 +181,7 @@ class _Fp8Linear(torch.autograd.Function):
             # GEMM grad_input: grad_output [T, N] · w [N, K] -> [T, K].
             specs = (quant.grad_input_grad_output, quant.grad_input_w)
             product = _multiply(
-                call.plan, grad_operand, w_operand, specs, call.alphas.grad_input, grad_output.dtype
+                call.plan, grad_operand.rows, w_operand, specs, call.alphas.grad_input, grad_output.dtype
             )
             product = product[: ctx.shape[0], : ctx.shape[1]]
             # Column-parallel: partial sums over N; sent now, waited for below, after grad_weight.
@@ -184,7 +189,7 @@ class _Fp8Linear(torch.autograd.Function):
         if finish_grad_weight is not None:
             # GEMM grad_weight: grad_outputᵀ [N, T] · x [T, K] -> [N, K], this rank's shard. The sink (the
             # gradient store) takes it and decides when to multiply; without a sink autograd gets it.
-            grad_weight = finish_grad_weight(grad_operand)
+            grad_weight = finish_grad_weight(grad_operand.columns)
         result = None if grad_input is None else grad_input()
         return result, grad_weight, None, None, None, None, None, None, None, None
 
@@ -241,15 +246,18 @@ def _grad_operand(
     row: Tensor | None = None,
     *,
     contracted: int,
-) -> Operand:
+) -> Layouts:
     """Quantise the output gradient; a row-parallel linear's part is gathered in FP8 if traffic says so."""
     wire = call.wire
+    if not wire.grad_output_in_fp8:
+        agree = wire.agreement("grad_output", spec, contracted)
+        return quantize_layouts(grad_output, spec, slot, row, agree, contracted=contracted)
     payload, scale_inv = _quantize("grad_output", grad_output, spec, slot, call, row, contracted=contracted)
-    if wire.grad_output_in_fp8:
-        payload = wire.gather_grad_output(payload, call.batch)()
-        if _scales_travel(spec, contracted):
-            scale_inv = wire.gather_grad_output(scale_inv, call.batch)()
-    return padded((payload, scale_inv))
+    payload = wire.gather_grad_output(payload, call.batch)()
+    if _scales_travel(spec, contracted):
+        scale_inv = wire.gather_grad_output(scale_inv, call.batch)()
+    operand = padded((payload, scale_inv))
+    return Layouts(operand, operand)
 
 
 def _start_grad_weight(
@@ -270,7 +278,7 @@ def _start_grad_weight(
     def finish(grad_operand: Operand) -> Tensor | None:
         if not quant.shares_grad_output:  # a cast of its own, for a GEMM that sums over T
             spec, slot = quant.grad_weight_grad_output, slots.grad_weight_grad_output
-            grad_operand = _grad_operand(grad_output, spec, slot, call, contracted=0)
+            grad_operand = _grad_operand(grad_output, spec, slot, call, contracted=0).columns
         return _grad_weight(ctx, grad_operand, x_operand(), columns, grad_output.dtype)
 
     return finish

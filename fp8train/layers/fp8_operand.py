@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fp8train.comm.sequence_parallel import Agreement
+from fp8train.kernels import fused_op
+from fp8train.kernels.operands import CastOperand, CastRule, amax_partials, cast_operand
 from fp8train.kernels.padding import Operand, padded
 from fp8train.numerics.cast import amax_of, cast, operand_amax
 from fp8train.numerics.granularity import expand_scales
@@ -16,6 +22,19 @@ from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import cast_statistics
 from fp8train.precision.operand_cast import QuantSpec
+
+
+class Layouts(NamedTuple):
+    """One operand in the two layouts that GEMMs read; equal but in memory.
+
+    Attributes:
+        rows: [M, K] row-major, for the GEMM that sums over K.
+        columns: [M, K] column-major where tensor cores want that for the GEMM that sums over M; else ``rows``
+            itself.
+    """
+
+    rows: Operand
+    columns: Operand
 
 
 def cropped(operand: Operand, rows: int, columns: int) -> Operand:
@@ -65,6 +84,9 @@ def quantize_matrix(
     assert (slot is not None) == (spec.scale_source == "delayed"), (
         f"{spec}: delayed casts, and only they, have slots"
     )
+    if row is None and casts_at_once(x, spec):
+        codes = cast_at_once(x, spec, slot, agree, turned=False)
+        return cropped((codes.codes, codes.scale_inv), *x.shape)
     amax = operand_amax(x, spec, contracted)
     if agree is not None and spec.scale_source != "constant":
         amax = agree.largest(amax)
@@ -79,6 +101,75 @@ def quantize_matrix(
     if row is not None:
         row.copy_(cast_statistics(x, payload, expand_scales(scale_inv, x.shape)))
     return payload, scale_inv
+
+
+def casts_at_once(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether a fused operation casts ``x`` like this."""
+    one_scale = spec.granularity == "tensor" and spec.scale_source != "mse"
+    return one_scale and x.dtype != torch.float64 and fused_op.fuses(x)
+
+
+def cast_at_once(
+    x: Tensor,
+    spec: QuantSpec,
+    slot: ScaleSlot | None,
+    agree: Agreement | None,
+    *,
+    turned: bool,
+    straight: bool = True,
+) -> CastOperand:
+    """:func:`quantize_matrix` in two launches, in one or both layouts, padded."""
+    x = x.contiguous()
+    cast = partial(_cast, x, straight=straight, turned=turned)
+    return agreed_cast(amax_partials(x), spec, slot, agree, cast)
+
+
+def _cast(
+    x: Tensor, partials: Tensor, rule: CastRule, delayed: Tensor | None, *, straight: bool, turned: bool
+) -> CastOperand:
+    return cast_operand(x, partials, rule, delayed=delayed, straight=straight, turned=turned)
+
+
+def agreed_cast(
+    partials: Tensor,
+    spec: QuantSpec,
+    slot: ScaleSlot | None,
+    agree: Agreement | None,
+    cast: Callable[[Tensor, CastRule, Tensor | None], CastOperand],
+) -> CastOperand:
+    """What stands around the cast of a tensor whose amax is known in parts.
+
+    Args:
+        partials: FP32, their largest magnitude is the amax of this rank's part.
+        spec: how to cast; one scale per tensor.
+        slot: scale and running amax of a delayed cast.
+        agree: makes the amax that of the logical tensor.
+        cast: casts with these partials, rule, and delayed scale.
+    """
+    if agree is not None and spec.scale_source != "constant":
+        partials = agree.largest(amax_of(partials)).view(1)
+    result = cast(partials, CastRule.of(spec), None if slot is None else slot.scale)
+    if slot is not None and slot.amax is not None:
+        record_amax(result.amax, slot.amax)
+    return result
+
+
+def quantize_layouts(
+    x: Tensor,
+    spec: QuantSpec,
+    slot: ScaleSlot | None = None,
+    row: Tensor | None = None,
+    agree: Agreement | None = None,
+    *,
+    contracted: int,
+) -> Layouts:
+    """Quantise a matrix for two GEMMs, one that sums over its rows and one that sums over its columns; padded
+    to multiples of 16. Arguments as for :func:`quantize_matrix`, which defines the codes."""
+    if row is None and casts_at_once(x, spec):
+        both = cast_at_once(x, spec, slot, agree, turned=True)
+        return Layouts((both.codes, both.scale_inv), (both.turned.t(), both.scale_inv))
+    operand = padded(quantize_matrix(x, spec, slot, row, agree, contracted=contracted))
+    return Layouts(operand, operand)
 
 
 def _simulate_nvfp4(

@@ -25,9 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fp8train.kernels.fused_op import fuses
 from fp8train.kernels.matmul import cpu_multiplies_bf16
+from fp8train.kernels.operands import turn_codes
 from fp8train.kernels.padding import Operand, aligned
-from fp8train.layers.fp8_operand import cropped, quantize_operand
+from fp8train.layers.fp8_operand import cropped, quantize_layouts, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
 from fp8train.numerics.formats import dtype_of
@@ -51,7 +53,8 @@ class Fp8Weight:
         shape: [N, K] of the weight.
         site: where cast statistics go, and under which name; None keeps none.
         forward: operand of the output GEMM, [N, K] padded; None before the first cast.
-        backward: operand of the grad_input GEMM; None where backward casts the high-precision weight.
+        backward: operand of the grad_input GEMM; None where backward casts the high-precision weight, and
+            before the first use.
     """
 
     def __init__(
@@ -87,6 +90,10 @@ class Fp8Weight:
         """Bytes of the copies, padding and scales included."""
         copies = {id(copy): copy for copy in (self.forward, self.backward) if copy is not None}
         return sum(payload.nbytes + scale_inv.nbytes for payload, scale_inv in copies.values())
+
+    def backward_operand(self) -> Operand | None:
+        """:attr:`backward`, made if it has yet to be."""
+        return self.backward
 
     def record_amax(self) -> None:
         """Tell the weight's delayed scales its amax; for training forwards while amaxes are recorded."""
@@ -132,9 +139,10 @@ class CachedFp8Weight(Fp8Weight):
             row = self._active_row() if use == "output.w" else None
             contracted = _CONTRACTED[use]
             agree = self._wire.agreement("w", spec, contracted)
-            copies[use] = quantize_operand(weight, spec, slot, row, agree, contracted=contracted)
-        self.forward = copies["output.w"]
-        self.backward = None if self.quant.keep_w == "bf16" else copies.get("grad_input.w", self.forward)
+            copies[use] = quantize_layouts(weight, spec, slot, row, agree, contracted=contracted)
+        self.forward = copies["output.w"].rows
+        backward = copies.get("grad_input.w", copies["output.w"]).columns
+        self.backward = None if self.quant.keep_w == "bf16" else backward
         self._key = key
 
     def record_statistics(self, weight: Tensor) -> None:
@@ -213,6 +221,17 @@ class ResidentFp8Weight(Fp8Weight):
         payload = torch.zeros(padded, dtype=torch.uint8, device=device).view(dtype_of(spec.format))
         return _Copy(spec, payload, torch.ones((), device=device), torch.ones((), device=device))
 
+    def backward_operand(self) -> Operand | None:
+        """The copy for backward; on a GPU it is turned at its first use, when other ranks' rows are there."""
+        if self.backward is None and self.forward is not None:
+            copy = self._copy_for_backward
+            self.backward = turn_codes(copy.payload).t(), copy.scale_inv
+        return self.backward
+
+    @property
+    def _copy_for_backward(self) -> _Copy:
+        return self._copies.get("grad_input.w", self._copies["output.w"])
+
     @torch.no_grad()
     def begin(self, amax: Tensor) -> None:
         """Fix the scales of a new weight from its amax; :meth:`write` casts with them.
@@ -254,7 +273,8 @@ class ResidentFp8Weight(Fp8Weight):
         """Put the copies into use. On a sampled step the weight's row describes what this step wrote."""
         operands = {use: (copy.payload, copy.scale_inv) for use, copy in self._copies.items()}
         self.forward = operands["output.w"]
-        self.backward = operands.get("grad_input.w", self.forward)
+        lies_well = not fuses(self.forward[0])  # GPUs read this operand in another layout
+        self.backward = operands.get("grad_input.w", self.forward) if lies_well else None
         row = self._active_row()
         if row is not None and self._rows:
             row.copy_(_merge_statistics(self._rows))

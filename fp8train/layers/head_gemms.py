@@ -49,7 +49,7 @@ class HeadGemms:
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         self._alphas = alphas
         half = weight.dtype == torch.bfloat16
-        self._cuda = half and weight.device.type == "cuda"
+        self._cuda = half and weight.device.type != "cpu"
         self._rounds = half and weight.device.type == "cpu" and cpu_multiplies_bf16()
         narrow = self._cuda or self._rounds
         self._weight = weight if narrow else weight.to(self.wide)

@@ -235,7 +235,7 @@ class Linear(nn.Module):
 
     @property
     def _w_backward(self) -> Operand | None:
-        return None if self._fp8_weight is None else self._fp8_weight.backward
+        return None if self._fp8_weight is None else self._fp8_weight.backward_operand()
 
     @property
     def weight_bytes(self) -> int:

@@ -26,7 +26,7 @@ from fp8train.layers.row_chunks import row_chunks
 IGNORE = -100
 _STANDARD = Alphas()
 # CPU: glibc maps blocks of 32 MiB and more anew each time, and every page of them faults.
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 16 << 20, 512 << 20
 # A chunk reads the weight twice and grad_weight once, whatever its size: below this many tokens that would
 # be most of its time, and the cost of a token would grow with the vocabulary squared.
 _MIN_ROWS = 128
@@ -93,7 +93,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk_rows(weight: Tensor) -> int:
     """Tokens whose logits are at hand at once; the largest intermediate is a chunk of them in FP32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return max(_MIN_ROWS, _CHUNK_BYTES[weight.device.type] // (weight.shape[0] * wide.itemsize))
+    chunk = _CPU_CHUNK_BYTES if weight.device.type == "cpu" else _GPU_CHUNK_BYTES
+    return max(_MIN_ROWS, chunk // (weight.shape[0] * wide.itemsize))
 
 
 def _blocks(logits: Tensor, parallel: TensorParallel | None) -> list[slice]:

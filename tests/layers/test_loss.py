@@ -131,7 +131,7 @@ class _LargeOutputs(TorchDispatchMode):
 @pytest.mark.usefixtures("each_cpu")
 def test_a_chunk_touches_the_whole_weight_in_gemms_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the cost of a token grows with the vocabulary squared: chunks get shorter as the weight grows."""
-    monkeypatch.setattr("fp8train.layers.loss._CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr("fp8train.layers.loss._CPU_CHUNK_BYTES", 1)
     hidden, weight, targets = inputs(128 * 5, 4096, 4096, torch.bfloat16)
     with _LargeOutputs(weight.numel()) as mode:
         linear_cross_entropy(hidden, weight, targets, vocab_size=4096)

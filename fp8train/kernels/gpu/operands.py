@@ -78,6 +78,35 @@ def _cast_kernel(
     )
 
 
+@triton.jit
+def _turn_kernel(codes, turned, rows, columns, TILE_M: tl.constexpr, TILE_K: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    column = tl.program_id(1).to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tile = tl.load(codes + row[:, None] * columns + column[None, :], mask=inside)
+    tl.store(turned + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
+def turn_codes(codes: Tensor) -> Tensor:
+    """:func:`fp8train.kernels.operands.turn_codes`: one read, one write."""
+    assert codes.is_contiguous(), f"strides {codes.stride()}"
+    rows, columns = codes.shape
+    turned = codes.new_empty(columns, rows)
+    grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))
+    launch(
+        _turn_kernel,
+        grid,
+        codes.view(torch.uint8),
+        turned.view(torch.uint8),
+        rows,
+        columns,
+        TILE_M=TILE_ROWS,
+        TILE_K=TILE_COLUMNS,
+        num_warps=8,
+    )
+    return turned
+
+
 def scale_constants(partials: Tensor, delayed: Tensor | None, rule: CastRule) -> dict[str, object]:
     """The compile-time constants of :func:`~fp8train.kernels.gpu.tiles.operand_scale` and of the cast."""
     return {

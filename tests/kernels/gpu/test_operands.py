@@ -99,3 +99,11 @@ def test_an_amax_of_many_pieces() -> None:
     partials = operands._amax_op.launch(x)
     assert partials.tolist() == [7.0, 0.0, 0.0, 0.0] or partials.amax() == 7.0
     assert len(partials) == 4
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 0)], ids=str)
+def test_turning_codes(shape: tuple[int, int]) -> None:
+    codes = torch.randint(256, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    assert same(
+        operands._turn_op.launch(codes.view(torch.float8_e5m2)).view(torch.uint8), codes.t().contiguous()
+    )
