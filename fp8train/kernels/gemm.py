@@ -213,7 +213,7 @@ def _has_kernel(
     if not (scale_inv_a.dim() or scale_inv_b.dim()):
         return True
     kinds = granularity_of(scale_inv_a, a.shape, 1), granularity_of(scale_inv_b, b.shape, 0)
-    if not a.is_cuda:  # torch's for a CPU knows rows
+    if a.device.type == "cpu":  # torch's for a CPU knows rows
         return set(kinds) <= {"tensor", "row"}
     capability = torch.cuda.get_device_capability(a.device)
     known = native_pair(*kinds, capability, cuda_version(), out_dtype, b.dtype)

@@ -110,10 +110,15 @@ def shape_of_scales(shape: tuple[int, int], granularity: Granularity, contracted
     return rows, columns
 
 
+def _columns_first(granularity: Granularity, contracted: int) -> bool:
+    """Whether scales of one column of blocks lie together, rather than those of a row of them."""
+    return contracted == 1 and granularity in ("block_1x128", "mx_1x32")
+
+
 def empty_scales(x: Tensor, granularity: Granularity, contracted: int) -> Tensor:
     """Memory of the scales of ``x`` on its device, in their strides."""
     shape = shape_of_scales((x.shape[0], x.shape[1]), granularity, contracted)
-    if granularity in DIRECTED and contracted == 1:
+    if _columns_first(granularity, contracted):
         return x.new_empty(shape[::-1], dtype=torch.float32).t()
     return x.new_empty(shape, dtype=torch.float32)
 
@@ -126,7 +131,7 @@ def empty_codes(x: Tensor, rule: GroupRule, *, turned: bool) -> Tensor:
 
 def _operand(x: Tensor, rule: GroupRule, contracted: int) -> Operand:
     codes, scale_inv = padded(quantize(x, _spec(rule), contracted=contracted))
-    if rule.granularity in DIRECTED and contracted == 1:
+    if _columns_first(rule.granularity, contracted):
         scale_inv = scale_inv.t().contiguous().t()
     return codes, scale_inv
 

@@ -18,10 +18,10 @@ mx 1x32, 1x32        10.0 and newer      E8M0, tiles of 128x4 in the tensor core
 only and wants B in E4M3.
 
 A pair that mixes tensor and row is row, row. Anything else has no kernel: its operands are decoded and
-multiplied in high precision on the device (:mod:`fp8train.kernels.gemm`). So are shapes of which a block
-kernel is not known to work (:func:`fits_kernel`): cuBLAS wants 1x128 scales of a multiple of 4 rows, and
-torch tests 128x128 operands of whole blocks only. The CPU runs the first two rows, which the tests compare;
-the block kernels were written from the rules above and never ran.
+multiplied in high precision on the device (:mod:`fp8train.kernels.gemm`). So are shapes that a block kernel
+may not take (:func:`fits_kernel`): cuBLAS wants 1x128 scales of a multiple of 4 rows, and torch's own check
+of shapes counts whole blocks of 128x128 only. The CPU runs the first two rows, which the tests compare; the
+block kernels were written from the rules above and never ran, but torch's checks accept what they get.
 """
 
 from __future__ import annotations
@@ -118,9 +118,14 @@ def cuda_version() -> tuple[int, int]:
 
 
 def row_scales(scale_inv: Tensor, size: int, dim: int) -> Tensor:
-    """Scalar or row scales as the row kernels take them: [size, 1] for ``dim`` 0, [1, size] for 1."""
-    shape = (size, 1) if dim == 0 else (1, size)
-    return (scale_inv.expand(shape) if scale_inv.numel() == 1 else scale_inv).contiguous()
+    """Scalar or row scales as the row kernels take them: [size, 1] for ``dim`` 0, [1, size] for 1.
+
+    torch wants stride 1 along the second dimension even where its size is 1, so a transposed view will not
+    do, though it is contiguous.
+    """
+    flat = scale_inv.reshape(-1)
+    flat = flat.expand(size).contiguous() if flat.numel() == 1 else flat
+    return flat.view(size, 1) if dim == 0 else flat.view(1, size)
 
 
 def empty_square_scales(scale_inv: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fp8train.comm.sequence_parallel import Agreement
 from fp8train.kernels import fused_op
+from fp8train.kernels.group_operands import GroupRule, cast_groups
 from fp8train.kernels.operands import CastOperand, CastRule, amax_partials, cast_operand
 from fp8train.kernels.padding import Operand, padded
 from fp8train.numerics.cast import amax_of, cast, operand_amax
@@ -30,7 +31,7 @@ class Layouts(NamedTuple):
     Attributes:
         rows: [M, K] row-major, for the GEMM that sums over K.
         columns: [M, K] column-major where tensor cores want that for the GEMM that sums over M; else ``rows``
-            itself.
+            itself, as ``rows`` is ``columns`` where scales serve that GEMM alone.
     """
 
     rows: Operand
@@ -87,6 +88,9 @@ def quantize_matrix(
     if row is None and casts_at_once(x, spec):
         codes = cast_at_once(x, spec, slot, agree, turned=False)
         return cropped((codes.codes, codes.scale_inv), *x.shape)
+    if row is None and agree is None and casts_groups(x, spec):
+        groups = cast_groups(x.contiguous(), GroupRule.of(spec), contracted=contracted)
+        return cropped((groups.codes, groups.scale_inv), *x.shape)
     amax = operand_amax(x, spec, contracted)
     if agree is not None and spec.scale_source != "constant":
         amax = agree.largest(amax)
@@ -107,6 +111,12 @@ def casts_at_once(x: Tensor, spec: QuantSpec) -> bool:
     """Whether a fused operation casts ``x`` like this."""
     one_scale = spec.granularity == "tensor" and spec.scale_source != "mse"
     return one_scale and x.dtype != torch.float64 and fused_op.fuses(x)
+
+
+def casts_groups(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether a fused operation casts ``x`` like this, with scales of its rows or blocks."""
+    of_groups = spec.granularity != "tensor" and not spec.is_nvfp4
+    return of_groups and x.dtype != torch.float64 and fused_op.fuses(x)
 
 
 def cast_at_once(
@@ -168,8 +178,20 @@ def quantize_layouts(
     if row is None and casts_at_once(x, spec):
         both = cast_at_once(x, spec, slot, agree, turned=True)
         return Layouts((both.codes, both.scale_inv), (both.turned.t(), both.scale_inv))
+    if row is None and agree is None and casts_groups(x, spec):
+        return _layouts_of_groups(x.contiguous(), spec, contracted)
     operand = padded(quantize_matrix(x, spec, slot, row, agree, contracted=contracted))
     return Layouts(operand, operand)
+
+
+def _layouts_of_groups(x: Tensor, spec: QuantSpec, contracted: int) -> Layouts:
+    """Directed scales serve one of the two GEMMs, so in one layout; both fields are that."""
+    straight = contracted == 1 or not spec.directed
+    turned = contracted == 0 or not spec.directed
+    groups = cast_groups(x, GroupRule.of(spec), contracted=contracted, straight=straight, turned=turned)
+    back = (groups.turned.t(), groups.scale_inv)
+    rows = (groups.codes, groups.scale_inv) if straight else back
+    return Layouts(rows, back if turned else rows)
 
 
 def _simulate_nvfp4(

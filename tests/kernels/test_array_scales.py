@@ -149,6 +149,51 @@ def test_torchs_row_kernel_agrees_with_decode(kind_a: str, kind_b: str) -> None:
     assert_within(direct, wide(*a) @ wide(*b), 72 * 2.0**-24 * magnitude)
 
 
+def test_transposed_scales_of_rows_are_taken() -> None:
+    """As grad_weight's are: a view [M, 1] of [1, M], contiguous with the strides (1, M)."""
+    a, b = operand(64, 48, "row", 0, 1, True), operand(64, 32, "row", 0, 2, True)
+    scale_a = a[1].t()
+    assert scale_a.stride() == (1, 48)
+    column_major = b[0].t().contiguous().t()
+    got = scaled_mm(a[0].t().contiguous(), column_major, scale_a, b[1], out_dtype=torch.float32)
+    magnitude = wide(*a).abs().t() @ wide(*b).abs()
+    assert_within(got, wide(*a).t() @ wide(*b), 72 * 2.0**-24 * magnitude)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind_a", "kind_b"), [pair for pair in PAIRS if pair != ("mx_1x32", "block_128x128")]
+)
+def test_torch_accepts_scales_as_they_are_laid_out(kind_a: str, kind_b: str, out_dtype: torch.dtype) -> None:
+    """torch checks shapes and strides on the meta device too; those of casts, and of views of them."""
+    for m, k, n in ((128, 256, 384), (256, 640, 128)):
+        assert fits_kernel(kind_a, kind_b, m, k, n)
+        a, b = operand(m, k, kind_a, 1, 1, True), operand(k, n, kind_b, 0, 2, True)
+        turned = operand(k, m, kind_a, 0, 1, True)
+        for payload, scales in (a, (turned[0].t(), turned[1].t())):
+            got = scaled_mm(
+                torch.empty_like(payload, device="meta", memory_format=torch.contiguous_format),
+                b[0].t().contiguous().t().to("meta"),
+                scales.to("meta"),
+                b[1].to("meta"),
+                out_dtype=out_dtype,
+            )
+            assert (got.shape, got.dtype) == ((m, n), out_dtype)
+
+
+def test_torch_refuses_what_is_decoded_here() -> None:
+    a, b = operand(48, 640, "block_1x128", 1, 1, True), operand(640, 80, "block_128x128", 0, 2, True)
+    with pytest.raises(RuntimeError, match="blockwise scaling"):
+        scaled_mm(
+            a[0].to("meta"),
+            b[0].t().contiguous().t().to("meta"),
+            a[1].to("meta"),
+            b[1].to("meta"),
+            out_dtype=torch.bfloat16,
+        )
+    assert not fits_kernel("block_1x128", "block_128x128", 48, 640, 80)
+
+
 def test_pairs_without_a_kernel_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU has no block kernels either: ``scaled_mm`` is not called for them."""
 
