@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 # A package may import only those before it (and itself).
 ORDER = [
-    *("precision", "update_rules", "config", "numerics", "kernels", "comm", "layers", "models", "parallel"),
-    *("optim", "data", "checkpoint", "inference", "huggingface", "run_dir", "step", "evaluation", "live"),
-    *("training", "launch", "planning", "reporting", "cli"),
+    *("files", "precision", "update_rules", "config", "numerics", "kernels", "comm", "layers", "models"),
+    *("parallel", "optim", "data", "checkpoint", "inference", "huggingface", "run_dir", "step"),
+    *("evaluation", "live", "training", "launch", "planning", "reporting", "cli"),
 ]
 
 

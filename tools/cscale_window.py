@@ -35,21 +35,21 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fp8train.checkpoint.load import open_checkpoint, read_meta
+from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.comm.collectives import alone
 from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError
+from fp8train.config.linear_names import linears_in_fp8
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data, open_data
-from fp8train.evaluation.validation import evaluate
+from fp8train.evaluation.validation import Text, evaluate
 from fp8train.inference.load import resolve_checkpoint
-from fp8train.inference.weights import as_trained
+from fp8train.inference.stored_states import StoredStates
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.layers.linear import Fp8Plan
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
-from fp8train.optim.master_weights import MasterWeights
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.operand_cast import MAX_CONSTANT, QuantSpec
@@ -81,7 +81,7 @@ class Evaluator:
         """Args: ``path``: checkpoint or run directory; ``data``: dataset prefix to evaluate on instead of the
         run's validation split; ``batches``: global batches, by default the run's ``train.eval_batches``."""
         self.checkpoint, self.device = resolve_checkpoint(path), device
-        meta = read_meta(self.checkpoint)
+        _, meta = read_meta_file(self.checkpoint)
         self.config = _config_of(self.checkpoint, meta)
         self.batches = batches or self.config.train.eval_batches
         self.data = _open(self.config, int(meta["vocab_size"]), data)
@@ -91,12 +91,8 @@ class Evaluator:
             raise UserError(str(error)) from None
         self.vocab_size = int(meta["vocab_size"])
         self.model, self.step = _load(self.checkpoint, self.config, self.vocab_size, device)
-        specs, fp8 = as_trained(self.config, self.vocab_size).specs, self.config.precision.gemm.fp8
-        self.linears = {
-            path: linear
-            for path, linear in self.model.linears().items()
-            if specs[f"{path}.weight"].in_fp8_plan or not fp8
-        }
+        covered, linears = linears_in_fp8(self.config), self.model.linears()
+        self.linears = {path: linear for path, linear in linears.items() if not covered or path in covered}
         self.tokens = 0
 
     def loss(self, quant: LinearQuant | None, recorder: CastRecorder | None = None) -> float:
@@ -105,14 +101,9 @@ class Evaluator:
         model = self.model if quant is None else self._quantised(quant, recorder)
         ignore_after = self.data.eod_id if self.config.data.mask_end_of_document else None
         assert self.data.valid is not None
-        result = evaluate(
-            partial(self._summed_loss, model),
-            self.data.valid,
-            num_batches=self.batches,
-            processes=Processes(self.device, 1, 0, alone(), None),
-            token_lengths=None,
-            ignore_after=ignore_after,
-        )
+        text = Text(self.data.valid, self.batches, ignore_after, token_lengths=None)
+        processes = Processes(self.device, 1, 0, alone(), None)
+        result = evaluate(partial(self._summed_loss, model), text, processes)
         self.tokens = result.tokens
         return result.loss
 
@@ -195,15 +186,10 @@ def _build(config: Config, vocab_size: int, device: torch.device, *, fp8: bool) 
 def _load(checkpoint: Path, config: Config, vocab_size: int, device: torch.device) -> tuple[Decoder, int]:
     """The model in high precision with its master weights rounded to the compute type, and its step."""
     model = _build(config, vocab_size, device, fp8=False).model
-    parameters = dict(model.named_parameters())
-    opened = open_checkpoint(checkpoint, group=None, verify="size")
-    master = config.precision.state.master.value()
-    stored = as_trained(config, vocab_size)  # the plan decides in which format a master is stored
-    masters = MasterWeights(parameters, stored.specs, master, opened.tensors)
-    opened.read(masters.state_tensors())
-    for fqn, parameter in parameters.items():
-        parameter.copy_(masters.values(fqn))
-    return model, opened.manifest.step
+    states = StoredStates(config, vocab_size, checkpoint)
+    for fqn, parameter in model.named_parameters():
+        parameter.copy_(states.read(fqn))
+    return model, states.opened.manifest.step
 
 
 def constant_quant(exponent: int, operands: str) -> LinearQuant:

@@ -26,8 +26,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fp8train.reporting.text_table import markdown_table
-
 Losses = Mapping[float, float]
 Sweep = Mapping[str, Mapping[int, Losses]]
 
@@ -107,6 +105,17 @@ def sweep_table(sweep: Sweep) -> str:
             text += f" (not to be trusted: {edges} of {len(optima)} optima at the edge of the grid)"
         parts.append(f"### {arm}\n\n{markdown_table(heading, rows)}{text}")
     return "\n\n".join(parts)
+
+
+def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Padded so that its source is readable too; the first column aligned left, the others right."""
+    widths = [max(3, *map(len, column)) for column in zip(heading, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (heading, rule, *rows):
+        padded = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
 
 
 def _signed(slope: float) -> str:

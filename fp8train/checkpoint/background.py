@@ -13,7 +13,7 @@ and :meth:`BackgroundSaver.wait` are collective: all ranks learn of the outcome 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -104,14 +104,12 @@ class BackgroundSaver:
         work = self._work
         work.thread.join()
         self._work = None
-        own = work.error
-        if own is None:
-            Ranks(self._control).agree(lambda: None)
-        else:  # the writers have agreed on it already, so its message names the rank
-            try:
-                Ranks(self._control).agree(work.fail)
-            except Exception:
-                raise own from None
+        try:
+            Ranks(self._control).agree(work.raise_error)
+        except Exception:
+            if work.error is None:
+                raise
+            raise work.error from None  # the writers have agreed on it already, so its message names the rank
         return work.written
 
     def abandon(self, *, grace_s: float) -> Written | None:
@@ -140,7 +138,7 @@ class _Work:
 
     def __init__(self, order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks) -> None:
         self.cancelled = threading.Event()
-        self.order = replace(order, on_phase=self._watched(order.on_phase))
+        self._asked, self.order = order, replace(order, on_phase=self._on_phase)
         self.written: Written | None = None
         self.error: BaseException | None = None
         self._tensors, self._ranks = tensors, ranks
@@ -157,14 +155,11 @@ class _Work:
             return
         self.written = Written(self.order.step, self.order.final, num_bytes, time.perf_counter() - began)
 
-    def _watched(self, on_phase: Callable[[SavePhase], None]) -> Callable[[SavePhase], None]:
-        def hook(phase: SavePhase) -> None:
-            if self.cancelled.is_set():
-                raise CheckpointError("broken off, because training failed")
-            on_phase(phase)
+    def _on_phase(self, phase: SavePhase) -> None:
+        if self.cancelled.is_set():
+            raise CheckpointError("broken off, because training failed")
+        self._asked.on_phase(phase)
 
-        return hook
-
-    def fail(self) -> None:
-        assert self.error is not None
-        raise self.error
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, NoGoodCheckpointError, shorten
-from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
 from fp8train.checkpoint.manifest import MANIFEST_FILE, Verify, is_complete, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config import places
+from fp8train.files import TMP_SUFFIX, fsync_dir, is_real_dir, is_real_file, remove, replace_file
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -108,11 +108,11 @@ def find_checkpoint(
     ranks = Ranks(group)
     if resume != "auto":
         given = Path(resume)
-        kind = ranks.first(lambda: _classify(given, key))
-        if kind == "step":
+        searched = ranks.first(lambda: _to_search(given, key))
+        if searched is None:
             verify_given(given, ranks=ranks, mode=verify)
             return given
-        root = given / CHECKPOINTS_DIR if kind == "run" else given
+        root = searched
     failures: list[str] = []
     for path in ranks.first(lambda: candidates(root)):
         try:
@@ -139,11 +139,10 @@ def likely_checkpoint(root: Path, resume: str, *, key: str = "resume") -> Path |
     if resume == "never":
         return None
     if resume != "auto":
-        given = Path(resume)
-        kind = _classify(given, key)
-        if kind == "step":
-            return given
-        root = given / CHECKPOINTS_DIR if kind == "run" else given
+        searched = _to_search(Path(resume), key)
+        if searched is None:
+            return Path(resume)
+        root = searched
     return next((path for path in _in_order(root) if is_complete(path)), None)
 
 
@@ -157,8 +156,8 @@ def verify_given(path: Path, *, ranks: Ranks, mode: Verify) -> None:
         ) from None
 
 
-def _classify(path: Path, key: str) -> str:
-    """What an explicit path is: ``step``, ``root`` or ``run``."""
+def _to_search(path: Path, key: str) -> Path | None:
+    """The checkpoints directory that an explicit path stands for; None if it is a checkpoint itself."""
     if path.is_symlink() and (step_of(path) is not None or (path / MANIFEST_FILE).exists()):
         raise CheckpointError(
             f"`{key}`: {path} is a symbolic link; give the directory itself: {path.resolve()}"
@@ -169,10 +168,10 @@ def _classify(path: Path, key: str) -> str:
         )
     if path.is_dir():
         if (path / MANIFEST_FILE).exists() or step_of(path) is not None:
-            return "step"
-        for kind, root in (("root", path), ("run", path / CHECKPOINTS_DIR)):
+            return None
+        for root in (path, path / CHECKPOINTS_DIR):
             if root.is_dir() and any(step_of(entry) is not None for entry in root.iterdir()):
-                return kind
+                return root
     state = "holds no checkpoint" if path.exists() else "does not exist"
     raise CheckpointError(
         f"`{key}`: {path} {state}; give a step_XXXXXXXX, a checkpoints or a run directory"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, POINTER_FILE, read_pointer, step_of
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, explain_os_error
-from fp8train.checkpoint.files import TMP_SUFFIX, is_real_dir
 from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, read_meta_file, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import check_index
 from fp8train.config.errors import UserError
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.data.byte_progress import ByteProgress
+from fp8train.files import TMP_SUFFIX, is_real_dir
 
 _LARGE_BYTES = 1 << 28
 """From here on hashing takes seconds, and progress is shown."""
@@ -99,14 +99,10 @@ def verify_command(path: Path) -> int:
         if read_pointer(root) is None:
             good = False
             print(
-                f"{root / POINTER_FILE}: missing or names no checkpoint; a run takes the newest",
-                flush=True,
+                f"{root / POINTER_FILE}: missing or names no checkpoint; a run takes the newest", flush=True
             )
     if not good:
-        print(
-            "error: not all is well; a run passes over damaged checkpoints",
-            file=sys.stderr,
-        )
+        print("error: not all is well; a run passes over damaged checkpoints", file=sys.stderr)
     return 0 if good else FAILED
 
 

@@ -89,94 +89,33 @@ class OpenCheckpoint:
         touched.
         """
         own = {f"{self._rank_prefix}{name}": value for name, value in (rank_state or {}).items()}
-        self._read({**tensors, **own}, unwanted, self.ranks.group, alone=self.ranks.group is None)
+        self._read({**tensors, **own}, unwanted, self.ranks.group)
 
     def read(self, tensors: Mapping[str, Tensor | LogicalTensor]) -> None:
         """Fill these in place, on this rank alone: other ranks need not call it. Errors as for
         :meth:`load`."""
-        self._read(tensors, lambda name: True, None, alone=True)
+        self._read(tensors, lambda name: True, None)
 
     def _read(
         self,
         tensors: Mapping[str, Tensor | LogicalTensor],
         unwanted: Callable[[str], bool],
         group: dist.ProcessGroup | None,
-        *,
-        alone: bool,
     ) -> None:
         import torch.distributed.checkpoint as dcp  # slow to import, so not before the first load
 
         from fp8train.checkpoint.planners import LogicalLoadPlanner
         from fp8train.checkpoint.shard_files import ShardReader, dcp_call
 
-        planner = LogicalLoadPlanner(
-            ignore=lambda name: name.startswith(RANK_STATE_PREFIX) or unwanted(name),
-        )
+        planner = LogicalLoadPlanner(ignore=lambda name: name.startswith(RANK_STATE_PREFIX) or unwanted(name))
         with dcp_call():
             dcp.load(
                 dict(as_logical(tensors)),
                 storage_reader=ShardReader(self.path, self.metadata),
                 planner=planner,
                 process_group=group,
-                no_dist=alone,
+                no_dist=group is None,
             )
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """What a checkpoint holds besides the tensors that were filled in place."""
-
-    path: Path
-    """Its directory."""
-    step: int
-    """Optimizer steps done when it was saved."""
-    meta: dict[str, Any]
-    """The JSON values given at the save."""
-    rank_state: dict[str, Tensor] | None
-    """This rank's own tensors, on the CPU; None when another number of ranks saved it, for then they belong
-    to nobody.
-    """
-    world_size: int
-    """Number of ranks that saved it."""
-    versions: dict[str, str]
-    """Versions of ``torch`` and ``fp8train`` that wrote it."""
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON values given at the save of the (already verified) checkpoint at ``path``."""
-    return read_meta_file(path)[1]
-
-
-def load_checkpoint(
-    path: Path,
-    tensors: Mapping[str, Tensor | LogicalTensor],
-    *,
-    group: dist.ProcessGroup | None,
-    verify: Verify = "full",
-    allow_unexpected: bool = False,
-) -> LoadedCheckpoint:
-    """Fill ``tensors`` in place from the checkpoint directory ``path``; collective over ``group``.
-
-    ``tensors`` as in ``save_checkpoint``; any rectangles do, whatever layout was saved. ``allow_unexpected``
-    accepts stored tensors that nobody asks for (a model without its optimizer); everything asked for must be
-    there, with equal global shape and dtype. ``verify="size"`` skips the SHA-256 of big files, for a
-    checkpoint that ``find_checkpoint`` has just verified.
-
-    Raises :class:`CorruptCheckpointError` for damaged or unsafe files and :class:`CheckpointError` for a
-    checkpoint that does not fit, on every rank and before any tensor is touched.
-    """
-    opened = open_checkpoint(path, group=group, verify=verify)
-    own = opened.rank_state()
-    opened.load(tensors, rank_state=own, unwanted=lambda name: allow_unexpected)
-    manifest = opened.manifest
-    return LoadedCheckpoint(
-        path=path,
-        step=manifest.step,
-        meta=opened.meta,
-        rank_state=own,
-        world_size=manifest.world_size,
-        versions={"torch": manifest.torch, "fp8train": manifest.fp8train},
-    )
 
 
 def open_checkpoint(

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8train.checkpoint.errors import CorruptCheckpointError, explain_os_error, shorten
-from fp8train.checkpoint.files import is_real_dir, is_real_file
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config import places
+from fp8train.files import is_real_dir, is_real_file
 
 MANIFEST_FILE = places.MANIFEST_FILE
 META_FILE = "meta.json"
@@ -184,11 +184,9 @@ def _check_hash(directory: Path, name: str, manifest: Manifest, on_bytes: Callab
         found = file_entry(directory / name, on_bytes)
     except OSError as error:  # a dying disk is damage too: an older checkpoint may still be readable
         return f"{name}: {explain_os_error(error)}"
-    return (
-        ""
-        if found == expected
-        else f"{name}: SHA-256 {found.sha256[:16]}..., expected {expected.sha256[:16]}..."
-    )
+    if found == expected:
+        return ""
+    return f"{name}: SHA-256 {found.sha256[:16]}..., expected {expected.sha256[:16]}..."
 
 
 def _refuse(directory: Path, problems: list[str]) -> None:

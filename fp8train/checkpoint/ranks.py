@@ -71,7 +71,7 @@ class Ranks:
             outcome = _Outcome(value=value if share else None)
         except Exception as error:  # not swallowed: raised below, once the peers know
             own = error
-            outcome = _Outcome(error=self._portable(error))
+            outcome = _Outcome(error=portable(error, f"rank {self.rank}: " if self.size > 1 else ""))
         outcomes = [outcome]
         if self.group is not None:
             import torch.distributed as dist
@@ -85,11 +85,11 @@ class Ranks:
             raise failure from own
         return value, [one.value for one in outcomes]  # type: ignore[misc, return-value]
 
-    def _portable(self, error: Exception) -> Exception:
-        """``error`` in a form that pickles and makes sense on another rank."""
-        where = f"rank {self.rank}: " if self.size > 1 else ""
-        if isinstance(error, UserError):
-            return type(error)(f"{where}{error}")
-        if isinstance(error, OSError):
-            return CheckpointError(f"{where}{explain_os_error(error)}")
-        return RuntimeError(f"{where}{type(error).__name__}: {error}")
+
+def portable(error: BaseException, where: str) -> Exception:
+    """``error`` in a form that pickles and makes sense on another rank: its message begins with ``where``."""
+    if isinstance(error, UserError):
+        return type(error)(f"{where}{error}")
+    if isinstance(error, OSError):
+        return CheckpointError(f"{where}{explain_os_error(error)}")
+    return RuntimeError(f"{where}{type(error).__name__}: {error}")

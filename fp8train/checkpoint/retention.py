@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fp8train.checkpoint.catalog import delete_checkpoint, read_pointer, step_of
 from fp8train.checkpoint.errors import CorruptCheckpointError, explain_os_error
-from fp8train.checkpoint.files import is_real_dir
 from fp8train.checkpoint.manifest import read_manifest, read_meta_file
+from fp8train.files import is_real_dir
 
 EVAL_LOSS = "eval_loss"
 """Key of a checkpoint's description: validation loss in nats per token, measured at the step of the save."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8train.checkpoint.errors import CheckpointError, explain_os_error
-from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, replace_file
+from fp8train.files import TMP_SUFFIX, fsync_dir, replace_file
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -31,16 +31,18 @@ Part = tuple[Mapping[str, int], Callable[[], Mapping[str, Tensor]]]
 """Tensors that are made at once: their sizes in bytes by name, and what makes them when it is their turn."""
 
 
-def parse_size(text: str, *, option: str = "--max-shard-size") -> int:
-    """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number.
+def parse_size(text: str) -> int:
+    """Bytes of ``--max-shard-size``: ``5GB``, ``500MB``, ``2GiB`` or a plain number.
 
     Raises:
-        CheckpointError: it is none of these, or zero; names ``option``.
+        CheckpointError: it is none of these, or zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or (size := int(float(match[1]) * unit)) < 1:
-        raise CheckpointError(f"{option} {text}: not a size; write bytes, or for instance 500MB or 5GB")
+        raise CheckpointError(
+            f"--max-shard-size {text}: not a size; write bytes, or for instance 500MB or 5GB"
+        )
     return size
 
 
@@ -72,8 +74,8 @@ def write_safetensors(
     *,
     max_bytes: int,
     metadata: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Write tensors; returns the names of the files that hold them.
+) -> None:
+    """Write tensors in as many files as their size asks for, and an index of several.
 
     Args:
         folder: exists.
@@ -93,16 +95,11 @@ def write_safetensors(
         tensors = {key: tensor for _, produce in shard for key, tensor in produce().items()}
         _write(folder / name, tensors, described)
     if len(shards) > 1:
-        places = {
-            key: name
-            for name, shard in zip(names, shards, strict=True)
-            for sizes, _ in shard
-            for key in sizes
-        }
+        pairs = zip(names, shards, strict=True)
+        places = {key: name for name, shard in pairs for sizes, _ in shard for key in sizes}
         total = sum(sum(sizes.values()) for sizes, _ in parts)
         index = {"metadata": {"total_size": total, **(metadata or {})}, "weight_map": places}
         replace_file(folder / f"{stem}{INDEX_SUFFIX}", (json.dumps(index, indent=2) + "\n").encode())
-    return names
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

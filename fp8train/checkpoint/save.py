@@ -21,7 +21,6 @@ from torch import Tensor
 from fp8train import __version__
 from fp8train.checkpoint.catalog import REPLACED_SUFFIX, delete_checkpoint, step_name, write_pointer
 from fp8train.checkpoint.errors import CheckpointError, explain_os_error
-from fp8train.checkpoint.files import TMP_SUFFIX, fsync_dir, is_real_dir, remove, write_durable
 from fp8train.checkpoint.logical import LogicalTensor, as_logical
 from fp8train.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -36,6 +35,7 @@ from fp8train.checkpoint.manifest import (
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import Keys, check_index, describe
 from fp8train.checkpoint.retention import Retention, retain
+from fp8train.files import TMP_SUFFIX, fsync_dir, is_real_dir, remove, write_durable
 
 RANK_STATE_PREFIX = "rank_state/"
 """Of the stored names of per-rank tensors: ``rank_state/<rank>/<name>``."""

@@ -26,6 +26,7 @@ from fp8train.checkpoint.errors import (
     explain_os_error,
     find_os_error,
 )
+from fp8train.checkpoint.ranks import portable
 from fp8train.config.errors import UserError
 
 _COPY_AHEAD_BYTES = 10_000_000
@@ -119,9 +120,6 @@ def dcp_call(*, in_thread: bool = False) -> Iterator[None]:
     except CheckpointException as error:
         failures = error.failures
         for rank, (cause, _) in sorted(failures.items()):
-            where = f"rank {rank}: " if rank or len(failures) > 1 else ""
-            if isinstance(cause, UserError):
-                raise type(cause)(f"{where}{cause}") from cause
-            if isinstance(cause, OSError):
-                raise CheckpointError(f"{where}{explain_os_error(cause)}") from cause
+            if isinstance(cause, UserError | OSError):
+                raise portable(cause, f"rank {rank}: " if rank or len(failures) > 1 else "") from cause
         raise RuntimeError(str(error)) from error

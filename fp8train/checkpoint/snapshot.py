@@ -27,10 +27,9 @@ class HostSnapshot:
 
     def __init__(self) -> None:
         self.num_bytes = 0
-        self._structure: Keys = {}
+        self._structure: Keys | None = None
         self._buffers: dict[str, Tensor] = {}
         self._own: frozenset[str] = frozenset()
-        self._planned = False
 
     def take(self, tensors: Mapping[str, LogicalTensor], ranks: Ranks) -> dict[str, LogicalTensor]:
         """Copy what this rank writes of ``tensors`` and wait for the copies. Collective over ``ranks`` the
@@ -40,7 +39,7 @@ class HostSnapshot:
         alone (``rank_state/``) may change their shapes and are copied afresh.
         """
         shared = {name: one for name, one in tensors.items() if not name.startswith(RANK_STATE_PREFIX)}
-        if not self._planned:  # collective: also on a rank that turns out to write nothing
+        if self._structure is None:  # collective: also on a rank that turns out to write nothing
             self._plan(tensors, ranks)
             self._structure = describe(shared)
         assert describe(shared) == self._structure, "a snapshot of other tensors"
@@ -67,7 +66,6 @@ class HostSnapshot:
 
         offers = ranks.each(lambda: write_items(tensors))
         self._own = frozenset(item.index.fqn for item in choose_writers(offers)[ranks.rank])
-        self._planned = True
         for name in self._own:
             source = tensors[name].local
             if not name.startswith(RANK_STATE_PREFIX):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,14 +32,10 @@ Options = Annotated[
     typer.Argument(help="section.key=value, laid over the file in order", show_default=False),
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint folder, or run directory for its newest one")]
-
-
-class Device(StrEnum):
-    """The values that ``--device`` takes."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option("--device", help="auto takes CUDA where a device is visible."),
+]
 
 
 def require_checkpoint(path: Path) -> None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from fp8train.cli.app import data_app, write
 from fp8train.config.errors import UserError
-
-
-class TokenizerKind(StrEnum):
-    """The values that ``--train-tokenizer`` takes."""
-
-    unigram = "unigram"
-    bpe = "bpe"
 
 
 @data_app.command()
@@ -37,7 +29,7 @@ def prepare(
         Path | None, typer.Option("--tokenizer", help="Existing tokenizer file or folder.")
     ] = None,
     train_tokenizer: Annotated[
-        TokenizerKind | None,
+        Literal["unigram", "bpe"] | None,
         typer.Option("--train-tokenizer", help="Train a tokenizer on the text; default bpe."),
     ] = None,
     vocab_size: Annotated[
@@ -64,7 +56,7 @@ def prepare(
         given,
         output,
         tokenizer=tokenizer,
-        model_type=train_tokenizer.value if train_tokenizer else None,
+        model_type=train_tokenizer,
         vocab_size=vocab_size,
         patterns=tuple(glob) if glob else DEFAULT_PATTERNS,
         text_key=json_key,

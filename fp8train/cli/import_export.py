@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from fp8train.cli.app import Checkpoint, export_app, import_app, require_checkpoint, write
-
-
-class States(StrEnum):
-    """The values that ``--states`` takes."""
-
-    fp32 = "fp32"
-
-
-class ExportType(StrEnum):
-    """The values that ``--dtype`` takes."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-    fp8_block = "fp8_block"
-    fp8_tensor = "fp8_tensor"
 
 
 @export_app.command()
@@ -31,8 +15,8 @@ def states(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", help="NAME.safetensors")],
     states: Annotated[
-        States, typer.Option("--states", help="fp32: decode all states to FP32.")
-    ] = States.fp32,
+        Literal["fp32"], typer.Option("--states", help="fp32: decode all states to FP32.")
+    ] = "fp32",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Of one file; more than that is split.")
     ] = "5GB",
@@ -42,7 +26,6 @@ def states(
     from fp8train.checkpoint.safetensors_files import parse_size
     from fp8train.inference.export_states import export_states
 
-    assert states == States.fp32
     write(export_states(checkpoint, output, max_shard_bytes=parse_size(max_shard_size)) + "\n")
 
 
@@ -78,9 +61,9 @@ def export_hf(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", help="Folder to make.")],
     dtype: Annotated[
-        ExportType,
+        Literal["bf16", "fp32", "fp8_block", "fp8_tensor"],
         typer.Option("--dtype", help="fp8_block: DeepSeek's 128x128 blocks; fp8_tensor: one scale a matrix."),
-    ] = ExportType.bf16,
+    ] = "bf16",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest safetensors file.")
     ] = "5GB",
@@ -94,7 +77,7 @@ def export_hf(
     return export_command(
         checkpoint,
         output=output,
-        dtype=dtype.value,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         check=check,
         text=text,

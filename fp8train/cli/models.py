@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from fp8train.cli.app import Checkpoint, Device, app, require_checkpoint
-
-
-class Numerics(StrEnum):
-    """The values that ``--numerics`` of ``generate`` takes."""
-
-    matched = "matched"
-    bf16 = "bf16"
-
-
-class EvalNumerics(StrEnum):
-    """The values that ``--numerics`` of ``eval`` takes."""
-
-    matched = "matched"
-    bf16 = "bf16"
-    both = "both"
-
-
-class Split(StrEnum):
-    """The values that ``--split`` takes."""
-
-    train = "train"
-    valid = "valid"
-    test = "test"
 
 
 @app.command()
@@ -52,27 +28,25 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = 1234,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Continuations to print.")] = 1,
     numerics: Annotated[
-        Numerics, typer.Option("--numerics", help="matched: as trained, in FP8 if it was; bf16: no FP8.")
-    ] = Numerics.matched,
-    device: Annotated[
-        Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
-    ] = Device.auto,
+        Literal["matched", "bf16"],
+        typer.Option("--numerics", help="matched: as trained, in FP8 if it was; bf16: no FP8."),
+    ] = "matched",
+    device: Device = "auto",
 ) -> int:
     """Continue a text with a trained model."""
     require_checkpoint(checkpoint)
     from fp8train.inference.generate import generate_command
+    from fp8train.inference.sampling import Sampling
 
     return generate_command(
         checkpoint,
         prompt=prompt,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=Sampling(temperature, top_k, top_p),
         seed=seed,
         num_samples=num_samples,
-        device=device.value,
-        numerics=numerics.value,
+        device=device,
+        numerics=numerics,
     )
 
 
@@ -80,10 +54,12 @@ def generate(
 def evaluate(
     checkpoint: Checkpoint,
     numerics: Annotated[
-        EvalNumerics, typer.Option("--numerics", help="matched: as trained; bf16: no FP8; both: compare.")
-    ] = EvalNumerics.both,
+        Literal["matched", "bf16", "both"],
+        typer.Option("--numerics", help="matched: as trained; bf16: no FP8; both: compare."),
+    ] = "both",
     split: Annotated[
-        Split | None, typer.Option("--split", help="Part of the run's data; default valid.")
+        Literal["train", "valid", "test"] | None,
+        typer.Option("--split", help="Part of the run's data; default valid."),
     ] = None,
     batches: Annotated[
         int | None,
@@ -132,9 +108,7 @@ def evaluate(
         int | None,
         typer.Option("--batch-size", min=1, help="Sequences per forward; default: train.micro_batch_size."),
     ] = None,
-    device: Annotated[
-        Device, typer.Option("--device", help="auto takes CUDA where a device is visible.")
-    ] = Device.auto,
+    device: Device = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the unrounded results here too.")
     ] = None,
@@ -146,9 +120,9 @@ def evaluate(
     from fp8train.evaluation.options import EvalOptions
 
     options = EvalOptions(
-        numerics=numerics.value,
+        numerics=numerics,
         batch_size=batch_size,
-        split=None if split is None else split.value,
+        split=split,
         batches=batches,
         prefix=prefix,
         text=text or (),
@@ -166,4 +140,4 @@ def evaluate(
     require_checkpoint(checkpoint)
     from fp8train.cli.eval_command import eval_command
 
-    return eval_command(checkpoint, options, device=device.value)
+    return eval_command(checkpoint, options, device=device)

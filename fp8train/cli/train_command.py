@@ -38,10 +38,7 @@ def train_command(config: Path, overrides: Sequence[str]) -> int:
         threads_from_environment(os.environ)
     first = os.environ.get("RANK", "0") == "0"
     again = continue_command(config, overrides, resolved)
-    with (
-        Console(enabled=first, total_steps=resolved.config.total_steps) as console,
-        StopRequest() as stop,
-    ):
+    with Console(enabled=first) as console, StopRequest() as stop:
         stop.say = console.say
         if LAUNCHER not in os.environ:  # a launch script has said so
             console.say(starting_line(config, resolved))

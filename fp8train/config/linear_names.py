@@ -1,11 +1,12 @@
 """Which linears multiply in FP8, from the configuration alone: their paths and who is left out.
 
-The model makes its plan from what it holds (:mod:`fp8train.models.fp8_plan`); a test compares the two. Known
-here, so that a pattern without a match is told before anything is built.
+Known here, so that a pattern without a match is told before anything is built; the model's plan
+(:mod:`fp8train.models.fp8_plan`) is made of the same answer.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
@@ -34,46 +35,42 @@ def linear_dimensions(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def reason_to_skip(
-    path: str, dimensions: tuple[int, int], gemm: GemmConfig, *, num_layers: int
-) -> str | None:
-    """Why ``precision.gemm`` leaves a linear in high precision; None if it multiplies in FP8.
-
-    Args:
-        path: of the linear.
-        dimensions: its inputs and outputs, whole.
-        gemm: with ``fp8: true``.
-        num_layers: of the model.
-    """
-    layer = int(path.split(".")[1])
-    if not gemm.first_layers_bf16 <= layer < num_layers - gemm.last_layers_bf16:
-        return "first/last layers"
-    if any(matches(path, pattern) for pattern in gemm.exclude):
-        return "exclude"
-    if gemm.min_dim is not None and min(dimensions) < gemm.min_dim:
-        return f"dimension < {gemm.min_dim}"
-    return None
-
-
 def reasons_to_skip(model: ModelConfig, gemm: GemmConfig) -> dict[str, str | None]:
-    """:func:`reason_to_skip` of every linear but the head, by path."""
-    sizes = linear_dimensions(model)
-    return {
-        path: reason_to_skip(path, sizes[path.split(".", 2)[2]], gemm, num_layers=model.num_layers)
-        for path in linear_paths(model.num_layers)
-    }
+    """Why ``precision.gemm``, with ``fp8: true``, leaves a linear in high precision; None if it multiplies in
+    FP8. Of every linear by path, the head last."""
+    sizes, layers = linear_dimensions(model), range(model.num_layers)
+
+    def reason(layer: int, name: str) -> str | None:
+        if not gemm.first_layers_bf16 <= layer < model.num_layers - gemm.last_layers_bf16:
+            return "first/last layers"
+        if any(matches(f"layers.{layer}.{name}", pattern) for pattern in gemm.exclude):
+            return "exclude"
+        if gemm.min_dim is not None and min(sizes[name]) < gemm.min_dim:
+            return f"dimension < {gemm.min_dim}"
+        return None
+
+    found = {f"layers.{layer}.{name}": reason(layer, name) for layer in layers for name in LINEARS}
+    return {**found, "head": "head"}
 
 
-def linears_in_fp8(model: ModelConfig, gemm: GemmConfig) -> list[str]:
-    """Paths of the linears that ``precision.gemm`` selects."""
-    return [path for path, reason in reasons_to_skip(model, gemm).items() if reason is None]
+def linears_in_fp8(config: AllSections) -> list[str]:
+    """Paths of the linears that ``precision.gemm`` selects; none without FP8 GEMMs."""
+    gemm = config.precision.gemm
+    reasons = reasons_to_skip(config.model, gemm) if gemm.fp8 else {}
+    return [path for path, reason in reasons.items() if reason is None]
 
 
-def coverage(converted: int, skipped: Mapping[str, int]) -> str:
-    """How many linears are in FP8, and how many are not for which reason."""
-    left_out = sum(skipped.values())
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-    return f"FP8: {converted} of {converted + left_out} linears; skipped {left_out} ({reasons})"
+def weights_in_fp8(config: AllSections) -> frozenset[str]:
+    """Names of the matrices of :func:`linears_in_fp8`."""
+    return frozenset(f"{path}.weight" for path in linears_in_fp8(config))
+
+
+def coverage(reasons: Mapping[str, str | None]) -> str:
+    """How many linears are in FP8, and how many are not for which reason, of :func:`reasons_to_skip`."""
+    skipped = Counter(reason for reason in reasons.values() if reason is not None)
+    left_out, total = skipped.total(), len(reasons)
+    shown = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+    return f"FP8: {total - left_out} of {total} linears; skipped {left_out} ({shown})"
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -94,7 +91,7 @@ def exclusion_problems(config: AllSections) -> Iterator[LayoutProblem]:
                 f"{paths[-1]}",
                 ("precision.gemm.exclude",),
             )
-    left = linears_in_fp8(config.model, gemm)
+    left = linears_in_fp8(config)
     if not left:
         yield LayoutProblem(
             f"precision.gemm.fp8 is true but every linear is excluded; relax exclude/min_dim/*_layers_bf16 "

@@ -53,12 +53,7 @@ class Report:
     def lines(self) -> list[str]:
         """One printable line per reason, most frequent first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return [
-            f"{reason}: {count} (e.g. {', '.join(self.examples[reason])})"
-            if self.examples[reason]
-            else f"{reason}: {count}"
-            for reason, count in ordered
-        ]
+        return [f"{reason}: {count} (e.g. {', '.join(self.examples[reason])})" for reason, count in ordered]
 
 
 def clean(data: bytes, name: str, report: Report, *, max_line_bytes: int) -> str | None:

@@ -57,12 +57,10 @@ class Index:
 
     Attributes:
         dtype: Type of the tokens in ``.bin``.
-        sequence_lengths: int32 [S], tokens per sequence (memory-mapped).
         document_offsets: int64 [D + 1], first token of every document and, last, the number of tokens.
     """
 
     dtype: np.dtype
-    sequence_lengths: np.ndarray
     document_offsets: np.ndarray
 
     @property
@@ -99,7 +97,7 @@ def read_index(path: Path) -> Index:
     offsets = np.zeros(num_sequences + 1, dtype=np.int64)
     _check_pointers(path, lengths, pointers, dtype.itemsize, offsets)
     one_each = num_boundaries == num_sequences + 1 and np.array_equal(boundaries, np.arange(num_boundaries))
-    return Index(dtype, lengths, offsets if one_each else offsets[boundaries])
+    return Index(dtype, offsets if one_each else offsets[boundaries])
 
 
 def write_index(stream: BinaryIO, dtype: np.dtype, lengths: np.ndarray, boundaries: np.ndarray) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from fp8train.data.errors import DataError
 from fp8train.data.index_file import Index, read_index, token_dtype, write_index
+from fp8train.files import fsync_dir
 
 _SCAN_TOKENS = 1 << 22
 _HASH_BLOCK = 1 << 14
@@ -189,11 +190,7 @@ class IndexedDatasetWriter:
         idx_path(self.prefix).unlink(missing_ok=True)
         self._tmp_bin.replace(bin_path(self.prefix))
         self._tmp_idx.replace(idx_path(self.prefix))
-        folder = os.open(bin_path(self.prefix).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        fsync_dir(bin_path(self.prefix).parent)
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self

@@ -275,33 +275,23 @@ def _samples(
     split: str,
 ) -> Samples:
     """Samples of a range of one dataset, which must be of the kind that the config says."""
+    cut: dict[str, Any] = {
+        "documents": documents,
+        "seq_length": config.seq_length,
+        "seed": seed,
+        "shuffle": split == "train",
+        "split": split,
+    }
     if config.kind == "sft":
         mask = read_mask(dataset, sidecar)
         assert sidecar is not None
-        return PackedSamples(
-            dataset,
-            mask,
-            eod_id=sidecar.eod_id,
-            documents=documents,
-            seq_length=config.seq_length,
-            seed=seed,
-            shuffle=split == "train",
-            share=config.packing != "none",
-            split=split,
-        )
+        return PackedSamples(dataset, mask, eod_id=sidecar.eod_id, share=config.packing != "none", **cut)
     if sidecar is not None and sidecar.mask is not None:
         raise DataError(
             f"dataset {dataset.prefix} holds conversations of which only answers are learnt\n"
             "write `kind`: sft; to learn all of their text, make a dataset with fp8train data prepare"
         )
-    return SampleDataset(
-        dataset,
-        documents=documents,
-        seq_length=config.seq_length,
-        seed=seed,
-        shuffle=split == "train",
-        split=split,
-    )
+    return SampleDataset(dataset, **cut)
 
 
 def _tokenizer(

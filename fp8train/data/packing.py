@@ -31,9 +31,9 @@ import numpy as np
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset, out_of_vocab
 from fp8train.data.permutation import Permutation
-from fp8train.data.samples import Place
+from fp8train.data.samples import Place, epoch_and_number
 
-_PACKING_KEY, _SAMPLES_KEY = 3, 2  # samples.py draws with 1 and 2
+_PACKING_KEY = 3  # samples.py draws with 1 and 2
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,4 @@ class PackedSamples:
         return Place(self.dataset.prefix, *self.dataset.place(token))
 
     def _number(self, index: int) -> int:
-        assert index >= 0
-        epoch, position = divmod(index, self.samples_per_epoch)
-        if not self._shuffle:
-            return position
-        return Permutation(self.samples_per_epoch, (self._seed, epoch, _SAMPLES_KEY))[position]
+        return epoch_and_number(index, self.samples_per_epoch, self._seed if self._shuffle else None)[1]

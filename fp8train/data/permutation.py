@@ -12,7 +12,7 @@ section 5.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -20,6 +20,7 @@ _ROUNDS = 8
 _CHUNK = 1 << 14  # temporaries stay in the cache
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_Words = TypeVar("_Words", int, np.ndarray)
 
 
 class Permutation:
@@ -37,11 +38,8 @@ class Permutation:
         self._low_bits, self._high_bits = bits // 2, bits - bits // 2
         state = _GOLDEN
         for word in key:
-            state = _mix_int(state ^ _mix_int((word & _MASK64) + _GOLDEN))
-        self._round_keys = [_mix_int(state + _GOLDEN * (number + 1)) for number in range(_ROUNDS)]
-
-    def __len__(self) -> int:
-        return self._size
+            state = _mix(state ^ _mix((word & _MASK64) + _GOLDEN))
+        self._round_keys = [_mix(state + _GOLDEN * (number + 1)) for number in range(_ROUNDS)]
 
     @overload
     def __getitem__(self, position: int) -> int: ...
@@ -50,59 +48,36 @@ class Permutation:
     def __getitem__(self, position: int | np.ndarray) -> int | np.ndarray:
         """Element(s) at ``position``: an int in ``[0, size)``, or an int64 array of them."""
         if isinstance(position, np.ndarray):
-            return self._many(position)
+            chunks = [self._chunk(position[i : i + _CHUNK]) for i in range(0, len(position), _CHUNK)]
+            return np.concatenate([np.empty(0, dtype=np.int64), *chunks])
         assert 0 <= position < self._size
         value = self._once(int(position))
         while value >= self._size:
             value = self._once(value)
         return value
 
-    def _once(self, value: int) -> int:
-        low, high = self._low_bits, self._high_bits
-        for key in self._round_keys:
-            left, right = value >> low, value & ((1 << low) - 1)
-            # The halves swap places, and so do their widths where the number of bits is odd.
-            value = (right << high) | (left ^ (_mix_int(right + key) & ((1 << high) - 1)))
-            low, high = high, low
-        return value
-
-    def _many(self, positions: np.ndarray) -> np.ndarray:
-        chunks = [
-            self._chunk(positions[begin : begin + _CHUNK]) for begin in range(0, len(positions), _CHUNK)
-        ]
-        return np.concatenate([np.empty(0, dtype=np.int64), *chunks])
-
     def _chunk(self, positions: np.ndarray) -> np.ndarray:
-        values = self._once_array(positions.astype(np.uint64))
+        values = self._once(positions.astype(np.uint64))
         outside = np.flatnonzero(values >= self._size)
         while len(outside):
-            again = self._once_array(values[outside])
+            again = self._once(values[outside])
             values[outside] = again
             outside = outside[again >= self._size]
         return values.astype(np.int64)
 
-    def _once_array(self, values: np.ndarray) -> np.ndarray:
+    def _once(self, value: _Words) -> _Words:
         low, high = self._low_bits, self._high_bits
         for key in self._round_keys:
-            left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
-            mixed = _mix_array(right + np.uint64(key)) & np.uint64((1 << high) - 1)
-            values = (right << np.uint64(high)) | (left ^ mixed)
+            left, right = value >> low, value & ((1 << low) - 1)
+            # The halves swap places, and so do their widths where the number of bits is odd.
+            value = (right << high) | (left ^ (_mix(right + key) & ((1 << high) - 1)))
             low, high = high, low
-        return values
+        return value
 
 
-def _mix_int(value: int) -> int:
-    value &= _MASK64
+def _mix(value: _Words) -> _Words:
+    """Of an int, or of each element of a uint64 array, which wraps by itself."""
+    value = value & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
-
-
-def _mix_array(values: np.ndarray) -> np.ndarray:
-    """As :func:`_mix_int`, element by element, overwriting ``values``: uint64 wraps by itself."""
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values

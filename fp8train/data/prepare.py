@@ -27,6 +27,7 @@ from fp8train.data.sidecar import Sidecar, sidecar_path
 from fp8train.data.sources import DEFAULT_PATTERNS, Unit, find_files, plan_units, read_unit, unit_bytes
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.data.tokenizer_training import train_sentencepiece
+from fp8train.files import replace_file
 
 DEFAULT_VOCAB_SIZE = 8192
 _COPY_TOKENS = 1 << 22
@@ -97,7 +98,8 @@ def prepare(
         replace_file(beside, content)
         encoder = Encoder(beside, eod_token, text_key, max_line_bytes)
         loaded = load_tokenizer(beside, eod_token=eod_token)
-        return _write(units, str(prefix), encoder, loaded, workers or _cores(), seed if shuffle else None)
+        workers = workers or len(os.sched_getaffinity(0))
+        return _write(units, str(prefix), encoder, loaded, workers, seed if shuffle else None)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise DataError(f"cannot write dataset {prefix}: {where}{error.strerror or error}") from error
@@ -209,21 +211,3 @@ def _sample(
                 yield text
             else:
                 yield from (line for line in text.split("\n") if rng.random() < share)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        tmp.replace(path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -21,9 +21,10 @@ from fp8train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, 
 from fp8train.data.json_lines import json_lines
 from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.permutation import Permutation
-from fp8train.data.prepare import check_target, replace_file, tokenizer_beside
+from fp8train.data.prepare import check_target, tokenizer_beside
 from fp8train.data.sidecar import Sidecar, TargetMask, sidecar_path
 from fp8train.data.tokenizer import Tokenizer
+from fp8train.files import replace_file
 
 
 def mask_path(prefix: str | Path) -> Path:

@@ -81,6 +81,16 @@ def split_documents(num_documents: int, shares: Sequence[float]) -> list[tuple[i
     return list(pairwise(bounds))
 
 
+def epoch_and_number(index: int, samples_per_epoch: int, seed: int | None) -> tuple[int, int]:
+    """Epoch of sample ``index``, and which sample of that epoch's stream it is; without a seed the stream is
+    the same in all epochs, and read as it is: epoch 0."""
+    assert index >= 0
+    epoch, position = divmod(index, samples_per_epoch)
+    if seed is None:
+        return 0, position
+    return epoch, Permutation(samples_per_epoch, (seed, epoch, _SAMPLES_KEY))[position]
+
+
 class SampleDataset:
     """The samples of a range of documents, in a global order.
 
@@ -174,12 +184,7 @@ class SampleDataset:
         return Place(self.dataset.prefix, int(order[slot]), token - int(starts[slot]))
 
     def _epoch_and_number(self, index: int) -> tuple[int, int]:
-        """Epoch of sample ``index``, and which sample of that epoch's stream it is."""
-        assert index >= 0
-        epoch, position = divmod(index, self.samples_per_epoch)
-        if not self._shuffle:
-            return 0, position
-        return epoch, Permutation(self.samples_per_epoch, (self._seed, epoch, _SAMPLES_KEY))[position]
+        return epoch_and_number(index, self.samples_per_epoch, self._seed if self._shuffle else None)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Document numbers of an epoch in order, int64 ``[D]``, and the first token of each in its stream."""

@@ -31,7 +31,8 @@ from fp8train.evaluation.scoring import Request, Score, encode_pair, score
 from fp8train.evaluation.text import windows
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate
-from fp8train.inference.load import load_trained
+from fp8train.inference.load import open_run
+from fp8train.inference.sampling import Sampling
 from fp8train.inference.weights import Numerics
 
 DEFAULT_NEW_TOKENS = 256
@@ -69,15 +70,15 @@ class Fp8TrainLM(LM):  # type: ignore[misc]
             raise InferenceError(f"numerics={numerics}: choose matched or bf16")
         if max_batch_size is not None:
             raise InferenceError("max_batch_size has no meaning here; give batch_size")
-        trained = load_trained(Path(path), device=choose_device(device or "auto", 0), numerics=numerics)
-        self.model, self.tokenizer = trained.built.model, trained.tokenizer
+        run = open_run(Path(path))
+        self.tokenizer = run.tokenizer()
+        self.model = run.load(numerics, device=choose_device(device or "auto", 0)).model
         longest = self.model.config.max_seq_len
         self.max_length = longest if max_length is None else int(max_length)
         if not 1 <= self.max_length <= longest:
             raise InferenceError(f"max_length={max_length}: the model's context is {longest} tokens")
         given = None if batch_size in (None, "auto") else int(cast(int, batch_size))
-        self.batch_size = given or trained.run.config.train.micro_batch_size
-        self.numerics = trained.numerics
+        self.batch_size = given or run.config.train.micro_batch_size
         self._device = self.model.embedding.weight.device
 
     @property
@@ -155,7 +156,7 @@ class Fp8TrainLM(LM):  # type: ignore[misc]
         temperature = float(settings.pop("temperature", 1.0 if settings.get("do_sample") else 0.0))
         if not settings.pop("do_sample", temperature > 0):
             temperature = 0.0
-        top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", None)
+        sampling = Sampling(temperature, settings.pop("top_k", None), settings.pop("top_p", None))
         if settings:
             raise InferenceError(f"generation settings that are not known here: {', '.join(settings)}")
         prompt = self.tokenizer.encode(context) or [self.tokenizer.eod_id]
@@ -170,9 +171,7 @@ class Fp8TrainLM(LM):  # type: ignore[misc]
             self.model,
             prompt,
             max_tokens=new,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=sampling,
             generator=torch.Generator().manual_seed(0),
             eod_id=self.tokenizer.eod_id,
             vocab_size=self.tokenizer.vocab_size,

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,33 +30,11 @@ from fp8train.data.loading import SplitName, open_split, prefixes_of
 from fp8train.data.sidecar import read_sidecar
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.evaluation.progress import Progress
-from fp8train.evaluation.validation import Evaluation, batch_totals, evaluation_of
+from fp8train.evaluation.validation import Evaluation, Text, batch_totals, evaluation_of
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import TrainedRun
 from fp8train.inference.weights import Numerics
 from fp8train.run_dir.metrics import strict
-
-
-@dataclass(frozen=True)
-class Text:
-    """What a model is evaluated on: samples, and how many.
-
-    Attributes:
-        batches: samples in order, grouped for the model.
-        num_batches: batches to read.
-        ignore_after: as in training.
-        token_lengths: bytes per token id; None where they are not exact.
-    """
-
-    batches: GlobalBatches
-    num_batches: int
-    ignore_after: int | None
-    token_lengths: np.ndarray | None
-
-    @property
-    def num_samples(self) -> int:
-        """Number of sequences in all batches."""
-        return self.num_batches * self.batches.global_batch_size
 
 
 @dataclass(frozen=True)
@@ -224,17 +201,10 @@ def measure(
         progress.advance(inputs.numel())
         return total
 
-    began = time.perf_counter()
+    began, one_process = time.perf_counter(), Processes(device, 1, 0, alone(), None)
     rows = torch.zeros(text.num_batches, 3, dtype=torch.float64)
     for number in mine:
-        rows[number] = batch_totals(
-            summed_loss,
-            text.batches,
-            number,
-            processes=Processes(device, 1, 0, alone(), None),
-            token_lengths=text.token_lengths,
-            ignore_after=text.ignore_after,
-        )
+        rows[number] = batch_totals(summed_loss, text, number, one_process)
     rows = rows.to(device)
     ranks.all_reduce(rows, purpose="loss")()  # every row is zero but on one rank, so the sum is exact
     totals = torch.zeros(3, dtype=torch.float64)

@@ -86,12 +86,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, apart:
     if apart:
         return Request(tokenizer.encode(context) or [tokenizer.eod_id], whole)
     before = len(tokenizer.encode(stripped)) if stripped else 0
-    if before == 0:
-        return Request([tokenizer.eod_id], whole)
     cut = min(before, len(whole) - 1)
-    if cut == 0:
-        return Request([tokenizer.eod_id], whole)
-    return Request(whole[:cut], whole[cut:])
+    return Request(whole[:cut] or [tokenizer.eod_id], whole[cut:])
 
 
 @torch.no_grad()
@@ -143,7 +139,6 @@ def _read(request: Request) -> int:
 
 def _score_batch(model: Decoder, requests: Sequence[Request], pad_id: int, device: torch.device) -> Tensor:
     """FP64 [B, 2] on the CPU: summed log-probability, and 1 where all targets are the likeliest."""
-    assert model.config.vocab_size is not None
     length = max(map(_read, requests))
     tokens = torch.full((len(requests), length), pad_id, dtype=torch.int64)
     rows: list[int] = []
@@ -161,7 +156,7 @@ def _score_batch(model: Decoder, requests: Sequence[Request], pad_id: int, devic
         hidden[index[0], index[1]],
         model.head_weight,
         target,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.vocab_size,
         alpha=model.parametrization.head().output,
     )
     # Summed on the CPU: index_add on a GPU adds in an order of its own.

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import stdev
 
 from fp8train.data.json_lines import json_lines
 from fp8train.data.tokenizer import Tokenizer
@@ -229,5 +230,4 @@ def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
     mean = sum(values) / len(values)
     if len(values) == 1:
         return {name: mean}
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return {name: mean, f"{name}_stderr": math.sqrt(variance / len(values))}
+    return {name: mean, f"{name}_stderr": stdev(values) / math.sqrt(len(values))}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fp8train.data.json_lines import json_lines
@@ -36,11 +37,6 @@ class Corpus:
 
     documents: list[list[int]]
     num_bytes: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens to score."""
-        return sum(map(len, self.documents))
 
 
 def read_corpus(files: Sequence[Path], tokenizer: Tokenizer, *, json_key: str = "text") -> Corpus:
@@ -107,12 +103,8 @@ def corpus_requests(
     corpus: Corpus, *, eod_id: int, context_length: int, stride: int, one_stream: bool
 ) -> list[Request]:
     """Windows over every document, or over all of them as one stream with end-of-document ids between."""
-    cut = {"context_length": context_length, "stride": stride}
-    if not one_stream:
-        return [
-            request for document in corpus.documents for request in windows(document, before=eod_id, **cut)
-        ]
-    stream: list[int] = []
-    for document in corpus.documents:
-        stream += [*document, eod_id]
-    return list(windows(stream, before=eod_id, **cut))
+    texts = corpus.documents
+    if one_stream:
+        texts = [[token for document in texts for token in (*document, eod_id)]]
+    cut = partial(windows, before=eod_id, context_length=context_length, stride=stride)
+    return [request for tokens in texts for request in cut(tokens)]

@@ -16,6 +16,10 @@ from fp8train.data.batches import GlobalBatches
 from fp8train.layers.loss import IGNORE
 from fp8train.step.targets import inputs_and_targets
 
+SummedLoss = Callable[[Tensor, Tensor], Tensor]
+"""Forward of all micro-batches, int64 [A, B, S] inputs and targets, with the training numerics: FP64 scalar
+in nats, zero on ranks without the last pipeline stage."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -39,38 +43,40 @@ class Evaluation:
         return values
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a model is evaluated on.
+
+    Attributes:
+        batches: samples in order, grouped for the model; this rank's share.
+        num_batches: global batches to read; fewer if there are fewer.
+        ignore_after: as in training.
+        token_lengths: UTF-8 bytes per token id, for bits per byte; None where they are not exact.
+    """
+
+    batches: GlobalBatches
+    num_batches: int
+    ignore_after: int | None
+    token_lengths: np.ndarray | None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of sequences in all batches."""
+        return self.num_batches * self.batches.global_batch_size
+
+
 @torch.no_grad()
-def evaluate(
-    summed_loss: Callable[[Tensor, Tensor], Tensor],
-    batches: GlobalBatches,
-    *,
-    num_batches: int,
-    processes: Processes,
-    token_lengths: np.ndarray | None,
-    ignore_after: int | None,
-) -> Evaluation:
-    """Mean loss over the first ``num_batches`` global batches (fewer if there are fewer), the same every
-    time.
+def evaluate(summed_loss: SummedLoss, text: Text, processes: Processes) -> Evaluation:
+    """Mean loss over a text, the same every time.
 
     Args:
-        summed_loss: forward of all micro-batches, int64 [A, B, S] inputs and targets, with the training
-            numerics: FP64 scalar in nats, zero on ranks without the last pipeline stage.
-        batches: this rank's share of a split.
-        num_batches: global batches.
+        summed_loss: see :data:`SummedLoss`.
+        text: what to read.
         processes: ranks to sum over.
-        token_lengths: UTF-8 bytes per token id, for bits per byte; None leaves it out.
-        ignore_after: as in training.
     """
     totals = torch.zeros(3, dtype=torch.float64)
-    for i in range(min(num_batches, batches.batches_per_epoch)):
-        totals += batch_totals(
-            summed_loss,
-            batches,
-            i,
-            processes=processes,
-            token_lengths=token_lengths,
-            ignore_after=ignore_after,
-        )
+    for i in range(min(text.num_batches, text.batches.batches_per_epoch)):
+        totals += batch_totals(summed_loss, text, i, processes)
     on_device = totals.to(processes.device)
     processes.pp.all_reduce(on_device[:1], purpose="loss")()
     processes.replicas.all_reduce(on_device, purpose="loss")()
@@ -78,26 +84,19 @@ def evaluate(
 
 
 @torch.no_grad()
-def batch_totals(
-    summed_loss: Callable[[Tensor, Tensor], Tensor],
-    batches: GlobalBatches,
-    number: int,
-    *,
-    processes: Processes,
-    token_lengths: np.ndarray | None,
-    ignore_after: int | None,
-) -> Tensor:
+def batch_totals(summed_loss: SummedLoss, text: Text, number: int, processes: Processes) -> Tensor:
     """This rank's part of one global batch; arguments as for :func:`evaluate`.
 
     Returns:
         FP64 [3] on the CPU: nats, target tokens, bytes of target text (0 where lengths are not known).
     """
-    inputs, targets = inputs_and_targets(batches.batch(number), ignore_after)
+    inputs, targets = inputs_and_targets(text.batches.batch(number), text.ignore_after)
     if processes.cp.size > 1:
         inputs, targets = (ContextParallel(processes.cp).part(t) for t in (inputs, targets))
     nats = float(summed_loss(inputs.to(processes.device), targets.to(processes.device)))
     counted = targets[targets != IGNORE]
-    num_bytes = 0 if token_lengths is None else int(torch.from_numpy(token_lengths)[counted].sum())
+    lengths = text.token_lengths
+    num_bytes = 0 if lengths is None else int(torch.from_numpy(lengths)[counted].sum())
     return torch.tensor([nats, counted.numel(), num_bytes], dtype=torch.float64)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
-from fp8train.huggingface.arrangements import SAME, Arrangement
+from fp8train.huggingface.arrangements import SAME, Arrangement, Vocabulary
 from fp8train.huggingface.config_json import ConfigJson
 
 
@@ -56,12 +56,17 @@ class Architecture:
     tensors: Callable[[ModelConfig], Sequence[TensorMap]]
 
 
-def vectors(ours: str, theirs: str, arrangement: Arrangement = SAME, *, bias: bool = True) -> list[TensorMap]:
-    """Weight and, with ``bias``, bias of a module, by module path."""
-    kinds = ("weight", "bias") if bias else ("weight",)
-    return [TensorMap(f"{ours}.{kind}", (f"{theirs}.{kind}",), arrangement) for kind in kinds]
+def vectors(ours: str, *theirs: str, arrangement: Arrangement = SAME, bias: bool = True) -> list[TensorMap]:
+    """Weight and, with ``bias``, bias of a module, by module path; perhaps several modules of theirs."""
+    return [
+        TensorMap(f"{ours}.{kind}", tuple(f"{module}.{kind}" for module in theirs), arrangement)
+        for kind in (("weight", "bias") if bias else ("weight",))
+    ]
 
 
-def head(model: ModelConfig, theirs: str, arrangement: Arrangement) -> list[TensorMap]:
-    """The output head, where it is not the embedding."""
-    return [] if model.tie_embeddings else [TensorMap("head.weight", (theirs,), arrangement)]
+def embeddings(model: ModelConfig, embedding: str, head: str) -> list[TensorMap]:
+    """The token embedding and, where it is another, the output head."""
+    assert model.vocab_size is not None
+    tokens = Vocabulary(model.vocab_size)
+    maps = [TensorMap("embedding.weight", (embedding,), tokens), TensorMap("head.weight", (head,), tokens)]
+    return maps[:1] if model.tie_embeddings else maps

@@ -56,11 +56,9 @@ class ConfigJson:
 
     def number(self, key: str, kind: type[int] | type[float] = int, *, default: Any = None) -> Any:
         """A positive number; ``default`` where the key is absent or null, without one it is required."""
-        value = self.optional(key)
+        value = self.optional(key, default)
         if value is None:
-            if default is None:
-                raise HuggingFaceError(f"{self.path}: {key} is missing")
-            return default
+            raise HuggingFaceError(f"{self.path}: {key} is missing")
         legal = (int,) if kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, legal) or not value > 0:
             raise HuggingFaceError(f"{self.path}: {key}: {value!r} is not a positive number")
@@ -68,30 +66,27 @@ class ConfigJson:
 
     def flag(self, key: str, *, default: bool) -> bool:
         """Read a key that is true or false; ``default`` where it is absent or null."""
-        value = self.optional(key)
-        if value is None:
-            return default
+        value = self.optional(key, default)
         if not isinstance(value, bool):
             raise HuggingFaceError(f"{self.path}: {key}: {value!r} is neither true nor false")
         return value
 
-    def optional(self, key: str) -> Any:
-        """Read a key's value as it is; None where it is absent."""
+    def optional(self, key: str, default: Any = None) -> Any:
+        """Read a key's value as it is; ``default`` where it is absent or null."""
         self._seen.add(key)
-        return self.values.get(key)
+        value = self.values.get(key)
+        return default if value is None else value
 
     def choice(self, key: str, legal: dict[str, Any], *, default: str) -> Any:
         """Read a key with few legal values, and return what ``legal`` maps its value to."""
-        value = self.optional(key)
-        value = default if value is None else value
+        value = self.optional(key, default)
         if not isinstance(value, str) or value not in legal:
             self.refuse(key, value, f"this decoder has {', '.join(legal)}")
         return legal[value]
 
     def only(self, key: str, legal: Any, *, default: Any, why: str) -> None:
         """The key must be ``legal`` (or absent, if ``default`` is)."""
-        value = self.optional(key)
-        value = default if value is None else value
+        value = self.optional(key, default)
         if value != legal:
             self.refuse(key, value, why)
 
@@ -124,12 +119,8 @@ def read_config(folder: Path) -> ConfigJson:
     if not isinstance(values, dict):
         raise HuggingFaceError(f"{path}: not a JSON object")
     config = ConfigJson(path, values)
-    config.only(
-        "auto_map",
-        None,
-        default=None,
-        why="the model is computed by Python code in its folder, not by a class of transformers",
-    )
+    why = "the model is computed by Python code in its folder, not by a class of transformers"
+    config.only("auto_map", None, default=None, why=why)
     if values.get("quantization_config") is not None:
         method = values["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method

@@ -17,7 +17,7 @@ Embeddings, head and norms are BF16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fp8train.huggingface.architecture import TensorMap
 from fp8train.huggingface.errors import HuggingFaceError
-from fp8train.huggingface.files import WeightFiles, num_bytes
+from fp8train.huggingface.files import WeightFiles
 from fp8train.numerics.cast import quantize
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.operand_cast import QuantSpec
@@ -60,15 +60,7 @@ class ExportFormat:
         return torch.float32 if self.name == "fp32" else torch.bfloat16
 
     def encode(self, tensor: TensorMap, value: Tensor) -> dict[str, Tensor]:
-        """Their tensors by name, of our FP32 value.
-
-        Raises:
-            HuggingFaceError: it is not finite.
-        """
-        if not torch.isfinite(value).all():
-            raise HuggingFaceError(
-                f"{tensor.ours} is not finite; export a checkpoint from before the run diverged"
-            )
+        """Their tensors by name, of our FP32 value."""
         if tensor.ours not in self.quantised:
             parts = tensor.arrangement.to_theirs(value.to(self.dtype))
             return dict(zip(tensor.theirs, parts, strict=True))
@@ -85,15 +77,8 @@ class ExportFormat:
 
     def sizes(self, tensor: TensorMap, shape: tuple[int, ...]) -> dict[str, int]:
         """Bytes of what :meth:`encode` gives for a tensor of this shape."""
-        found: dict[str, int] = {}
-        for name, part in zip(tensor.theirs, tensor.arrangement.shapes(shape), strict=True):
-            if tensor.ours not in self.quantised:
-                found[name] = num_bytes(part, self.dtype)
-                continue
-            blocks = tuple(-(-size // BLOCK) for size in part) if self.name == "fp8_block" else (1,)
-            found[name] = num_bytes(part, torch.float8_e4m3fn)
-            found[name + _SCALE_SUFFIX[self.name]] = num_bytes(blocks, torch.float32)
-        return found
+        encoded = self.encode(tensor, torch.empty(shape, device="meta"))
+        return {name: part.nbytes for name, part in encoded.items()}
 
     def config(self) -> dict[str, Any]:
         """The entry ``quantization_config`` of config.json; empty without FP8."""
@@ -136,7 +121,11 @@ class ExportFormat:
 
 
 def choose_format(
-    name: FormatName, maps: Sequence[TensorMap], shapes: Mapping[str, tuple[int, ...]], *, planned: set[str]
+    name: FormatName,
+    maps: Sequence[TensorMap],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    planned: Collection[str],
 ) -> ExportFormat:
     """Decide which matrices are stored in FP8, and why the others are not.
 

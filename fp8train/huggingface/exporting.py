@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fp8train.checkpoint.safetensors_files import parse_size, write_safetensors
+from fp8train.config.linear_names import linears_in_fp8
 from fp8train.huggingface.architecture import Architecture, TensorMap
 from fp8train.huggingface.config_json import CONFIG_FILE
 from fp8train.huggingface.errors import HuggingFaceError
@@ -26,18 +28,19 @@ from fp8train.huggingface.export_formats import ExportFormat, FormatName, choose
 from fp8train.huggingface.files import WeightFiles
 from fp8train.huggingface.find_architecture import architecture_of_model
 from fp8train.huggingface.folding import Multipliers, check_foldable
-from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.output import new_folder, read_text
 from fp8train.huggingface.parity import (
     check_passed,
     compare,
-    our_logits,
+    decoder_in_fp32,
     their_logits,
     wants_check,
 )
 from fp8train.huggingface.tokenizer_files import export_tokenizer
 from fp8train.inference.load import TrainedRun, open_run
+from fp8train.inference.stored_states import StoredStates
 from fp8train.models.build import with_vocab_size
+from fp8train.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Export:
         run: the checkpoint.
         architecture: what it becomes.
         maps: its tensors.
-        masters: reads ours.
+        shapes: of our tensors by name, those that the model lacks included.
+        states: reads ours.
         multipliers: that go into them.
         format: how they are stored.
     """
@@ -56,41 +60,41 @@ class Export:
     run: TrainedRun
     architecture: Architecture
     maps: tuple[TensorMap, ...]
-    masters: MasterReader
+    shapes: Mapping[str, tuple[int, ...]]
+    states: StoredStates
     multipliers: Multipliers
     format: ExportFormat
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of our tensors by name, those that the model lacks included."""
-        own = self.masters.shapes
-        hidden = self.run.config.model.hidden_size
-        return {one.ours: own.get(one.ours) or _vector_shape(one.ours, own, hidden) for one in self.maps}
 
     @property
     def parameters(self) -> int:
         """Number of parameters of the exported model."""
-        shapes = self.shapes
-        parts = [part for one in self.maps for part in one.arrangement.shapes(shapes[one.ours])]
+        parts = [part for one in self.maps for part in one.arrangement.shapes(self.shapes[one.ours])]
         return sum(math.prod(part) for part in parts)
 
-    def value(self, fqn: str) -> Tensor:
-        """A parameter as it is exported, FP32, before it is rounded."""
-        shapes = self.shapes
-        if fqn in self.masters.shapes:
-            value = self.masters.read(fqn)
-        else:
-            value = torch.full(shapes[fqn], 1.0 if fqn.endswith("norm.weight") else 0.0)
-        return value * self.multipliers.of(fqn, shapes[fqn])
-
     def encode(self, tensor: TensorMap) -> dict[str, Tensor]:
-        """Encode one of our tensors: their tensors by name, in the export's format."""
-        return self.format.encode(tensor, self.value(tensor.ours))
+        """Encode one of our tensors: their tensors by name, in the export's format.
+
+        Raises:
+            HuggingFaceError: it is not finite.
+        """
+        fqn, shape = tensor.ours, self.shapes[tensor.ours]
+        if fqn in self.states.model.specs:
+            value = self.states.read(fqn).float()
+        else:
+            value = torch.full(shape, 1.0 if fqn.endswith("norm.weight") else 0.0)
+        value = value * self.multipliers.of(fqn, shape)
+        if not torch.isfinite(value).all():
+            raise HuggingFaceError(f"{fqn} is not finite; export a checkpoint from before the run diverged")
+        return self.format.encode(tensor, value)
 
 
-def _vector_shape(fqn: str, shapes: dict[str, tuple[int, ...]], hidden: int) -> tuple[int, ...]:
+def _shape(fqn: str, decoder: Decoder) -> tuple[int, ...]:
+    """Shape of a parameter, perhaps a vector that the decoder lacks."""
+    if fqn in decoder.specs:
+        return decoder.specs[fqn].global_shape
     module = fqn.rpartition(".")[0]
-    return (hidden,) if module.endswith("norm") else shapes[f"{module}.weight"][:1]
+    is_norm = module.endswith("norm")
+    return (decoder.config.hidden_size,) if is_norm else decoder.specs[f"{module}.weight"].global_shape[:1]
 
 
 def plan_export(run: TrainedRun, name: FormatName) -> Export:
@@ -106,26 +110,19 @@ def plan_export(run: TrainedRun, name: FormatName) -> Export:
     where = str(run.path)
     model = with_vocab_size(run.config.model, run.vocab_size)
     architecture = architecture_of_model(model, where)
-    masters = MasterReader(run)
-    check_foldable(masters.decoder, where)
+    states = run.states()
+    decoder = states.model
+    check_foldable(decoder, where)
     if name.startswith("fp8") and not architecture.linears:
         raise HuggingFaceError(
             f"--dtype {name}: the FP8 formats of inference engines are for separate nn.Linear modules; "
             f"{architecture.name} has other ones (Conv1D, or q, k, v whose rows engines reorder); write bf16"
         )
     maps = tuple(architecture.tensors(model))
-    specs = masters.decoder.specs
-    fp8 = run.config.precision.gemm.fp8
-    export = Export(run, architecture, maps, masters, Multipliers(masters.decoder), ExportFormat("bf16"))
-    chosen = choose_format(
-        name,
-        maps,
-        export.shapes,
-        planned={
-            path for path in masters.decoder.linears() if not fp8 or specs[f"{path}.weight"].in_fp8_plan
-        },
-    )
-    return Export(run, architecture, maps, masters, export.multipliers, chosen)
+    shapes = {one.ours: _shape(one.ours, decoder) for one in maps}
+    planned = linears_in_fp8(run.config) or list(decoder.linears())
+    chosen = choose_format(name, maps, shapes, planned=planned)
+    return Export(run, architecture, maps, shapes, states, Multipliers(decoder), chosen)
 
 
 def write_export(export: Export, folder: Path, *, max_bytes: int) -> list[str]:
@@ -142,8 +139,8 @@ def write_export(export: Export, folder: Path, *, max_bytes: int) -> list[str]:
     _write_json(folder / CONFIG_FILE, config)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
-    shapes = export.shapes
-    parts = [(export.format.sizes(one, shapes[one.ours]), partial(export.encode, one)) for one in export.maps]
+    sizes_of = export.format.sizes
+    parts = [(sizes_of(one, export.shapes[one.ours]), partial(export.encode, one)) for one in export.maps]
     write_safetensors(folder, "model", parts, max_bytes=max_bytes)
     size = sum(sum(sizes.values()) for sizes, _ in parts)
     tensors = sum(len(sizes) for sizes, _ in parts)
@@ -171,7 +168,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def exported_values(export: Export, files: WeightFiles, fqn: str) -> Tensor:
     """What one of the run's parameters became: read back, laid out as ours and divided by its multiplier."""
     tensor = next(one for one in export.maps if one.ours == fqn)
-    shape = export.masters.shapes[fqn]
+    shape = export.shapes[fqn]
     value = tensor.arrangement.to_ours([decode(files, name) for name in tensor.theirs], shape)
     return value / export.multipliers.of(fqn, shape)
 
@@ -184,25 +181,17 @@ def check_export(export: Export, folder: Path, *, text: Path | None) -> list[str
         HuggingFaceError: transformers computes something else.
     """
     run = export.run
-    vocab_size, max_seq_len = run.vocab_size, run.config.model.max_seq_len
     tokens = None if text is None else read_text(text, run)
     with WeightFiles(folder) as files:
-        rounded = decoder_in_fp32(run.config, vocab_size, lambda fqn: exported_values(export, files, fqn))
-    parity = compare(
-        our_logits(rounded),
-        their_logits(folder),  # gone afterwards: two models in memory at a time
-        vocab_size=vocab_size,
-        max_seq_len=max_seq_len,
-        text=tokens,
-    )
+        rounded = decoder_in_fp32(run, lambda fqn: exported_values(export, files, fqn))
+    # transformers' model is gone afterwards: two models in memory at a time
+    parity = compare(rounded, their_logits(folder), tokens)
     check_passed(parity, "nothing was exported")
     lines = parity.lines()
     if export.format.name == "fp32":
         return lines
-    exact = decoder_in_fp32(run.config, vocab_size, export.masters.read)
-    moved = compare(
-        our_logits(exact), our_logits(rounded), vocab_size=vocab_size, max_seq_len=max_seq_len, text=tokens
-    )
+    exact = decoder_in_fp32(run, export.states.read)
+    moved = compare(exact, rounded.logits, tokens)
     line = f"rounding FP32 masters to {export.format.name} moves a logit by {moved.difference:.2e} at most"
     if moved.perplexities is not None:
         line += f", perplexity from {moved.perplexities[0]:.6g} to {moved.perplexities[1]:.6g}"
@@ -235,14 +224,12 @@ def export_command(
         UserError: the model cannot be expressed or the folder not be written, or transformers computes
             something else from it.
     """
-    checked = wants_check(check)
-    if text is not None and not checked:
-        raise HuggingFaceError("--text needs the comparison with transformers: --check")
+    checked = wants_check(check, text)
     max_bytes = parse_size(max_shard_size)
     began = time.perf_counter()
     run = open_run(checkpoint)
     export = plan_export(run, dtype)
-    with new_folder(output, "--output") as folder:
+    with new_folder(output) as folder:
         told = write_export(export, folder, max_bytes=max_bytes)
         print(
             f"{run.path}: step {run.step}, {export.parameters:,} parameters -> {export.architecture.name} in "

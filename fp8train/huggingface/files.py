@@ -7,10 +7,8 @@ safetensors hold a JSON header and plain bytes, so reading one executes nothing.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,7 +16,8 @@ from fp8train.huggingface.errors import HuggingFaceError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_FLOATING = ("F64", "F32", "F16", "BF16")
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Types of unquantised numbers, in safetensors' notation."""
 
 
 class WeightFiles:
@@ -65,10 +64,6 @@ class WeightFiles:
         """Type of a tensor in safetensors' notation, such as ``BF16``; from the file's header."""
         return str(self._where[name].get_slice(name).get_dtype())
 
-    def is_floating(self, name: str) -> bool:
-        """Whether a tensor holds unquantised numbers (FP64, FP32, FP16 or BF16)."""
-        return self.dtype(name) in _FLOATING
-
     def read(self, name: str) -> Tensor:
         """Read a tensor to the CPU, as it is stored."""
         return self._where[name].get_tensor(name)
@@ -87,18 +82,11 @@ def _file_names(folder: Path) -> list[str]:
         return names
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
-    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-        path.name for path in folder.glob("*.pt*")
-    )
+    pickled = [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pt*"))]
     if pickled:
         raise HuggingFaceError(
-            f"{folder}: holds {pickled[0]} and no {SINGLE_FILE}; a pickle can run code when it is read and "
-            "is not imported\nload the model with transformers where you trust it, and write it again: "
+            f"{folder}: holds {pickled[0].name} and no {SINGLE_FILE}; a pickle can run code when it is read "
+            "and is not imported\nload the model with transformers where you trust it, and write it again: "
             "model.save_pretrained(DIR)"
         )
     raise HuggingFaceError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-
-
-def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes that a tensor of this shape and type takes."""
-    return math.prod(shape) * dtype.itemsize

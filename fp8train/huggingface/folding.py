@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.huggingface.arrangements import GateUp, SeparateQKV
+from fp8train.huggingface.arrangements import Arrangement, GateUp, SeparateQKV
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.models.decoder import Decoder
 
@@ -88,18 +88,17 @@ class Multipliers:
         query = self._rule.attention().logits_scale * model.head_dim**0.5
         if abs(query - 1.0) < 1e-12:  # 1/√D times √D
             return alpha
-        rows = torch.full(_per_row(shape), alpha)
-        SeparateQKV(model.num_kv_heads, model.head_dim).views(rows)[0].mul_(query)
-        return rows
+        return _first_scaled(SeparateQKV(model.num_kv_heads, model.head_dim), shape, alpha, query)
 
     def _inner_rows(self, shape: tuple[int, ...], alpha: float) -> Tensor | float:
         model, mult = self._decoder.config, self._rule.settings.activation_mult
         if model.activation != "swiglu" or mult == 1.0:
             return alpha * mult
-        rows = torch.full(_per_row(shape), alpha)
-        GateUp(model.ffn_hidden_size).views(rows)[0].mul_(mult)
-        return rows
+        return _first_scaled(GateUp(model.ffn_hidden_size), shape, alpha, mult)
 
 
-def _per_row(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], *[1] * (len(shape) - 1))
+def _first_scaled(arrangement: Arrangement, shape: tuple[int, ...], alpha: float, mult: float) -> Tensor:
+    """``alpha`` for each row, times ``mult`` where it is one of the first of their tensors."""
+    rows = torch.full((shape[0], *[1] * (len(shape) - 1)), alpha)
+    arrangement.views(rows)[0].mul_(mult)
+    return rows

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
-from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
-from fp8train.huggingface.arrangements import Conv1D, SeparateQKV, Vocabulary
+from fp8train.huggingface.architecture import Architecture, TensorMap, embeddings, vectors
+from fp8train.huggingface.arrangements import Conv1D, SeparateQKV
 from fp8train.huggingface.config_json import ConfigJson
 
 ACTIVATIONS = {
@@ -23,9 +23,8 @@ def _settings(config: ConfigJson) -> dict[str, Any]:
     hidden_size, num_heads = config.number("n_embd"), config.number("n_head")
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "reorder_and_upcast_attn"):
         config.optional(key)
-    for key in ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"):
-        config.optional(key)
-    config.optional("summary_first_dropout")
+    for key in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"):
+        config.optional(f"summary_{key}")
     config.only("scale_attn_weights", True, default=True, why="this decoder divides by the root of head_dim")
     config.only(
         "scale_attn_by_inverse_layer_idx", False, default=False, why="this decoder scales all layers alike"
@@ -65,24 +64,23 @@ def _config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(model: ModelConfig) -> list[TensorMap]:
-    assert model.vocab_size is not None
-    tokens = Vocabulary(model.vocab_size)
+    embedding, *head = embeddings(model, "transformer.wte.weight", GPT2.head)
     maps = [
-        TensorMap("embedding.weight", ("transformer.wte.weight",), tokens),
+        embedding,
         TensorMap("positions.weight", ("transformer.wpe.weight",)),
         *vectors("final_norm", "transformer.ln_f"),
-        *head(model, GPT2.head, tokens),
+        *head,
     ]
     qkv = Conv1D(SeparateQKV(model.num_kv_heads, model.head_dim))
     for i in range(model.num_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         maps += [
             *vectors(f"{ours}.attention_norm", f"{theirs}.ln_1"),
-            *vectors(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", qkv),
-            *vectors(f"{ours}.attention.out", f"{theirs}.attn.c_proj", Conv1D()),
+            *vectors(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", arrangement=qkv),
+            *vectors(f"{ours}.attention.out", f"{theirs}.attn.c_proj", arrangement=Conv1D()),
             *vectors(f"{ours}.mlp_norm", f"{theirs}.ln_2"),
-            *vectors(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", Conv1D()),
-            *vectors(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj", Conv1D()),
+            *vectors(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", arrangement=Conv1D()),
+            *vectors(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj", arrangement=Conv1D()),
         ]
     return maps
 

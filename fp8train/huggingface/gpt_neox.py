@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
-from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
-from fp8train.huggingface.arrangements import Vocabulary
+from fp8train.huggingface.architecture import Architecture, TensorMap, embeddings, vectors
 from fp8train.huggingface.config_json import ConfigJson
 from fp8train.huggingface.gpt2 import ACTIVATIONS
 from fp8train.huggingface.rope import rope_config, rope_settings
@@ -62,12 +61,11 @@ def _config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(model: ModelConfig) -> list[TensorMap]:
-    assert model.vocab_size is not None
-    tokens = Vocabulary(model.vocab_size)
+    embedding, *head = embeddings(model, "gpt_neox.embed_in.weight", GPT_NEOX.head)
     maps = [
-        TensorMap("embedding.weight", ("gpt_neox.embed_in.weight",), tokens),
+        embedding,
         *vectors("final_norm", "gpt_neox.final_layer_norm"),
-        *head(model, GPT_NEOX.head, tokens),
+        *head,
     ]
     names = {
         "attention_norm": "input_layernorm",

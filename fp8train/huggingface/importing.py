@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,23 @@ from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config, to_plain
 from fp8train.huggingface.architecture import Architecture, TensorMap
-from fp8train.huggingface.config_json import ConfigJson, read_config
+from fp8train.huggingface.config_json import read_config
 from fp8train.huggingface.errors import HuggingFaceError
-from fp8train.huggingface.files import WeightFiles
+from fp8train.huggingface.files import FLOATING, WeightFiles
 from fp8train.huggingface.find_architecture import architecture_of_config
-from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
 from fp8train.huggingface.output import new_folder, read_text
-from fp8train.huggingface.parity import Parity, check_passed, compare, our_logits, their_logits, wants_check
+from fp8train.huggingface.parity import (
+    Parity,
+    check_passed,
+    compare,
+    decoder_in_fp32,
+    their_logits,
+    wants_check,
+)
 from fp8train.huggingface.tokenizer_files import import_tokenizer
 from fp8train.huggingface.train_file import TRAIN_FILE, imported_config, write_train_file
 from fp8train.inference.load import open_run
 from fp8train.models.build import outline
-
-Say = Callable[[str], None]
 
 
 def import_command(folder: Path, *, output: Path, check: bool | None, text: Path | None) -> int:
@@ -54,33 +57,27 @@ def import_command(folder: Path, *, output: Path, check: bool | None, text: Path
         UserError: the model cannot be expressed, its files are not what they should be, or the imported model
             computes something else.
     """
-    checked = wants_check(check)
-    if text is not None and not checked:
-        raise HuggingFaceError("--text needs the comparison with transformers: --check")
+    checked = wants_check(check, text)
     began = time.perf_counter()
     config_json = read_config(folder)
     architecture = architecture_of_config(config_json)
     settings = architecture.settings(config_json)
     config = imported_config(settings, str(config_json.path))
-    with new_folder(output, "--output") as run_dir:
+    with new_folder(output) as run_dir:
         parameters, told = _write_run(folder, run_dir, architecture, settings, config, final=output)
         print(
             f"{architecture.name} from {folder}: {parameters:,} parameters -> {output}, "
             f"{time.perf_counter() - began:.1f} s"
         )
-        for line in [*told, *_unread(config_json)]:
-            print(line)
+        print(told)
+        if unread := config_json.unread():
+            print(f"without meaning to transformers' class, so to none here: {', '.join(unread)}")
         if checked:
             parity = check_import(folder, run_dir, text=text)
             check_passed(parity, "nothing was imported")
             print("\n".join(parity.lines()), flush=True)
     print(f"continue its training: fp8train train {output / TRAIN_FILE}")
     return 0
-
-
-def _unread(config: ConfigJson) -> list[str]:
-    unread = config.unread()
-    return [f"without meaning to transformers' class, so to none here: {', '.join(unread)}"] if unread else []
 
 
 def _write_run(
@@ -91,21 +88,30 @@ def _write_run(
     config: Config,
     *,
     final: Path,
-) -> tuple[int, list[str]]:
+) -> tuple[int, str]:
     """The run directory's content; returns the number of parameters and what to tell."""
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
     tokenizer, told = import_tokenizer(folder, run_dir, vocab_size=vocab_size, final=final)
-    shapes = {
-        fqn: tuple(parameter.shape) for fqn, parameter in outline(config, vocab_size).named_parameters()
-    }
+    shapes = {fqn: spec.global_shape for fqn, spec in outline(config, vocab_size).specs.items()}
     maps = architecture.tensors(config.model)
+
+    def lazy(tensor: TensorMap) -> LogicalTensor:
+        """One of our parameters from their file, FP32, read when it is its turn to be written."""
+        shape = shapes[tensor.ours]
+
+        def read() -> Tensor:
+            theirs = [files.read(names[name]).float() for name in tensor.theirs]
+            return tensor.arrangement.to_ours(theirs, shape)
+
+        return LogicalTensor(torch.empty(shape, device="meta"), shape, (0,) * len(shape), read)
+
     with WeightFiles(folder) as files:
         names = match(files, architecture, maps, shapes, config.model)
         save_checkpoint(
             run_dir / CHECKPOINTS_DIR,
             0,
-            {f"master/{one.ours}": _lazy(files, names, one, shapes[one.ours]) for one in maps},
+            {f"master/{one.ours}": lazy(one) for one in maps},
             meta={
                 "config": to_plain(config),
                 "vocab_size": vocab_size,
@@ -118,37 +124,13 @@ def _write_run(
         parameters = sum(math.prod(files.shape(name)) for name in names.values())
     write_train_file(
         run_dir / TRAIN_FILE,
-        config,
         settings,
         name=architecture.name,
         source=folder,
         final=final,
         tokenizer=tokenizer,
     )
-    return parameters, [told]
-
-
-def _lazy(
-    files: WeightFiles, names: dict[str, str], tensor: TensorMap, shape: tuple[int, ...]
-) -> LogicalTensor:
-    return LogicalTensor(
-        torch.empty(shape, dtype=torch.float32, device="meta"),
-        shape,
-        (0,) * len(shape),
-        read=partial(read_ours, files, names, tensor, shape),
-    )
-
-
-def read_ours(files: WeightFiles, names: dict[str, str], tensor: TensorMap, shape: tuple[int, ...]) -> Tensor:
-    """One of our parameters from their file, FP32.
-
-    Args:
-        files: the file.
-        names: of tensors in the file, by the names in ``tensor``.
-        tensor: which.
-        shape: of ours.
-    """
-    return tensor.arrangement.to_ours([files.read(names[name]).float() for name in tensor.theirs], shape)
+    return parameters, told
 
 
 def match(
@@ -180,7 +162,7 @@ def match(
                 problems.append(f"{stored} is missing")
             elif files.shape(stored) != shape:
                 problems.append(f"{stored} is {list(files.shape(stored))}, config.json says {list(shape)}")
-            elif not files.is_floating(stored):
+            elif files.dtype(stored) not in FLOATING:
                 problems.append(f"{stored} is {files.dtype(stored)}, not a floating-point number")
     rest = files.names - set(names.values())
     rest = {name for name in rest if not name.endswith(architecture.buffers)}
@@ -217,11 +199,5 @@ def _copies_of_embedding(files: WeightFiles, architecture: Architecture, names: 
 def check_import(folder: Path, run_dir: Path, *, text: Path | None) -> Parity:
     """Compare an imported model with transformers' from the folder that it came from."""
     run = open_run(run_dir)
-    model = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
-    return compare(
-        our_logits(model),
-        their_logits(folder),
-        vocab_size=run.vocab_size,
-        max_seq_len=run.config.model.max_seq_len,
-        text=None if text is None else read_text(text, run),
-    )
+    model = decoder_in_fp32(run, run.states().read)
+    return compare(model, their_logits(folder), None if text is None else read_text(text, run))

@@ -3,11 +3,12 @@ is off."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fp8train.config.model_schema import ModelConfig
-from fp8train.huggingface.architecture import Architecture, TensorMap, head, vectors
-from fp8train.huggingface.arrangements import Arrangement, GateUp, SeparateQKV, Vocabulary
+from fp8train.huggingface.architecture import Architecture, TensorMap, embeddings, vectors
+from fp8train.huggingface.arrangements import GateUp, SeparateQKV
 from fp8train.huggingface.config_json import ConfigJson
 from fp8train.huggingface.rope import rope_config, rope_settings
 
@@ -68,38 +69,27 @@ def _config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(model: ModelConfig) -> list[TensorMap]:
-    assert model.vocab_size is not None
-    tokens = Vocabulary(model.vocab_size)
+    embedding, *head = embeddings(model, "model.embed_tokens.weight", LLAMA.head)
     maps = [
-        TensorMap("embedding.weight", ("model.embed_tokens.weight",), tokens),
+        embedding,
         TensorMap("final_norm.weight", ("model.norm.weight",)),
-        *head(model, LLAMA.head, tokens),
+        *head,
     ]
-    bias = model.bias
+    linear = partial(vectors, bias=model.bias)
     qkv = SeparateQKV(model.num_kv_heads, model.head_dim)
     gate_up = GateUp(model.ffn_hidden_size)
     for i in range(model.num_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         maps += [
             TensorMap(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
-            *_parts(
-                f"{ours}.attention.qkv", f"{theirs}.self_attn", ("q_proj", "k_proj", "v_proj"), qkv, bias
-            ),
-            *vectors(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", bias=bias),
+            *linear(f"{ours}.attention.qkv", *(f"{attention}.{x}_proj" for x in "qkv"), arrangement=qkv),
+            *linear(f"{ours}.attention.out", f"{attention}.o_proj"),
             TensorMap(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
-            *_parts(f"{ours}.mlp.up", f"{theirs}.mlp", ("gate_proj", "up_proj"), gate_up, bias),
-            *vectors(f"{ours}.mlp.down", f"{theirs}.mlp.down_proj", bias=bias),
+            *linear(f"{ours}.mlp.up", f"{mlp}.gate_proj", f"{mlp}.up_proj", arrangement=gate_up),
+            *linear(f"{ours}.mlp.down", f"{mlp}.down_proj"),
         ]
     return maps
-
-
-def _parts(
-    ours: str, theirs: str, names: tuple[str, ...], arrangement: Arrangement, bias: bool
-) -> list[TensorMap]:
-    return [
-        TensorMap(f"{ours}.{kind}", tuple(f"{theirs}.{name}.{kind}" for name in names), arrangement)
-        for kind in (("weight", "bias") if bias else ("weight",))
-    ]
 
 
 LLAMA = Architecture(

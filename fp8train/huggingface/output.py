@@ -7,26 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fp8train.checkpoint.files import TMP_SUFFIX
+from fp8train.files import TMP_SUFFIX
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.parity import PERPLEXITY_TOKENS
 from fp8train.inference.load import TrainedRun
 
 
 @contextmanager
-def new_folder(path: Path, option: str) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that gets its name at the end, or is deleted after an error.
 
     Args:
-        path: absent, or an empty folder.
-        option: names it in messages.
+        path: ``--output``: absent, or an empty folder.
 
     Raises:
         HuggingFaceError: something is there already, or it cannot be written.
     """
     path = path.absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise HuggingFaceError(f"{option} {path}: exists and is not empty; choose another folder")
+        raise HuggingFaceError(f"--output {path}: exists and is not empty; choose another folder")
     temporary = path.with_name(f".{path.name}{TMP_SUFFIX}")
     try:
         if temporary.exists():  # of an attempt that was killed
@@ -37,7 +36,7 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
             path.rmdir()
         temporary.rename(path)
     except OSError as error:
-        raise HuggingFaceError(f"{option} {path}: {error.strerror or error}") from error
+        raise HuggingFaceError(f"--output {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -25,6 +25,9 @@ from fp8train.config.scalars import shorten
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.export_formats import decode
 from fp8train.huggingface.files import WeightFiles
+from fp8train.inference.load import TrainedRun
+from fp8train.inference.weights import inference_config
+from fp8train.models.build import build_model
 from fp8train.models.decoder import Decoder
 
 TOLERANCE = 1e-4
@@ -76,18 +79,21 @@ class Parity:
         return found
 
 
-def wants_check(asked: bool | None) -> bool:
+def wants_check(asked: bool | None, text: Path | None) -> bool:
     """Whether to compare: as asked, else where transformers can be imported.
 
     Raises:
-        HuggingFaceError: asked for, and it cannot.
+        HuggingFaceError: asked for, and it cannot; or a ``text`` is given and nothing compared.
     """
     there = importlib.util.find_spec("transformers") is not None
     if asked and not there:
         raise HuggingFaceError(
             "--check compares with transformers: pip install 'fp8train[hf]', or --no-check"
         )
-    return there if asked is None else asked
+    checked = there if asked is None else asked
+    if text is not None and not checked:
+        raise HuggingFaceError("--text needs the comparison with transformers: --check")
+    return checked
 
 
 def their_logits(folder: Path) -> Logits:
@@ -162,9 +168,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def our_logits(model: Decoder) -> Logits:
-    """The function from tokens to logits of a decoder in FP32."""
-    return model.logits
+@torch.no_grad()
+def decoder_in_fp32(run: TrainedRun, value: Callable[[str], Tensor]) -> Decoder:
+    """A run's model in FP32 on the CPU, without FP8; ``value`` gives each parameter by its name."""
+    plain = inference_config(run.config, "fp32")
+    model = build_model(plain, vocab_size=run.vocab_size, device=torch.device("cpu")).model
+    for fqn, parameter in model.named_parameters():
+        parameter.copy_(value(fqn))
+    return model.requires_grad_(False)
 
 
 def fixed_tokens(vocab_size: int, max_seq_len: int) -> Tensor:
@@ -174,24 +185,21 @@ def fixed_tokens(vocab_size: int, max_seq_len: int) -> Tensor:
 
 
 @torch.no_grad()
-def compare(
-    ours: Logits, theirs: Logits, *, vocab_size: int, max_seq_len: int, text: list[int] | None = None
-) -> Parity:
-    """Run two models on :func:`fixed_tokens` and compare their logits and, with ``text``, perplexities.
+def compare(ours: Decoder, theirs: Logits, text: list[int] | None) -> Parity:
+    """Run two models on :func:`fixed_tokens` and compare their logits and perplexities.
 
     Args:
-        ours: one of them.
-        theirs: the other.
-        vocab_size: of both.
-        max_seq_len: of both.
-        text: token ids, for perplexities.
+        ours: one of them, in FP32.
+        theirs: the other, of the same sizes.
+        text: token ids, for perplexities; None leaves them out.
     """
-    tokens = fixed_tokens(vocab_size, max_seq_len)
-    found, expected = ours(tokens), theirs(tokens)
+    longest = ours.config.max_seq_len
+    tokens = fixed_tokens(ours.vocab_size, longest)
+    found, expected = ours.logits(tokens), theirs(tokens)
     difference = (found - expected).abs().max()
-    both = (
-        None if text is None else (perplexity(ours, text, max_seq_len), perplexity(theirs, text, max_seq_len))
-    )
+    both = None
+    if text is not None:
+        both = perplexity(ours.logits, text, longest), perplexity(theirs, text, longest)
     return Parity(
         float(difference if difference.isfinite() else math.inf),
         float(expected.abs().max()),

@@ -33,13 +33,13 @@ def rope_settings(config: ConfigJson, *, theta_key: str, share_key: str, share: 
     old, new = config.optional("rope_scaling"), config.optional("rope_parameters")
     where = "rope_parameters" if new else "rope_scaling"
     rope: dict[str, Any] = dict(new or old or {})
-    old_theta, old_share = config.optional(theta_key), config.optional(share_key)
+    old_theta, old_share = config.optional(theta_key), config.optional(share_key, share)
     theta = ConfigJson(config.path, {theta_key: rope.pop("rope_theta", old_theta)})
     settings: dict[str, Any] = {
         "positions": "rope",
         "rope_theta": theta.number(theta_key, float, default=10000.0),
     }
-    rotated = rope.pop("partial_rotary_factor", share if old_share is None else old_share)
+    rotated = rope.pop("partial_rotary_factor", old_share)
     if rotated != 1:
         config.refuse(share_key, rotated, "this decoder rotates whole heads")
     kind = rope.get("rope_type", rope.get("type", "default"))

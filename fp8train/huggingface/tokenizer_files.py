@@ -12,9 +12,7 @@ from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.load import TOKENIZER_FILES, TrainedRun
 
-_ORDER = tuple(
-    reversed(TOKENIZER_FILES)
-)  # tokenizer.json decides more than the SentencePiece model beside it
+_ORDER = TOKENIZER_FILES[::-1]  # tokenizer.json decides more than the SentencePiece model beside it
 
 
 def import_tokenizer(folder: Path, run_dir: Path, *, vocab_size: int, final: Path) -> tuple[str | None, str]:
@@ -62,10 +60,10 @@ def export_tokenizer(run: TrainedRun, folder: Path) -> tuple[int | None, str]:
     data = source.read_bytes()
     config: dict[str, Any]
     if source.suffix == ".json":
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": _token_text(json.loads(data), tokenizer.eod_id),
-        }
+        from tokenizers import Tokenizer as Theirs  # it has read the file just now
+
+        eod = Theirs.from_str(data.decode()).id_to_token(tokenizer.eod_id)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod}
     elif _is_plain_bpe(tokenizer, data):
         config = {
             "tokenizer_class": "LlamaTokenizer",
@@ -97,14 +95,3 @@ def _special_pieces(data: bytes, eod_id: int) -> dict[str, str | None]:
     pieces = proto.ModelProto.FromString(data).pieces
     unknown = [piece.piece for piece in pieces if piece.type == proto.ModelProto.SentencePiece.UNKNOWN]
     return {"bos_token": None, "eos_token": pieces[eod_id].piece, "unk_token": unknown[0]}
-
-
-def _token_text(content: dict[str, Any], number: int) -> str | None:
-    """The text of a token in a tokenizer.json."""
-    for token in content.get("added_tokens", []):
-        if token["id"] == number:
-            return str(token["content"])
-    vocabulary = content["model"].get("vocab", {})
-    if isinstance(vocabulary, dict):
-        return next((text for text, found in vocabulary.items() if found == number), None)
-    return str(vocabulary[number][0])

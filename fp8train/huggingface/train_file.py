@@ -59,7 +59,6 @@ def imported_config(settings: dict[str, Any], source: str) -> Config:
 
 def write_train_file(
     path: Path,
-    config: Config,
     settings: dict[str, Any],
     *,
     name: str,
@@ -71,8 +70,7 @@ def write_train_file(
 
     Args:
         path: where.
-        config: :func:`imported_config`.
-        settings: its ``model`` section, as written.
+        settings: the ``model`` section of :func:`imported_config`, as written.
         name: of the architecture.
         source: the folder that was imported.
         final: where the run directory will be.
@@ -85,7 +83,7 @@ def write_train_file(
         checkpoint=json.dumps(str(final)),  # quoted, as YAML wants paths with blanks or digits alone
         tokenizer=final / (tokenizer or "tokenizer.json"),
         model=dump_plain({"model": settings}),
-        seq_length=config.data.seq_length,
-        max_seq_len=config.model.max_seq_len,
+        seq_length=min(_LONGEST, settings["max_seq_len"]),
+        max_seq_len=settings["max_seq_len"],
     )
     path.write_text(text)

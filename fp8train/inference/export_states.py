@@ -10,14 +10,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from fp8train.checkpoint.load import OpenCheckpoint, open_checkpoint
 from fp8train.checkpoint.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -27,44 +21,8 @@ from fp8train.checkpoint.safetensors_files import (
     write_safetensors,
 )
 from fp8train.inference.errors import InferenceError
-from fp8train.inference.load import TrainedRun, open_run
-from fp8train.inference.weights import as_trained
-from fp8train.models.param_spec import ParamSpec
-from fp8train.optim.checkpoint_states import with_stored_blocks
-from fp8train.optim.make_storage import make_storage
-from fp8train.optim.parameter_state import Region, in_plan, logical_tensors, place_of
-from fp8train.optim.state_storage import Storage
-from fp8train.precision.state_formats import StateFormat
-
-
-@dataclass(frozen=True)
-class _State:
-    """One state of one parameter."""
-
-    role: str
-    spec: ParamSpec
-    fmt: StateFormat
-    wide: torch.dtype
-
-    @property
-    def name(self) -> str:
-        """In the output."""
-        return self.spec.fqn if self.role == "master" else f"{self.role}/{self.spec.fqn}"
-
-    @property
-    def num_bytes(self) -> int:
-        """Decoded."""
-        return 4 * math.prod(self.spec.global_shape)
-
-    @property
-    def region(self) -> Region:
-        """All of it."""
-        return Region(self.spec.global_shape, (0,) * len(self.spec.global_shape))
-
-    def storage(self) -> Storage:
-        """Of the whole logical tensor, zeros."""
-        place = place_of(self.spec, self.region, self.fmt, torch.device("cpu"))
-        return make_storage(self.fmt, place, wide=self.wide)
+from fp8train.inference.load import open_run
+from fp8train.inference.stored_states import StoredStates
 
 
 def export_states(checkpoint: Path, output: Path, *, max_shard_bytes: int) -> str:
@@ -83,45 +41,23 @@ def export_states(checkpoint: Path, output: Path, *, max_shard_bytes: int) -> st
     if output.suffix != SUFFIX:
         raise InferenceError(f"--output {output}: name a file that ends with {SUFFIX}")
     run = open_run(checkpoint)
-    opened = open_checkpoint(run.path, group=None, verify="size")
-    states = _states(run, opened)
-    parts: list[Part] = [({state.name: state.num_bytes}, partial(_decode, opened, state)) for state in states]
+    states = run.states()
+    parts = [_part(states, fqn, role) for fqn in states.model.specs for role in states.formats]
     stem = output.name.removesuffix(SUFFIX)
     names = file_names(stem, len(list(shards_of(parts, max_bytes=max_shard_bytes))))
     index = output.with_name(f"{stem}{INDEX_SUFFIX}")
-    total = sum(state.num_bytes for state in states)
+    total = sum(sum(sizes.values()) for sizes, _ in parts)
     _check_output(output, [*names, index.name], total)
     metadata = {"step": str(run.step), "states": str(run.config.state_formats)}
     write_safetensors(output.parent, stem, parts, max_bytes=max_shard_bytes, metadata=metadata)
     where = str(output) if len(names) == 1 else f"{len(names)} files beside {index}"
-    return f"{where}: {len(states)} tensors, {total:,} bytes in FP32, of {run.path} (step {run.step})"
+    return f"{where}: {len(parts)} tensors, {total:,} bytes in FP32, of {run.path} (step {run.step})"
 
 
-def _states(run: TrainedRun, opened: OpenCheckpoint) -> list[_State]:
-    model, formats = as_trained(run.config, run.vocab_size), run.config.state_formats.formats()
-    stored = opened.tensors
-    return [
-        _State(
-            role,
-            model.specs[fqn],
-            with_stored_blocks(fmt, stored, role, fqn) if in_plan(model.specs[fqn]) else StateFormat(),
-            torch.float64 if parameter.dtype == torch.float64 else torch.float32,
-        )
-        for fqn, parameter in model.named_parameters()
-        for role, fmt in formats.items()
-    ]
-
-
-def _decode(opened: OpenCheckpoint, state: _State) -> dict[str, Tensor]:
-    storage = state.storage()
-    opened.read(
-        {
-            name: tensor
-            for name, tensor, _, _ in logical_tensors(state.role, state.spec, state.region, storage)
-        }
-    )
-    values = storage.load(0, storage.place.numel).view(storage.place.shape)
-    return {state.name: values.float().clone()}
+def _part(states: StoredStates, fqn: str, role: str) -> Part:
+    name = fqn if role == "master" else f"{role}/{fqn}"
+    size = 4 * math.prod(states.model.specs[fqn].global_shape)
+    return {name: size}, lambda: {name: states.read(fqn, role).float()}
 
 
 def _check_output(output: Path, names: list[str], needed: int) -> None:

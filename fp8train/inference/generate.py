@@ -25,7 +25,7 @@ import torch
 
 from fp8train.comm.processes import choose_device
 from fp8train.inference.errors import InferenceError
-from fp8train.inference.load import load_trained
+from fp8train.inference.load import open_run
 from fp8train.inference.sampling import Sampling, sample
 from fp8train.inference.weights import Numerics
 from fp8train.layers.head_gemms import HeadGemms
@@ -39,9 +39,7 @@ def generate(
     prompt_tokens: Sequence[int],
     *,
     max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    sampling: Sampling,
     generator: torch.Generator,
     eod_id: int | None,
     num_samples: int = 1,
@@ -54,9 +52,7 @@ def generate(
         model: with its weights.
         prompt_tokens: at least one token id.
         max_tokens: most tokens to add.
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: sample from the k likeliest tokens; None: from all.
-        top_p: sample from the likeliest tokens of this mass; None: from all.
+        sampling: how each is chosen.
         generator: CPU generator.
         eod_id: a sample ends when this is drawn (it is not returned); None never ends early.
         num_samples: continuations to draw.
@@ -68,13 +64,10 @@ def generate(
         ``num_samples`` lists of new tokens.
 
     Raises:
-        InferenceError: no prompt, more tokens than the model has positions, a sampling setting outside its
-            range, or logits that are not finite.
+        InferenceError: no prompt, more tokens than the model has positions, or logits that are not finite.
     """
-    sampling = Sampling(temperature, top_k, top_p)
     _check_length(len(prompt_tokens), max_tokens, model.config.max_seq_len)
-    assert model.config.vocab_size is not None
-    choices = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    choices = min(vocab_size or model.vocab_size, model.vocab_size)
     device, alpha = model.embedding.weight.device, model.parametrization.head().output
     for linear in model.linears().values():
         linear.decode_weight()
@@ -126,9 +119,7 @@ def generate_command(
     *,
     prompt: str,
     max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    sampling: Sampling,
     seed: int,
     num_samples: int,
     device: str,
@@ -140,9 +131,7 @@ def generate_command(
         checkpoint: step directory, or run directory for its newest good checkpoint.
         prompt: text to continue; empty: the model begins a document.
         max_tokens: most tokens to add.
-        temperature: see :func:`generate`.
-        top_k: see :func:`generate`.
-        top_p: see :func:`generate`.
+        sampling: how each is chosen.
         seed: of the sampling.
         num_samples: continuations to print.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -152,19 +141,19 @@ def generate_command(
         Exit status 0.
 
     Raises:
-        UserError: anything that :func:`~fp8train.inference.load.load_trained` or :func:`generate` refuses.
+        UserError: anything that :func:`~fp8train.inference.load.open_run`, its results or :func:`generate`
+            refuse.
     """
-    trained = load_trained(checkpoint, device=choose_device(device, 0), numerics=numerics)
-    model, tokenizer, run = trained.built.model, trained.tokenizer, trained.run
-    print(f"{run.path}: step {run.step}, {trained.numerics}", file=sys.stderr, flush=True)
+    chosen, run = choose_device(device, 0), open_run(checkpoint)
+    tokenizer = run.tokenizer()
+    built = run.load(numerics, device=chosen)
+    print(f"{run.path}: step {run.step}, {run.describe(numerics, built)}", file=sys.stderr, flush=True)
     prompt_tokens = tokenizer.encode(prompt) or [tokenizer.eod_id]
     samples = generate(
-        model,
+        built.model,
         prompt_tokens,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=sampling,
         generator=torch.Generator().manual_seed(seed),
         eod_id=tokenizer.eod_id,
         num_samples=num_samples,

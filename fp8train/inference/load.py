@@ -15,14 +15,14 @@ import torch
 from pydantic import ValidationError
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, find_checkpoint, step_of, verify_given
-from fp8train.checkpoint.load import read_meta
-from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, read_meta_file
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.config.schema import Config
 from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
+from fp8train.inference.stored_states import StoredStates
 from fp8train.inference.weights import Numerics, build_trained
 from fp8train.models.build import BuiltModel
 
@@ -48,6 +48,10 @@ class TrainedRun:
     vocab_size: int
     recorded_tokenizer: Path | None
 
+    def states(self) -> StoredStates:
+        """Open the checkpoint, to read its states one by one."""
+        return StoredStates(self.config, self.vocab_size, self.path)
+
     def load(self, numerics: Numerics, *, device: torch.device) -> BuiltModel:
         """Load the model with its weights, ready to run forward.
 
@@ -60,9 +64,7 @@ class TrainedRun:
             CheckpointError: the checkpoint's files are not those of this model.
         """
         try:
-            return build_trained(
-                self.config, self.path, vocab_size=self.vocab_size, numerics=numerics, device=device
-            )
+            return build_trained(self.states(), numerics=numerics, device=device)
         except ValueError as error:  # the device cannot multiply in FP8
             raise InferenceError(f"{self.path}: {error}; or use --numerics bf16") from None
 
@@ -110,23 +112,6 @@ class TrainedRun:
         return [run_dir / name for name in TOKENIZER_FILES] + recorded
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A loaded model with its tokenizer, ready to use.
-
-    Attributes:
-        built: the decoder with its weights, and how its GEMMs run.
-        tokenizer: turns text into its tokens and back.
-        run: where it comes from.
-        numerics: how it multiplies, in words.
-    """
-
-    built: BuiltModel
-    tokenizer: Tokenizer
-    run: TrainedRun
-    numerics: str
-
-
 def resolve_checkpoint(path: Path) -> Path:
     """Find the checkpoint directory that ``path`` means, and verify it.
 
@@ -162,28 +147,11 @@ def open_run(path: Path) -> TrainedRun:
         CheckpointError: its files are damaged.
     """
     checkpoint = resolve_checkpoint(path)
-    meta = read_meta(checkpoint)
+    _, meta = read_meta_file(checkpoint)
     config, vocab_size = _description(checkpoint, meta)
     recorded = meta.get("tokenizer")
     step = read_manifest(checkpoint).step
     return TrainedRun(checkpoint, step, config, vocab_size, Path(recorded) if recorded else None)
-
-
-def load_trained(path: Path, *, device: torch.device, numerics: Numerics = "matched") -> TrainedModel:
-    """Load the model of a checkpoint and its tokenizer.
-
-    Args:
-        path: see :func:`resolve_checkpoint`.
-        device: where the model goes.
-        numerics: see :mod:`fp8train.inference.weights`.
-
-    Raises:
-        UserError: what :func:`open_run`, :meth:`TrainedRun.tokenizer` and :meth:`TrainedRun.load` refuse.
-    """
-    run = open_run(path)
-    tokenizer = run.tokenizer()
-    built = run.load(numerics, device=device)
-    return TrainedModel(built, tokenizer, run, run.describe(numerics, built))
 
 
 def _description(checkpoint: Path, meta: dict[str, Any]) -> tuple[Config, int]:

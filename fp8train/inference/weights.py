@@ -20,49 +20,41 @@ A checkpoint holds logical tensors, so the layout that wrote it does not matter 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from fp8train.checkpoint.load import open_checkpoint
 from fp8train.config.schema import Config
-from fp8train.kernels.gemm import GemmBackend
-from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model, outline
-from fp8train.models.connect import Fp8Parts, connect_linears, make_fp8_parts
-from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import plan_fp8
-from fp8train.optim.master_weights import MasterWeights
+from fp8train.inference.stored_states import StoredStates
+from fp8train.models.build import BuiltModel, build_model
+from fp8train.models.connect import connect_linears, make_fp8_parts
 
 Numerics = Literal["matched", "bf16"]
 
 
-def inference_config(config: Config, numerics: Numerics) -> Config:
-    """The run's configuration with what a forward-only model of these numerics changes.
+def inference_config(config: Config, compute: Literal["bf16", "fp32"] | None) -> Config:
+    """The run's configuration with what a forward-only model changes.
 
     Args:
         config: the run's.
-        numerics: see the module's description.
+        compute: the type of all operands, without FP8; None: what training computes with.
     """
     # Every generated token has another length, and nothing is kept for backward: neither setting would help.
     train = config.train.model_copy(update={"compile": "off", "activation_checkpointing": "none"})
     precision = config.precision
-    if numerics == "bf16":
+    if compute is not None:
         gemm = precision.gemm.model_copy(update={"fp8": False})
-        precision = precision.model_copy(update={"compute": "bf16", "gemm": gemm})
+        precision = precision.model_copy(update={"compute": compute, "gemm": gemm})
     return config.model_copy(update={"train": train, "precision": precision})
 
 
-def build_trained(
-    config: Config, checkpoint: Path, *, vocab_size: int, numerics: Numerics, device: torch.device
-) -> BuiltModel:
-    """The model of a (verified) checkpoint, ready to run forward.
+@torch.no_grad()
+def build_trained(states: StoredStates, *, numerics: Numerics, device: torch.device) -> BuiltModel:
+    """The model of a checkpoint, ready to run forward: its master weights rounded, and cast to FP8 where they
+    exist in FP8 alone.
 
     Args:
-        config: the run's.
-        checkpoint: the checkpoint directory.
-        vocab_size: tokens that the model knows.
+        states: of the checkpoint.
         numerics: see the module's description.
         device: where the model goes.
 
@@ -70,53 +62,20 @@ def build_trained(
         CheckpointError: the files are not those of this model.
         ValueError: the device cannot multiply in FP8.
     """
-    built = build_model(
-        inference_config(config, numerics), vocab_size=vocab_size, device=device, forward_only=True
-    )
+    config = inference_config(states.config, "bf16" if numerics == "bf16" else None)
+    built = build_model(config, vocab_size=states.model.vocab_size, device=device, forward_only=True)
     parts = make_fp8_parts(built)
     connect_linears(built, parts)
-    _fill(built.model, parts, config, checkpoint, vocab_size)
-    built.model.requires_grad_(False)
-    return built
-
-
-def as_trained(config: Config, vocab_size: int) -> Decoder:
-    """The whole model with the run's own types and FP8 plan, without storage: it says in which formats a
-    checkpoint stores what."""
-    model = outline(config, vocab_size)
-    if config.precision.gemm.fp8:
-        report = plan_fp8(
-            model.linears(),
-            config.precision,
-            GemmBackend("decode", "never multiplies"),
-            num_layers=config.model.num_layers,
-        )
-        in_plan = {f"{path}.weight" for path in report.converted}
-        model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
-    return model
-
-
-@torch.no_grad()
-def _fill(model: Decoder, parts: Fp8Parts, config: Config, checkpoint: Path, vocab_size: int) -> None:
-    """Read master weights and scale state, then write the weights: rounded, and cast to FP8 where they exist
-    in FP8 alone."""
-    stored = as_trained(config, vocab_size)
-    opened = open_checkpoint(checkpoint, group=None, verify="size")
-    masters = MasterWeights(
-        dict(stored.named_parameters()),
-        stored.specs,
-        config.precision.state.master.value(),
-        opened.tensors,
-    )
-    scales = {} if parts.scales is None else parts.scales.state_tensors()
-    tensors: dict[str, Tensor] = masters.state_tensors() | scales
-    opened.read(tensors)
+    if parts.scales is not None:
+        states.opened.read(parts.scales.state_tensors())
     loaded = parts.loaded
-    for fqn, parameter in model.named_parameters():
-        values = masters.values(fqn)
+    for fqn, parameter in built.model.named_parameters():
+        values = states.read(fqn)
         if fqn not in loaded:
             parameter.copy_(values)
             continue
         if config.precision.weights == "compute":
-            values = values.to(COMPUTE_DTYPES[config.precision.compute])
+            values = values.to(states.model.dtype)
         loaded[fqn].load(values.to(parameter.device))
+    built.model.requires_grad_(False)
+    return built

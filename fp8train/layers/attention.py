@@ -139,7 +139,6 @@ class Attention(nn.Module):
     def _attend(
         self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
-        batch, length, _ = qkv.shape
         groups, dim = self.num_kv_heads, self.head_dim
         norms = None
         if self.query_norm is not None and self.key_norm is not None:
@@ -153,20 +152,26 @@ class Attention(nn.Module):
         if self.context is not None:
             assert cache is None, "generation with context parallelism"
             query, key, value = (self.context.to_heads(x) for x in (query, key, value))
+        return self.mix(query, key, value, fresh=fresh)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, *, fresh: bool = True) -> Tensor:
+        """Attention itself: queries [B, heads, S, D], keys and values [B, G, S', D] -> [B, S, heads·D].
+        ``fresh``: the queries are of all tokens, not of new ones after others."""
+        length = query.shape[2]
         mixed = scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=None if fresh or length == 1 else _continued_mask(length, key.shape[2], query.device),
             is_causal=fresh and length > 1,
-            enable_gqa=self.num_heads > groups,
+            enable_gqa=self.num_heads > self.num_kv_heads,
             scale=self.logits_scale,
             in_fp32=self.in_fp32,
         )
         mixed = scale_forward(mixed, self.factors.output)
         if self.context is not None:
             mixed = self.context.to_tokens(mixed)
-        return mixed.transpose(1, 2).reshape(batch, length, self.num_heads * dim)
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def _continued_mask(new: int, total: int, device: torch.device) -> Tensor:

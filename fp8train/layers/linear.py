@@ -35,6 +35,7 @@ from fp8train.layers.fp8_weight import (
     LoadedFp8Weight,
     ResidentFp8Weight,
 )
+from fp8train.layers.fused_linear import FusedLinear, fusable
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
 from fp8train.layers.wire import UNSPLIT, Wire
@@ -318,6 +319,36 @@ class Linear(nn.Module):
             y = y + scale_backward(self.bias, self.alphas.grad_bias)
         shape = x.shape[:-1] if self.wire.kind == "none" else (batch, -1)
         return y.view(*shape, self.out_features)
+
+    def fused(self, *, keeps_input: bool = True) -> FusedLinear | None:
+        """This linear as a part of a fused function; None where only :meth:`forward` does what it has to:
+        a bias, ranks that hold other parts, statistics of casts, other granularities of scales.
+
+        Args:
+            keeps_input: see :class:`~fp8train.layers.fused_linear.FusedLinear`.
+        """
+        plan, state, recorder = self.plan, self._scale_state, self._recorder
+        if self.bias is not None or self.wire.kind != "none" or self.leaves_fp8:
+            return None
+        if self.weight.dtype == torch.float64 or (recorder is not None and recorder.active):
+            return None
+        if plan is not None and (self.casts_in_forward or not fusable(plan.quant)):
+            return None
+        call = LinearCall(self.alphas, plan, 0 if self.sink_slot is None else self.sink_slot.sink, self.wire)
+        slots = self._recording_slots if state is not None and state.active else self._slots
+        shape, dtype = self.weight.shape, self.weight.dtype
+        return FusedLinear(call, slots, self.sink_slot, shape, dtype, keeps_input)
+
+    def fused_weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The operands of the output and the grad_input GEMM for :meth:`fused`: payload and scale of each;
+        without a plan the weight and None."""
+        if self.plan is None:
+            return self.weight, None, self.weight, None
+        self.quantize_weight()
+        self.await_weight()
+        forward, backward = self._w_forward, self._w_backward
+        assert forward is not None and backward is not None
+        return *forward, *backward
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

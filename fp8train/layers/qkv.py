@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.layers.rotary import apply_rotary
+from fp8train.kernels.rotary import apply_rotary
 from fp8train.layers.row_chunks import row_chunks
 
 Heads = tuple[Tensor, Tensor, Tensor]

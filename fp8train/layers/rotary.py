@@ -41,18 +41,3 @@ def rotary_table(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[
     """(cos, sin) of the first ``length`` positions, each [length, head_dim / 2] in ``dtype``."""
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies[None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D/2) of every head by its position's angle.
-
-    Args:
-        x: [B, heads, S, D].
-        cos: [S, D/2], FP32 or wider.
-        sin: the same.
-
-    Returns:
-        [B, heads, S, D] in x's dtype.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

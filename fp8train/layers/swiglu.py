@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fp8train.kernels.activations import halves, silu, silu_backward
 from fp8train.layers.factors import Factors, scale
 from fp8train.layers.row_chunks import row_chunks
 
@@ -25,9 +26,9 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, fused: Tensor, unit: int, mult: float, factors: Factors) -> Tensor:
         activated = fused.new_empty(fused.shape[0], fused.shape[1] // 2)
         for rows in row_chunks(fused.shape[0], fused.shape[1], fused.device):
-            gate, up = _halves(fused[rows], unit)
+            gate, up = halves(fused[rows], unit)
             target = activated[rows].unflatten(-1, (-1, unit))
-            torch.mul(_silu(gate, mult), up, out=target)
+            torch.mul(silu(gate, mult), up, out=target)
             if factors.output != 1.0:
                 target.mul_(factors.output)
         ctx.save_for_backward(fused)
@@ -39,26 +40,14 @@ class _SwiGLU(torch.autograd.Function):
         (fused,) = ctx.saved_tensors
         grad_fused = torch.empty_like(fused)
         for rows in row_chunks(fused.shape[0], fused.shape[1], fused.device):
-            gate, up = _halves(fused[rows], ctx.unit)
-            grad_gate, grad_up = _halves(grad_fused[rows], ctx.unit)
+            gate, up = halves(fused[rows], ctx.unit)
+            grad_gate, grad_up = halves(grad_fused[rows], ctx.unit)
             grad = grads[0][rows].unflatten(-1, (-1, ctx.unit))
             if ctx.grad_factor != 1.0:
                 grad = grad * ctx.grad_factor
-            torch.mul(grad, _silu(gate, ctx.mult), out=grad_up)
-            inner = gate if ctx.mult == 1.0 else gate * ctx.mult  # d silu(m·x)/m = silu'(m·x)
-            torch.ops.aten.silu_backward.grad_input(grad * up, inner, grad_input=grad_gate)
+            torch.mul(grad, silu(gate, ctx.mult), out=grad_up)
+            silu_backward(grad * up, gate, ctx.mult, out=grad_gate)
         return grad_fused, None, None, None
-
-
-def _silu(gate: Tensor, mult: float) -> Tensor:
-    """``silu(mult · gate) / mult``."""
-    return F.silu(gate) if mult == 1.0 else F.silu(gate * mult).mul_(1 / mult)
-
-
-def _halves(fused: Tensor, unit: int) -> tuple[Tensor, Tensor]:
-    """(gate, up) of [.., 2·F] as views [.., F / unit, unit]."""
-    units = fused.unflatten(-1, (-1, 2, unit))
-    return units[..., 0, :], units[..., 1, :]
 
 
 def swiglu(fused: Tensor, *, unit: int, mult: float = 1.0, factors: Factors = _NONE) -> Tensor:
@@ -74,8 +63,8 @@ def swiglu(fused: Tensor, *, unit: int, mult: float = 1.0, factors: Factors = _N
         [.., F] in fused's dtype.
     """
     if torch.compiler.is_compiling():  # the compiler fuses, and decides itself what to keep
-        gate, up = _halves(fused, unit)
-        silu = F.silu(gate) if mult == 1.0 else F.silu(gate * mult) * (1 / mult)
-        return scale((silu * up).flatten(-2), factors)
+        gate, up = halves(fused, unit)
+        activated = F.silu(gate) if mult == 1.0 else F.silu(gate * mult) * (1 / mult)
+        return scale((activated * up).flatten(-2), factors)
     flat = fused.reshape(-1, fused.shape[-1])
     return _SwiGLU.apply(flat, unit, mult, factors).view(*fused.shape[:-1], fused.shape[-1] // 2)

@@ -35,16 +35,16 @@ class Console:
     live line at the end.
 
     Attributes:
-        total_steps: the ``/N`` of a step line.
+        colour: whether it belongs on the stream.
     """
 
-    def __init__(self, *, enabled: bool, total_steps: int, stream: TextIO | None = None) -> None:
+    def __init__(self, *, enabled: bool, stream: TextIO | None = None) -> None:
         """Print to ``stream``; default: stdout."""
-        self.total_steps = total_steps
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
-        self._colour = wants_colour(self._stream)
-        self._live = enabled and is_terminal(self._stream)
+        terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.colour = terminal and not os.environ.get("NO_COLOR")
+        self._live = enabled and terminal
         self._shown = False
         self._next_live = 0.0
         self._lock = threading.RLock()
@@ -98,33 +98,6 @@ class Console:
         if self._enabled and text and not print_safely(text, self._stream):
             self._enabled = self._live = False
 
-    def step(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        *,
-        mfu_peak: str | None = None,
-        eta_s: float | None = None,
-    ) -> None:
-        """Print the line of a logged step.
-
-        Args:
-            step: optimizer steps done.
-            metrics: numbers by name; a column whose number is missing is left out.
-            mfu_peak: what ``throughput/mfu`` is a share of, e.g. ``989 TFLOP/s H100 SXM BF16``.
-            eta_s: seconds until the end.
-        """
-        self.say(
-            step_line(
-                step,
-                self.total_steps,
-                metrics,
-                mfu_peak=mfu_peak,
-                eta_s=eta_s,
-                colour=self._colour,
-            )
-        )
-
 
 def step_line(
     step: int,
@@ -135,7 +108,16 @@ def step_line(
     eta_s: float | None = None,
     colour: bool = False,
 ) -> str:
-    """The text of :meth:`Console.step`."""
+    """The line of a logged step.
+
+    Args:
+        step: optimizer steps done.
+        total_steps: of the run.
+        metrics: numbers by name; a column whose number is missing is left out.
+        mfu_peak: what ``throughput/mfu`` is a share of, e.g. ``989 TFLOP/s H100 SXM BF16``.
+        eta_s: seconds until the end.
+        colour: numbers that are not finite are red.
+    """
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
 
     def add(name: str, template: str, shown: str) -> None:
@@ -199,16 +181,6 @@ def print_safely(text: str, stream: TextIO) -> bool:
     return True
 
 
-def is_terminal(stream: TextIO) -> bool:
-    """Whether the cursor can be moved on this stream."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def wants_colour(stream: TextIO) -> bool:
-    """Whether colour belongs on this stream."""
-    return is_terminal(stream) and not os.environ.get("NO_COLOR")
-
-
 def format_count(value: float) -> str:
     """Three digits and a decimal prefix: 950, 12.3k, 1.50M."""
     return _scaled(value, 1000, _DECIMAL, separator="")
@@ -247,15 +219,8 @@ def _scaled(value: float, base: int, units: tuple[str, ...], *, separator: str) 
     while abs(value) >= 999.5 and exponent < len(units) - 1:
         value /= base
         exponent += 1
-    if exponent == 0:
-        digits = f"{value:.0f}"
-    else:
-        digits = (
-            f"{value:.2f}"
-            if abs(value) < 9.995
-            else (f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}")
-        )
-    return f"{digits}{separator}{units[exponent]}"
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals if exponent else 0}f}{separator}{units[exponent]}"
 
 
 def _columns(stream: TextIO) -> int:

@@ -24,13 +24,13 @@ def stored_bytes(trainer: Trainer) -> StoredBytes:
     for bucket in buckets:
         inside = sum(member.numel for member in bucket.members if member.fqn in matrices)
         share = inside / sum(member.numel for member in bucket.members)
-        gradient += round(share * bucket.stored_bytes)
-        accumulator += round(share * bucket.accumulator_bytes)
+        gradient += round(share * bucket.storage.stored_bytes)
+        accumulator += round(share * bucket.storage.accumulator_bytes)
     roles = trainer.optimizer.states.stored_bytes_of(matrices)
     copies = {fqn: linear.weight_bytes for fqn, linear in matrices.items()}
     others = sum(p.nbytes for fqn, p in trainer.model.named_parameters() if fqn not in matrices)
     whole = (
-        sum(bucket.stored_bytes + bucket.accumulator_bytes for bucket in buckets)
+        sum(bucket.storage.stored_bytes + bucket.storage.accumulator_bytes for bucket in buckets)
         + sum(trainer.optimizer.states.stored_bytes(in_plan_only=False).values())
         + sum(copies.values())
         + others
@@ -69,9 +69,8 @@ def describe_precision(trainer: Trainer) -> list[str]:
     if built.fp8 is None:
         lines.append("FP8: off")
     else:
-        assert built.backend is not None
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
-        lines.append(f"{built.fp8} [{built.backend.reason}]{recipe}")
+        lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
     if trainer.pipeline is None:
         lines.append(f"memory: {stored_bytes(trainer)}")

@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,13 +24,8 @@ from fp8train.config.schema import to_plain
 from fp8train.config.threads import VARIABLE, threads_from_environment
 from fp8train.data.loading import Data
 from fp8train.evaluation.validation import Evaluation
-from fp8train.live.console import Console, format_count, format_duration, live_line
-from fp8train.live.describe import (
-    describe_layout,
-    describe_precision,
-    precision_warnings,
-    stored_bytes,
-)
+from fp8train.live.console import Console, format_count, format_duration, live_line, step_line
+from fp8train.live.describe import describe_layout, describe_precision, precision_warnings, stored_bytes
 from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
 from fp8train.run_dir.directory import RunDir
@@ -64,7 +58,6 @@ class Reporter:
             self._tracker_failed,
             run_name=config.run.name,
             run_config=to_plain(config),
-            enabled=processes.rank == 0,
         )
         self._samples_before = data.train.samples_before  # a resumed run may have had other batches
         self._state = "failed"
@@ -141,7 +134,7 @@ class Reporter:
                 linear.weight.numel() for linear in self.trainer.outline.linears().values()
             ),
             fp8_linears=0 if fp8 is None else len(fp8.converted),
-            fp8_skipped={} if fp8 is None else {reason: list(paths) for reason, paths in fp8.skipped.items()},
+            fp8_skipped={} if fp8 is None else fp8.skipped,
             bytes_per_parameter=stored_bytes(self.trainer).per_parameter(),
         )
         self.throughput.restart()
@@ -185,8 +178,15 @@ class Reporter:
         self.record(done, metrics)
         peak = self.throughput.peak
         left = self.config.total_steps - done
-        self.console.step(
-            done, metrics, mfu_peak=None if peak is None else peak.name, eta_s=self.throughput.eta_s(left)
+        self.console.say(
+            step_line(
+                done,
+                self.config.total_steps,
+                metrics,
+                mfu_peak=None if peak is None else peak.name,
+                eta_s=self.throughput.eta_s(left),
+                colour=self.console.colour,
+            )
         )
 
     def skipped(self, done: int, result: StepResult) -> None:
@@ -315,10 +315,6 @@ class Reporter:
         tokens = self._samples_before(step) * self.config.data.seq_length
         self.run_dir.log_metrics(metrics_record(step, tokens, metrics))
         self.trackers.log(step, tokens, metrics)
-
-    def outside_throughput(self) -> AbstractContextManager[None]:
-        """Time in here is not training time."""
-        return self.throughput.excluded()
 
 
 def _in_words(seconds: float) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fp8train.config.linear_names import linear_dimensions
 from fp8train.config.model_schema import ModelConfig
 
 _ETA_WINDOWS = 10
@@ -66,10 +67,7 @@ def peak_of(device_name: str, *, fp8: bool) -> Peak | None:
 
 def matmul_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Weights that a token is multiplied with: projections, MLP and head, of all layers."""
-    attention = model.num_heads * model.head_dim
-    keys_values = 2 * model.num_kv_heads * model.head_dim
-    mlp_matrices = 3 if model.activation == "swiglu" else 2
-    layer = model.hidden_size * (2 * attention + keys_values + mlp_matrices * model.ffn_hidden_size)
+    layer = sum(inputs * outputs for inputs, outputs in linear_dimensions(model).values())
     return model.num_layers * layer + model.hidden_size * vocab_size
 
 

@@ -6,9 +6,9 @@ not data: it is reported once as an event, and the tracker is left alone from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fp8train.config.all_sections import LoggingConfig
 from fp8train.live.wandb_tracker import WandbTracker, kept_run_id
@@ -18,49 +18,27 @@ from fp8train.run_dir.directory import RunDir
 _BY_TOKENS = ("train/loss", "train/loss_mean", "eval/loss")
 
 
-class EventLog(Protocol):
-    """Takes what happened, for example :meth:`fp8train.run_dir.directory.RunDir.log_event`."""
-
-    def __call__(self, kind: str, *, step: int, **fields: Any) -> None:
-        """Record an event of this kind after this step."""
-
-
-class Tracker(Protocol):
-    """One place that shows curves. No method raises, and only ``close`` may wait."""
-
-    name: str
-
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Show the numbers of a step."""
-
-    def close(self, status: str) -> None:
-        """Finish with this status: ``completed``, ``stopped`` or ``failed``."""
-
-    def take_problem(self) -> str | None:
-        """Return what went wrong since the last call, if anything; each problem once."""
-
-
 class Trackers:
-    """The trackers that the configuration asks for; none on ranks other than 0."""
+    """The trackers that the configuration asks for; none on ranks other than 0. No method of one raises, and
+    only ``close`` may wait."""
 
     def __init__(
         self,
         logging: LoggingConfig,
         run_dir: RunDir,
-        event: EventLog,
+        event: Callable[..., None],
         *,
         run_name: str,
         run_config: Mapping[str, Any],
-        enabled: bool,
     ) -> None:
-        """``event`` is told about trackers that fail; ``run_config`` is what W&B shows as the run's
-        settings."""
+        """``event`` is told about trackers that fail, as ``RunDir.log_event`` is; ``run_config`` is what W&B
+        shows as the run's settings."""
         self._event = event
         self._step = 0
-        self._trackers: list[Tracker] = []
-        if enabled and logging.tensorboard:
+        self._trackers: list[TensorBoardTracker | WandbTracker] = []
+        if run_dir.rank == 0 and logging.tensorboard:
             self._trackers.append(TensorBoardTracker(run_dir.tensorboard))
-        if enabled and logging.wandb.mode != "off":
+        if run_dir.rank == 0 and logging.wandb.mode != "off":
             self._trackers.append(
                 WandbTracker(
                     logging.wandb,

@@ -47,8 +47,7 @@ def kept_run_id(run_dir: Path) -> str:
 
 
 class WandbTracker:
-    """A :class:`~fp8train.live.trackers.Tracker`. Every method returns at once, but ``close`` may
-    wait."""
+    """Curves on Weights & Biases. Every method returns at once, but ``close`` may wait."""
 
     name = "wandb"
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.config.linear_names import linear_dimensions
 from fp8train.layers.attention import Attention, KVCache
 from fp8train.layers.fp8_saved import from_fp8_input
 from fp8train.layers.mlp import MLP
@@ -37,21 +38,14 @@ def _qk_norms(
     parametrization: Parametrization, dtype: torch.dtype, device: torch.device | None
 ) -> tuple[RMSNorm, RMSNorm] | None:
     """Norms of query and key heads, if the model has them."""
-    model = parametrization.model
+    model, grad = parametrization.model, parametrization.vector_grad()
     if model.qk_norm == "none":
         return None
-
-    def norm() -> RMSNorm:
-        return RMSNorm(
-            model.head_dim,
-            eps=model.norm_eps,
-            dtype=dtype,
-            device=device,
-            gain=model.qk_norm == "gain",
-            gain_grad=parametrization.vector_grad(),
-        )
-
-    return norm(), norm()
+    size, eps, gain = model.head_dim, model.norm_eps, model.qk_norm == "gain"
+    query, key = (
+        RMSNorm(size, eps=eps, dtype=dtype, device=device, gain=gain, gain_grad=grad) for _ in range(2)
+    )
+    return query, key
 
 
 class Block(nn.Module):
@@ -81,9 +75,7 @@ class Block(nn.Module):
         inner = recompute if selective_recompute else None
         around = from_fp8_input if fp8_saved else inner
         model, attention = parametrization.model, parametrization.attention()
-        heads = model.num_heads * model.head_dim
-        gated = 2 if model.activation == "swiglu" else 1
-        alphas, hidden, ffn = parametrization.linear, model.hidden_size, model.ffn_hidden_size
+        alphas = {name: parametrization.linear(*fans) for name, fans in linear_dimensions(model).items()}
         self.attention_residual = parametrization.residual(2 * index)
         self.mlp_residual = parametrization.residual(2 * index + 1)
         self.pre_norm = model.norm_placement == "pre"
@@ -105,8 +97,8 @@ class Block(nn.Module):
             qk_norm=_qk_norms(parametrization, dtype, device),
             in_fp32=model.attention_in_fp32,
             name=f"layers.{index}.attention",
-            qkv_alphas=alphas("hidden", hidden, heads + 2 * model.num_kv_heads * model.head_dim),
-            out_alphas=alphas("residual_out", heads, hidden),
+            qkv_alphas=alphas["attention.qkv"],
+            out_alphas=alphas["attention.out"],
         )
         self.mlp_norm = make_norm(parametrization, dtype, device)
         self.mlp = MLP(
@@ -121,8 +113,8 @@ class Block(nn.Module):
             activation_mult=parametrization.settings.activation_mult,
             factors=parametrization.activation(),
             name=f"layers.{index}.mlp",
-            up_alphas=alphas("hidden", hidden, gated * ffn),
-            down_alphas=alphas("residual_out", ffn, hidden),
+            up_alphas=alphas["mlp.up"],
+            down_alphas=alphas["mlp.down"],
         )
 
     def forward(

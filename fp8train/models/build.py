@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.config.linear_names import weights_in_fp8
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.deterministic import use_deterministic_kernels
-from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
+from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
 from fp8train.models.mus import MuS
@@ -21,7 +22,6 @@ from fp8train.models.param_spec import initial_value
 from fp8train.models.parametrization import Batch, Parametrization
 from fp8train.models.part import ModelPart
 from fp8train.models.unit_scaling import UnitMaximalUpdate, UnitScaling
-from fp8train.precision.precision import Smoothing
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -33,12 +33,10 @@ class BuiltModel:
     Attributes:
         model: on its device, parameters uninitialised; perhaps a part of the model.
         fp8: what is in FP8, of the whole model; None if nothing was asked to be.
-        backend: the FP8 GEMM in use; None without FP8.
     """
 
     model: Decoder
     fp8: PlanReport | None
-    backend: GemmBackend | None
 
 
 def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -72,7 +70,7 @@ def build_model(
     context: ContextParallel | None = None,
     forward_only: bool = False,
 ) -> BuiltModel:
-    """Construct the decoder, or a part of it. The FP8 plan is made for the whole model either way, and
+    """Construct the decoder, or a part of it. The FP8 plan is that of the whole model either way, and
     awaits :func:`fp8train.models.connect.connect_linears`. ``run.deterministic`` holds from here on, for the
     whole process.
 
@@ -90,55 +88,44 @@ def build_model(
     """
     if config.run.deterministic:
         use_deterministic_kernels()
-    dtype = COMPUTE_DTYPES[config.precision.compute]
-    model = Decoder(
+    model = _decoder(config, vocab_size, device, part, parallel, context)
+    gemm, report = config.precision.gemm, None
+    if (quant := gemm.value()) is not None:
+        backend = choose_gemm_backend(device, model.dtype, quant)
+        report = plan_fp8(config, backend, forward_only=forward_only)
+    for block in model.held_blocks():
+        if gemm.smooth_swiglu != "off" and report is not None and block.mlp.down.name in report.plans:
+            block.mlp.use_smooth_swiglu(gemm.smooth_swiglu)
+        if config.train.compile == "block":
+            block.compile(fullgraph=True)
+    return BuiltModel(model, report)
+
+
+def outline(config: Config, vocab_size: int) -> Decoder:
+    """The whole model without storage (on the meta device): names, shapes and what is known of parameters,
+    whatever part a process holds."""
+    return _decoder(config, vocab_size, torch.device("meta"))
+
+
+def _decoder(
+    config: Config,
+    vocab_size: int,
+    device: torch.device,
+    part: ModelPart | None = None,
+    parallel: TensorParallel | None = None,
+    context: ContextParallel | None = None,
+) -> Decoder:
+    return Decoder(
         parametrization(config, vocab_size),
         decay_rule=config.optimizer.decay_rule,
-        dtype=dtype,
+        in_fp8_plan=weights_in_fp8(config),
+        dtype=COMPUTE_DTYPES[config.precision.compute],
         device=device,
         activation_checkpointing=config.train.activation_checkpointing,
         fp8_saved=config.precision.activations == "fp8",
         part=part,
         parallel=parallel,
         context=context,
-    )
-    in_parts = part is not None or model.parallel is not None
-    report = backend = None
-    if (quant := config.precision.gemm.value()) is not None:
-        backend = choose_gemm_backend(device, dtype, quant)
-        report = plan_fp8(
-            (outline(config, vocab_size) if in_parts else model).linears(),
-            config.precision,
-            backend,
-            num_layers=config.model.num_layers,
-            held=model.linears(),
-            forward_only=forward_only,
-        )
-        if config.precision.gemm.smooth_swiglu != "off":
-            _smooth_swiglu(model, report, config.precision.gemm.smooth_swiglu)
-        in_plan = {f"{path}.weight" for path in report.converted}
-        model.specs = {fqn: spec.with_fp8(fqn in in_plan) for fqn, spec in model.specs.items()}
-    if config.train.compile == "block":
-        for block in model.held_blocks():
-            block.compile(fullgraph=True)
-    return BuiltModel(model, report, backend)
-
-
-def _smooth_swiglu(model: Decoder, report: PlanReport, smooth: Smoothing) -> None:
-    for block in model.held_blocks():
-        if block.mlp.down.name in report.plans:
-            block.mlp.use_smooth_swiglu(smooth)
-
-
-def outline(config: Config, vocab_size: int) -> Decoder:
-    """The whole model without storage (on the meta device): names and shapes, whatever part a process
-    holds."""
-    dtype = COMPUTE_DTYPES[config.precision.compute]
-    return Decoder(
-        parametrization(config, vocab_size),
-        decay_rule=config.optimizer.decay_rule,
-        dtype=dtype,
-        device=torch.device("meta"),
     )
 
 

@@ -58,13 +58,14 @@ def make_fp8_parts(built: BuiltModel, *, recorder: CastRecorder | None = None) -
     """
     if built.fp8 is None:
         return Fp8Parts(None, None, {})
-    linears, slots = built.model.linears(), built.fp8.scale_slots()
-    state = ScaleState(slots, next(built.model.parameters()).device) if slots else None
+    held = {path: linear for path, linear in built.model.linears().items() if path in built.fp8.plans}
+    slots = {path: scale_slots(path, built.fp8.plans[path]) for path in held}
+    delayed = {slot: spec for own in slots.values() for slot, spec in own.items()}
+    state = ScaleState(delayed, next(built.model.parameters()).device) if delayed else None
     weights = {}
-    for path in built.fp8.held:
-        plan = built.fp8.plans[path]
-        own = state if scale_slots(path, plan) else None
-        weight = linears[path].make_fp8_weight(plan, scale_state=own, recorder=recorder)
+    for path, linear in held.items():
+        own = state if slots[path] else None
+        weight = linear.make_fp8_weight(built.fp8.plans[path], scale_state=own, recorder=recorder)
         if weight is not None:
             weights[f"{path}.weight"] = weight
     return Fp8Parts(state, recorder, weights)

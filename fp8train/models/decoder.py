@@ -8,7 +8,7 @@ whatever part of the model a process holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from fp8train.layers.linear import Linear
 from fp8train.layers.loss import linear_cross_entropy, logits
 from fp8train.layers.rotary import RopeScaling, rotary_frequencies, rotary_table
 from fp8train.models.block import Block, make_norm, recompute
+from fp8train.models.fused_block import fused_block
 from fp8train.models.param_spec import ParamSpec, Role, Shard
 from fp8train.models.parametrization import Parametrization
 from fp8train.models.part import ModelPart
@@ -56,7 +57,8 @@ class Decoder(nn.Module):
     head.
 
     Attributes:
-        config: its settings, ``vocab_size`` filled in.
+        config: its settings.
+        vocab_size: tokens, without padding.
         part: what of the model it holds.
         specs: ``{fqn: ParamSpec}`` of all parameters it holds, in module order.
     """
@@ -66,6 +68,7 @@ class Decoder(nn.Module):
         parametrization: Parametrization,
         *,
         decay_rule: DecayRule = "lr_times_lambda",
+        in_fp8_plan: Collection[str] = (),
         dtype: torch.dtype,
         device: torch.device | None = None,
         activation_checkpointing: str = "none",
@@ -75,10 +78,10 @@ class Decoder(nn.Module):
         context: ContextParallel | None = None,
     ) -> None:
         """Parameters are left uninitialised; see :func:`fp8train.models.build.build_model`.
-        ``parametrization``: the model's settings and multipliers; ``part``: what to hold of the model, by
-        default everything; ``fp8_saved``: what norms and non-linearities of blocks keep for backward is FP8;
-        ``parallel``: ranks among which its matrices are cut; ``context``: ranks with the
-        other tokens of each sequence."""
+        ``parametrization``: the model's settings and multipliers; ``in_fp8_plan``: names of the matrices that
+        multiply in FP8; ``part``: what to hold of the model, by default everything; ``fp8_saved``: what norms
+        and non-linearities of blocks keep for backward is FP8; ``parallel``: ranks among which its matrices
+        are cut; ``context``: ranks with the other tokens of each sequence."""
         super().__init__()
         config = parametrization.model
         self.context = context
@@ -87,9 +90,8 @@ class Decoder(nn.Module):
         self.part = part = ModelPart.whole(config.num_layers) if part is None else part
         self.dtype = dtype
         self.full_recompute = activation_checkpointing == "full"
-        self.parametrization, self._decay_rule = parametrization, decay_rule
-        assert config.vocab_size is not None
-        rows = padded_vocab_size(config.vocab_size, config.vocab_multiple)
+        self.parametrization, self.vocab_size = parametrization, parametrization.vocab_size
+        rows = padded_vocab_size(self.vocab_size, config.vocab_multiple)
         if part.begins or (part.ends and config.tie_embeddings):
             self.embedding = Embedding(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
         if part.begins and config.positions == "learned":
@@ -115,20 +117,17 @@ class Decoder(nn.Module):
             self.head = OutputHead(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.specs: dict[str, ParamSpec] = {
-            fqn: self._spec(fqn, parameter) for fqn, parameter in self.named_parameters()
+            fqn: replace(self._spec(fqn, parameter, decay_rule), in_fp8_plan=fqn in in_fp8_plan)
+            for fqn, parameter in self.named_parameters()
         }
 
-    def _spec(self, fqn: str, parameter: Tensor) -> ParamSpec:
-        shape, dim = list(parameter.shape), split_dim(fqn)
-        if self.parallel is None:
-            return self._logical_spec(fqn, shape)
-        shard = None if dim is None else Shard(dim, self.parallel.rank, self.parallel.size)
-        if shard is not None:
-            shape[shard.dim] *= shard.count
-        return replace(self._logical_spec(fqn, shape), shard=shard, sequence_partial=shard is None)
-
-    def _logical_spec(self, fqn: str, shape: Sequence[int]) -> ParamSpec:
-        return self.parametrization.spec(fqn, role_of(fqn), tuple(shape), decay_rule=self._decay_rule)
+    def _spec(self, fqn: str, parameter: Tensor, decay_rule: DecayRule) -> ParamSpec:
+        shape, dim, shard = list(parameter.shape), split_dim(fqn), None
+        if self.parallel is not None and dim is not None:
+            shard = Shard(dim, self.parallel.rank, self.parallel.size)
+            shape[dim] *= shard.count
+        spec = self.parametrization.spec(fqn, role_of(fqn), tuple(shape), decay_rule=decay_rule)
+        return replace(spec, shard=shard, sequence_partial=self.parallel is not None and shard is None)
 
     def linears(self) -> dict[str, Linear]:
         """The hidden linears by module path, in order."""
@@ -174,9 +173,8 @@ class Decoder(nn.Module):
         start += self._first_position(tokens.shape[1])
         end = start + tokens.shape[1]
         assert end <= self.config.max_seq_len, f"{end} positions exceed max_seq_len {self.config.max_seq_len}"
-        assert self.config.vocab_size is not None
         factors = self.parametrization
-        x = scale_backward(self.embedding(tokens), factors.lookup_grad(self.config.vocab_size))
+        x = scale_backward(self.embedding(tokens), factors.lookup_grad(self.vocab_size))
         if self.config.positions != "learned":
             return x
         start += 0 if self.parallel is None else self.parallel.rank * x.shape[1]
@@ -194,13 +192,21 @@ class Decoder(nn.Module):
         span = slice(first + span.start, first + span.stop)
         if self.config.positions == "rope":
             cos, sin = (table[span] for table in self._rotary_table(x.device))
+        delta: Tensor | None = None  # a branch that has yet to join the stream
         for i, layer in enumerate(layers):
             block = self.layers[str(layer)]
-            if self.full_recompute and caches is None and torch.is_grad_enabled():
+            recomputes = self.full_recompute and caches is None and torch.is_grad_enabled()
+            fused = None if caches is not None else fused_block(block, x)
+            if fused is not None:
+                x, delta = recompute(fused, x, delta, cos, sin) if recomputes else fused(x, delta, cos, sin)
+                continue
+            if delta is not None:
+                x, delta = x + delta, None
+            if recomputes:
                 x = recompute(block, x, cos, sin)
             else:
                 x = block(x, cos, sin, None if caches is None else caches[i])
-        return x
+        return x if delta is None else x + delta
 
     def _first_position(self, length: int) -> int:
         """Position of the first token of this rank's part of a sequence."""
@@ -213,12 +219,11 @@ class Decoder(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats of final normalised states [B, S, H]; see :meth:`forward`."""
-        assert self.config.vocab_size is not None
         return linear_cross_entropy(
             hidden,
             self.head_weight,
             targets,
-            vocab_size=self.config.vocab_size,
+            vocab_size=self.vocab_size,
             parallel=self.parallel,
             alphas=self.parametrization.head(),
         )
@@ -230,11 +235,10 @@ class Decoder(nn.Module):
 
     def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Compute logits of every position, [B, S, vocab_size] in the compute dtype, from int64 [B, S]."""
-        assert self.config.vocab_size is not None
         assert self.parallel is None, "logits of a model that is cut over ranks"
         alpha = self.parametrization.head().output
         hidden = self.hidden(tokens, caches)
-        return logits(hidden, self.head_weight, vocab_size=self.config.vocab_size, alpha=alpha)
+        return logits(hidden, self.head_weight, vocab_size=self.vocab_size, alpha=alpha)
 
     def make_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Make one empty key/value cache per block, for generation."""

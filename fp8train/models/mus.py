@@ -66,9 +66,9 @@ class MuS(Parametrization):
         del role
         return True
 
-    def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
+    def linear(self, fan_in: int, fan_out: int) -> Alphas:
         """The same multiplier 1/√fan_in for the output and both gradients."""
-        del role, fan_out
+        del fan_out
         alpha = fan_in**-0.5
         return Alphas(alpha, alpha, alpha)
 
@@ -103,7 +103,7 @@ class MuS(Parametrization):
         if spec.role == "head":
             return self.settings.loss_mult / self.head().output
         if spec.role in ("hidden", "residual_out"):
-            return 1 / self.linear(spec.role, spec.fan_in, spec.fan_out).output
+            return 1 / self.linear(spec.fan_in, spec.fan_out).output
         return 1.0
 
     @property

@@ -8,7 +8,7 @@ role and shape.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -85,10 +85,6 @@ class ParamSpec:
             return value
         size = self.local_shape[self.shard.dim]
         return value.narrow(self.shard.dim, self.shard.index * size, size)
-
-    def with_fp8(self, in_fp8_plan: bool) -> ParamSpec:
-        """The spec of the same parameter, in or out of the FP8 plan."""
-        return replace(self, in_fp8_plan=in_fp8_plan)
 
 
 def initial_value(spec: ParamSpec, seed: int) -> Tensor:

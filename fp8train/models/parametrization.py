@@ -47,12 +47,14 @@ class Parametrization:
 
     Attributes:
         model: sizes, ``vocab_size`` filled in.
+        vocab_size: the same, never None.
         settings: the ``parametrization`` section.
         batch: of an optimizer step.
     """
 
     def __init__(self, model: ModelConfig, settings: ParametrizationConfig, batch: Batch) -> None:
         assert model.vocab_size is not None
+        self.vocab_size: int = model.vocab_size
         self.model, self.settings, self.batch = model, settings, batch
 
     def spec(
@@ -86,9 +88,9 @@ class Parametrization:
         """Whether weight decay applies to parameters of this role."""
         return role not in ("norm", "bias")
 
-    def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
-        """Multipliers of the GEMMs of a hidden linear with this role and these fans."""
-        del role, fan_in, fan_out
+    def linear(self, fan_in: int, fan_out: int) -> Alphas:
+        """Multipliers of the GEMMs of a hidden linear with these fans."""
+        del fan_in, fan_out
         return Alphas()
 
     def head(self) -> Alphas:

@@ -45,13 +45,11 @@ from math import log, pi
 
 import torch
 
-from fp8train.config.model_schema import ModelConfig
-from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.layers.factors import Factors
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.residual import ResidualRule
 from fp8train.models.param_spec import ParamSpec, Role
-from fp8train.models.parametrization import AttentionFactors, Batch, Parametrization
+from fp8train.models.parametrization import AttentionFactors, Parametrization
 
 
 def interpolate(share: float, low: float, high: float) -> float:
@@ -100,10 +98,9 @@ class UnitScaling(Parametrization):
         del role
         return 1.0
 
-    def linear(self, role: Role, fan_in: int, fan_out: int) -> Alphas:
+    def linear(self, fan_in: int, fan_out: int) -> Alphas:
         """Multipliers of a hidden linear's GEMMs. Input gradients share the output's factor, as the stream
         goes around every hidden linear."""
-        del role
         shared = self._shared(fan_in**-0.5, fan_out**-0.5)
         return Alphas(shared.output, shared.grad, self.vector_grad(), self.vector_grad())
 
@@ -152,10 +149,9 @@ class UnitScaling(Parametrization):
             return self.settings.loss_mult / (self.gradient_scale * head.grad_weight)
         stream = head.output / (self.gradient_scale * head.grad_input) * self._delayed(spec.fqn)
         if spec.role in ("hidden", "residual_out"):
-            return stream / self.linear(spec.role, spec.fan_in, spec.fan_out).grad_weight
+            return stream / self.linear(spec.fan_in, spec.fan_out).grad_weight
         if spec.role == "embedding":
-            assert self.model.vocab_size is not None
-            return stream / self.lookup_grad(self.model.vocab_size)
+            return stream / self.lookup_grad(self.vocab_size)
         if spec.role == "position":
             return stream / self.lookup_grad(self.model.max_seq_len)
         if spec.fqn.endswith(("query_norm.weight", "key_norm.weight")):
@@ -180,13 +176,10 @@ class UnitScaling(Parametrization):
         return self.residual(2 * int(layer) + module.startswith("mlp")).b
 
     def _head(self, output: float) -> Alphas:
-        vocab_size = self.model.vocab_size
-        assert vocab_size is not None
         # softmax - onehot has RMS (V-1)^½ / V at the start; loss_mult is forward only, as in u-μP's library.
-        to_unit = vocab_size / (vocab_size - 1) ** 0.5
-        return Alphas(
-            output * self.settings.loss_mult, vocab_size**-0.5 * to_unit, self.vector_grad() * to_unit
-        )
+        to_unit = self.vocab_size / (self.vocab_size - 1) ** 0.5
+        grad_input = self.vocab_size**-0.5 * to_unit
+        return Alphas(output * self.settings.loss_mult, grad_input, self.vector_grad() * to_unit)
 
     def _shared(self, output: float, grad: float) -> Factors:
         factor = output if self.settings.constraint == "output" else (output * grad) ** 0.5
@@ -196,16 +189,12 @@ class UnitScaling(Parametrization):
 class UnitMaximalUpdate(UnitScaling):
     """The unit-scaled maximal update parametrisation, u-μP."""
 
-    def __init__(self, model: ModelConfig, settings: ParametrizationConfig, batch: Batch) -> None:
-        super().__init__(model, settings, batch)
-        self._depth = 2 * model.num_layers
-
     def lr_mult(self, fqn: str, role: Role, shape: tuple[int, ...]) -> float:
         """Factor on the learning rate, from the module's table: by width for embeddings, by fan-in and depth
         for hidden matrices, by depth for vectors in blocks."""
         if role in ("embedding", "position"):
             return float(shape[1] ** -0.5)
-        depth = self._depth**-0.5 if fqn.startswith("layers.") else 1.0
+        depth = (2 * self.model.num_layers) ** -0.5 if fqn.startswith("layers.") else 1.0
         return depth * (shape[1] ** -0.5 if role in ("hidden", "residual_out") else 1.0)
 
     def head(self) -> Alphas:

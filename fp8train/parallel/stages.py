@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from fp8train.config.linear_names import linear_dimensions
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
 from fp8train.models.part import ModelPart
@@ -74,10 +75,8 @@ def split_layers(num_layers: int, num_stages: int, *, head_cost: float = 0.0) ->
 
 def head_cost(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
     """FLOPs of the output head over those of a block, per token; causal attention counts half."""
-    attention = model.num_heads * model.head_dim
-    keys_values = 2 * model.num_kv_heads * model.head_dim
-    mlp = (3 if model.activation == "swiglu" else 2) * model.ffn_hidden_size
-    block = model.hidden_size * (2 * attention + keys_values + mlp) + attention * seq_length
+    weights = sum(inputs * outputs for inputs, outputs in linear_dimensions(model).values())
+    block = weights + model.num_heads * model.head_dim * seq_length
     return model.hidden_size * padded_vocab_size(vocab_size, model.vocab_multiple) / block
 
 

@@ -54,11 +54,6 @@ class Partition:
         """How many elements each rank owns in all."""
         return [sum(self.elements(fqn, rank) for fqn in self.owners) for rank in range(self.ranks)]
 
-    def imbalance(self) -> float:
-        """Largest load divided by the mean: what the slowest rank costs, 1 at best."""
-        loads = self.loads()
-        return max(loads) * self.ranks / sum(loads)
-
 
 def partition(
     shapes: Mapping[str, tuple[int, ...]], ranks: int, kind: Kind, *, in_rows: Sequence[str] = ()

@@ -119,11 +119,6 @@ class WeightGather:
         for number in self._of[fqn]:
             self._finish(self._groups[number])
 
-    def wait_all(self) -> None:
-        """Wait until all rows of all weights are here, and store them."""
-        for one in self._groups:
-            self._finish(one)
-
     @torch.no_grad()
     def _finish(self, one: _Group) -> None:
         if one.wait is None:

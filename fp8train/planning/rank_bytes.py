@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fp8train.config.linear_names import linear_paths, linears_in_fp8
+from fp8train.config.linear_names import linear_paths, weights_in_fp8
 from fp8train.config.schema import Config
 from fp8train.live.stored_bytes import StoredBytes
 from fp8train.models.part import ModelPart
@@ -69,9 +69,7 @@ class RankBytes:
         """``dp``: data-parallel ranks; ``micro_batches``: of a step, on a rank."""
         self.config, self._vocab_size, self._dp, self._micro_batches = config, vocab_size, dp, micro_batches
         self.shapes = parameter_shapes(config.model, vocab_size)
-        gemm = config.precision.gemm
-        in_fp8 = linears_in_fp8(config.model, gemm) if gemm.fp8 else []
-        self.in_plan = frozenset(f"{path}.weight" for path in in_fp8)
+        self.in_plan = weights_in_fp8(config)
         self._matrices = frozenset(f"{path}.weight" for path in linear_paths(config.model.num_layers))
         in_fp64 = config.precision.compute == "fp64"
         self._item = _ITEMSIZE[config.precision.compute]
@@ -83,16 +81,11 @@ class RankBytes:
 
     def largest(self) -> StoredBytes:
         """Count what the rank stores that stores most."""
-        parallel, found = self.config.parallel, []
-        stages = plan_stages(self.config, self._vocab_size) if parallel.pp > 1 else []
-        for rank in range(parallel.pp):
-            part = ModelPart.whole(self.config.model.num_layers)
-            if stages:
-                of_rank = stages_of_rank(
-                    parallel.pipeline.schedule, pp=parallel.pp, per_rank=parallel.pipeline.stages, rank=rank
-                )
-                part = part_of([stages[index] for index in of_rank])
-            found.append(self._of(part))
+        pp, pipeline, found = self.config.parallel.pp, self.config.parallel.pipeline, []
+        stages = plan_stages(self.config, self._vocab_size)
+        for rank in range(pp):
+            of_rank = stages_of_rank(pipeline.schedule, pp=pp, per_rank=pipeline.stages, rank=rank)
+            found.append(self._of(part_of([stages[index] for index in of_rank])))
         return max(found, key=lambda stored: stored.whole_model)
 
     def _of(self, model_part: ModelPart) -> StoredBytes:

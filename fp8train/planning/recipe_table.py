@@ -13,14 +13,12 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from fp8train.config.linear_names import coverage, reasons_to_skip
 from fp8train.config.schema import Config
-from fp8train.kernels.gemm import GemmBackend
-from fp8train.layers.linear_plan import Fp8Plan
 from fp8train.models.build import outline
 from fp8train.models.decoder import Decoder
-from fp8train.models.fp8_plan import PlanReport, plan_fp8
 from fp8train.planning.vocabulary import ASSUMED_VOCABULARY, known_vocabulary
-from fp8train.precision.linear_gemms import GEMMS
+from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 
 Row = tuple[str, ...]
 _LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
@@ -29,58 +27,35 @@ _LAYER = re.compile(r"^layers\.(\d+)\.(.*)$")
 def describe_recipe(config: Config) -> str:
     """The tables, with the vocabulary of the configuration or of its dataset.
 
-    Raises:
-        ConfigError: the FP8 plan selects nothing or names what is not there.
+    Returns:
+        A table of linears, one of parameters and one of operations.
     """
-    size = known_vocabulary(config)
-    if size is not None:
-        return recipe_tables(config, size)
-    note = (
-        f"no model.vocab_size and no dataset yet: factors of embedding and head assume {ASSUMED_VOCABULARY}"
-    )
-    return f"{recipe_tables(config, ASSUMED_VOCABULARY)}\n# {note}\n"
-
-
-def recipe_tables(config: Config, vocab_size: int) -> str:
-    """The recipe as text: a table of linears, one of parameters, one of operations.
-
-    Args:
-        config: a validated configuration.
-        vocab_size: the tokenizer's, used where ``model.vocab_size`` is not set.
-
-    Raises:
-        ConfigError: the FP8 plan selects nothing or names what is not there.
-    """
-    model = outline(config, vocab_size)
-    plan = None
-    header = f"recipe {config.precision.recipe}, parametrization {config.parametrization.kind}"
-    if config.precision.gemm.fp8:
-        backend = GemmBackend("decode", "not chosen")
-        plan = plan_fp8(model.linears(), config.precision, backend, num_layers=config.model.num_layers)
-        header += f"; {plan}"
-    else:
-        header += "; FP8 GEMMs off"
-    linears = [("linear", "gemm", "operands", "multiplier"), *_compressed(_linear_rows(model, plan))]
+    known = known_vocabulary(config)
+    model = outline(config, ASSUMED_VOCABULARY if known is None else known)
+    gemm = config.precision.gemm
+    plan = coverage(reasons_to_skip(config.model, gemm)) if gemm.fp8 else "FP8 GEMMs off"
+    header = f"recipe {config.precision.recipe}, parametrization {config.parametrization.kind}; {plan}"
+    linears = [("linear", "gemm", "operands", "multiplier"), *_compressed(_linear_rows(model, gemm.value()))]
     parameters = [("parameter", "init", "lr", "decay"), *_compressed(_parameter_rows(model))]
     operations = [("operation", "multiplier", "of the gradient"), *_compressed(_operation_rows(model))]
-    return "\n\n".join([header, *(_table(rows) for rows in (linears, parameters, operations))]) + "\n"
+    text = "\n\n".join([header, *map(_table, (linears, parameters, operations))]) + "\n"
+    if known is None:
+        text += "\n# no model.vocab_size and no dataset yet: "
+        text += f"factors of embedding and head assume {ASSUMED_VOCABULARY}\n"
+    return text
 
 
-def _linear_rows(model: Decoder, report: PlanReport | None) -> Iterator[Row]:
+def _linear_rows(model: Decoder, quant: LinearQuant | None) -> Iterator[Row]:
     for name, linear in model.linears().items():
-        alphas, plan = linear.alphas, None if report is None else report.plans.get(name)
-        for gemm, alpha in (
-            ("output", alphas.output),
-            ("grad_input", alphas.grad_input),
-            ("grad_weight", alphas.grad_weight),
-        ):
-            yield name, gemm, _operands(plan, gemm), _number(alpha)
+        own = quant if model.specs[f"{name}.weight"].in_fp8_plan else None
+        for gemm in GEMMS:
+            yield name, gemm, _operands(own, gemm), _number(getattr(linear.alphas, gemm))
 
 
-def _operands(plan: Fp8Plan | None, gemm: str) -> str:
-    if plan is None or not plan.quant.in_fp8(gemm):
+def _operands(quant: LinearQuant | None, gemm: str) -> str:
+    if quant is None or not quant.in_fp8(gemm):
         return "high precision"
-    specs = plan.quant.operands()
+    specs = quant.operands()
     return ", ".join(f"{use.rpartition('.')[2]} {specs[use]}" for use in GEMMS[gemm])
 
 
@@ -92,8 +67,7 @@ def _parameter_rows(model: Decoder) -> Iterator[Row]:
 
 def _operation_rows(model: Decoder) -> Iterator[Row]:
     rule, config = model.parametrization, model.config
-    assert config.vocab_size is not None
-    yield "embedding", "1", _number(rule.lookup_grad(config.vocab_size))
+    yield "embedding", "1", _number(rule.lookup_grad(model.vocab_size))
     if config.positions == "learned":
         both = rule.embedding_sum()
         yield "positions", "1", _number(rule.lookup_grad(config.max_seq_len))

@@ -7,7 +7,6 @@ processes is ``--world``, else the fewest that the layout has.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def summarise(resolved: ResolvedConfig, world: int | None, *, nvidia: Path = _NV
         ("layout", _layout(config, processes, dp, asked=world is not None)),
         ("precision", f"{config.precision.level}, {_coverage(config)}"),
         ("bytes", f"{counted.largest()}{_of_largest_rank(config, dp)}"),
-        ("machine", _machine(config, nvidia)),
+        ("machine", "; ".join(_machine(config, nvidia))),
     ]
     return "".join(f"{name:<11} {text}\n" for name, text in rows)
 
@@ -108,9 +107,7 @@ def _coverage(config: Config) -> str:
     gemm = config.precision.gemm
     if not gemm.fp8:
         return f"{config.precision.compute} GEMMs; FP8: off"
-    reasons = reasons_to_skip(config.model, gemm).values()
-    skipped = Counter(reason for reason in reasons if reason is not None) | Counter({"head": 1})
-    return f"recipe {config.precision.recipe}, {coverage(sum(reason is None for reason in reasons), skipped)}"
+    return f"recipe {config.precision.recipe}, {coverage(reasons_to_skip(config.model, gemm))}"
 
 
 def _of_largest_rank(config: Config, dp: int) -> str:
@@ -120,12 +117,8 @@ def _of_largest_rank(config: Config, dp: int) -> str:
     return " (the largest rank's part)" if several else ""
 
 
-def _machine(config: Config, nvidia: Path) -> str:
+def _machine(config: Config, nvidia: Path) -> Iterator[str]:
     """What of FP8 is not computed by FP8 units here, as far as can be told without torch."""
-    return "; ".join(_remarks(config, nvidia))
-
-
-def _remarks(config: Config, nvidia: Path) -> Iterator[str]:
     gpu = nvidia.is_dir()
     on_cpu = config.run.device == "cpu" or not gpu
     yield f"run.device is {config.run.device}, {'an' if gpu else 'no'} NVIDIA driver here"

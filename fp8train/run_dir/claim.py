@@ -20,8 +20,8 @@ from typing import Literal
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, POINTER_FILE, step_of
 from fp8train.checkpoint.errors import explain_os_error
-from fp8train.checkpoint.files import TMP_SUFFIX, is_real_dir, is_real_file, remove, replace_file
 from fp8train.config.errors import UserError
+from fp8train.files import TMP_SUFFIX, is_real_dir, is_real_file, remove, replace_file
 
 LOCK_FILE = "run.lock"
 STATUS_FILE = "status.json"

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR
 from fp8train.checkpoint.errors import explain_os_error
-from fp8train.checkpoint.files import is_real_file, replace_file
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.comm.failures import Failure, cause
+from fp8train.files import is_real_file, replace_file
 from fp8train.run_dir.claim import STATUS_FILE, claim, in_use, recorded_step
 
 if TYPE_CHECKING:
@@ -87,11 +87,6 @@ class RunDir:
         return self.path / "config.yaml"
 
     @property
-    def metrics_file(self) -> Path:
-        """The file ``metrics.jsonl``, one JSON object per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
     def tensorboard(self) -> Path:
         """The directory of TensorBoard's event files."""
         return self.path / "tb"
@@ -130,14 +125,6 @@ class RunDir:
             write_failure(self.path, failure, step=step)
         except OSError as error:
             _logger.warning("%s could not be written: %s", STATUS_FILE, explain_os_error(error))
-
-    def failure(self) -> Failure | None:
-        """What ``status.json`` has of this job's failure."""
-        return read_failure(self.path)
-
-    def recorded_step(self) -> int:
-        """Steps done as ``status.json`` has them; 0 where it does not say."""
-        return recorded_step(self.path)
 
     def log_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; ``record`` needs an integer ``step``. NaN and infinity are
@@ -237,14 +224,8 @@ def read_failure(path: Path) -> Failure | None:
         record = json.loads((path / STATUS_FILE).read_text())
         if record["state"] != "failed":
             return None
-        fields = (
-            record["rank"],
-            record["message"],
-            record["exit_code"],
-            record["peers_lost"],
-            record["time"],
-        )
-        return Failure(*fields)
+        names = ("rank", "message", "exit_code", "peers_lost", "time")
+        return Failure(*(record[name] for name in names))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

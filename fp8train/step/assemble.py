@@ -166,17 +166,13 @@ def make_run_optimizer(
             seed=config.run.seed,
             weight_targets=resident if sharding is None else sharding.targets,
             regions=None if sharding is None else sharding.regions,
-            agree=None if group.size == 1 else partial(_all_reduce_max, group),
+            agree=None if group.size == 1 else partial(all_reduce_max, group),
             device=processes.device,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def all_reduce_max(processes: Processes, tensor: Tensor) -> None:
-    """The elementwise maximum over all ranks that hold the same blocks, in place."""
-    _all_reduce_max(processes.stage, tensor)
-
-
-def _all_reduce_max(group: CountedGroup, tensor: Tensor) -> None:
+def all_reduce_max(group: CountedGroup, tensor: Tensor) -> None:
+    """The elementwise maximum over ``group``, in place."""
     group.all_reduce(tensor, purpose="amax", op=torch.distributed.ReduceOp.MAX)()

@@ -64,9 +64,12 @@ class Monitors:
         the device. Collective over the pipeline's ranks. Of a tensor that other data-, tensor- or
         context-parallel ranks hold parts of, they are those of this rank's part."""
         assert self.recorder is not None
+        return self.recorder.collect(self._rows(self.recorder))
+
+    def _rows(self, recorder: CastRecorder) -> Tensor:
         if self.pipeline is None:
-            return self.recorder.collect()
-        return self.recorder.collect(self.pipeline.combine_rows(self.recorder.rows, self.recorder.recorded()))
+            return recorder.rows
+        return self.pipeline.combine_rows(recorder.rows, recorder.recorded())
 
     def watch(self, done: int) -> list[Flag]:
         """Show the guard the statistics of step ``done`` (1-based), which was sampled; nothing without a
@@ -74,10 +77,7 @@ class Monitors:
         if self.guard is None:
             return []
         assert self.recorder is not None
-        rows = self.recorder.rows
-        if self.pipeline is not None:
-            rows = self.pipeline.combine_rows(rows, self.recorder.recorded())
-        table = agreed_readings(self.recorder.sites, rows, self.processes.everyone)
+        table = agreed_readings(self.recorder.sites, self._rows(self.recorder), self.processes.everyone)
         flags = self.guard.observe(done, table)
         self._apply_guard()
         return flags

@@ -108,16 +108,15 @@ class Sharding:
             self.regions[fqn] = Region((len(rows), *spec.local_shape[1:]), offset)
             if fqn in resident:
                 self.targets[fqn] = _FromElement(resident[fqn], rows.start * spec.local_shape[1])
-        self._others = [fqn for fqn in model if fqn not in resident]
+        self._weights, self._resident = list(model), frozenset(resident)
 
     def distribute(self, *, wait: bool) -> None:
         """Send the new weights of what this rank owns, which the optimizer has written. Those in FP8 are
         waited for where they are used (compiled blocks cannot: ``wait`` does it here), the others here."""
         self.gather.start()
-        if wait:
-            self.gather.wait_all()
-        for fqn in self._others:
-            self.gather.wait(fqn)
+        for fqn in self._weights:
+            if wait or fqn not in self._resident:
+                self.gather.wait(fqn)
 
 
 def _matrices(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +37,7 @@ from fp8train.parallel.gradients.store import GradientStore
 from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, StagePlacement
 from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.parallel.zero import Partition
-from fp8train.step.assemble import (
-    all_reduce_max,
-    make_gradient_buckets,
-    make_run_optimizer,
-    tensor_parallel,
-)
+from fp8train.step.assemble import all_reduce_max, make_gradient_buckets, make_run_optimizer, tensor_parallel
 from fp8train.step.monitors import Monitors
 from fp8train.step.non_finite import is_applied
 from fp8train.step.result import StepResult
@@ -210,7 +206,7 @@ class Trainer:
         # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
         grad_norm, applied = float(norm), is_applied(norm, num_targets)
         if self.scales is not None:  # first: new weights are cast with the next step's scales
-            self.scales.advance(lambda tensor: all_reduce_max(self.processes, tensor), applied=applied)
+            self.scales.advance(partial(all_reduce_max, self.processes.stage), applied=applied)
         if applied:
             self.updates += 1
             # Over the states that this rank keeps: reads the store's gradients chunk by chunk, times one
@@ -302,7 +298,7 @@ class Trainer:
     def scale_tensors(self) -> dict[str, Tensor]:
         """The scale state among :meth:`state_tensors`: that of gradients and that of delayed scales."""
         scales = {} if self.scales is None else self.scales.state_tensors()
-        return self.gradients.state_tensors() | scales
+        return {**self.gradients.scales.state_tensors(), **scales}
 
     def checkpoint_tensors(self) -> dict[str, Tensor | LogicalTensor]:
         """:meth:`state_tensors`, with the place of those that are parts of a logical tensor."""
@@ -362,19 +358,13 @@ class Trainer:
     def precision_metrics(self) -> dict[str, float]:
         """State of the reduction and of the guard for the log; waits for the device. Collective over the
         pipeline's ranks."""
-        return self.gradients.metrics(self.processes.pp) | self.monitors.guard_metrics()
+        return self.gradients.scales.metrics(self.processes.pp) | self.monitors.guard_metrics()
 
     def new_scale_events(self) -> dict[str, dict[str, int]] | None:
         """Amaxes since the last call that gave no delayed scale, by slot; None without delayed scales. Waits
         for the device; collective over the pipeline's ranks."""
         return None if self._scale_events is None else self._scale_events.take()
 
-    def optimizer_metrics(self) -> dict[str, float]:
-        """Shares of optimizer states that the last applied step flushed to zero; see
-        :meth:`~fp8train.step.monitors.Monitors.optimizer_metrics`."""
-        return self.monitors.optimizer_metrics(self.optimizer)
-
     def sent_bytes(self) -> dict[str, int]:
         """Bytes this rank has sent since the start, by collective and purpose, over all axes."""
-        total = self.gradients.sent_bytes(self.processes.groups.values())
-        return dict(total)
+        return dict(self.gradients.sent_bytes(self.processes.groups.values()))

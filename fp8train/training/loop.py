@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fp8train.evaluation.validation import Evaluation, evaluate
+from fp8train.evaluation.validation import Evaluation, Text, evaluate
 from fp8train.run_dir.metrics import strict
 from fp8train.step.consistency import check_replicas
 from fp8train.step.non_finite import SkippedSteps
@@ -77,7 +77,8 @@ class TrainingLoop:
         began = time.perf_counter()
         batch = self._run.data.train.batch(step)
         fetched = time.perf_counter()
-        recorder, interval = self.trainer.monitors.recorder, self.config.logging.cast_statistics_interval
+        monitors, interval = self.trainer.monitors, self.config.logging.cast_statistics_interval
+        recorder = monitors.recorder
         sampled = interval > 0 and (step == 0 or (step + 1) % interval == 0)
         if recorder is not None:
             recorder.active = sampled
@@ -85,12 +86,12 @@ class TrainingLoop:
         if recorder is not None:
             recorder.active = False
             if sampled:
-                optimizer = self.trainer.optimizer_metrics() if result.applied else {}
-                self.reporter.casts(step + 1, self.trainer.monitors.cast_rows(), optimizer)
+                optimizer = monitors.optimizer_metrics(self.trainer.optimizer) if result.applied else {}
+                self.reporter.casts(step + 1, monitors.cast_rows(), optimizer)
                 self._guard(step + 1)
         if sampled:
-            with self.reporter.outside_throughput():
-                self.reporter.monitor(self.trainer.monitors.attention_metrics())
+            with self.reporter.throughput.excluded():
+                self.reporter.monitor(monitors.attention_metrics())
         if not result.applied:
             self.reporter.skipped(step + 1, result)
         self._skipped.count(step + 1, result)
@@ -116,12 +117,8 @@ class TrainingLoop:
     def _evaluate(self) -> Evaluation:
         data = self._run.data
         assert data.valid is not None, "seen before the run"
-        with self.reporter.outside_throughput():
-            return evaluate(
-                self.trainer.summed_loss,
-                data.valid,
-                num_batches=self.config.train.eval_batches,
-                processes=self._run.processes,
-                token_lengths=data.token_lengths,
-                ignore_after=self.trainer.ignore_after,
+        with self.reporter.throughput.excluded():
+            text = Text(
+                data.valid, self.config.train.eval_batches, self.trainer.ignore_after, data.token_lengths
             )
+            return evaluate(self.trainer.summed_loss, text, self._run.processes)

@@ -38,7 +38,8 @@ from fp8train.data.loading import Data
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
-from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.claim import recorded_step
+from fp8train.run_dir.directory import RunDir, read_failure
 from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.trainer import Trainer
 from fp8train.training.device_rules import check_device
@@ -81,7 +82,8 @@ def _run(
     config: Config, data: Data, console: Console, stop: StopRequest, again: str, directory: ExitStack
 ) -> int:
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
-    with processes(config.run.device, layout=layout_of(config)) as procs:
+    layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
+    with processes(config.run.device, layout=layout) as procs:
         check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -118,11 +120,6 @@ def _quitting_interrupts(stop: StopRequest, console: Console, again: str) -> Ite
         raise KeyboardInterrupt from error
     finally:
         stop.on_quit = None
-
-
-def layout_of(config: Config) -> Layout:
-    """The ranks of a copy of the model."""
-    return Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
 
 
 def prepare_machine(config: Config, local_world_size: int) -> None:
@@ -168,7 +165,7 @@ class _Run:
     @property
     def done(self) -> int:
         """Steps done."""
-        return self.run_dir.recorded_step() if self.loop is None else self.loop.done
+        return recorded_step(self.run_dir.path) if self.loop is None else self.loop.done
 
     def to_the_end(self, again: str) -> int:
         """Train, write the last status, and say what can be done next (``again``: how to continue)."""
@@ -244,7 +241,7 @@ def _explain(
     """``error``, or what a person can do something with in its place."""
     if is_out_of_memory(error):
         return explain(error, config, rank=procs.rank, dp=procs.dp.size, step=step)
-    first = run_dir.failure()
+    first = read_failure(run_dir.path)
     if first is not None and not first.peers_lost and lost_peers(error):
         return PeerFailedError(first)
     return error

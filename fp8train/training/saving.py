@@ -70,7 +70,7 @@ class Saving:
         if self.saved_at == done:
             return
         began = time.perf_counter()
-        with self.reporter.outside_throughput():
+        with self.reporter.throughput.excluded():
             self._finish_previous(done)
             ranks = Ranks(self.processes.control)
             rank_state = capture_rng(self.processes.device) | self.trainer.rank_tensors()

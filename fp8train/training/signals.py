@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 from fp8train.comm.failures import INTERRUPTED
 
 if TYPE_CHECKING:
-    import torch
     import torch.distributed as dist
 
 SAME_CTRL_C_S = 1.0
@@ -93,12 +92,11 @@ class StopRequest:
             self._raised = True  # once: what unwinds is not cut short by a third
             raise KeyboardInterrupt
 
-    def agree(self, group: dist.ProcessGroup | None, device: torch.device | None = None) -> str | None:
+    def agree(self, group: dist.ProcessGroup | None) -> str | None:
         """Whether to stop, and why: the same answer on every rank. Collective over ``group``.
 
         Args:
-            group: all ranks of the run; None for a single process.
-            device: where the group reduces; default the CPU (gloo).
+            group: gloo group over all ranks of the run; None for a single process.
 
         Returns:
             ``STOP file``, the name of a signal, or None to go on.
@@ -111,7 +109,7 @@ class StopRequest:
             self._code = _REASONS.index("STOP file")
         code = self._code
         if group is not None:
-            shared = torch.tensor([code], dtype=torch.uint8, device=device)
+            shared = torch.tensor([code], dtype=torch.uint8)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=group)
             code = int(shared)
         return _REASONS[code] or None

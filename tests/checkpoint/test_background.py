@@ -18,12 +18,12 @@ import torch.distributed as dist
 from fp8train.checkpoint.background import BackgroundSaver
 from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import describe
 from fp8train.checkpoint.retention import Retention
 from fp8train.checkpoint.save import Order, save_checkpoint, with_rank_state
+from tests.checkpoint.loading import load_checkpoint
 from tests.checkpoint.test_faults import small_disk  # noqa: F401 - a fixture
 from tests.distributed.pool import GlooPool
 

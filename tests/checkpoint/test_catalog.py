@@ -9,9 +9,9 @@ import torch
 
 from fp8train.checkpoint.catalog import candidates, find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.retention import Retention, retain
 from fp8train.checkpoint.save import save_checkpoint
+from tests.checkpoint.loading import load_checkpoint
 
 
 def _save(root: Path, step: int, keep_last: int = 9) -> Path:

@@ -13,10 +13,10 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from fp8train.checkpoint.errors import CorruptCheckpointError
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.manifest import encode, file_entry, read_manifest, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.save import save_checkpoint
+from tests.checkpoint.loading import load_checkpoint
 
 ALONE = Ranks(None)
 

@@ -16,8 +16,8 @@ import torch
 from fp8train.checkpoint import catalog
 from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
+from tests.checkpoint.loading import load_checkpoint
 
 NUM_TENSORS = 6
 

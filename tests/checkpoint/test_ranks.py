@@ -16,13 +16,13 @@ import torch.multiprocessing as mp
 
 from fp8train.checkpoint.catalog import find_checkpoint
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.config.errors import UserError
 from fp8train.run_dir.claim import RunDirError
 from fp8train.run_dir.directory import RunDir
+from tests.checkpoint.loading import load_checkpoint
 
 WORLD = 4
 WHOLE = torch.arange(10 * 12, dtype=torch.uint8).view(10, 12)
@@ -177,7 +177,7 @@ def run_directory(rank: int, root: Path, pair: dist.ProcessGroup) -> None:
     run.write_status("running", step=1)
     run.log("hello")
     dist.barrier()
-    assert run.metrics_file.read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
     assert [file.name for file in sorted((run.path / "logs").iterdir())] == [f"rank{i}.log" for i in range(4)]
     assert "hello" in run.rank_log.read_text()
     with pytest.raises(RunDirError if rank == 0 else UserError, match="in use by another job"):

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.config.schema import Config
 from fp8train.step.trainer import Trainer
+from tests.checkpoint.loading import load_checkpoint
 from tests.distributed.test_levels import digest
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 

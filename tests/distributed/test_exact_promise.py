@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes, joined_processes
 from fp8train.config.errors import ConfigError
 from fp8train.parallel.gradients.grids import GridScales
 from fp8train.step.trainer import Trainer
+from tests.checkpoint.loading import load_checkpoint
 from tests.distributed.test_levels import EXACT, digest
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Processes, joined_processes
 from fp8train.step.trainer import Trainer
+from tests.checkpoint.loading import load_checkpoint
 from tests.training.tiny import VOCAB, alone, batches, losses, tiny_config
 
 STEPS = 10

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import Layout, Processes, joined_processes
-from fp8train.evaluation.validation import evaluate
+from fp8train.evaluation.validation import Text, evaluate
 from fp8train.step.trainer import Trainer
+from tests.checkpoint.loading import load_checkpoint
+from tests.parallel.gradients.reading import gradient_of
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
@@ -63,16 +64,10 @@ def observe(overrides: list[str], processes: Processes, steps: int = STEPS) -> d
     assert not any(tensor.any() for tensor in before.values()), "set-up moved scale state"
     first = trainer.step(0, data.batch(0))
     seen = {"forward": dict(calls.forward), "contributions": dict(calls.gradients)}
-    grads = {fqn: trainer.store.grad(fqn).clone() for fqn in trainer.model.specs}
+    grads = {fqn: gradient_of(trainer.store, fqn).clone() for fqn in trainer.model.specs}
     results = [first] + [trainer.step(i, data.batch(i)) for i in range(1, steps)]
-    valid = evaluate(
-        trainer.summed_loss,
-        data,
-        num_batches=1,
-        processes=processes,
-        token_lengths=None,
-        ignore_after=None,
-    )
+    text = Text(data, num_batches=1, ignore_after=None, token_lengths=None)
+    valid = evaluate(trainer.summed_loss, text, processes)
     return {
         "losses": [float(r.loss) for r in results],
         "norms": [r.grad_norm for r in results],

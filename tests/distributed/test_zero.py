@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.checkpoint.save import save_checkpoint
 from fp8train.comm.processes import joined_processes
 from fp8train.live.describe import stored_bytes
 from fp8train.step.trainer import Trainer
+from tests.checkpoint.loading import load_checkpoint
 from tests.training.tiny import VOCAB, alone, batches, losses, of_one_process, tiny_config
 
 STEPS = 5

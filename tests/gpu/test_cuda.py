@@ -58,8 +58,8 @@ def test_training_follows_the_cpu(fp8: str, compile_mode: str) -> None:
     for processes in (cpu, on_cuda()):
         trainer = Trainer(config, processes, vocab_size=VOCAB)
         if fp8 == "true" and processes.device.type == "cuda":
-            assert trainer.built.backend == choose_gemm_backend(processes.device, torch.bfloat16)
-            assert trainer.built.backend.name == "scaled_mm"
+            assert trainer.built.fp8.backend == choose_gemm_backend(processes.device, torch.bfloat16)
+            assert trainer.built.fp8.backend.name == "scaled_mm"
         data = batches(config, processes)
         curves.append([float(trainer.step(i, data.batch(i)).loss) for i in range(10)])
     assert curves[1] == pytest.approx(curves[0], rel=2e-2)

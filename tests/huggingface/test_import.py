@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8train.checkpoint.load import load_checkpoint
 from fp8train.config.resolve import load_config
 from fp8train.huggingface.config_json import ConfigJson, read_config
 from fp8train.huggingface.errors import HuggingFaceError
 from fp8train.huggingface.find_architecture import architecture_of_config
 from fp8train.huggingface.importing import import_command
-from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
+from fp8train.huggingface.parity import decoder_in_fp32
 from fp8train.inference.load import TrainedRun, open_run
+from tests.checkpoint.loading import load_checkpoint
 from tests.huggingface.models import VARIANTS, VOCAB, logits_of, their_model, tokens_of
 from tests.models.hf_mapping import to_gpt2, to_llama, to_neox
 
@@ -33,7 +33,7 @@ def imported(folder: Path, run: Path) -> TrainedRun:
 
 
 def our_logits(run: TrainedRun, tokens: Tensor) -> Tensor:
-    return decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read).logits(tokens)
+    return decoder_in_fp32(run, run.states().read).logits(tokens)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -62,8 +62,8 @@ def test_master_weights_have_the_bits_of_the_file(tmp_path: Path, variant: str, 
     theirs = their_model(variant)
     theirs.save_pretrained(tmp_path / "hf")
     run = imported(tmp_path / "hf", tmp_path / "run")
-    reader = MasterReader(run)
-    masters = {fqn: reader.read(fqn) for fqn in reader.shapes}
+    states = run.states()
+    masters = {fqn: states.read(fqn) for fqn in states.model.specs}
     found = to_theirs(masters, run.config.model)
     expected = theirs.state_dict()
     assert set(found) | {"lm_head.weight"} == set(expected) | {"lm_head.weight"}
@@ -306,12 +306,12 @@ def test_a_wrong_import_is_noticed(saved: Path, tmp_path: Path, monkeypatch: pyt
     """The parity check, on by default, fails where keys and values are exchanged; nothing is left behind."""
     from fp8train.huggingface import llama
 
-    right = llama._parts
+    right = llama.vectors
 
-    def wrong(ours: str, theirs: str, names: tuple[str, ...], *rest: Any) -> Any:
-        return right(ours, theirs, tuple(names[i] for i in (0, 2, 1)) if len(names) == 3 else names, *rest)
+    def wrong(ours: str, *theirs: str, **rest: Any) -> Any:
+        return right(ours, *((theirs[0], theirs[2], theirs[1]) if len(theirs) == 3 else theirs), **rest)
 
-    monkeypatch.setattr(llama, "_parts", wrong)
+    monkeypatch.setattr(llama, "vectors", wrong)
     with pytest.raises(HuggingFaceError, match=r"largest difference of a logit .*\nthe two models differ"):
         import_command(saved, output=tmp_path / "run", check=None, text=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

@@ -29,8 +29,7 @@ from fp8train.evaluation.scoring import score
 from fp8train.evaluation.tasks import encode_task, read_task, task_metrics
 from fp8train.huggingface.exporting import export_command
 from fp8train.huggingface.importing import import_command
-from fp8train.huggingface.masters import MasterReader, decoder_in_fp32
-from fp8train.huggingface.parity import fixed_tokens, perplexity
+from fp8train.huggingface.parity import decoder_in_fp32, fixed_tokens, perplexity
 from fp8train.inference.load import TrainedRun, open_run
 from fp8train.step.targets import inputs_and_targets
 from fp8train.step.trainer import Trainer
@@ -90,7 +89,7 @@ def novel(run: TrainedRun, text: list[int]) -> list[int]:
 
 def test_logits(run: TrainedRun, theirs: nn.Module) -> None:
     """In FP32 within 1e-4."""
-    ours = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
+    ours = decoder_in_fp32(run, run.states().read)
     assert sum(p.numel() for p in ours.parameters()) == 134_515_008
     tokens = fixed_tokens(run.vocab_size, CONTEXT)
     expected = logits_of(theirs, tokens)
@@ -123,7 +122,7 @@ def test_perplexity(run: TrainedRun, theirs: nn.Module, text: list[int]) -> None
     def of_theirs() -> float:
         return perplexity(lambda tokens: logits_of(theirs, tokens), first, CONTEXT)
 
-    exact = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
+    exact = decoder_in_fp32(run, run.states().read)
     found = {"transformers, FP32": of_theirs(), "FP32": perplexity(exact.logits, first, CONTEXT)}
     simulate_fp8(theirs)
     found["transformers, FP8 simulated"] = of_theirs()
@@ -208,7 +207,7 @@ def test_piqa_against_transformers(run: TrainedRun, theirs: nn.Module) -> None:
         pytest.skip("set FP8TRAIN_EVAL_DATA to a folder with piqa.jsonl")
     task = read_task(Path(folder) / "piqa.jsonl", limit=QUESTIONS)
     tokenizer = run.tokenizer()
-    ours = decoder_in_fp32(run.config, run.vocab_size, MasterReader(run).read)
+    ours = decoder_in_fp32(run, run.states().read)
     encoded = encode_task(task, tokenizer, delimiter=" ", context_length=CONTEXT)
     scores = score(ours, encoded.requests, batch_size=8, pad_id=tokenizer.eod_id, ranks=alone())
     rest, right = iter(scores), 0

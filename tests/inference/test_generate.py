@@ -17,7 +17,7 @@ from fp8train.data.errors import DataError
 from fp8train.data.tokenizer_training import train_sentencepiece
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate, generate_command
-from fp8train.inference.load import load_trained
+from fp8train.inference.load import open_run
 from fp8train.inference.sampling import Sampling, probabilities
 from fp8train.models.build import build_model, initialise
 from fp8train.models.decoder import Decoder
@@ -62,9 +62,7 @@ def test_cache_gives_the_tokens_of_the_whole_sequence(family: str, sampling: Sam
         model,
         prompt,
         max_tokens=21,  # up to the last position: the last token is never fed back
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        sampling=sampling,
         generator=torch.Generator().manual_seed(8),
         eod_id=None,
         num_samples=3,
@@ -87,9 +85,7 @@ def test_sampling_sees_the_logits_of_training() -> None:
             model,
             prompt,
             max_tokens=8,
-            temperature=1.0,
-            top_k=None,
-            top_p=None,
+            sampling=sampling,
             generator=torch.Generator().manual_seed(8),
             eod_id=None,
             num_samples=3,
@@ -104,9 +100,9 @@ def test_sampling_sees_the_logits_of_training() -> None:
 def draw(model: Decoder, **changes: Any) -> list[list[int]]:
     arguments: dict[str, Any] = {
         "max_tokens": 15,
-        "temperature": 1.0,
-        "top_k": None,
-        "top_p": None,
+        "sampling": Sampling(
+            changes.pop("temperature", 1.0), changes.pop("top_k", None), changes.pop("top_p", None)
+        ),
         "generator": torch.Generator().manual_seed(changes.pop("seed", 8)),
         "eod_id": None,
     }
@@ -217,11 +213,12 @@ def test_weights_are_the_rounded_masters(
 ) -> None:
     """Those in FP8 to half a unit in the last place; tests/inference/test_numerics.py compares codes."""
     masters = write_run(tmp_path / "run", llama(compute=compute, gemm={"fp8": fp8}), tokenizer_bytes)
-    trained = load_trained(tmp_path / "run", device=CPU)
-    assert trained.run.step == 30
+    run = open_run(tmp_path / "run")
+    model = run.load("matched", device=CPU).model
+    assert run.step == 30
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[compute]
-    linears = {f"{path}.weight": linear for path, linear in trained.built.model.linears().items()}
-    for name, parameter in trained.built.model.named_parameters():
+    linears = {f"{path}.weight": linear for path, linear in model.linears().items()}
+    for name, parameter in model.named_parameters():
         if fp8 and name in linears:
             values, unit = linears[name].dequantized_weight(torch.float64), masters[name].abs().max() / 256
             error = (values - masters[name]).abs()
@@ -258,20 +255,19 @@ def test_command(
     out, err = capsys.readouterr()
     assert "step 30, " + ("FP8: 8 of 9 linears; skipped 1 (head: 1)" if fp8 else "bf16") in err
 
-    trained = load_trained(tmp_path / "run", device=CPU)
-    prompt = trained.tokenizer.encode("def f")
+    run = open_run(tmp_path / "run")
+    model, tokenizer = run.load("matched", device=CPU).model, run.tokenizer()
+    prompt = tokenizer.encode("def f")
     expected = generate(
-        trained.built.model,
+        model,
         prompt,
         max_tokens=12,
-        temperature=1.0,
-        top_k=40,
-        top_p=0.9,
+        sampling=Sampling(1.0, top_k=40, top_p=0.9),
         generator=torch.Generator().manual_seed(3),
-        eod_id=trained.tokenizer.eod_id,
+        eod_id=tokenizer.eod_id,
         num_samples=2,
     )
-    texts = [trained.tokenizer.decode([*prompt, *row]) for row in expected]
+    texts = [tokenizer.decode([*prompt, *row]) for row in expected]
     assert all(text.startswith("def f") for text in texts)
     assert out == "".join(f"--- sample {i} of 2\n{text}\n" for i, text in enumerate(texts, start=1))
 
@@ -280,9 +276,7 @@ def run_with(path: Path, **changes: Any) -> int:
     arguments: dict[str, Any] = {
         "prompt": "def",
         "max_tokens": 5,
-        "temperature": 0.0,
-        "top_k": None,
-        "top_p": None,
+        "sampling": Sampling(temperature=0.0),
         "seed": 1,
         "num_samples": 1,
         "device": "cpu",
@@ -296,10 +290,11 @@ def test_an_empty_prompt_begins_a_document(
 ) -> None:
     write_run(tmp_path / "run", llama(), tokenizer_bytes)
     run_with(tmp_path / "run", prompt="")
-    trained = load_trained(tmp_path / "run", device=CPU)
-    eod = trained.tokenizer.eod_id
-    [tokens] = draw(trained.built.model, prompt=[eod], max_tokens=5, temperature=0.0, eod_id=eod)
-    assert capsys.readouterr().out == trained.tokenizer.decode(tokens) + "\n"
+    run = open_run(tmp_path / "run")
+    model, tokenizer = run.load("matched", device=CPU).model, run.tokenizer()
+    eod = tokenizer.eod_id
+    [tokens] = draw(model, prompt=[eod], max_tokens=5, temperature=0.0, eod_id=eod)
+    assert capsys.readouterr().out == tokenizer.decode(tokens) + "\n"
 
 
 def test_tokenizer_of_the_dataset_serves_when_the_run_has_none(
@@ -308,9 +303,9 @@ def test_tokenizer_of_the_dataset_serves_when_the_run_has_none(
     recorded = tmp_path / "data.model"
     recorded.write_bytes(tokenizer_bytes)
     write_run(tmp_path / "run", llama(), None, tokenizer=str(recorded))
-    assert load_trained(tmp_path / "run", device=CPU).tokenizer.path == recorded
+    assert open_run(tmp_path / "run").tokenizer().path == recorded
     (tmp_path / "run" / "tokenizer.model").write_bytes(tokenizer_bytes)
-    assert load_trained(tmp_path / "run", device=CPU).tokenizer.path == tmp_path / "run" / "tokenizer.model"
+    assert open_run(tmp_path / "run").tokenizer().path == tmp_path / "run" / "tokenizer.model"
 
 
 def test_missing_things(tmp_path: Path, tokenizer_bytes: bytes) -> None:

@@ -15,6 +15,7 @@ from fp8train.config.schema import Config, to_plain
 from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate
 from fp8train.inference.load import TrainedRun, open_run
+from fp8train.inference.sampling import Sampling
 from fp8train.layers import fp8_weight
 from fp8train.models.build import BuiltModel, build_model
 from fp8train.models.decoder import Decoder
@@ -166,9 +167,7 @@ def test_weights_take_a_byte_and_are_quantised_once(
             model,
             [1, 2, 3],
             max_tokens=4,
-            temperature=0.0,
-            top_k=None,
-            top_p=None,
+            sampling=Sampling(temperature=0.0),
             generator=torch.Generator(),
             eod_id=None,
         )
@@ -246,9 +245,7 @@ def test_one_token_prompts_generate(tmp_path: Path, recipe: str) -> None:
             model,
             [7],
             max_tokens=12,
-            temperature=0.0,
-            top_k=None,
-            top_p=None,
+            sampling=Sampling(temperature=0.0),
             generator=torch.Generator(),
             eod_id=None,
             num_samples=samples,
@@ -292,7 +289,7 @@ def test_generation_decodes_each_weight_once(
     monkeypatch.setattr(fp8_weight, "decode_finite", lambda *given: decoded.append(1) or plain(*given))
 
     def tokens(model: Decoder) -> list[list[int]]:
-        settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": None, "eod_id": None}
+        settings: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "eod_id": None}
         return generate(model, [1, 2, 3], max_tokens=12, generator=torch.Generator(), **settings)
 
     model = run.load("matched", device=CPU).model

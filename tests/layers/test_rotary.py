@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fp8train.layers.rotary import RopeScaling, apply_rotary, rotary_frequencies, rotary_table
+from fp8train.kernels.rotary import apply_rotary
+from fp8train.layers.rotary import RopeScaling, rotary_frequencies, rotary_table
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 

@@ -122,7 +122,8 @@ def test_percent(share: float, shown: str) -> None:
 
 
 def printed(stream: io.StringIO) -> str:
-    Console(enabled=True, total_steps=5, stream=stream).step(1, {"train/loss_mean": math.nan})
+    console = Console(enabled=True, stream=stream)
+    console.say(step_line(1, 5, {"train/loss_mean": math.nan}, colour=console.colour))
     return stream.getvalue()
 
 
@@ -148,7 +149,7 @@ def test_the_live_line_stands_below_an_empty_row_and_is_cleared(monkeypatch: pyt
     clock = [100.0]
     monkeypatch.setattr("fp8train.live.console.time.monotonic", lambda: clock[0])
     stream = Terminal()
-    with Console(enabled=True, total_steps=5, stream=stream) as console:
+    with Console(enabled=True, stream=stream) as console:
         console.live("step 2/5")
         assert not console.live_is_due()
         console.live("too soon")
@@ -166,7 +167,7 @@ def test_the_live_line_stands_below_an_empty_row_and_is_cleared(monkeypatch: pyt
 def test_no_live_line_where_it_does_not_belong(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb" if kind == "dumb terminal" else "xterm")
     stream = io.StringIO() if kind == "file" else Terminal()
-    console = Console(enabled=kind != "other rank", total_steps=5, stream=stream)
+    console = Console(enabled=kind != "other rank", stream=stream)
     assert not console.live_is_due()
     console.live("step 2/5")
     console.clear()
@@ -191,7 +192,7 @@ def test_a_loss_on_a_device_is_not_waited_for(
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     reporter: Any = SimpleNamespace(
-        console=Console(enabled=True, total_steps=9, stream=stream),
+        console=Console(enabled=True, stream=stream),
         config=SimpleNamespace(total_steps=9),
         throughput=SimpleNamespace(so_far=lambda steps, tokens, left: (tokens / steps, left)),
         _tokens=lambda done, steps: 100 * steps,
@@ -205,7 +206,7 @@ def test_a_loss_on_a_device_is_not_waited_for(
 
 def test_other_ranks_are_silent() -> None:
     stream = io.StringIO()
-    Console(enabled=False, total_steps=5, stream=stream).say("text")
+    Console(enabled=False, stream=stream).say("text")
     assert stream.getvalue() == ""
 
 
@@ -219,7 +220,7 @@ def test_a_full_disk_costs_a_line_not_the_run() -> None:
             return super().write(text)
 
     stream = Full()
-    console = Console(enabled=True, total_steps=5, stream=stream)
+    console = Console(enabled=True, stream=stream)
     console.say("lost")
     stream.full = False
     console.say("shown")
@@ -229,7 +230,7 @@ def test_a_full_disk_costs_a_line_not_the_run() -> None:
 def test_a_closed_pipe_does_not_end_the_run() -> None:
     code = (
         "import sys\nfrom fp8train.live.console import Console\n"
-        "console = Console(enabled=True, total_steps=1)\n"
+        "console = Console(enabled=True)\n"
         "sys.stdin.readline()\n"  # until the reader is gone
         "for _ in range(3): console.say('text')\n"
         "sys.exit(7)"

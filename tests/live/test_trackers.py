@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +217,9 @@ def events(run: RunDir) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def all_trackers(run: RunDir, *, enabled: bool = True, mode: str = "offline") -> Trackers:
+def all_trackers(run: RunDir, *, mode: str = "offline") -> Trackers:
     logging = LoggingConfig(tensorboard=True, wandb=WandbConfig(mode=mode))  # type: ignore[arg-type]
-    return Trackers(logging, run, run.log_event, run_name="run", run_config={"b": 2}, enabled=enabled)
+    return Trackers(logging, run, run.log_event, run_name="run", run_config={"b": 2})
 
 
 def test_both_trackers_and_a_resumed_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_tracker_that_fails_is_reported_once(monkeypatch: pytest.MonkeyPatch, 
 
 def test_other_ranks_track_nothing(tmp_path: Path) -> None:
     run = open_run(tmp_path)
-    trackers = all_trackers(run, enabled=False, mode="online")
+    trackers = all_trackers(replace(run, rank=1), mode="online")
     trackers.log(1, 1, {"train/loss": 1.0})
     trackers.close("completed")
     assert not [p for folder in ("tb", "wandb") for p in (run.path / folder).glob("*")]

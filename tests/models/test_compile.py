@@ -17,6 +17,7 @@ from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.store import GradientStore
 from fp8train.precision.gradients import Gradients
 from tests.models.settings import FAMILIES, fill, gradients, random_tokens, tiny_built, tiny_config
+from tests.parallel.gradients.reading import gradient_of
 
 LAYERS = 3
 
@@ -55,7 +56,7 @@ def stored_gradients(built: BuiltModel, tokens: Tensor, targets: Tensor) -> dict
         (model(tokens, targets) / (2 * targets.numel())).backward()
     store.finish()
     assert all(parameter.grad is None for parameter in model.parameters())
-    return {name: store.grad(name).clone() for name, _ in model.named_parameters()}
+    return {name: gradient_of(store, name).clone() for name, _ in model.named_parameters()}
 
 
 SLOW = pytest.mark.slow

@@ -57,7 +57,7 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 
 def test_linear_with_a_bias_of_zero() -> None:
     """The library multiplies the bias by α as well; here it is added afterwards. Gradients are the same."""
-    alphas = umup().linear("hidden", WIDTH, FFN)
+    alphas = umup().linear(WIDTH, FFN)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         layer = Linear(WIDTH, FFN, bias=True, dtype=torch.float64, alphas=alphas)
@@ -253,5 +253,5 @@ def test_attention_variance_against_simulation(length: int) -> None:
 
 def test_geometric_mean_of_a_linear_is_the_paper_s() -> None:
     """2303.11257: (mn)^(-1/4) for both, where the edge is constrained."""
-    alphas = umup(constraint="geometric_mean").linear("hidden", 64, 256)
+    alphas = umup(constraint="geometric_mean").linear(64, 256)
     assert alphas.output == alphas.grad_input == pytest.approx((64 * 256) ** -0.25)

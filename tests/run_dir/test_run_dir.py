@@ -71,7 +71,7 @@ def test_records(tmp_path: Path) -> None:
     run.log("first line\nsecond ü \udcff line")
     assert run.config_file.read_text() == "a: 1\n"
     assert json.loads((run.path / "env.json").read_text()) == {"host": "ü"}
-    (line,) = run.metrics_file.read_text().splitlines()
+    (line,) = (run.path / "metrics.jsonl").read_text().splitlines()
     assert math.isnan(json.loads(line)["train/loss"])
     assert json.loads(line)["optim/grad_norm"] == math.inf
     event = json.loads((run.path / "events.jsonl").read_text())
@@ -339,14 +339,14 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path, r
     killed = _open(tmp_path, "killed")
     for step in range(1, 9):
         killed.log_metrics({"step": step, "loss": 0.1 * step})
-    with killed.metrics_file.open("a") as stream:
+    with (killed.path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 9, "lo')  # the line that the kill cut
     killed.close()
     again = _open(tmp_path, "killed", resume="auto")
     again.truncate_after(resumed_at)
     for step in range(min(resumed_at, 8) + 1, 11):
         again.log_metrics({"step": step, "loss": 0.1 * step})
-    assert again.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
+    assert (again.path / "metrics.jsonl").read_bytes() == (whole.path / "metrics.jsonl").read_bytes()
     assert not [entry for entry in again.path.iterdir() if entry.name.endswith(".tmp")]
 
 
@@ -356,10 +356,10 @@ def test_truncation_covers_events_and_a_fresh_start(tmp_path: Path) -> None:
         run.log_metrics({"step": step})
         run.log_event("saved", step=step)
     run.truncate_after(1)
-    assert _steps(run.metrics_file) == [0, 1]
+    assert _steps(run.path / "metrics.jsonl") == [0, 1]
     assert _steps(run.path / "events.jsonl") == [0, 1]
     run.truncate_after(None)
-    assert run.metrics_file.read_text() == ""
+    assert (run.path / "metrics.jsonl").read_text() == ""
     assert (run.path / "events.jsonl").read_text() == ""
     run.close()
 
@@ -383,7 +383,7 @@ def test_a_full_disk_loses_lines_loudly_and_never_half_of_one(
         run.log_metrics({"step": step, "text": "x" * 3000})
     assert "LOST a line" in caplog.text
     assert "the disk is full" in caplog.text
-    steps = _steps(run.metrics_file)  # every line parses
+    steps = _steps(run.path / "metrics.jsonl")  # every line parses
     assert steps == list(range(1, len(steps) + 1))
     assert 10 < len(steps) < 199
     run.close()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fp8train.step.trainer import Trainer
+from tests.parallel.gradients.reading import gradient_of
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 REDUCTIONS = {
@@ -24,7 +25,7 @@ def first_moments(overrides: list[str], clip: float) -> tuple[dict[str, torch.Te
     trainer = Trainer(config, alone(), vocab_size=VOCAB)
     norm = trainer.step(0, batches(config, alone()).batch(0)).grad_norm
     names = [fqn for fqn, _ in trainer.model.named_parameters()]
-    squares = sum(float(trainer.store.grad(fqn).double().square().sum()) for fqn in names)
+    squares = sum(float(gradient_of(trainer.store, fqn).double().square().sum()) for fqn in names)
     return {fqn: trainer.optimizer.states.decoded(fqn, "exp_avg") for fqn in names}, norm, squares**0.5
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fp8train.step.trainer import Trainer
+from tests.parallel.gradients.reading import gradient_of
 from tests.training.launching import finish, start, write_config
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
@@ -43,7 +44,7 @@ def test_every_linear_in_the_plan_has_a_row_of_its_gradient(reduction: str) -> N
         row = rows[f"{path}/grad_weight"]
         assert 20 < row["snr_db"] < 45, (path, row)
         if reduction != "exact":  # whose row is of one micro-batch
-            stored = float(trainer.store.grad(f"{path}.weight").abs().max())
+            stored = float(gradient_of(trainer.store, f"{path}.weight").abs().max())
             assert row["amax"] == pytest.approx(stored, rel=2**-4)
 
 
@@ -58,12 +59,12 @@ def test_flushed_shares_are_those_of_the_states(clip: float) -> None:
     multiplier = min(1.0, clip / norm) if clip else 1.0
     flushed, total = {"exp_avg": 0, "exp_avg_sq": 0}, 0
     for path in trainer.built.fp8.converted:
-        gradient = trainer.store.grad(f"{path}.weight").double() * multiplier
+        gradient = gradient_of(trainer.store, f"{path}.weight").double() * multiplier
         total += gradient.numel()
         for role, new in (("exp_avg", 0.1 * gradient), ("exp_avg_sq", 0.05 * gradient.square())):
             stored = trainer.optimizer.states.decoded(f"{path}.weight", role)
             flushed[role] += int(((stored == 0) & (new.float() != 0)).sum())
-    metrics = trainer.optimizer_metrics()
+    metrics = trainer.monitors.optimizer_metrics(trainer.optimizer)
     assert flushed["exp_avg_sq"] > 10
     for role, count in flushed.items():
         assert metrics[f"optim/flushed_{role}"] == pytest.approx(count / total, rel=1e-6), role
@@ -74,7 +75,7 @@ def test_steps_that_are_not_sampled_count_nothing() -> None:
     assert trainer.monitors.recorder is not None
     trainer.monitors.recorder.active = False
     trainer.step(1, batches(trainer.config, alone()).batch(1))
-    assert trainer.optimizer_metrics() == {}
+    assert trainer.monitors.optimizer_metrics(trainer.optimizer) == {}
 
 
 def test_a_run_records_both(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fp8train.checkpoint import save as save_module
 from fp8train.checkpoint.background import BackgroundSaver, Written
 from fp8train.checkpoint.catalog import step_of
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.load import read_meta
+from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.cli import run_command
 from fp8train.step.result import StepResult
 from fp8train.step.trainer import Trainer
@@ -227,7 +227,7 @@ def test_kept_by_step_and_by_loss(config: Path) -> None:
     best = min(losses, key=lambda step: losses[step])
     assert steps(run) == sorted({6, best, 10})
     for path in (run / "checkpoints").glob("step_*"):
-        assert read_meta(path)["eval_loss"] == losses.get(step_of(path))
+        assert read_meta_file(path)[1]["eval_loss"] == losses.get(step_of(path))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from fp8train.models.build import build_model, initialise
 from fp8train.run_dir.metrics import read_metrics
 from fp8train.step.targets import inputs_and_targets
 from fp8train.step.trainer import Trainer
+from tests.parallel.gradients.reading import gradient_of
 from tests.training.tiny import alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +110,7 @@ def test_loss_and_gradients_are_those_of_the_answers(prefix: str) -> None:
     for fqn, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(
-            trainer.store.grad(fqn).view_as(parameter), parameter.grad, rtol=1e-9, atol=1e-12
+            gradient_of(trainer.store, fqn).view_as(parameter), parameter.grad, rtol=1e-9, atol=1e-12
         )
     everything = inputs_and_targets(torch.where(batch < 0, ~batch, batch), None)[1]
     assert float(trainer.summed_loss(inputs, everything)) / everything.numel() != pytest.approx(

@@ -19,7 +19,7 @@ def test_a_gradient_above_its_fp32_amax_stays_on_the_grid_of_squares() -> None:
     run_pass(bucket, scales, [[gradient]])
     assert scales.must_repeat(), "the first step has no grid"
     run_pass(bucket, scales, [[gradient]])
-    integers = [int(x) for x in bucket.buffer(0).flatten()]
+    integers = [int(x) for x in bucket.storage.buffer(0).flatten()]
     shift = int(scales.step.square_shifts[0])
     assert shift > 0
     assert sum(x * x for x in integers) < 2 ** (62 + shift), f"shift {shift} for {integers}"

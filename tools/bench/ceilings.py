@@ -1,9 +1,9 @@
 """What a GPU can do at most, and how long a list of launches then takes: a roofline, launch by launch.
 
 A launch takes the longest of three: its bytes at the copy bandwidth, its FLOPs at what large GEMMs (or the
-attention kernel) reach, and the shortest time that a kernel takes at all. Launches follow one another; the host is
-never late (it is not where launches are few and large). These are ceilings: a prediction that reality beats is wrong,
-one that it misses by a tenth is good.
+attention kernel) reach, and the shortest time that a kernel takes at all. Launches follow one another; the
+host is never late (it is not where launches are few and large). These are ceilings: a prediction that
+reality beats is wrong, one that it misses by a tenth is good.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from measure import describe_machine, print_table, write_json
 from torch import Tensor
 
 from fp8train.checkpoint.background import BackgroundSaver
-from fp8train.checkpoint.load import load_checkpoint
+from fp8train.checkpoint.load import open_checkpoint
 from fp8train.checkpoint.readback import describe
 from fp8train.checkpoint.retention import Retention
 from fp8train.checkpoint.save import Order, save_checkpoint, with_rank_state
@@ -87,7 +87,7 @@ class Variants:
 
         def load(verify: Any) -> Callable[[], object]:
             path = root / "step_00000001"
-            return lambda: load_checkpoint(path, self.targets, group=None, verify=verify)
+            return lambda: open_checkpoint(path, group=None, verify=verify).load(self.targets)
 
         seconds = {"save": timed(save)}
         seconds["load, verify: full"] = timed(load("full"))

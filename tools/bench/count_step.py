@@ -1,11 +1,12 @@
 """Count one training step of a configuration on a GPU that need not be there, and predict its time.
 
-    python tools/bench/count_step.py CONFIG.yaml [section.key=value ...] [--gpu H100] [--layers 2] [--json FILE]
+    python tools/bench/count_step.py CONFIG.yaml [section.key=value ...] [--gpu H100] [--json FILE]
 
-A real ``Trainer.step`` runs on tensors without values, with the branches that a GPU takes. It counts every launch, the
-bytes it reads and writes, FLOPs, places where the host waits, live memory, and whether the tensor cores take each GEMM
-as it lies. Two models, of one block and of two, give the cost of a block and that of the rest; the model's own number
-of blocks then gives the whole. Times are ceilings (``tools/bench/ceilings.py``), not measurements.
+A real ``Trainer.step`` runs on tensors without values, with the branches that a GPU takes. It counts every
+launch, the bytes it reads and writes, FLOPs, places where the host waits, live memory, and whether the
+tensor cores take each GEMM as it lies. Two models, of one block and of two, give the cost of a block and
+that of the rest; the model's own number of blocks then gives the whole. Times are ceilings
+(``tools/bench/ceilings.py``), not measurements.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ from tools.bench.ceilings import GPUS, Gpu
 from tools.bench.step_counter import DEVICE, Counts, Row, StepCounter
 
 PHASES = ("weights", "forward", "backward", "head", "reduce", "norm", "optimizer", "other")
-"""Weight casts, blocks forward, everything backward, the head's forward (which computes its gradient), gradient
-reduction, gradient norm, optimizer, and the rest of a step."""
+"""Weight casts, blocks forward, everything backward, the head's forward (which computes its gradient),
+gradient reduction, gradient norm, optimizer, and the rest of a step."""
 
 _CONTRIBUTIONS = (
     ("linear", "contribute_grad_weight"),
     ("fp8_linear", "contribute_grad_weight"),
     ("fp8_linear", "contribute_grad_weight_fp8"),
+    ("fused_linear", "contribute_grad_weight"),
+    ("fused_linear", "contribute_grad_weight_fp8"),
 )
 
 
@@ -187,7 +190,9 @@ class Report:
 
     def block(self, name: str, phases: Sequence[str] = PHASES) -> Any:
         """The sum of a field over phases, for one block."""
-        return sum(getattr(line, name) for line in self.lines if line.part == "block" and line.phase in phases)
+        return sum(
+            getattr(line, name) for line in self.lines if line.part == "block" and line.phase in phases
+        )
 
     def rest(self, name: str, phases: Sequence[str] = PHASES) -> Any:
         """The sum of a field over phases, for everything but the blocks."""
@@ -243,7 +248,8 @@ def show(result: Report) -> None:
             if line.part == part and line.launches:
                 print(
                     f"{part + ', ' + line.phase:22}{line.launches:9}{line.elementwise_bytes / 1e9:16.3f}"
-                    f"{line.gemm_flops / 1e12:12.3f}{line.attention_flops / 1e12:11.3f}{line.seconds * 1e3:9.3f}"
+                    f"{line.gemm_flops / 1e12:12.3f}{line.attention_flops / 1e12:11.3f}"
+                    f"{line.seconds * 1e3:9.3f}"
                 )
     print(f"host waits: {result.syncs}")
     print(f"GEMMs that the tensor cores do not take as they lie: {result.gemms or 'none'}")
@@ -268,11 +274,15 @@ def places(counts: Counts, top: int) -> None:
 
 def main() -> None:
     """Parse arguments, count, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--gpu", choices=GPUS, default="H100")
-    parser.add_argument("--places", type=int, default=0, help="print so many lines of the package that move most")
+    parser.add_argument(
+        "--places", type=int, default=0, help="print so many lines of the package that move most"
+    )
     parser.add_argument("--no-optimizer", action="store_true", help="leave the update of the weights out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

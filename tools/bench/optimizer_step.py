@@ -29,7 +29,7 @@ from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.held import GradientReader
-from fp8train.parallel.gradients.receivers import Everyone, Member
+from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
@@ -89,7 +89,7 @@ def gradient_reader(size: int, device: torch.device) -> GradientReader:
     """A random gradient in FP8 blocks."""
     torch.manual_seed(0)
     members = [Member("w", (size, size))]
-    places = Everyone().places(members, row_blocks(members, 128))
+    places = Places(members, row_blocks(members, 128))
     storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=None, device=device)
     bucket = Bucket(storage, ExchangeSum(storage, None))
     bucket.begin()

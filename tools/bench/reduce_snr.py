@@ -17,6 +17,7 @@ reduced as that mode does, and compared with the FP64 sum:
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,7 +188,9 @@ def capture(args: argparse.Namespace, count: int) -> Gradients:
         ).backward()
         trainer.store.finish()
         for fqn in weights:
-            gradients[fqn].append(trainer.store.grad(fqn).float().clone())
+            shape = trainer.model.specs[fqn].local_shape
+            values = trainer.store.reader(fqn).chunk(0, math.prod(shape))
+            gradients[fqn].append(values.view(shape).clone())
     return {fqn: torch.stack(values) for fqn, values in gradients.items()}
 
 

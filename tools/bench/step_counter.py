@@ -1,8 +1,9 @@
-"""Counts what one training step asks of a GPU, on tensors without values: launches, bytes, FLOPs, host syncs, memory.
+"""Counts what one training step asks of a GPU, on tensors without values: launches, bytes, FLOPs, host
+syncs, memory.
 
-A :class:`StepCounter` is a dispatch mode: torch shows it every operation on the meta device, below autograd. Views are
-free. A fused operation of the package declares its own cost; any other operation is one launch that reads its inputs
-and writes its outputs once, with a few exceptions that are known to be several.
+A :class:`StepCounter` is a dispatch mode: torch shows it every operation on the meta device, below autograd.
+Views are free. A fused operation of the package declares its own cost; any other operation is one launch
+that reads its inputs and writes its outputs once, with a few exceptions that are known to be several.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,11 +26,15 @@ from tools.bench.ceilings import Gpu, Kind
 
 DEVICE = "meta"
 _PACKAGE = str(Path(__file__).parents[2] / "fp8train")
-_FREE = frozenset(
-    """view t transpose permute slice select expand unsqueeze squeeze as_strided detach _unsafe_view alias split unbind
-    chunk view_as _reshape_alias narrow unfold lift_fresh diagonal split_with_sizes empty empty_like new_empty
-    empty_strided new_empty_strided is_same_size sym_size resize_ set_ _local_scalar_dense""".split()
-)
+# fmt: off
+_FREE = frozenset((
+    "view", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "as_strided",
+    "detach", "_unsafe_view", "alias", "split", "unbind", "chunk", "view_as", "_reshape_alias", "narrow",
+    "unfold", "lift_fresh", "diagonal", "split_with_sizes", "empty", "empty_like", "new_empty",
+    "empty_strided", "new_empty_strided", "is_same_size", "sym_size", "resize_", "set_",
+    "_local_scalar_dense",
+))
+# fmt: on
 _GEMMS = ("mm", "addmm", "addmm_", "_scaled_mm", "_scaled_mm_v2", "bmm", "baddbmm")
 _WITHOUT_OLD = ("copy_", "fill_", "zero_")  # they overwrite what they do not read
 _SEVERAL = {"_scaled_dot_product_flash_attention_backward": 3, "embedding_dense_backward": 4}
@@ -93,7 +97,7 @@ class Counts:
     peak: dict[str, int] = field(default_factory=dict)
 
     def total(self, **wanted: str) -> Row:
-        """The sum of the rows whose places have these values: ``total(kind="elementwise", phase="forward")``."""
+        """The sum of the rows whose places have these values, such as ``kind="elementwise"``."""
         result = Row()
         for place, row in self.rows.items():
             if all(getattr(place, name) == value for name, value in wanted.items()):

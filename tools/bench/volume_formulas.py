@@ -22,15 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-
 from fp8train.comm.processes import AXES
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline
-from fp8train.kernels.gemm import choose_gemm_backend
-from fp8train.models.build import COMPUTE_DTYPES, outline
-from fp8train.models.fp8_plan import plan_fp8
+from fp8train.models.build import outline
 from fp8train.models.part import ModelPart
 from fp8train.models.shapes import held, local_shape, split_dim
 from fp8train.parallel.pipeline import TIED, StagePlacement
@@ -435,13 +431,8 @@ def volume(step: RankStep) -> dict[Flow, float]:
 
 def _parameters(config: Config, vocab_size: int) -> tuple[Parameter, ...]:
     """Names and shapes of the whole model, from an outline without storage."""
-    model, in_plan = outline(config, vocab_size), set[str]()
-    if config.precision.gemm.fp8:
-        backend = choose_gemm_backend(torch.device("cpu"), COMPUTE_DTYPES[config.precision.compute])
-        linears, layers = model.linears(), config.model.num_layers
-        report = plan_fp8(linears, config.precision, backend, num_layers=layers)
-        in_plan = {f"{path}.weight" for path in report.converted}
-    return tuple(Parameter(fqn, spec.global_shape, fqn in in_plan) for fqn, spec in model.specs.items())
+    specs = outline(config, vocab_size).specs
+    return tuple(Parameter(fqn, spec.global_shape, spec.in_fp8_plan) for fqn, spec in specs.items())
 
 
 def rank_steps(config: Config, *, dp: int) -> list[RankStep]:

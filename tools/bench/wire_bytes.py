@@ -31,7 +31,7 @@ from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.grids import GridScales
 from fp8train.parallel.gradients.integer_storage import Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import CodeSum, IntegerSum
-from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
+from fp8train.parallel.gradients.receivers import Member, Places, row_elements
 from fp8train.precision.gradients import Algorithm
 from fp8train.precision.number_formats import E4M3
 
@@ -73,7 +73,7 @@ def exact(gradient: Tensor, group: CountedGroup, contributions: int) -> None:
         device=gradient.device,
     )
     members = [Member("w", tuple(gradient.shape))]
-    places = Everyone().places(members, row_elements(members), pad_to=group.size)
+    places = Places(members, row_elements(members), pad_to=group.size)
     storage = IntegerStorage(places, Fp8Points(), scales=scales, device=gradient.device)
     bucket = Bucket(storage, CodeSum(storage, group) if contributions == 1 else IntegerSum(storage, group))
     bucket.begin()

@@ -84,15 +84,21 @@ def compile_launch(seen: Launch, capability: int) -> Any:
     kernel = seen.kernel
     assert isinstance(kernel, JITFunction), "Triton was imported with its interpreter"
     signature, constants, attributes = {}, {}, {}
+
+    def describe(value: Any, path: tuple[int, ...], constant: bool) -> Any:
+        """Triton's type of an argument; what is compiled in, or known of it, is noted under its path."""
+        if constant or value is None or (type(value) is int and value == 1):  # as a launch would find it
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(describe(part, (*path, place), False) for place, part in enumerate(value))
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):  # allocators align memory
+            attributes[path] = [["tt.divisibility", 16]]
+        return mangle_type(value)
+
     for place, parameter in enumerate(kernel.params):
         value = seen.arguments.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        aligned = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
-        if aligned:  # as a launch would find it: memory of an allocator is aligned
-            attributes[(place,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = describe(value, (place,), parameter.is_constexpr)
     source = ASTSource(kernel, signature, constants, attributes)
     options = {**seen.options, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.exchange import Quantized
-from fp8train.numerics.block_scales import (
-    as_blocks,
-    decode_e8m0,
-    dequantize_blocks,
-    from_blocks,
-    quantize_blocks,
-)
+from fp8train.numerics.block_scales import as_blocks, decode_e8m0, dequantize_blocks, quantize_blocks
 from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.held import HeldBlocks
@@ -118,14 +112,6 @@ class BlockStorage(Storage):
             self._matrix(member, self._accumulator).copy_(gradient)
         else:
             self._matrix(member, self._accumulator).add_(gradient)
-
-    def local(self, member: int) -> Tensor:
-        """This rank's sum of a member in FP32, of the parameter's shape; decoded where it is in FP8
-        already."""
-        if self._accumulator is not None:
-            return self._matrix(member, self._accumulator).float()
-        rows, shape = self.places.whole[member], self.places.members[member].shape
-        return from_blocks(dequantize_blocks(self._payload[rows], self._scales[rows]), shape)
 
     def _cast(self, rows: slice, blocks: Tensor) -> None:
         if self.residual is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues
-from fp8train.parallel.gradients.receivers import Member, Places
+from fp8train.parallel.gradients.receivers import Places
 
 
 class Storage(Protocol):
@@ -45,10 +45,6 @@ class Storage(Protocol):
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
         """Take one micro-batch's gradient; ``first`` of the step overwrites."""
-        ...
-
-    def local(self, member: int) -> Tensor:
-        """This rank's sum, of the parameter's shape, before it is reduced."""
         ...
 
     def commit(self, clip: Tensor | None) -> None:
@@ -84,52 +80,29 @@ class _Reader:
 
 
 class Bucket:
-    """Parameters whose gradients one storage adds up over micro-batches and one reduction over ranks."""
+    """Parameters whose gradients one storage adds up over micro-batches and one reduction over ranks.
+
+    Attributes:
+        storage: where this rank's contributions add up.
+        members: the parameters of the bucket, in the order in which they lie in memory.
+        scattered: whether each rank receives only the rows of the sum that it owns (ZeRO).
+    """
 
     def __init__(self, storage: Storage, reduction: Reduction) -> None:
         """Join a storage and the reduction that was made for it."""
-        self._storage, self._reduction = storage, reduction
+        self.storage, self._reduction = storage, reduction
+        self.members, self.scattered = storage.places.members, storage.places.scattered
         self._held: Held | None = None
-        self._reduced = False
-
-    @property
-    def members(self) -> list[Member]:
-        """The parameters of the bucket, in the order in which they lie in memory."""
-        return self._storage.places.members
-
-    @property
-    def storage(self) -> Storage:
-        """The storage in which this rank's contributions add up."""
-        return self._storage
-
-    @property
-    def scattered(self) -> bool:
-        """Whether each rank receives only the rows of the sum that it owns (ZeRO)."""
-        return self._storage.places.scattered
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that the storage keeps between steps, scales included."""
-        return self._storage.stored_bytes
-
-    @property
-    def accumulator_bytes(self) -> int:
-        """Bytes that the storage needs beside those while micro-batches add up."""
-        return self._storage.accumulator_bytes
 
     def begin(self) -> None:
         """Begin a step: drop the last result and what an unfinished step left."""
-        self._held, self._reduced = None, False
-        self._storage.begin()
-
-    def buffer(self, member: int) -> Tensor:
-        """The memory that contributions of a member change, of the parameter's shape."""
-        return self._storage.buffer(member)
+        self._held = None
+        self.storage.begin()
 
     def add(self, member: int, gradient: Tensor, *, first: bool) -> None:
         """Add one micro-batch's gradient of a member; the ``first`` of the step overwrites."""
-        self._held, self._reduced = None, False
-        self._storage.add(member, gradient, first=first)
+        self._held = None
+        self.storage.add(member, gradient, first=first)
 
     def launch(self) -> None:
         """Start the reduction: every contribution is in, and the first communication is posted."""
@@ -141,7 +114,7 @@ class Bucket:
 
     def finish(self) -> None:
         """Wait for the reduced gradients; :attr:`held` has them from here on."""
-        self._held, self._reduced = self._reduction.finish(), True
+        self._held = self._reduction.finish()
 
     @property
     def held(self) -> Held:
@@ -152,19 +125,6 @@ class Bucket:
     def reader(self, member: int, *, offset: int = 0) -> GradientReader:
         """The reduced gradient in pieces, of this rank's rows; from element ``offset`` of them on."""
         return _Reader(self.held, member, offset)
-
-    def grad(self, member: int) -> Tensor:
-        """The whole gradient: local sum before :meth:`finish`, then global; zero in rows of other owners."""
-        if not self._reduced:
-            return self._storage.local(member)
-        places, values = self._storage.places, self.held.values(member)
-        part = values.view(places.held_shape(member))
-        if not places.scattered:
-            return part
-        whole = part.new_zeros(places.members[member].shape)
-        rows = places.rows[member]
-        whole[rows.start : rows.stop] = part
-        return whole
 
     def values(self, member: int) -> Tensor:
         """Memory of a reduced gradient in high precision, flat: writing changes it."""
@@ -183,4 +143,4 @@ class Bucket:
     def commit(self, clip: Tensor | None = None) -> None:
         """Tell the storage that the step was applied, its gradient multiplied by ``clip``, a device scalar
         (None: by 1)."""
-        self._storage.commit(clip)
+        self.storage.commit(clip)

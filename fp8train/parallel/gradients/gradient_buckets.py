@@ -31,13 +31,11 @@ from fp8train.parallel.gradients.grids import GridScales
 from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import CodeSum, IntegerSum
 from fp8train.parallel.gradients.receivers import (
-    Everyone,
     Member,
     Owners,
     Places,
-    Receiver,
     by_place_in_node,
-    in_rank_order,
+    places_of,
     row_elements,
 )
 from fp8train.parallel.gradients.recorder import GradientRecorder
@@ -91,6 +89,7 @@ class GradientBuckets:
         scales: scale state: auto-scaling factors of ``shared_scale``, grids of ``exact``.
         owners: under ZeRO, who needs which rows of the sum.
         replicas: the ranks that reduce.
+        device: where buffers live.
     """
 
     def __init__(
@@ -133,14 +132,14 @@ class GradientBuckets:
         self._reduce = torch.float64 if in_fp64 else _DTYPES[gradients.reduce]
         self._format, self._bucket_bytes = gradients.format, gradients.bucket_mib * 2**20
         self._specs = specs or {}
-        self._groups, self._device = groups, device
+        self._groups, self.device = groups, device
         self._in_fp8_plan = frozenset(in_fp8_plan) if fp8 is not None else frozenset()
         self._contributions, self._recorder = contributions, recorder
         self._unchanged = dict(unchanged or {})
         self._with_residual: list[BlockStorage] = []
-        self._receiver: Receiver = Everyone()
+        self._receivers: Owners | None = None
         if owners is not None:
-            self._receiver = Owners(owners, groups.all.rank, in_rank_order(groups.all.size))
+            self._receivers = Owners(owners, groups.all.rank, range(groups.all.size))
         self.scales = GradientScales()
         if fp8 is not None and fp8.reduce == "shared_scale":
             self.scales = self._auto_scales(parameters, fp8)
@@ -157,12 +156,7 @@ class GradientBuckets:
 
     def _auto_scales(self, parameters: Mapping[str, Tensor], fp8: Fp8Gradients) -> AutoScales:
         names = [fqn for fqn in parameters if fqn in self._in_fp8_plan]
-        controller = MuController(
-            names,
-            world_size=self._groups.all.size,
-            device=self._device,
-            settings=fp8,
-        )
+        controller = MuController(names, world_size=self._groups.all.size, device=self.device, settings=fp8)
         return AutoScales(
             controller,
             position={fqn: i for i, fqn in enumerate(names)},
@@ -207,50 +201,50 @@ class GradientBuckets:
 
     def make(self, kind: str, members: Sequence[Member]) -> Bucket:
         """Make a bucket of this kind for these members: storage, reduction and receiver."""
-        receiver: Receiver = Everyone() if kind == "partial" else self._receiver
+        receivers = None if kind == "partial" else self._receivers
         group = self._groups.stage if kind == "partial" else self._groups.all
         fp8 = self.fp8
         if isinstance(self.scales, GridScales):
-            return self._integers(members, receiver, group, in_fp8=kind == "fp8")
+            return self._integers(members, receivers, group, in_fp8=kind == "fp8")
         if not kind.startswith("fp8"):
-            return self._wide(members, receiver, group, self._accumulate, self._reduce, "gradient")
+            return self._wide(members, receivers, group, self._accumulate, self._reduce, "gradient")
         assert fp8 is not None
         if isinstance(self.scales, AutoScales):
-            return self._tensors(members, receiver, self.scales, fp8)
+            return self._tensors(members, receivers, self.scales, fp8)
         if fp8.reduce in _DTYPES and self.owners is not None:
             # What travels wide is not cast at all: its owner reads the sum.
-            return self._wide(members, receiver, group, self._fp8_accumulate, _DTYPES[fp8.reduce], PURPOSE)
-        return self._blocks(members, receiver, int(kind.partition("/")[2]), fp8)
+            return self._wide(members, receivers, group, self._fp8_accumulate, _DTYPES[fp8.reduce], PURPOSE)
+        return self._blocks(members, receivers, int(kind.partition("/")[2]), fp8)
 
     def _wide(
         self,
         members: Sequence[Member],
-        receiver: Receiver,
+        receivers: Owners | None,
         group: CountedGroup,
         accumulate: torch.dtype,
         reduce: torch.dtype,
         purpose: str,
     ) -> Bucket:
-        places = receiver.places(members, row_elements(members))
-        storage = WideStorage(places, dtype=accumulate, device=self._device)
-        return Bucket(storage, WideSum(storage, places, group, dtype=reduce, purpose=purpose))
+        places = places_of(receivers, members, row_elements(members))
+        storage = WideStorage(places, dtype=accumulate, device=self.device)
+        return Bucket(storage, WideSum(storage, group, dtype=reduce, purpose=purpose))
 
     def _integers(
-        self, members: Sequence[Member], receiver: Receiver, group: CountedGroup, *, in_fp8: bool
+        self, members: Sequence[Member], receivers: Owners | None, group: CountedGroup, *, in_fp8: bool
     ) -> Bucket:
         assert isinstance(self.scales, GridScales)
-        places = self._cheaper(receiver, members, pad_to=group.size)
+        places = self._cheaper(receivers, members, pad_to=group.size)
         points = Fp8Points(self._recorder) if in_fp8 else FixedPoints()
-        storage = IntegerStorage(places, points, scales=self.scales, device=self._device)
+        storage = IntegerStorage(places, points, scales=self.scales, device=self.device)
         codes = in_fp8 and self._contributions == 1 and group.size > 1
         return Bucket(storage, CodeSum(storage, group) if codes else IntegerSum(storage, group))
 
     def _tensors(
-        self, members: Sequence[Member], receiver: Receiver, scales: AutoScales, fp8: Fp8Gradients
+        self, members: Sequence[Member], receivers: Owners | None, scales: AutoScales, fp8: Fp8Gradients
     ) -> Bucket:
-        places = self._cheaper(receiver, members)
+        places = self._cheaper(receivers, members)
         storage = TensorStorage(
-            places, fmt=self._fp8_format, accumulate=self._fp8_accumulate, device=self._device
+            places, fmt=self._fp8_format, accumulate=self._fp8_accumulate, device=self.device
         )
         reduction = SharedScaleSum(
             storage,
@@ -264,21 +258,23 @@ class GradientBuckets:
         )
         return Bucket(storage, reduction)
 
-    def _cheaper(self, receiver: Receiver, members: Sequence[Member], *, pad_to: int = 1) -> Places:
+    def _cheaper(self, receivers: Owners | None, members: Sequence[Member], *, pad_to: int = 1) -> Places:
         """Places of elements for owners, or for everyone where that sends less: parts of a message are as
         long as the longest, so that with whole tensors and many owners it may be mostly padding. An
         all-reduce sends its elements twice."""
-        places = receiver.places(members, row_elements(members), pad_to=pad_to)
-        everyone = Everyone().places(members, row_elements(members), pad_to=pad_to)
+        places = places_of(receivers, members, row_elements(members), pad_to=pad_to)
+        everyone = Places(members, row_elements(members), pad_to=pad_to)
         return places if places.message <= 2 * everyone.total else everyone
 
-    def _blocks(self, members: Sequence[Member], receiver: Receiver, block: int, fp8: Fp8Gradients) -> Bucket:
+    def _blocks(
+        self, members: Sequence[Member], receivers: Owners | None, block: int, fp8: Fp8Gradients
+    ) -> Bucket:
         group, wide = self._groups.all, _DTYPES.get(fp8.reduce)
         pad_to = group.size if wide is None else 1
         if self.owners is not None and self._groups.local is not None:  # this sum is formed in two levels
             order = by_place_in_node(group.size, self._groups.local.size)
-            receiver = Owners(self.owners, group.rank, order)
-        places = receiver.places(members, row_blocks(members, block), pad_to=pad_to)
+            receivers = Owners(self.owners, group.rank, order)
+        places = places_of(receivers, members, row_blocks(members, block), pad_to=pad_to)
         storage = BlockStorage(
             places,
             block=block,
@@ -286,11 +282,11 @@ class GradientBuckets:
             accumulate=None if self._contributions == 1 and wide is None else self._fp8_accumulate,
             error_feedback=fp8.error_feedback,
             recorder=self._recorder,
-            device=self._device,
+            device=self.device,
         )
         self._with_residual += [storage] if fp8.error_feedback else []
         if wide is not None:
-            return Bucket(storage, WideSum(storage, places, group, dtype=wide, purpose=PURPOSE))
+            return Bucket(storage, WideSum(storage, group, dtype=wide, purpose=PURPOSE))
         return Bucket(storage, ExchangeSum(storage, self._exchange(fp8)))
 
     def _exchange(self, fp8: Fp8Gradients) -> Exchange | HierarchicalExchange | None:
@@ -302,16 +298,6 @@ class GradientBuckets:
         return HierarchicalExchange(
             groups.local, groups.cross, self._fp8_format, between=fp8.between_nodes, purpose=PURPOSE
         )
-
-    @property
-    def norm_is_exact(self) -> bool:
-        """Whether the norm must not depend on buckets, ranks or device; see
-        :meth:`~fp8train.parallel.gradients.store.GradientStore.global_norm`."""
-        return isinstance(self.scales, GridScales)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Scale state for checkpoints, equal on all ranks."""
-        return dict(self.scales.state_tensors())
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """What this rank alone knows from step to step: residuals of error feedback."""
@@ -350,11 +336,6 @@ class GradientBuckets:
                 f"{', '.join(changed)}; the number of data-parallel ranks and pipeline stages may change. To "
                 "go on with other bits, name them in `accept_changes`"
             )
-
-    def metrics(self, stages: CountedGroup) -> dict[str, float]:
-        """``fp8/...`` numbers about gradients; waits for the device. ``stages``: ranks with the other
-        parameters of the model."""
-        return self.scales.metrics(stages)
 
     def sent_bytes(self, others: Iterable[CountedGroup] = ()) -> Counter[str]:
         """Bytes this rank has sent since the start, by collective and purpose.

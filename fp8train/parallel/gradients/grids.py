@@ -146,10 +146,6 @@ class HeldSums:
         unit = self.grids.unit(self.parameters[member])
         return (self._integers(member)[start:stop].double() * unit).float()
 
-    def values(self, member: int) -> Tensor:
-        """Return all elements of a member that are on this rank: FP32, flat."""
-        return self.chunk(member, 0, len(self._integers(member)))
-
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of a member's elements on this rank, scalar in ``dtype``; after
         :meth:`StepGrids.agree`."""

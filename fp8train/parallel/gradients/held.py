@@ -72,10 +72,6 @@ class Held(Protocol):
         be written to."""
         ...
 
-    def values(self, member: int) -> Tensor:
-        """All elements of a member that are on this rank, flat."""
-        ...
-
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of a member's part, scalar in ``dtype``; NaN if the gradient is not finite."""
         ...
@@ -141,11 +137,6 @@ class HeldBlocks:
         values = from_blocks(dequantize_blocks(payload[rows], scales[rows]), (last - first, length))
         return values.reshape(-1)[start - first * length : stop - first * length]
 
-    def values(self, member: int) -> Tensor:
-        """Decode all of a member's elements that are on this rank: FP32, flat."""
-        shape = self.places.held_shape(member)
-        return from_blocks(dequantize_blocks(*self.stored(member)), shape).reshape(-1)
-
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of a member's part, scalar in ``dtype``. Padding is zero and does not count."""
         payload, scales = self.stored(member)
@@ -173,10 +164,6 @@ class HeldTensors:
     def chunk(self, member: int, start: int, stop: int) -> Tensor:
         """Decode elements ``start .. stop`` with the member's scale: FP32, flat."""
         return uncast(self.payloads[member][start:stop], self.scale_inv[member])
-
-    def values(self, member: int) -> Tensor:
-        """Decode all of a member's elements that are on this rank: FP32, flat."""
-        return uncast(self.payloads[member], self.scale_inv[member])
 
     def norm(self, member: int, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of a member's decoded part, scalar in ``dtype``; NaN if its scale is."""

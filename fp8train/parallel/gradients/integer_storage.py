@@ -5,8 +5,6 @@ See :mod:`fp8train.parallel.gradients.grids`.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -20,21 +18,6 @@ from fp8train.parallel.gradients.recorder import GradientRecorder
 from fp8train.precision.number_formats import E4M3
 
 
-class Points(Protocol):
-    """How a gradient becomes grid points: integers on the grid of its parameter.
-
-    Attributes:
-        dtype: of the sums.
-    """
-
-    dtype: torch.dtype
-
-    def integers(self, fqn: str, gradient: Tensor, grids: StepGrids, parameter: int) -> Tensor:
-        """Round a flat gradient to the grid of ``parameter``: grid points [elements] in :attr:`dtype`.
-        Elements that leave the grid are clamped and counted in ``grids``."""
-        ...
-
-
 class Fp8Points:
     """E4M3 codes as integers in INT32: the gradients of the FP8 plan."""
 
@@ -46,7 +29,8 @@ class Fp8Points:
         self._recorder = recorder
 
     def integers(self, fqn: str, gradient: Tensor, grids: StepGrids, parameter: int) -> Tensor:
-        """Cast a flat gradient to E4M3 with its parameter's scale: INT32 [elements], in units of 2^-9."""
+        """Cast a flat gradient to E4M3 with its parameter's scale: INT32 [elements], in units of 2^-9.
+        Elements that leave the grid are clamped, and counted in ``grids``."""
         exponent = grids.exponents[parameter]
         scale = power_of_two(exponent)
         grids.count_outside(gradient.abs().float() * scale > E4M3.max)
@@ -65,7 +49,8 @@ class FixedPoints:
 
     def integers(self, fqn: str, gradient: Tensor, grids: StepGrids, parameter: int) -> Tensor:
         """Round a flat gradient to a multiple of its parameter's step: INT64 [elements], at most 2^40 in
-        magnitude. NaN becomes 0; the step's amax tells of it."""
+        magnitude. Elements that leave the grid are clamped, and counted in ``grids``; NaN becomes 0, and the
+        step's amax tells of it."""
         limit = 2.0**GRID_BITS
         scaled = gradient.double() * power_of_two_fp64(grids.exponents[parameter])
         grids.count_outside(scaled.abs() > limit)
@@ -75,7 +60,9 @@ class FixedPoints:
 class IntegerStorage(Storage):
     """Adds a bucket's gradients up as integers."""
 
-    def __init__(self, places: Places, points: Points, *, scales: GridScales, device: torch.device) -> None:
+    def __init__(
+        self, places: Places, points: Fp8Points | FixedPoints, *, scales: GridScales, device: torch.device
+    ) -> None:
         """Allocate sums of zero. Args: ``places``: counted in elements; ``scales``: grids of all
         parameters."""
         self.places, self.points, self._scales = places, points, scales
@@ -107,11 +94,6 @@ class IntegerStorage(Storage):
             sums.copy_(integers)
         else:
             sums.add_(integers)
-
-    def local(self, member: int) -> Tensor:
-        """This rank's sum of a member in FP32, of the parameter's shape."""
-        unit = self._grids.unit(self._parameters[member])
-        return (self.buffer(member).double() * unit).float()
 
     def integers(self) -> Tensor:
         """This rank's sums of all members, flat [total]."""

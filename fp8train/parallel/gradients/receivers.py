@@ -1,8 +1,8 @@
 """Who receives the sum of a bucket's gradients, and where each parameter lies on the way there.
 
 A bucket's memory is counted in *units*: elements, or blocks of a row. A rank's own contribution holds all
-rows of all members, one after the other. :class:`Everyone` receives the same; of :class:`Owners` (ZeRO) each
-receives the rows that it owns, so a message is arranged by owner first, and parts are padded to the longest.
+rows of all members, one after the other. Everyone receives the same, or of :class:`Owners` (ZeRO) each the
+rows that it owns, so a message is arranged by owner first, and parts are padded to the longest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -126,22 +125,6 @@ class OwnedPlaces(Places):
         return message.view(-1, *x.shape[1:])
 
 
-class Receiver(Protocol):
-    """Decides which rank gets which rows of a bucket's sum."""
-
-    def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
-        """Arrange the members of a bucket. Arguments as for :class:`Places`."""
-        ...
-
-
-class Everyone:
-    """All ranks receive all rows of the sum."""
-
-    def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
-        """Arrange the members of a bucket so that each rank receives all of them."""
-        return Places(members, row_units, pad_to=pad_to)
-
-
 @dataclass(frozen=True)
 class Owners:
     """Each rank receives the rows whose optimizer states it keeps.
@@ -157,15 +140,15 @@ class Owners:
     rank: int
     order: Sequence[int]
 
-    def places(self, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1) -> Places:
-        """Arrange the members of a bucket so that each rank receives its rows; parts are of one length
-        anyway, so ``pad_to`` asks nothing more."""
-        return OwnedPlaces(members, row_units, self)
 
-
-def in_rank_order(ranks: int) -> tuple[int, ...]:
-    """Order of the owners' parts in the message of a reduction on one level: by rank."""
-    return tuple(range(ranks))
+def places_of(
+    owners: Owners | None, members: Sequence[Member], row_units: Sequence[int], *, pad_to: int = 1
+) -> Places:
+    """Arrange the members of a bucket, whose sum the owners of its rows receive, or everyone (None). Other
+    arguments as for :class:`Places`; owners' parts are of one length anyway: ``pad_to`` asks nothing more."""
+    if owners is None:
+        return Places(members, row_units, pad_to=pad_to)
+    return OwnedPlaces(members, row_units, owners)
 
 
 def by_place_in_node(ranks: int, node_size: int) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.grad_sink import register_sink
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets
-from fp8train.parallel.gradients.grids import HeldSums
+from fp8train.parallel.gradients.grids import GridScales, HeldSums
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.receivers import Member
 
@@ -93,7 +93,7 @@ class GradientStore:
         self._buckets: list[_Bucket] = []
         self._index: dict[str, int] = {}
         self._next_launch = 0
-        self._norm_is_exact = maker.norm_is_exact
+        self._device, self._norm_is_exact = maker.device, isinstance(maker.scales, GridScales)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
         self._sink = register_sink(self)
         parameters = {fqn: p for fqn, p in reversed(list(model.named_parameters())) if p.requires_grad}
@@ -139,7 +139,7 @@ class GradientStore:
     def sink_slot(self, fqn: str) -> SinkSlot:
         """Where a linear contributes the gradients of its weight ``fqn``."""
         slot = self._index[fqn]
-        buffer = self._bucket(slot).buffer(self._slots[slot].member)
+        buffer = self._bucket(slot).storage.buffer(self._slots[slot].member)
         return SinkSlot(self._sink, torch.tensor(slot), buffer)
 
     def _bucket(self, slot: int) -> Bucket:
@@ -272,11 +272,6 @@ class GradientStore:
         for bucket in self._buckets:
             bucket.storage.release()
 
-    def grad(self, fqn: str) -> Tensor:
-        """The parameter's gradient: local sum before :meth:`finish`, global after. Shape of the parameter."""
-        slot = self._index[fqn]
-        return self._bucket(slot).grad(self._slots[slot].member)
-
     def global_norm(self) -> Tensor:
         """Euclidean norm over all parameters: FP64 scalar on the device, no host sync. Sums run in slot
         order, in FP64 on CPUs and for FP64 gradients, else in FP32. Where the norm is to be exact, they run
@@ -294,10 +289,10 @@ class GradientStore:
         """
         if self._norm_is_exact:
             return self._exact_norms(fqns)
-        buffer = self._bucket(0).buffer(0)
-        wide = buffer.device.type == "cpu" or any(b.buffer(0).dtype == torch.float64 for b in self.buckets)
+        dtypes = [bucket.storage.buffer(0).dtype for bucket in self.buckets]
+        wide = self._device.type == "cpu" or torch.float64 in dtypes
         dtype = torch.float64 if wide else torch.float32
-        zero = torch.zeros((), dtype=dtype, device=buffer.device)
+        zero = torch.zeros((), dtype=dtype, device=self._device)
         norms = [
             self._bucket(self._index[fqn]).norm(self._slots[self._index[fqn]].member, dtype)
             if fqn in self._index
@@ -308,9 +303,8 @@ class GradientStore:
 
     def _exact_norms(self, fqns: Sequence[str]) -> Tensor:
         """From sums of squares that are integers, so that it does not matter which rank holds what."""
-        device = self._bucket(0).buffer(0).device
-        sums = torch.zeros(len(fqns), dtype=torch.int64, device=device)
-        units = torch.zeros(len(fqns), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(fqns), dtype=torch.int64, device=self._device)
+        units = torch.zeros(len(fqns), dtype=torch.float64, device=self._device)
         for i, fqn in enumerate(fqns):
             if fqn in self._index:
                 slot = self._slots[self._index[fqn]]
@@ -333,7 +327,7 @@ class GradientStore:
         """On the device. Made once, because that waits for it; norms are of the same parameters each step."""
         key = tuple(flags)
         if key not in self._masks:
-            self._masks[key] = torch.tensor(key, device=self._bucket(0).buffer(0).device)
+            self._masks[key] = torch.tensor(key, device=self._device)
         return self._masks[key]
 
     def _counted_by_owners(self, fqns: Sequence[str]) -> Tensor:

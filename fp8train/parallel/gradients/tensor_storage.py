@@ -78,10 +78,6 @@ class TensorStorage(Storage):
         cast."""
         self._accumulators[member].add(gradient, self._spec, first=first)
 
-    def local(self, member: int) -> Tensor:
-        """This rank's sum of a member in FP32, of its shape."""
-        return self._accumulators[member].values().float()
-
     def tensors(self) -> list[Tensor]:
         """This rank's sums of all members in high precision, each of its member's shape."""
         return [accumulator.values() for accumulator in self._accumulators]

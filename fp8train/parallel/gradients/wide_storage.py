@@ -39,10 +39,6 @@ class WideStorage(Storage):
         else:
             view.add_(gradient)
 
-    def local(self, member: int) -> Tensor:
-        """This rank's sum of a member: a view in the accumulation dtype."""
-        return self._views[member]
-
     def wide(self) -> Tensor:
         """This rank's sums of all members, flat [total]."""
         return self._flat

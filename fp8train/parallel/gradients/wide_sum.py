@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
+from fp8train.parallel.gradients.block_storage import BlockStorage
 from fp8train.parallel.gradients.held import Held, HeldValues
-from fp8train.parallel.gradients.receivers import Places
-
-
-class WideSource(Protocol):
-    """A storage whose sums can travel in high precision."""
-
-    def wide(self) -> Tensor:
-        """This rank's sums [total, ..] in the accumulation dtype."""
-        ...
-
-    def hold(self, sums: Tensor) -> Held:
-        """Keep the sums over ranks, of the shape of :meth:`wide` and in any dtype."""
-        ...
+from fp8train.parallel.gradients.wide_storage import WideStorage
 
 
 class WideSum:
@@ -30,10 +18,10 @@ class WideSum:
     :class:`~fp8train.parallel.gradients.bucket.Reduction`)."""
 
     def __init__(
-        self, storage: WideSource, places: Places, group: CountedGroup, *, dtype: torch.dtype, purpose: str
+        self, storage: WideStorage | BlockStorage, group: CountedGroup, *, dtype: torch.dtype, purpose: str
     ) -> None:
         """Reduce over ``group``. Args: ``dtype``: on the wire; ``purpose``: name in the byte counters."""
-        self._storage, self._places, self._group = storage, places, group
+        self._storage, self._places, self._group = storage, storage.places, group
         self._dtype, self._purpose = dtype, purpose
         self._wire: Tensor | None = None
         self._received: Tensor | None = None

@@ -15,12 +15,13 @@ from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
-from fp8train.parallel.gradients.receivers import Everyone, Member
+from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.parallel.gradients.store import GradientStore
 from fp8train.precision.gradients import Fp8Gradients, Gradients
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.scale_blocks import block_size
 from tests.numerics.fp8_table import E4M3_TABLE
+from tests.parallel.gradients.reading import gradient_in, gradient_of
 
 CPU = torch.device("cpu")
 WIDTHS = [64, 192, 131]
@@ -107,28 +108,28 @@ def test_micro_batches_add_up_before_the_one_cast(name: str, accumulate: torch.d
             total = expected[0][fqn].to(accumulate)
             for one in expected[1:]:
                 total = total.add(one[fqn]) if accumulate == torch.float32 else total.clone().add_(one[fqn])
-            torch.testing.assert_close(store.grad(fqn), stored(total.float()), rtol=2**-3, atol=0)
-            close = (store.grad(fqn) == stored(total.float())).float().mean()
+            torch.testing.assert_close(gradient_of(store, fqn), stored(total.float()), rtol=2**-3, atol=0)
+            close = (gradient_of(store, fqn) == stored(total.float())).float().mean()
             assert close > 0.995, fqn  # an ulp of the FP32 product may flip a code
-        torch.testing.assert_close(store.grad("gain"), sum(one["gain"] for one in expected))
+        torch.testing.assert_close(gradient_of(store, "gain"), sum(one["gain"] for one in expected))
 
 
 def test_a_single_micro_batch_is_cast_as_it_is_produced() -> None:
     net = Net()
     store = store_of(net, 1)
     fp8 = [bucket for bucket in store.buckets if isinstance(bucket.storage, BlockStorage)]
-    assert sum(bucket.accumulator_bytes for bucket in fp8) == 0
+    assert sum(bucket.storage.accumulator_bytes for bucket in fp8) == 0
     elements = sum(16 * width for width in WIDTHS)
     padding = 16 * (256 - 131)  # rows of 131 end in a short block of 128
     scales = 16 * (1 + 2 + 2)
-    assert sum(bucket.stored_bytes for bucket in fp8) == elements + padding + scales
+    assert sum(bucket.storage.stored_bytes for bucket in fp8) == elements + padding + scales
     batch = inputs(1)
     store.begin_step(1)
     net(batch).backward()
     store.finish()
     for i in range(len(WIDTHS)):
         fqn = f"linears.{i}.weight"
-        assert (store.grad(fqn) == stored(autograd(net, [batch])[0][fqn])).float().mean() > 0.995
+        assert (gradient_of(store, fqn) == stored(autograd(net, [batch])[0][fqn])).float().mean() > 0.995
 
 
 def test_the_optimizer_reads_pieces_of_what_is_stored() -> None:
@@ -139,7 +140,7 @@ def test_the_optimizer_reads_pieces_of_what_is_stored() -> None:
     store.finish()
     squares = 0.0
     for fqn, parameter in net.named_parameters():
-        whole = store.grad(fqn).reshape(-1)
+        whole = gradient_of(store, fqn).reshape(-1)
         squares += float(whole.double().square().sum())
         reader = store.reader(fqn)
         for start in range(0, parameter.numel(), 64):
@@ -150,7 +151,7 @@ def test_the_optimizer_reads_pieces_of_what_is_stored() -> None:
 
 def bucket_of(accumulate: torch.dtype | None, **changes: Any) -> Bucket:
     members = [Member("w", (4, 256))]
-    places = Everyone().places(members, row_blocks(members, 128))
+    places = Places(members, row_blocks(members, 128))
     storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, device=CPU, **changes)
     return Bucket(storage, ExchangeSum(storage, None))
 
@@ -166,8 +167,8 @@ def test_many_small_contributions_are_not_swamped() -> None:
         bucket.launch()
         bucket.advance()
         bucket.finish()
-        assert len(bucket.grad(0).unique()) == 1
-        reached[accumulate] = float(bucket.grad(0).max())
+        assert len(gradient_in(bucket, 0).unique()) == 1
+        reached[accumulate] = float(gradient_in(bucket, 0).max())
     in_fp8, scale = quantize_blocks(torch.ones(1, 128), E4M3)
     for _ in range(255):
         in_fp8, scale = quantize_blocks(dequantize_blocks(in_fp8, scale) + 1 / 64, E4M3)
@@ -186,7 +187,7 @@ def test_error_feedback_loses_nothing_over_time() -> None:
         for _ in range(32):
             run_step(bucket, value)
             bucket.commit()
-            total += bucket.grad(0)
+            total += gradient_in(bucket, 0)
         totals.append(float((total / 32 - value).abs().max()))
     assert totals[0] == 0.0625
     assert totals[1] < 0.0625 / 16
@@ -206,7 +207,7 @@ def test_error_feedback_keeps_what_applied_steps_lost_as_far_as_they_were_applie
     bucket = bucket_of(accumulate, error_feedback=True)
     value = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     run_step(bucket, value)
-    lost = (value.double() - bucket.grad(0).double()).view(-1, 128)
+    lost = (value.double() - gradient_in(bucket, 0).double()).view(-1, 128)
     assert float(residual_of(bucket).abs().max()) == 0.0, "the step is not yet known to be applied"
     bucket.commit(torch.tensor(0.25, dtype=torch.float64))
     assert float(lost.abs().max()) > 0.01
@@ -217,7 +218,7 @@ def test_error_feedback_keeps_what_applied_steps_lost_as_far_as_they_were_applie
         assert torch.equal(residual_of(bucket), before)
     run_step(bucket, value)
     arrived = (value.double().view(-1, 128) + before.double()).view(4, 256)
-    coefficient = (bucket.grad(0).double() * arrived).sum() / arrived.square().sum()
+    coefficient = (gradient_in(bucket, 0).double() * arrived).sum() / arrived.square().sum()
     assert float(coefficient) == pytest.approx(1.0, abs=0.01)
 
 

@@ -17,13 +17,14 @@ from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.grids import GridScales, HeldSums
 from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import IntegerSum
-from fp8train.parallel.gradients.receivers import Everyone, Member, row_elements
+from fp8train.parallel.gradients.receivers import Member, Places, row_elements
 from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.gradients.shared_scale_sum import SharedScaleSum
 from fp8train.parallel.gradients.tensor_storage import TensorStorage
 from fp8train.precision.number_formats import E4M3
 from tests.numerics.fp8_table import E4M3_TABLE
 from tests.numerics.test_statistics import brute_force
+from tests.parallel.gradients.reading import gradient_in
 
 CPU = torch.device("cpu")
 SHAPES = [(24, 40), (7,), (1, 5)]
@@ -50,7 +51,7 @@ def bucket_of(
         group=CountedGroup(None),
         device=CPU,
     )
-    places = Everyone().places(members, row_elements(members))
+    places = Places(members, row_elements(members))
     points = FixedPoints() if kind is FixedPoints else Fp8Points(recorder)
     storage = IntegerStorage(places, points, scales=scales, device=CPU)
     return Bucket(storage, IntegerSum(storage, CountedGroup(None))), scales
@@ -107,7 +108,7 @@ def test_the_norm_is_that_of_the_gradient_and_parts_add_up_to_it(
         norm = float(bucket.norm(member, torch.float64))
         assert norm == math.sqrt(total * unit)
         if whole is None:
-            expected = float(bucket.grad(member).double().square().sum()) ** 0.5
+            expected = float(gradient_in(bucket, member).double().square().sum()) ** 0.5
             assert norm == pytest.approx(expected, rel=2**-20)
 
 
@@ -143,7 +144,7 @@ def test_no_sum_of_codes_exceeds_int32_or_its_square_grid() -> None:
     huge = [torch.full(shape, -1e30) for shape in SHAPES]
     for member, gradient in enumerate(huge):
         bucket.add(member, gradient, first=True)
-        sums = bucket.buffer(member)
+        sums = bucket.storage.buffer(member)
         sums.mul_(MAX_EXACT_MICRO_BATCHES)  # as if each had added the same
         assert sums.flatten().tolist()[0] == -448 * 512 * MAX_EXACT_MICRO_BATCHES
     bucket.launch()
@@ -294,7 +295,7 @@ def test_rows_of_shared_scale_are_those_of_the_cast_onto_the_wire(accumulate: to
         numels=[member.numel for member in members],
         counted_over=None,
     )
-    places = Everyone().places(members, row_elements(members))
+    places = Places(members, row_elements(members))
     storage = TensorStorage(places, fmt=E4M3, accumulate=accumulate, device=CPU)
     group = CountedGroup(None)
     reduction = SharedScaleSum(

@@ -12,7 +12,7 @@ from fp8train.parallel.gradients.receivers import (
     Member,
     Owners,
     by_place_in_node,
-    in_rank_order,
+    places_of,
     row_elements,
 )
 from fp8train.parallel.zero import Kind, partition
@@ -24,14 +24,14 @@ MEMBERS = [Member(fqn, shape) for fqn, shape in SHAPES.items()]
 
 
 @pytest.mark.parametrize("kind", ["rows", "whole_tensor"])
-@pytest.mark.parametrize("order", [in_rank_order(4), by_place_in_node(4, 2)])
+@pytest.mark.parametrize("order", [tuple(range(4)), by_place_in_node(4, 2)])
 def test_every_owner_finds_its_rows_at_its_place(kind: Kind, order: tuple[int, ...]) -> None:
     owners = partition(SHAPES, 4, kind)
     values = {fqn: torch.arange(1.0, 1 + torch.Size(shape).numel()) for fqn, shape in SHAPES.items()}
     flat = torch.cat(list(values.values()))
     seen: dict[str, list[Tensor]] = {fqn: [] for fqn in SHAPES}
     for rank in range(4):
-        places = Owners(owners, rank, order).places(MEMBERS, row_elements(MEMBERS))
+        places = places_of(Owners(owners, rank, order), MEMBERS, row_elements(MEMBERS))
         message = places.arrange(flat).view(4, -1)
         assert message.numel() == places.message
         own = message[order.index(rank)]

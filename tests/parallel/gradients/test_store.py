@@ -14,6 +14,7 @@ from fp8train.models.decoder import Decoder
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.store import GradientStore
 from fp8train.precision.gradients import Gradients
+from tests.parallel.gradients.reading import gradient_of
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 
@@ -69,7 +70,7 @@ def test_sums_micro_batches_and_leaves_no_grad(bucket_bytes: int) -> None:
             assert all(p.grad is None for p in net.parameters())
         store.finish()
         for fqn, expected in reference(net, inputs).items():
-            torch.testing.assert_close(store.grad(fqn), expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(gradient_of(store, fqn), expected, rtol=1e-12, atol=1e-12)
         total = sum(float(g.square().sum()) for g in reference(net, inputs).values()) ** 0.5
         assert float(store.global_norm()) == pytest.approx(total, rel=1e-12)
     assert len(store.buckets) == {1: 3, 600: 2, 1 << 20: 1}[bucket_bytes]
@@ -112,9 +113,9 @@ def test_bf16_accumulation_rounds_as_bf16_addition_does() -> None:
     expected = torch.zeros(8, dtype=torch.bfloat16)
     for x in inputs:
         expected = expected + reference(net, [x])["gain"].to(torch.bfloat16)
-    assert store.grad("gain").dtype == torch.bfloat16
+    assert store.values("gain").dtype == torch.bfloat16
     # one contribution is rounded once more on entry: at most an ulp apart
-    torch.testing.assert_close(store.grad("gain"), expected, rtol=2**-7, atol=0)
+    torch.testing.assert_close(store.values("gain"), expected, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt"])
@@ -137,4 +138,4 @@ def test_a_decoder_with_a_store_has_the_gradients_of_one_without(family: str, fp
     stored(tokens[:, :-1], tokens[:, 1:]).backward()
     store.finish()
     for fqn, parameter in plain.named_parameters():
-        assert torch.equal(store.grad(fqn), parameter.grad), fqn  # a tied embedding counts both uses
+        assert torch.equal(gradient_of(store, fqn), parameter.grad), fqn  # a tied embedding counts both uses

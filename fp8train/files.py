@@ -6,7 +6,6 @@ before, and the name itself may be gone unless the directory was synced after. E
 
 import os
 import shutil
-import stat
 from pathlib import Path
 
 TMP_SUFFIX = ".tmp"
@@ -50,18 +49,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def is_real_dir(path: Path) -> bool:
     """Whether ``path`` itself, not what a symbolic link points at, is a directory."""
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    return path.is_dir() and not path.is_symlink()
 
 
 def is_real_file(path: Path) -> bool:
     """Whether ``path`` itself, not what a symbolic link points at, is a regular file."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    return path.is_file() and not path.is_symlink()
 
 
 def remove(path: Path) -> None:

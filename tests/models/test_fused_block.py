@@ -1,0 +1,136 @@
+"""A block of fused functions computes what the layers one by one do: losses and weights to the bit, here with
+the references of the fused operations. When it is used, and when it is not."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8train.kernels import fused_op
+from fp8train.models import decoder
+from fp8train.models.fused_block import FusedBlock, fused_block
+from fp8train.step.trainer import Trainer
+from tests.training.tiny import alone, tiny_config
+
+VOCAB, LENGTH = 512, 24
+LLAMA = ["model.family=llama", "model.num_kv_heads=2"]
+ANY_SCALE = [f"precision.gemm.{use}.x.power_of_two=false" for use in ("output", "grad_weight")]
+GPT = ["model.family=gpt", "model.bias=false"]
+
+
+def trainer(*overrides: str) -> Trainer:
+    config = tiny_config(
+        [
+            "model.num_layers=2",
+            "model.hidden_size=64",
+            "model.ffn_hidden_size=96",
+            "model.num_heads=4",
+            f"model.vocab_size={VOCAB}",
+            f"data.seq_length={LENGTH}",
+            "train.global_batch_size=4",
+            "train.micro_batch_size=2",
+            *overrides,
+        ]
+    )
+    return Trainer(config, alone(), vocab_size=VOCAB)
+
+
+def trained(*overrides: str, fuse: bool) -> tuple[list[tuple[float, float]], dict[str, Tensor], int]:
+    """(loss and gradient norm of each step, weights after them, how many blocks were fused)."""
+    used = 0
+
+    def counted(block: torch.nn.Module, x: Tensor) -> FusedBlock | None:
+        nonlocal used
+        result = fused_block(block, x)
+        used += result is not None
+        return result
+
+    run, history = trainer(*overrides), []
+    tokens = torch.randint(VOCAB, (2, 2, LENGTH + 1), generator=torch.Generator().manual_seed(7))
+    with patch.object(fused_op, "fuses", lambda x: fuse), patch.object(decoder, "fused_block", counted):
+        for step in range(3):
+            result = run.step(step, tokens)
+            history.append((float(result.loss), result.grad_norm))
+    return history, {k: v.detach().clone() for k, v in run.model.state_dict().items()}, used
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_training_has_the_same_bits(level: str, recompute: str) -> None:
+    settings = (*LLAMA, f"precision.level={level}", f"train.activation_checkpointing={recompute}")
+    (one, weights, without), (other, fused_weights, used) = (
+        trained(*settings, fuse=f) for f in (False, True)
+    )
+    assert without == 0 and used == 3 * 2 * 2  # steps, micro-batches, blocks
+    assert one == other
+    assert one[-1][0] < one[0][0]
+    for name, weight in weights.items():
+        assert torch.equal(weight, fused_weights[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (*LLAMA, "precision.level=O2", "model.activation=gelu"),
+        (*LLAMA, "precision.level=O2", "model.activation=gelu_tanh"),
+        (*LLAMA, "precision.level=O1", "precision.recipe=te_delayed"),
+        (*LLAMA, "precision.level=O1", "precision.recipe=cscale"),
+        (*LLAMA, "precision.level=O2", "model.norm_gain=false"),
+        (*LLAMA, "precision.gemm.fp8=true", *ANY_SCALE),
+    ],
+    ids=["gelu", "gelu_tanh", "delayed", "constant", "no gain", "any scale"],
+)
+def test_other_settings_have_the_same_bits(settings: tuple[str, ...]) -> None:
+    (one, weights, _), (other, fused_weights, used) = (trained(*settings, fuse=f) for f in (False, True))
+    assert used == 12
+    assert one == other
+    for name, weight in weights.items():
+        assert torch.equal(weight, fused_weights[name]), name
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_layer_norms_differ_by_the_order_of_their_sums(level: str) -> None:
+    settings = (*GPT, f"precision.level={level}")
+    (one, weights, _), (other, fused_weights, used) = (trained(*settings, fuse=f) for f in (False, True))
+    assert used == 12
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert one[0][0] == pytest.approx(other[0][0], rel=1e-6)
+    for name, weight in weights.items():
+        difference = (weight.float() - fused_weights[name].float()).square().mean().sqrt()
+        assert difference < 1e-3 * weight.float().square().mean().sqrt() + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.family=gpt", "model.bias=true"),
+        (*LLAMA, "precision.compute=fp64"),
+        (*LLAMA, "precision.recipe=mus"),
+        (*LLAMA, "precision.level=O1", "precision.recipe=rowwise"),
+        (*LLAMA, "precision.level=O1", "precision.gemm.keep_x=bf16"),
+        (*LLAMA, "precision.level=O1", "precision.activations=fp8"),
+        (*LLAMA, "precision.level=O1", "precision.gemm.smooth_swiglu=token"),
+        (*LLAMA, "model.qk_norm=gain"),
+    ],
+    ids=["bias", "fp64", "factors", "rows", "keep_x", "fp8 activations", "smooth", "qk norm"],
+)
+def test_layers_run_one_by_one_where_fused_functions_would_not_do(settings: tuple[str, ...]) -> None:
+    block = next(iter(trainer(*settings).model.held_blocks()))
+    x = torch.zeros(2, LENGTH, 64, dtype=block.attention.qkv.weight.dtype)
+    with patch.object(fused_op, "fuses", lambda x: True):
+        assert fused_block(block, x) is None
+
+
+def test_sampled_steps_run_one_by_one_for_their_statistics() -> None:
+    run = trainer(*LLAMA, "precision.level=O2", "logging.cast_statistics_interval=1")
+    block = next(iter(run.model.held_blocks()))
+    x = torch.zeros(2, LENGTH, 64, dtype=torch.bfloat16)
+    assert run.monitors.recorder is not None
+    with patch.object(fused_op, "fuses", lambda x: True):
+        assert fused_block(block, x) is not None
+        run.monitors.recorder.active = True
+        assert fused_block(block, x) is None
