@@ -373,9 +373,10 @@ def _blocks(
 
 
 def _tile(rule: GroupRule, axis: int, both: bool) -> tuple[tuple[int, int], int]:
-    """Rows and columns of a program's tile, which holds whole blocks, and its warps: 32 elements a thread."""
+    """Rows and columns of a program's tile, which holds whole blocks, and its warps: 32 elements a thread.
+    Larger tiles for two casts in 1x32 would not fit registers."""
     if rule.block == 32:
-        return ((64, 64), 4) if both else ((64, 128), 8)
+        return ((32, 128), 4) if both else ((64, 128), 8)
     if both or axis == 2:
         return (128, 128), 16
     return ((64, 128), 8) if axis == 1 else ((128, 64), 8)
