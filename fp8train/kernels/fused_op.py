@@ -54,6 +54,12 @@ def fuses(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def fuses_now(x: Tensor) -> bool:
+    """Whether a layer's work on ``x`` is to be done by fused operations: where :func:`fuses` says so, outside
+    of compiled graphs, whose compiler fuses itself, and not in FP64."""
+    return fuses(x) and not torch.compiler.is_compiling() and x.dtype != torch.float64
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of these tensors together; None is nothing."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

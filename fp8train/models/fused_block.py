@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8train.kernels import activations, fused_op
+from fp8train.kernels import fused_op
 from fp8train.layers.factors import Factors
 from fp8train.layers.fused_heads import FusedHeads, fused_heads
-from fp8train.layers.fused_mlp import FusedActivation, FusedMlp, fused_mlp
+from fp8train.layers.fused_mlp import FusedMlp, fused_mlp
 from fp8train.layers.fused_norm import FusedNorm
-from fp8train.layers.mlp import MLP
 from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.models.block import Block
 
@@ -83,7 +82,9 @@ def fused_block(block: nn.Module, x: Tensor) -> FusedBlock | None:
         attention.num_kv_heads,
         attention.head_dim,
     )
-    mlp = FusedMlp(_norm(block.mlp_norm, casts=up.call.plan is not None), up, _activation(block.mlp), down)
+    mlp = FusedMlp(
+        _norm(block.mlp_norm, casts=up.call.plan is not None), up, block.mlp.fused_activation(), down
+    )
     return FusedBlock(block, heads, mlp)
 
 
@@ -110,13 +111,3 @@ def _vectors(norm: RMSNorm | LayerNorm) -> tuple[Tensor | None, Tensor | None]:
 
 def _norm(norm: RMSNorm | LayerNorm, *, casts: bool) -> FusedNorm:
     return FusedNorm("layer" if isinstance(norm, LayerNorm) else "rms", norm.eps, norm.gain_grad, casts)
-
-
-def _activation(mlp: MLP) -> FusedActivation:
-    factors, mult = mlp.factors, mlp.activation_mult
-    if mlp.activation == "swiglu":
-        values, gradient, settings = activations.swiglu, activations.swiglu_grad, (mlp.unit, mult)
-    else:
-        tanh = mlp.activation == "gelu_tanh"
-        values, gradient, settings = activations.gelu, activations.gelu_grad, (tanh, mult)
-    return FusedActivation(values, gradient, settings, factors.output, factors.grad)
