@@ -363,12 +363,15 @@ def test_mx_scales_are_in_the_tensor_cores_order() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(48, 256, 80), (128, 256, 384)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("kind_a", "kind_b"), PAIRS)
-def test_on_a_gpu(kind_a: str, kind_b: str) -> None:
-    """Whatever runs there, kernel or decoded operands; the bound is that of an FP22 accumulator and of BF16
-    operands."""
-    a, b = operand(48, 256, kind_a, 1, 1, True), operand(256, 80, kind_b, 0, 2, True)
+def test_on_a_gpu(kind_a: str, kind_b: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Whatever runs there: decoded operands, or a kernel, which a block needs whole blocks for. The bound is
+    that of an FP22 accumulator and of the result's rounding."""
+    m, k, n = shape
+    a, b = operand(m, k, kind_a, 1, 1, True), operand(k, n, kind_b, 0, 2, True)
     arguments = [tensor.cuda() for tensor in (a[0], b[0], a[1], b[1])]
-    got = fp8_gemm(*arguments, power_of_two=True, out_dtype=torch.bfloat16, backend="scaled_mm").cpu()
+    got = fp8_gemm(*arguments, power_of_two=True, out_dtype=dtype, backend="scaled_mm").cpu()
     expected, magnitude = wide(*a) @ wide(*b), wide(*a).abs() @ wide(*b).abs()
-    assert_within(got, expected, 256 / 32 * 2.0**-13 * magnitude + 2.0**-8 * expected.abs())
+    assert_within(got, expected, k / 32 * 2.0**-13 * magnitude + UNIT_ROUNDOFF[dtype] * expected.abs())
