@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fp8train.kernels
+from fp8train.kernels.group_operands import GroupRule
 from fp8train.kernels.operands import CastRule
 from fp8train.kernels.optimizer_update import WIDE, optimizer_update
 from fp8train.models.param_spec import ParamSpec
@@ -24,6 +25,7 @@ from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.held import StoredGradient
 from fp8train.precision.number_formats import E4M3, E5M2, FP16
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import Granularity
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 from fp8train.update_rules.lion import Lion
@@ -164,6 +166,25 @@ class _Gradient:
         return self.memory
 
 
+def _group_operands() -> Iterator[Case]:
+    x = _empty(TOKENS, HIDDEN)
+    granularities: tuple[Granularity, ...] = ("row", "block_1x128", "mx_1x32", "block_128x128")
+    for name in granularities:
+        rule = GroupRule.of(QuantSpec(E4M3, name))
+        directed = name != "block_128x128"
+        yield Case("cast_groups", f"{name}, along rows", (x, *rule, 1, True, not directed))
+        if directed:
+            yield Case("cast_groups", f"{name}, along columns", (x, *rule, 0, False, True))
+            yield Case("cast_both", name, (x, *rule))
+    free = GroupRule.of(QuantSpec(E5M2, "block_1x128", power_of_two=False))
+    yield Case("cast_both", "block_1x128, fp32 scales", (x, *free))
+
+
+def _scale_layouts() -> Iterator[Case]:
+    yield Case("mx_scales", "x", (_empty(TOKENS, HIDDEN // 32, dtype=torch.float32),))
+    yield Case("square_scales", "w", (_empty(FFN // 128, HIDDEN // 128, dtype=torch.float32),))
+
+
 def _norms() -> Iterator[Case]:
     x, weight = _empty(TOKENS, HIDDEN), _empty(HIDDEN)
     rstd, partials = (_empty(size, dtype=torch.float32) for size in (TOKENS, 1024))
@@ -279,6 +300,8 @@ def _head() -> Iterator[Case]:
 
 _GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (
     _operands,
+    _group_operands,
+    _scale_layouts,
     _norms,
     _heads,
     _activations,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.kernels.fused_op import Cost, FusedOp, nbytes
-from fp8train.kernels.gemm import ALIGNMENT
+from fp8train.kernels.padding import ALIGNMENT, aligned
 from fp8train.numerics.cast import amax_of, cast
 from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale import scale_from_amax
@@ -65,11 +65,6 @@ class CastOperand(NamedTuple):
     turned: Tensor
     scale_inv: Tensor
     amax: Tensor
-
-
-def aligned(size: int) -> int:
-    """``size`` rounded up to a multiple of 16."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def count_of_partials(numel: int) -> int:

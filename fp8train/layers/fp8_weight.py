@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from fp8train.kernels.fused_op import fuses
 from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.kernels.operands import CastRule, turn_codes
+from fp8train.kernels.padding import Operand, aligned
 from fp8train.kernels.stored_weight import StoredWeight, cast_stored
-from fp8train.layers.fp8_operand import Operand, aligned, cropped, quantize_layouts, quantize_operand
+from fp8train.layers.fp8_operand import cropped, quantize_layouts, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
 from fp8train.numerics.formats import dtype_of

@@ -181,7 +181,7 @@ def _cast_kernel(
         )
 
 
-def _scale_constants(partials: Tensor, delayed: Tensor | None, rule: CastRule) -> dict[str, Any]:
+def scale_constants(partials: Tensor, delayed: Tensor | None, rule: CastRule) -> dict[str, Any]:
     """The compile-time constants of :func:`~fp8train.kernels.gpu.tiles.operand_scale` and of the cast."""
     return {
         "DELAYED": delayed is not None,
@@ -283,7 +283,7 @@ class Tiles(NamedTuple):
             columns,
             STRAIGHT=straight,
             TURNED=turned,
-            **_scale_constants(partials, delayed, rule) | self._constants(),
+            **scale_constants(partials, delayed, rule) | self._constants(),
         )
         return out
 

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8train.kernels.gpu.codes import encode_fp8
+from fp8train.kernels.gpu.elementwise import scale_constants
 from fp8train.kernels.gpu.launch import launch
-from fp8train.kernels.gpu.operands import scale_constants
 from fp8train.kernels.gpu.optimizer_update import load_blocks
 from fp8train.kernels.gpu.tiles import operand_scale
 from fp8train.kernels.operands import CastRule
