@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import Tensor
 
 from fp8train.kernels.fused_op import OPERATIONS, nbytes
@@ -34,8 +33,6 @@ def test_launches_bytes_and_shapes_are_those_declared(case: Case) -> None:
         assert nbytes(*inputs.values()) <= cost.read
     for launch in seen:
         assert all(size < 65_536 for size in launch.grid[1:])
-        for value in launch.arguments.values():
-            assert not isinstance(value, Tensor) or value.dtype != torch.float64
 
 
 def test_every_operation_has_a_case() -> None:
