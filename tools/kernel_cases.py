@@ -207,13 +207,6 @@ def _norms() -> Iterator[Case]:
         yield Case("norm_backward", f"layer {width}", (wide, wide, wide, rstd, rstd, gain, True))
 
 
-def _heads() -> Iterator[Case]:
-    qkv = _empty(1, TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    table = _empty(TOKENS, HEAD_DIM // 2, dtype=torch.float32)
-    yield Case("split_heads", "rotated", (qkv, table, table, KV_HEADS, HEAD_DIM))
-    yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
-
-
 def _activations() -> Iterator[Case]:
     fused, h, partials = _empty(TOKENS, 2 * FFN), _empty(TOKENS, FFN), _empty(1024, dtype=torch.float32)
     for name, inputs, inputs_grad in (
@@ -234,7 +227,8 @@ def _rotary() -> Iterator[Case]:
     batch, length = 2, TOKENS // 2
     cos = _empty(length, HEAD_DIM // 2, dtype=torch.float32)
     qkv = _empty(batch, length, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    yield Case("rotate_heads", "bf16", (qkv, cos, cos, KV_HEADS, HEAD_DIM))
+    yield Case("split_heads", "rotated", (qkv, cos, cos, KV_HEADS, HEAD_DIM))
+    yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
     query, key = (_empty(batch, length, heads, HEAD_DIM).transpose(1, 2) for heads in (HEADS, KV_HEADS))
     inputs, partials = (query, key, key, cos, cos), _empty(1024, dtype=torch.float32)
     yield Case("heads_grad_forward", "bf16", inputs)
@@ -303,7 +297,6 @@ _GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (
     _group_operands,
     _scale_layouts,
     _norms,
-    _heads,
     _activations,
     _rotary,
     _block_gradients,

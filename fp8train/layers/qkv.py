@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels import fused_op
-from fp8train.kernels import split_heads as heads
+from fp8train.kernels import fused_op, rotary
 from fp8train.kernels.rotary import apply_rotary, heads_grad
 from fp8train.layers.row_chunks import row_chunks
 
@@ -32,7 +31,7 @@ class _FusedSplitHeads(torch.autograd.Function):
     ) -> Heads:
         ctx.save_for_backward(cos, sin)
         ctx.shape = qkv.shape
-        return heads.split_heads(qkv, cos, sin, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        return rotary.split_heads(qkv, cos, sin, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +107,7 @@ def split_heads(
     Returns:
         Queries [B, G·P, S, D], keys and values [B, G, S, D] in qkv's dtype; any strides.
     """
-    if norms is None and fused_op.fuses_now(qkv) and head_dim & (head_dim - 1) == 0:
+    if norms is None and fused_op.fuses_now(qkv):
         return _FusedSplitHeads.apply(qkv.contiguous(), cos, sin, num_kv_heads, head_dim)
     grouped = qkv.view(*qkv.shape[:2], num_kv_heads, -1, head_dim)
     if torch.compiler.is_compiling() or norms is not None:  # the compiler fuses, forward and backward

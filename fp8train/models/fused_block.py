@@ -97,10 +97,7 @@ def _is_plain(block: Block) -> bool:
     )
     recomputes = block.around_norm is attention.recompute and mlp.around_activation is attention.recompute
     plain_attention = (
-        attention.query_norm is None
-        and attention.context is None
-        and attention.factors == Factors()
-        and attention.head_dim & (attention.head_dim - 1) == 0
+        attention.query_norm is None and attention.context is None and attention.factors == Factors()
     )
     return block.pre_norm and sums and recomputes and plain_attention and mlp.smooth == "off"
 
