@@ -73,6 +73,7 @@ class FusedOp:
         reference: plain torch.
         cost: ``cost(arguments, results)`` of the launcher, from the tuple of arguments and what came out.
         fake: gives empty results of the right shapes.
+        mutates: names of arguments that are written in place.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class FusedOp:
             mutates: arguments that are written in place.
         """
         self.name, self.reference, self.cost = reference.__name__.lstrip("_"), reference, cost
-        self.fake = fake
+        self.fake, self.mutates = fake, tuple(mutates)
         self._launcher = launcher
         qualified = f"fp8train::{self.name}"
         # As torch.library.custom_op would, but for its Python layers: those cost 0.1 ms a call.

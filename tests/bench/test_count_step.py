@@ -47,8 +47,10 @@ def test_the_host_waits_once_a_step() -> None:
 
 
 def test_the_optimizer_is_one_pass() -> None:
+    """Gradient 1; master, m and v 5, read and written; the stored master again 2, for the codes of the FP8
+    weight 1; scales of blocks."""
     found = counted("O2")
-    assert found.block("elementwise_bytes", ("optimizer",)) <= 14 * found.block_parameters
+    assert found.block("elementwise_bytes", ("optimizer",)) <= 14.1 * found.block_parameters
     assert found.block("launches", ("optimizer",)) <= max(4, found.block_parameters / 2**26 + 4)
 
 
