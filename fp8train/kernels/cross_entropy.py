@@ -152,7 +152,7 @@ _times_op = FusedOp(
 
 
 def times_factor(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x · factor``, formed in FP32 and rounded once. Args: BF16 or FP32, contiguous; FP32 scalar on its
+    """``x · factor``, formed in FP32 and rounded once. Args: BF16 or FP32; FP32 scalar on its
     device; BF16 or FP32."""
-    result: Tensor = _times_op(x, factor, dtype)
+    result: Tensor = _times_op(x.contiguous(), factor, dtype)
     return result

@@ -77,8 +77,8 @@ class HeadGemms:
         return out if alpha == 1.0 else out.mul_(alpha)
 
     def unscaled_logits(self, hidden: Tensor) -> tuple[Tensor, float]:
-        """As :meth:`logits`, with what they are still to be multiplied by: a GEMM of BF16 with an FP32 result
-        has no ``alpha``, and who reads the logits may as well multiply them."""
+        """``hidden @ weight.T`` as :meth:`logits`, and what it is still to be multiplied by. A GEMM of BF16
+        with an FP32 result has no ``alpha``, and who reads the logits may as well multiply them."""
         out, alpha = self._logits[: len(hidden)], self._alphas.output
         if self._gpu:
             return torch.ops.aten.mm.dtype_out(

@@ -66,7 +66,7 @@ def _pack_kernel(
 
 
 def pack_parts(codes: Tensor, scales: Tensor, order: Tensor | None, parts: int) -> Tensor:
-    """:func:`fp8train.kernels.exchange_sum.pack`."""
+    """:func:`fp8train.kernels.exchange_sum.pack`: one read of the codes, one write of the message."""
     assert codes.is_contiguous() and scales.is_contiguous()
     blocks, block = len(codes) if order is None else len(order), codes.shape[1]
     message = codes.new_empty(parts, blocks // parts * (block + 1))
@@ -104,7 +104,7 @@ def _unpack_kernel(
 
 
 def unpack_parts(message: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """:func:`fp8train.kernels.exchange_sum.unpack_into`."""
+    """:func:`fp8train.kernels.exchange_sum.unpack_into`: one read of the message, one write."""
     assert message.is_contiguous() and codes.is_contiguous() and scales.is_contiguous()
     blocks, block = codes.shape
     tile = shape_of_tile(block, _MOVED)
