@@ -132,6 +132,9 @@ class HeldValues:
 
     def norms(self, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of each member's part, accumulated in ``dtype``: FP64 [members]."""
+        if fuses(self.parts[0]):  # one launch for many small vectors
+            parts = [self.values(member) for member in range(len(self.parts))]
+            return torch.stack(torch._foreach_norm(parts, 2.0, dtype)).double()
         return torch.stack([self._norm(member, dtype) for member in range(len(self.parts))]).double()
 
     def _norm(self, member: int, dtype: torch.dtype) -> Tensor:
