@@ -262,6 +262,21 @@ def show(result: Report) -> None:
     )
 
 
+def operations(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: bool) -> None:
+    """Print what one block does, operation by operation: launches and bytes."""
+    totals: dict[tuple[str, str], Row] = {}
+    for layers, sign in ((1, -1), (2, 1)):
+        counted = count(resolve(file, overrides, layers), gpu, optimizer=optimizer).counts
+        for place, row in counted.rows.items():
+            total = totals.setdefault((place.phase, place.operation), Row())
+            total.add(sign * row.launches, sign * row.moved, sign * row.flops, sign * row.seconds)
+    print(f"{'one block':10}  {'operation':44}{'launches':>9}{'GB':>9}{'ms':>9}")
+    order = {phase: number for number, phase in enumerate(PHASES)}
+    for (phase, name), row in sorted(totals.items(), key=lambda item: (order[item[0][0]], item[0][1])):
+        if row.launches > 0:
+            print(f"{phase:10}  {name:44}{row.launches:9}{row.moved / 1e9:9.3f}{row.seconds * 1e3:9.3f}")
+
+
 LEVELS = {
     "FP8": ["precision.level=O0", "precision.gemm.fp8=true"],
     **{level: [f"precision.level={level}"] for level in ("O0", "O1", "O2", "O3")},
@@ -317,6 +332,7 @@ def main() -> None:
     parser.add_argument(
         "--places", type=int, default=0, help="print so many lines of the package that move most"
     )
+    parser.add_argument("--operations", action="store_true", help="print what a block does, by operation")
     parser.add_argument("--no-optimizer", action="store_true", help="leave the update of the weights out")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, help="compare these, a line each")
     parser.add_argument("--json", type=Path)
@@ -330,6 +346,8 @@ def main() -> None:
         return
     result = report(args.config, args.overrides, gpu, optimizer=not args.no_optimizer)
     show(result)
+    if args.operations:
+        operations(args.config, args.overrides, gpu, optimizer=not args.no_optimizer)
     if args.places:
         config = resolve(args.config, args.overrides, 1)
         places(count(config, gpu, optimizer=not args.no_optimizer).counts, args.places)
