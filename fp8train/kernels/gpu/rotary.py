@@ -97,17 +97,19 @@ def split_heads(
 
 
 @triton.jit
-def _load_pair(x, strides, sample, position, head, pair, chosen, UNIT: tl.constexpr):
-    """Both halves, FP32, of heads of a tensor [B, heads, S, D] with these strides."""
-    at = x + (sample * strides[0] + position * strides[2])[:, None]
-    at += (head * strides[1] + pair * strides[3])[None, :]
+def _load_pair(
+    x, sample_stride, head_stride, position_stride, sample, position, head, pair, chosen, UNIT: tl.constexpr
+):
+    """Both halves, FP32, of heads of a tensor [B, heads, S, D] with these strides and 1."""
+    at = x + (sample * sample_stride + position * position_stride)[:, None]
+    at += (head * head_stride + pair)[None, :]
     first = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
-    return first, tl.load(at + UNIT * strides[3], mask=chosen, other=0.0).to(tl.float32)
+    return first, tl.load(at + UNIT, mask=chosen, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _heads_grad_values(inputs, row, column, inside, OPTION: tl.constexpr, HARDWARE: tl.constexpr):
-    query, key, value, query_strides, key_strides, value_strides, cos, sin, length = inputs
+    query, key, value, qb, qh, qs, kb, kh, ks, vb, vh, vs, cos, sin, length = inputs
     QUERIES: tl.constexpr = OPTION[0]
     UNIT: tl.constexpr = OPTION[1]
     sample, position = row // length, row % length
@@ -115,10 +117,10 @@ def _heads_grad_values(inputs, row, column, inside, OPTION: tl.constexpr, HARDWA
     group, place = head // (QUERIES + 2), head % (QUERIES + 2)
     is_query, is_key = (place < QUERIES)[None, :], (place == QUERIES)[None, :]
     turned = inside & (is_query | is_key)
-    where = (sample, position)
-    q1, q2 = _load_pair(query, query_strides, *where, group * QUERIES + place, pair, inside & is_query, UNIT)
-    k1, k2 = _load_pair(key, key_strides, *where, group, pair, inside & is_key, UNIT)
-    v1, v2 = _load_pair(value, value_strides, *where, group, pair, inside & (place > QUERIES)[None, :], UNIT)
+    of_query, of_key, of_value = inside & is_query, inside & is_key, inside & (place > QUERIES)[None, :]
+    q1, q2 = _load_pair(query, qb, qh, qs, sample, position, group * QUERIES + place, pair, of_query, UNIT)
+    k1, k2 = _load_pair(key, kb, kh, ks, sample, position, group, pair, of_key, UNIT)
+    v1, v2 = _load_pair(value, vb, vh, vs, sample, position, group, pair, of_value, UNIT)
     first = tl.where(is_query, q1, tl.where(is_key, k1, v1))
     second = tl.where(is_query, q2, tl.where(is_key, k2, v2))
     if cos is not None:
@@ -137,8 +139,11 @@ def _heads_grad(
     assert cos is None or sin is None or (cos.is_contiguous() and sin.is_contiguous())
     batch, heads, length, head_dim = grad_query.shape
     groups, unit = grad_key.shape[1], head_dim // 2
-    gradients = (grad_query, grad_key, grad_value)
-    inputs = (*gradients, *(grad.stride() for grad in gradients), cos, sin, length)
+    gradients = tuple(
+        grad if grad.stride(3) == 1 else grad.contiguous() for grad in (grad_query, grad_key, grad_value)
+    )
+    strides = [stride for grad in gradients for stride in grad.stride()[:3]]
+    inputs = (*gradients, *strides, cos, sin, length)
     shape = (batch * length, (heads + 2 * groups) * head_dim)
     return Tiles(_heads_grad_values, inputs, grad_query, shape, unit, option=(heads // groups, unit))
 
