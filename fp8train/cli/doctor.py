@@ -22,8 +22,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from fp8train import __version__
+from fp8train.kernels.attention import AttentionCall, choose_attention_backend
 from fp8train.live.console import format_bytes
 
 Status = Literal["ok", "limited", "missing", "broken"]
@@ -68,6 +70,7 @@ def examine() -> list[Finding]:
         _cpu,
         _gpus,
         _matmul,
+        _attention,
         _collectives,
         _optional_libraries,
         _space,
@@ -187,6 +190,14 @@ def fp8_matmul_error(device: torch.device) -> float:
         product = torch._scaled_mm(left, right, one, one, out_dtype=torch.float32)
     exact = a.double() @ b.double().t()
     return float((product.cpu().double() - exact).abs().max() / exact.abs().max())
+
+
+def _attention() -> Iterator[Finding]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    call = AttentionCall(torch.bfloat16, num_heads=32, num_kv_heads=8, head_dim=128)
+    backend = choose_attention_backend(device, call)
+    slow = device.type == "cuda" and backend.kernels[0] == SDPBackend.EFFICIENT_ATTENTION
+    yield Finding("attention", "limited" if slow else "ok", f"{backend} (BF16, 32 heads of 128 in 8 groups)")
 
 
 def _collectives() -> Iterator[Finding]:

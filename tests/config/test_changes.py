@@ -29,6 +29,7 @@ def found(overrides: list[str], base: list[str] | None = None) -> dict[str, str]
         ("train.activation_checkpointing=full", "free"),
         ("data.prefix=elsewhere", "free"),
         ("run.threads=3", "free"),
+        ("run.attention_backend=math", "free"),
         ("model.init_std=0.5", "free"),
         ("precision.gradient.bucket_mib=1.0", "free"),
         ("optimizer.lr=0.5", "meaning"),
