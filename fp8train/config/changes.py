@@ -34,6 +34,7 @@ FREE = (
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
     *("train.consistency_interval", "train.eval_interval", "train.eval_batches"),
     *("precision.gradient.bucket_mib", "precision.gradient.fp8.node_size", "precision.guard"),
+    "precision.gemm.fast_accumulation",  # of a device's kernel; runs that began before it was the default
 )
 REFUSED = ("model", "parametrization", "optimizer.name", "data.seq_length")
 """But for what is in :data:`FREE`."""

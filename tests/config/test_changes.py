@@ -32,6 +32,7 @@ def found(overrides: list[str], base: list[str] | None = None) -> dict[str, str]
         ("run.attention_backend=math", "free"),
         ("model.init_std=0.5", "free"),
         ("precision.gradient.bucket_mib=1.0", "free"),
+        ("precision.gemm.fast_accumulation=false", "free"),
         ("optimizer.lr=0.5", "meaning"),
         ("optimizer.clip_grad_norm=0.5", "meaning"),
         ("schedule.kind=constant", "meaning"),
