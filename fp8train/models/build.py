@@ -18,7 +18,7 @@ from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
 from fp8train.models.mus import MuS
-from fp8train.models.param_spec import initial_value
+from fp8train.models.param_spec import initial_values
 from fp8train.models.parametrization import Batch, Parametrization
 from fp8train.models.part import ModelPart
 from fp8train.models.unit_scaling import UnitMaximalUpdate, UnitScaling
@@ -159,10 +159,10 @@ def initialise(model: Decoder, seed: int, seed_master: Callable[[str, Tensor], N
             from the true values.
     """
     resident = {f"{path}.weight" for path, linear in model.linears().items() if linear.fp8_weight_is_resident}
-    for fqn, parameter in model.named_parameters():
-        spec = model.specs[fqn]
-        value = initial_value(spec, seed)
+    parameters = dict(model.named_parameters())
+    values = initial_values((model.specs[fqn] for fqn in parameters), seed)
+    for (fqn, parameter), value in zip(parameters.items(), values, strict=True):
         if fqn not in resident:
-            parameter.copy_(spec.local(value))
+            parameter.copy_(model.specs[fqn].local(value))
         if seed_master is not None:
             seed_master(fqn, value)
