@@ -7,9 +7,11 @@ status 1: everything else is a matter of what the machine is for.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -23,8 +25,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
-from fp8train import __version__
+from fp8train import __version__, kernels
+from fp8train.kernels.attention import AttentionCall, choose_attention_backend
+from fp8train.kernels.fused_op import OPERATIONS, has_triton
 from fp8train.live.console import format_bytes
 
 Status = Literal["ok", "limited", "missing", "broken"]
@@ -71,6 +76,8 @@ def examine() -> list[Finding]:
         _cpu,
         _gpus,
         _matmul,
+        _attention,
+        _fused_kernels,
         _collectives,
         _optional_libraries,
         _space,
@@ -216,6 +223,33 @@ def fp8_matmul_error(device: torch.device) -> float:
         product = torch._scaled_mm(left, right, one, one, out_dtype=torch.float32)
     exact = a.double() @ b.double().t()
     return float((product.cpu().double() - exact).abs().max() / exact.abs().max())
+
+
+def _attention() -> Iterator[Finding]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    call = AttentionCall(torch.bfloat16, num_heads=32, num_kv_heads=8, head_dim=128)
+    backend = choose_attention_backend(device, call)
+    slow = device.type == "cuda" and backend.kernels[0] == SDPBackend.EFFICIENT_ATTENTION
+    yield Finding("attention", "limited" if slow else "ok", f"{backend} (BF16, 32 heads of 128 in 8 groups)")
+
+
+def _fused_kernels() -> Iterator[Finding]:
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if not module.ispkg:  # declarations; what a GPU launches is imported when it is needed
+            importlib.import_module(f"{kernels.__name__}.{module.name}")
+    yield fused_kernels_finding(len(OPERATIONS), cuda=torch.cuda.is_available(), triton=has_triton())
+
+
+def fused_kernels_finding(operations: int, *, cuda: bool, triton: bool) -> Finding:
+    """What runs where a GPU would fuse: ``operations`` declared ones."""
+    what = f"{operations} operations"
+    if not cuda:
+        return Finding("fused kernels", "ok", f"{what}: on a CPU, torch operations in their place")
+    if triton:
+        return Finding("fused kernels", "ok", f"{what}: by Triton, compiled when they are first used")
+    return Finding(
+        "fused kernels", "limited", f"{what}: Triton is not installed; slower chains of torch operations"
+    )
 
 
 def _collectives() -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
@@ -18,7 +18,7 @@ from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
-from fp8train.config.section import NonNegativeInt, PositiveInt, Section
+from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
 from fp8train.config.train_schema import TrainConfig
 from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.registry import rule_named
@@ -41,8 +41,31 @@ class RunConfig(Section):
     deterministic: bool = False
     """Refuse kernels whose result depends on timing (``torch.use_deterministic_algorithms``). CPU runs are
     always reproducible; on CUDA this costs speed."""
+    attention_backend: Literal["auto", "flash3", "cudnn", "flash2", "math"] = "auto"
+    """What computes attention: FlashAttention 3 (compute capability 9.0, package ``flash_attn_3``), cuDNN,
+    which is not deterministic, FlashAttention 2, or plain matrix products. ``auto`` takes the first of them
+    that the device has; the other names are honoured or refused. On a CPU: ``auto`` or ``math``."""
     overwrite: bool = False
     """Delete what an earlier run left in the run directory instead of refusing to start."""
+
+    @model_validator(mode="after")
+    def _attention(self) -> RunConfig:
+        backend = self.attention_backend
+        if self.device == "cpu" and backend not in ("auto", "math"):
+            raise contradiction(
+                f"run.attention_backend: {backend} is for CUDA devices, but run.device is cpu; write "
+                "run.attention_backend: auto",
+                "attention_backend",
+                "device",
+            )
+        if self.deterministic and backend == "cudnn":
+            raise contradiction(
+                "run.attention_backend: cudnn has a backward pass that is not deterministic, but "
+                "run.deterministic is true; write run.attention_backend: auto, or run.deterministic: false",
+                "attention_backend",
+                "deterministic",
+            )
+        return self
 
 
 class WandbConfig(Section):

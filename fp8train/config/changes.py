@@ -28,11 +28,13 @@ Kind = Literal["free", "meaning", "refused"]
 NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "checkpoint", "logging")
 """Sections and keys about this attempt, not about the run."""
 FREE = (
-    *("run.device", "run.threads", "run.deterministic", "parallel", "model.init_std"),
+    *("run.device", "run.threads", "run.deterministic", "run.attention_backend", "parallel"),
+    "model.init_std",
     *(f"data.{key}" for key in ("prefix", "blend", "valid_prefix", "split", "tokenizer", "shuffle_seed")),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
     *("train.consistency_interval", "train.eval_interval", "train.eval_batches"),
     *("precision.gradient.bucket_mib", "precision.gradient.fp8.node_size", "precision.guard"),
+    "precision.gemm.fast_accumulation",  # of a device's kernel; runs that began before it was the default
 )
 REFUSED = ("model", "parametrization", "optimizer.name", "data.seq_length")
 """But for what is in :data:`FREE`."""

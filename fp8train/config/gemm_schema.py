@@ -121,7 +121,8 @@ class GemmConfig(ValueSection):
     min_dim: PositiveInt | None = None
     """Opt-in speed filter: linears with a dimension below this stay in high precision."""
     fast_accumulation: bool = False
-    """Hopper's reduced-precision accumulator for the forward GEMM."""
+    """CUDA only: the tensor cores' fast accumulator, of fewer bits, for the forward GEMM; backward keeps the
+    full one. Filled by ``precision.level``, for scales of tensors or rows."""
     smooth_swiglu: Smoothing = "off"
     """Smooth-SwiGLU, for recipes with one scale per tensor, or none. ``token`` scales SwiGLU's output token
     by token around the down projection, so that an outlier costs its own token alone; ``channel`` moves the

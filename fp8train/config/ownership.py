@@ -139,8 +139,18 @@ RULES: tuple[Rule, ...] = (
         _below("precision.gemm", "output.*.hadamard", "grad_input.*.hadamard"),
         Never("it is built for the operands of grad_weight"),
     ),
-    # Simulated operands are multiplied in high precision.
-    Rule(("precision.gemm.fast_accumulation",), IsNot("precision.gemm.output.x.format", "e2m1", "e4m3")),
+    Rule(
+        ("precision.gemm.fast_accumulation",),
+        AllOf(
+            (
+                # Simulated operands are multiplied in high precision.
+                IsNot("precision.gemm.output.x.format", "e2m1", "e4m3"),
+                # Products of blocks are scaled one by one, and added in FP32.
+                *(Is(f"precision.gemm.output.{use}.granularity", ("tensor", "row")) for use in "xw"),
+            )
+        ),
+        left_out=True,
+    ),
     Rule(("precision.gemm.smooth_swiglu",), Is("model.activation", ("swiglu",))),
     Rule(
         _below("precision.gradient", "accumulate", "reduce"),

@@ -86,6 +86,7 @@ def _states(master: str, exp_avg: str, exp_avg_sq: str) -> Values:
     }
 
 
+_FORWARD: Values = {"precision.gemm.fast_accumulation": True}
 _TRAFFIC = ("activations", "grad_output", "grad_input", "weights")
 
 
@@ -95,6 +96,7 @@ def _traffic(kind: str) -> Values:
 
 
 _FP8: Values = {
+    **_FORWARD,
     "precision.gemm.fp8": True,
     "precision.gradient.format": "e4m3",
     "precision.weights": "fp8",
@@ -104,6 +106,7 @@ _O2: Values = {**_FP8, **_states("fp16_scaled", "e4m3", "fp16_scaled")}
 _LEVELS: dict[str, Values] = {
     "O0": {
         "precision.gemm.fp8": False,
+        **_FORWARD,
         "precision.gradient.format": "high_precision",
         "precision.weights": "compute",
         **_GRADIENTS,
@@ -123,6 +126,7 @@ _PROFILES: dict[str, Values] = {
     # weights.
     "paper": {
         **{f"precision.gemm.{operand}.scale_source": "delayed" for operand in _DELAYED_OPERANDS},
+        "precision.gemm.fast_accumulation": False,
         "precision.gradient.fp8.reduce": "shared_scale",
         "precision.gradient.fp8.mu_initial": "one_over_root_ranks",
         **{f"precision.state.{role}.granularity": "tensor" for role in ("master", "exp_avg", "exp_avg_sq")},

@@ -40,6 +40,7 @@ class Config(AllSections):
             self._parametrization,
             self._evaluation,
             self._keep_best,
+            self._attention,
             self._saved_activations,
             self._guard,
             self._context,
@@ -117,6 +118,21 @@ class Config(AllSections):
                 "checkpoint.interval",
                 "train.eval_interval",
             )
+
+    def _attention(self) -> None:
+        backend, compute = self.run.attention_backend, self.precision.compute
+        in_bf16 = compute == "bf16" and not self.model.attention_in_fp32
+        if backend in ("auto", "math") or in_bf16:
+            return
+        key, value = (
+            ("model.attention_in_fp32", "true") if compute == "bf16" else ("precision.compute", compute)
+        )
+        raise contradiction(
+            f"run.attention_backend: {backend} computes in BF16, but {key} is {value}; write "
+            "run.attention_backend: auto",
+            "run.attention_backend",
+            key,
+        )
 
     def _saved_activations(self) -> None:
         if self.precision.activations == "compute":

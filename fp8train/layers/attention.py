@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
@@ -56,6 +57,7 @@ class Attention(nn.Module):
     Attributes:
         qkv: fused projection, rows by group.
         out: projection back into the residual stream.
+        kernels: what may compute attention (:class:`fp8train.kernels.attention.AttentionBackend`).
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Attention(nn.Module):
         self.recompute, self.context = recompute, context
         self.logits_scale = head_dim**-0.5 if logits_scale is None else logits_scale
         self.factors, self.in_fp32 = factors, in_fp32
+        self.kernels: tuple[SDPBackend, ...] = ()
         self.query_norm: nn.Module | None
         self.key_norm: nn.Module | None
         self.query_norm, self.key_norm = (None, None) if qk_norm is None else qk_norm
@@ -167,6 +170,7 @@ class Attention(nn.Module):
             enable_gqa=self.num_heads > self.num_kv_heads,
             scale=self.logits_scale,
             in_fp32=self.in_fp32,
+            kernels=self.kernels,
         )
         mixed = scale_forward(mixed, self.factors.output)
         if self.context is not None:

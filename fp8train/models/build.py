@@ -13,12 +13,13 @@ from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.linear_names import weights_in_fp8
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
+from fp8train.kernels.attention import AttentionBackend, AttentionCall, activate, choose_attention_backend
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
 from fp8train.models.mus import MuS
-from fp8train.models.param_spec import initial_value
+from fp8train.models.param_spec import initial_values
 from fp8train.models.parametrization import Batch, Parametrization
 from fp8train.models.part import ModelPart
 from fp8train.models.unit_scaling import UnitMaximalUpdate, UnitScaling
@@ -33,10 +34,12 @@ class BuiltModel:
     Attributes:
         model: on its device, parameters uninitialised; perhaps a part of the model.
         fp8: what is in FP8, of the whole model; None if nothing was asked to be.
+        attention: what computes attention.
     """
 
     model: Decoder
     fp8: PlanReport | None
+    attention: AttentionBackend
 
 
 def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -84,7 +87,7 @@ def build_model(
         forward_only: FP8 weights come from a checkpoint and nothing trains them.
 
     Raises:
-        ValueError: the device cannot multiply in FP8.
+        ValueError: the device cannot multiply in FP8, or has no attention of the kind that is asked for.
     """
     if config.run.deterministic:
         use_deterministic_kernels()
@@ -93,12 +96,31 @@ def build_model(
     if (quant := gemm.value()) is not None:
         backend = choose_gemm_backend(device, model.dtype, quant)
         report = plan_fp8(config, backend, forward_only=forward_only)
+    attention = attention_backend(config, device)
+    activate(attention)
     for block in model.held_blocks():
+        block.attention.kernels = attention.kernels
         if gemm.smooth_swiglu != "off" and report is not None and block.mlp.down.name in report.plans:
             block.mlp.use_smooth_swiglu(gemm.smooth_swiglu)
         if config.train.compile == "block":
             block.compile(fullgraph=True)
-    return BuiltModel(model, report)
+    return BuiltModel(model, report, attention)
+
+
+def attention_backend(config: Config, device: torch.device) -> AttentionBackend:
+    """What computes attention on ``device``.
+
+    Raises:
+        ValueError: not what ``run.attention_backend`` says.
+    """
+    model, dtype = config.model, COMPUTE_DTYPES[config.precision.compute]
+    if model.attention_in_fp32 and dtype == torch.bfloat16:
+        dtype = torch.float32
+    call = AttentionCall(dtype, model.num_heads, model.num_kv_heads, model.head_dim)
+    run = config.run
+    return choose_attention_backend(
+        device, call, wanted=run.attention_backend, deterministic=run.deterministic
+    )
 
 
 def outline(config: Config, vocab_size: int) -> Decoder:
@@ -141,10 +163,10 @@ def initialise(model: Decoder, seed: int, seed_master: Callable[[str, Tensor], N
             from the true values.
     """
     resident = {f"{path}.weight" for path, linear in model.linears().items() if linear.fp8_weight_is_resident}
-    for fqn, parameter in model.named_parameters():
-        spec = model.specs[fqn]
-        value = initial_value(spec, seed)
+    parameters = dict(model.named_parameters())
+    values = initial_values((model.specs[fqn] for fqn in parameters), seed)
+    for (fqn, parameter), value in zip(parameters.items(), values, strict=True):
         if fqn not in resident:
-            parameter.copy_(spec.local(value))
+            parameter.copy_(model.specs[fqn].local(value))
         if seed_master is not None:
             seed_master(fqn, value)

@@ -8,6 +8,10 @@ role and shape.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +19,9 @@ import torch
 from torch import Tensor
 
 from fp8train.config.optimizer_schema import DecayRule
+
+_DRAWN_AHEAD = 8 * 2**30
+"""Bytes of initial values, at most, that wait for their turn or are being drawn."""
 
 Role = Literal["embedding", "position", "hidden", "residual_out", "head", "norm", "bias"]
 
@@ -100,3 +107,26 @@ def initial_value(spec: ParamSpec, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{spec.fqn}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(spec.global_shape).normal_(0.0, spec.init_std, generator=generator)
+
+
+def initial_values(specs: Iterable[ParamSpec], seed: int) -> Iterator[Tensor]:
+    """:func:`initial_value` of each, in this order, drawn by as many threads as torch has.
+
+    Each value has a generator of its own, so who draws it and when changes no bit. One draw is sequential,
+    and the largest may dominate. Beside the value in use, there is one or 8 GiB of others.
+    """
+    threads, ahead, size = torch.get_num_threads(), deque[tuple[int, Future[Tensor]]](), 0
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="initial-values")
+    try:
+        for spec in specs:
+            nbytes = 4 * math.prod(spec.global_shape)
+            while ahead and (len(ahead) >= threads or size + nbytes > _DRAWN_AHEAD):
+                done, value = ahead.popleft()
+                size -= done
+                yield value.result()
+            ahead.append((nbytes, pool.submit(initial_value, spec, seed)))
+            size += nbytes
+        while ahead:
+            yield ahead.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -5,10 +5,15 @@ consecutive parameters, in the order in which forward needs them: FP8-resident w
 GEMM reads (1 byte; their scales were agreed on, so nobody sends them), all others in the compute type. A
 layer's weights are waited for where they are used (:meth:`WeightGather.wait`), so that the gather overlaps
 with the forward pass before it.
+
+Few groups are on their way at once, which bounds the memory of what arrives: all of them would be the model
+once more. The next one starts when one was waited for. So what a rank waits for decides the order of
+collectives, and must be the same on all ranks: they run the same forward pass.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +22,9 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.parallel.zero import Partition
+
+_ON_THEIR_WAY = 4
+"""Groups at once, at most: while one is used, the next ones travel."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Matrix:
         rows.copy_(values if self.encode is None else self.encode(values))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
     matrices: list[Matrix]
     part: int
@@ -78,6 +86,7 @@ class WeightGather:
         """
         self._plan, self._group = plan, group
         self._groups: list[_Group] = []
+        self._travelling: deque[_Group] = deque()
         self._of: dict[str, list[int]] = {}
         open_groups: dict[tuple[torch.dtype, str], tuple[int, int]] = {}
         for matrix in matrices:
@@ -95,6 +104,7 @@ class WeightGather:
             one.part = max(
                 sum(self._rows(matrix, rank)[2] for matrix in one.matrices) for rank in range(plan.ranks)
             )
+        self._next = len(self._groups)  # the next to start
 
     def _rows(self, matrix: Matrix, rank: int) -> tuple[int, int, int]:
         """(first row, row after the last, elements) that ``rank`` owns."""
@@ -102,22 +112,36 @@ class WeightGather:
         row = matrix.values[0].numel() if len(matrix.values) else 0
         return rows.start, rows.stop, len(rows) * row
 
-    @torch.no_grad()
     def start(self) -> None:
-        """Start the all-gathers: every rank sends the new rows that it owns, and calls this at the same
-        point."""
-        for one in self._groups:
+        """Start to send the new rows that this rank owns; every rank calls this at the same point. They must
+        not change until all of them were waited for, or this is called again, which sends all anew."""
+        while self._travelling:
+            self._finish(self._travelling[0])
+        self._next = 0
+        self._send()
+
+    def wait(self, fqn: str) -> None:
+        """Wait until all rows of this weight are here, and store them. Every rank waits for the same weights
+        in the same order."""
+        for number in self._of[fqn]:
+            while self._next <= number:
+                self._finish(self._travelling[0])
+                self._send()
+            self._finish(self._groups[number])
+            self._send()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        while self._next < len(self._groups) and len(self._travelling) < _ON_THEIR_WAY:
+            one = self._groups[self._next]
             pieces = [matrix.read(*self._rows(matrix, self._group.rank)[:2]) for matrix in one.matrices]
             own = torch.cat(pieces)
             message = own.new_zeros(one.part)
             message[: len(own)] = own
             one.arrived = message.new_empty(self._group.size, one.part)
             one.wait = self._group.all_gather(one.arrived, message, purpose=one.purpose)
-
-    def wait(self, fqn: str) -> None:
-        """Wait until all rows of this weight are here, and store them."""
-        for number in self._of[fqn]:
-            self._finish(self._groups[number])
+            self._travelling.append(one)
+            self._next += 1
 
     @torch.no_grad()
     def _finish(self, one: _Group) -> None:
@@ -135,3 +159,4 @@ class WeightGather:
                     matrix.write(start, stop, message[offset : offset + elements])
                 offset += elements
         one.wait = one.arrived = None
+        self._travelling.remove(one)

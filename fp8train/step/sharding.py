@@ -67,10 +67,12 @@ def make_gather(
     ``resident`` FP8 weights."""
     model = dict(built.model.named_parameters())
     in_fp8 = config.precision.traffic.weights == "fp8"
+    # Those that are waited for at once go first.
+    in_order = sorted(model.items(), key=lambda item: item[0] in resident)
     return WeightGather(
         [
             matrix
-            for fqn, parameter in model.items()
+            for fqn, parameter in in_order
             for matrix in _matrices(fqn, parameter.detach(), resident.get(fqn), in_fp8=in_fp8)
         ],
         owners,

@@ -11,7 +11,7 @@ from fp8train.comm.fp8_all_reduce import check_native
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import choose_gemm_backend
-from fp8train.models.build import COMPUTE_DTYPES
+from fp8train.models.build import COMPUTE_DTYPES, attention_backend
 
 
 def check_device(config: Config, device: torch.device) -> None:
@@ -19,7 +19,7 @@ def check_device(config: Config, device: torch.device) -> None:
 
     Raises:
         ConfigError: ``exact`` without what fixes its bits here, NCCL's FP8 sum where there is none, FP8 GEMMs
-            on a GPU without them.
+            on a GPU without them, attention by a kernel that is not here.
     """
     precision = config.precision
     try:
@@ -27,6 +27,7 @@ def check_device(config: Config, device: torch.device) -> None:
             choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant)
         if precision.gradient.format != "high_precision":
             _check_gradients(config, device)
+        attention_backend(config, device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

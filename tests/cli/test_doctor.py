@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from fp8train.cli import doctor as module
 from fp8train.cli.doctor import (
@@ -15,8 +16,11 @@ from fp8train.cli.doctor import (
     driver_version,
     examine,
     fp8_matmul_error,
+    fused_kernels_finding,
     table,
 )
+from fp8train.kernels.attention import AttentionBackend
+from fp8train.kernels.fused_op import OPERATIONS
 
 
 def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +134,33 @@ def test_the_driver_is_told_where_torch_sees_no_device(monkeypatch: pytest.Monke
     findings = {finding.item: finding for finding in module._gpus()}
     assert findings["NVIDIA driver"].status == "limited"
     assert "torch sees no device" in findings["CUDA"].explanation
+
+
+def test_fused_kernels_are_told_as_they_are() -> None:
+    found = next(finding for finding in examine() if finding.item == "fused kernels")
+    assert int(found.explanation.split()[0]) == len(OPERATIONS) > 10
+    assert "fp8train::optimizer_update" in OPERATIONS  # nothing else here has imported it
+    on_cpu = fused_kernels_finding(7, cuda=False, triton=True)
+    assert on_cpu.explanation == "7 operations: on a CPU, torch operations in their place"
+    assert "by Triton" in fused_kernels_finding(7, cuda=True, triton=True).explanation
+    without = fused_kernels_finding(7, cuda=True, triton=False)
+    assert without.status == "limited" and "Triton is not installed" in without.explanation
+
+
+@pytest.mark.parametrize(
+    ("backend", "status"),
+    [
+        (AttentionBackend("cudnn", "r", (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)), "ok"),
+        (AttentionBackend("efficient or math", "r", (SDPBackend.EFFICIENT_ATTENTION,)), "limited"),
+    ],
+)
+def test_attention_of_a_gpu_without_fast_kernels_is_limited(
+    monkeypatch: pytest.MonkeyPatch, backend: AttentionBackend, status: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "choose_attention_backend", lambda device, call: backend)
+    (found,) = module._attention()
+    assert (found.status, found.explanation) == (status, f"{backend} (BF16, 32 heads of 128 in 8 groups)")
 
 
 def test_the_table_is_aligned() -> None:

@@ -216,6 +216,36 @@ def test_a_recipe_of_rows_blocks_or_constants(name: str, level: str) -> None:
     assert (precision.weights, *wire) == ("compute", sent, "compute")
 
 
+@pytest.mark.parametrize(
+    ("precision", "fast"),
+    [
+        ({"level": "O0", "gemm": {"fp8": True}}, True),
+        ({"level": "O3"}, True),
+        ({"level": "O2", "recipe": "rowwise"}, True),
+        ({"level": "O2", "profile": "paper"}, False),
+        ({"level": "O2", "gemm": {"fast_accumulation": False}}, False),
+        ({"level": "O2", "profile": "paper", "gemm": {"fast_accumulation": True}}, True),
+        # Transformer Engine asserts the full accumulator for scales of blocks.
+        ({"level": "O2", "recipe": "blockwise"}, False),
+        ({"level": "O2", "recipe": "mxfp8"}, False),
+        ({"level": "O1", "recipe": "nvfp4_simulated"}, False),
+    ],
+)
+def test_the_forward_gemm_accumulates_fast_where_its_scales_are_outside_the_sum(
+    precision: dict[str, Any], fast: bool
+) -> None:
+    quant = resolve_mapping(merged(precision=precision)).config.precision.gemm
+    assert quant.fast_accumulation is fast
+    if (value := quant.value()) is not None:
+        assert value.fast_accumulation is fast
+
+
+def test_fast_accumulation_of_blocks_is_refused() -> None:
+    precision = {"recipe": "blockwise", "level": "O2", "gemm": {"fast_accumulation": True}}
+    with pytest.raises(ConfigError, match=r"fast_accumulation.* has no effect: .* is block_1x128"):
+        resolve_mapping(merged(precision=precision))
+
+
 def test_an_operand_with_another_source_takes_nothing_of_delayed_scales() -> None:
     """One key moves an operand away from the recipe: what the recipe said of its history goes with it."""
     current = {"scale_source": "current"}

@@ -115,7 +115,11 @@ def test_the_header_says_what_is_fp8_and_what_is_not() -> None:
     ):
         lines = "\n".join(describe_precision(trainer_of("precision.level=O1", f"precision.recipe={recipe}")))
         assert words in lines, lines
-    assert "FP8: off" in "\n".join(describe_precision(trainer_of()))
+    plain = describe_precision(trainer_of())
+    assert "FP8: off" in plain
+    assert "attention: torch [CPU: torch's own choice]" in plain
+    named = describe_precision(trainer_of("run.attention_backend=math"))
+    assert "attention: math [as the configuration says]" in named
 
 
 def test_decay_that_rounding_takes_back_is_said_before_the_run() -> None:

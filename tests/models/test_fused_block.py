@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.kernels import fused_op
+from fp8train.kernels import fused_op, gemm
+from fp8train.layers import fp8_linear, fused_linear, grad_weight_op
 from fp8train.models import decoder
 from fp8train.models.fused_block import FusedBlock, fused_block
 from fp8train.step.trainer import Trainer
@@ -89,6 +90,21 @@ def test_other_settings_have_the_same_bits(settings: tuple[str, ...]) -> None:
     assert one == other
     for name, weight in weights.items():
         assert torch.equal(weight, fused_weights[name]), name
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_only_the_forward_gemms_accumulate_fast(monkeypatch: pytest.MonkeyPatch, fuse: bool) -> None:
+    fast: list[bool] = []
+
+    def spy(*args: Tensor, fast_accumulation: bool = False, **options: object) -> Tensor:
+        fast.append(fast_accumulation)
+        return gemm.fp8_gemm(*args, fast_accumulation=fast_accumulation, **options)  # type: ignore[arg-type]
+
+    for module in (fp8_linear, fused_linear, grad_weight_op):
+        monkeypatch.setattr(module, "fp8_gemm", spy)
+    trained(*LLAMA, "precision.level=O2", fuse=fuse)
+    # Steps, micro-batches, blocks, linears, GEMMs.
+    assert (sum(fast), len(fast)) == (3 * 2 * 2 * 4, 3 * 2 * 2 * 4 * 3)
 
 
 @pytest.mark.parametrize("level", ["O0", "O2"])

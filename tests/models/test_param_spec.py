@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fp8train.models import param_spec
 from fp8train.models.build import build_model, initialise
-from fp8train.models.param_spec import ParamSpec, initial_value
+from fp8train.models.param_spec import ParamSpec, initial_value, initial_values
 from fp8train.models.shapes import padded_vocab_size
 from tests.models.settings import FAMILIES, VOCAB_SIZE, tiny_config, tiny_model
 
@@ -46,6 +47,44 @@ def test_initial_value_is_the_same_in_every_release() -> None:
     """A changed rule would change every run that restarts from its seed."""
     first = initial_value(spec("layers.0.mlp.up.weight", (4, 4), std=1.0), 1234)[0]
     assert first.tolist() == pytest.approx([-0.1567507, -0.3448698, -1.4717336, -0.6915364], abs=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("ahead", [0, 9000, 2**30])
+def test_values_drawn_by_threads_are_those_drawn_alone(
+    monkeypatch: pytest.MonkeyPatch, threads: int, ahead: int
+) -> None:
+    """In order, with the same bits; no more of them exist at once than threads and bytes allow."""
+    specs = [spec(f"layers.{i}", (10 + i, 64)) for i in range(12)]
+    limit = max(1, min(threads, ahead // (4 * 64 * 10)))
+    drawn: list[str] = []
+
+    def draw(one: ParamSpec, seed: int) -> torch.Tensor:
+        drawn.append(one.fqn)
+        return initial_value(one, seed)
+
+    monkeypatch.setattr(param_spec, "initial_value", draw)
+    monkeypatch.setattr(param_spec, "_DRAWN_AHEAD", ahead)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for i, value in enumerate(initial_values(specs, 7)):
+        assert len(drawn) <= i + 1 + limit
+        assert torch.equal(value, initial_value(specs[i], 7))
+    assert sorted(drawn) == sorted(one.fqn for one in specs)
+
+
+def test_masters_are_seeded_in_the_order_of_parameters() -> None:
+    model = tiny_model(tiny_config(FAMILIES["llama"]), perturb=False)
+    seeded: dict[str, torch.Tensor] = {}
+    initialise(model, 3, lambda fqn, value: seeded.update({fqn: value}))
+    assert list(seeded) == [fqn for fqn, _ in model.named_parameters()]
+    for fqn, value in seeded.items():
+        assert torch.equal(value, initial_value(model.specs[fqn], 3))
+
+
+def test_a_draw_that_fails_is_raised_where_its_value_is_wanted() -> None:
+    broken = spec("b", (2**62, 2**62))
+    with pytest.raises(RuntimeError):
+        list(initial_values([spec("a", (4, 4)), broken], 1))
 
 
 def test_no_layer_depends_on_how_many_there_are() -> None:

@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
             "cpu",
             "CUDA",
         ),
+        (["run.attention_backend=flash2"], "cpu", "`attention_backend`: flash2 is for CUDA devices"),
     ],
 )
 def test_what_the_device_cannot_do(
