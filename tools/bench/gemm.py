@@ -42,7 +42,7 @@ MODELS = {
     "3B": ((3072, 5120), (3072, 3072), (3072, 16384), (8192, 3072)),
     "8B": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
 }
-"""(K, N) of query, key and value together, attention's output, MLP up and gate, MLP down, of Llama-3 shapes."""
+"""(K, N) of a block's linears: query, key and value together; attention's output; up and gate; down."""
 SQUARES = (256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560)
 TOKENS = (2048, 8192, 16384)
 ROTATED = 3  # sets of operands
@@ -112,7 +112,7 @@ def measure(m: int, k: int, n: int, device: torch.device, repeats: int) -> dict[
 
 
 def crossover(rows: Sequence[dict[str, Any]]) -> int | None:
-    """The smallest measured ``min(K, N)`` from which on FP8 wins in training at every shape; None: nowhere."""
+    """The smallest measured ``min(K, N)`` from which on FP8 wins in training everywhere; None: nowhere."""
     by_size: dict[int, bool] = {}
     for row in rows:
         size = min(row["k"], row["n"])

@@ -144,7 +144,7 @@ def time_calls(
 
 
 def copy_bandwidth(device: torch.device, *, size: int = 2**30, repeats: int = 20) -> float:
-    """Bytes per second of a copy of ``size`` bytes, reads and writes together: what moving memory can reach."""
+    """Bytes per second of a copy of ``size`` bytes, reads and writes together."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / time_calls([lambda: target.copy_(source)], device, repeats=repeats).median
@@ -205,8 +205,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a benchmark's result, keys in the given order; whoever reads meanwhile sees the old file or the new
-    one."""
+    """Write a benchmark's result, keys in the given order: at once, for who reads meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
