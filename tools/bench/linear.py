@@ -3,10 +3,10 @@
     python tools/bench/linear.py --json out.json
     python tools/bench/linear.py --tiny --device cpu
 
-Shapes are those of ``tools/bench/gemm.py``. All multiply ``[M, K] x [K, N]`` and both gradients in BF16 or FP8
-with one scale per tensor from the tensor's own amax. torchao casts the weight in every forward, ours once per
-optimizer step: its cast is timed by ``gemm.py``. torchao is meant to be compiled; ``--compile`` adds that.
-Without torchao its columns stay empty, which the result says.
+Shapes are those of ``tools/bench/gemm.py``. All compute ``[M, K] x [K, N]`` and both gradients, in BF16 or in
+FP8 with one scale per tensor from the tensor's own amax. torchao casts the weight in every forward, ours once
+per optimizer step: its cast is timed by ``gemm.py``. torchao is meant to be compiled; ``--compile`` adds that.
+Where torchao cannot be imported it is left out, which the result says.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def torchao_compiled(k: int, n: int, device: torch.device) -> nn.Module:
 def step_of(layer: nn.Module, m: int, k: int, n: int, device: torch.device, seed: int) -> Callable[[], None]:
     """Forward and backward on tensors of its own."""
     generator = torch.Generator(device).manual_seed(seed)
-    x, grad = (
-        torch.randn(m, size, generator=generator, device=device).to(torch.bfloat16) for size in (k, n)
-    )
+    x, grad = (torch.randn(m, size, generator=generator, device=device).to(torch.bfloat16) for size in (k, n))
     x.requires_grad_()
     weights = list(layer.parameters())
 
@@ -99,7 +97,9 @@ def main() -> int:
     results = Results(args.json, device, torchao=has_torchao)
     chosen = shapes(tiny=args.tiny)
     if not args.tiny:
-        chosen = [(name, m, k, n) for wanted in MODELS for name, m, k, n in chosen if (name, m) == (wanted, 8192)]
+        chosen = [
+            (name, m, k, n) for wanted in MODELS for name, m, k, n in chosen if (name, m) == (wanted, 8192)
+        ]
     table = []
     for name, m, k, n in chosen:
         row: dict[str, float | None] = {}
