@@ -33,6 +33,7 @@ Exit status: 0, or 1 if a part failed or has no complete result, or 2 for a wron
 
 environment:
   PYTHON                interpreter (python3) with torch and what pyproject.toml requires
+  GPU                   that predict counts for: a name in tools/bench/ceilings.py (H200)
 TEXT
 }
 
@@ -83,7 +84,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export CUBLAS_WORKSPACE_CONFIG="${CUBLAS_WORKSPACE_CONFIG:-:4096:8}"
 # the caching allocator would keep pieces that the next micro-batch does not fit into
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
@@ -96,6 +96,7 @@ PYTHON
 [ -z "$missing" ] || fail "$python lacks these packages: $missing"
 
 llama=configs/llama/llama3_8b.yaml
+shape_8b=()
 shape_1b=(model.hidden_size=2048 model.num_heads=32 model.num_kv_heads=8 model.ffn_hidden_size=8192
     model.num_layers=16 model.tie_embeddings=true)
 shape_3b=(model.hidden_size=3072 model.num_heads=24 model.num_kv_heads=8 model.ffn_hidden_size=8192
@@ -106,26 +107,27 @@ arguments_of() { # the script of a part and its arguments, in ${command[@]}
     local -a predictions=()
     if [ -e "$out/predict.$1.json" ]; then predictions=(--predictions "$out/predict.$1.json"); fi
     local -a sizes=(--config "$llama" --micro-batch 1 --seq 2048 8192 --layers 1 3)
-    local -a times=(--memory 70 --warmup 2 --steps 2 --rounds 3 --patience 2)
+    local -a times=(--memory "$([ "$1" = step_8b ] && echo 56 || echo 40)" --warmup 2 --steps 2 --rounds 3 --patience 2)
     local small=()
     if [ "$tiny" = 1 ]; then
         small=(--tiny --device cpu)
         sizes=(--tiny --device cpu --layers 1 2)
-        times=(--threads 1)
-        shape_1b=() shape_3b=() variants=(O0 FP8 O2)
+        times=(--threads 1 --turns 1)
+        shape_8b=(model.vocab_size=512) variants=(O0 O2)
+        shape_1b=("${shape_8b[@]}") shape_3b=("${shape_8b[@]}")
     fi
     local rest=$((limits[$1] - 12)) # the process starts, and prints, outside of this time
     case "$1" in
     tests) command=(gpu_tests.py --device "$([ "$tiny" = 1 ] && echo cpu || echo cuda)") ;;
     kernels) command=(kernels.py --seconds "$rest" "${small[@]}") ;;
     gemm) command=(gemm.py --seconds "$rest" "${small[@]}") ;;
-    step_8b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" --) ;;
+    step_8b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_8b[@]}") ;;
     step_1b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_1b[@]}") ;;
     step_3b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_3b[@]}") ;;
     profile)
         if [ -e "$out/predict.step_8b.json" ]; then predictions=(--predictions "$out/predict.step_8b.json"); fi
         if [ "$tiny" = 0 ]; then sizes=(--config "$llama" --micro-batch 1 --seq 8192 --layers 1); fi
-        command=(profile_step.py "${sizes[@]}" --warmup 2 --variants O2 --text "$out/profile.txt")
+        command=(profile_step.py "${sizes[@]}" --warmup 2 --variants O2 --text "$out/profile.txt" -- "${shape_8b[@]}")
         ;;
     optimizer) command=(optimizer_step.py --device "$([ "$tiny" = 1 ] && echo cpu || echo cuda)") ;;
     linear) command=(linear.py --compile --seconds "$rest" "${small[@]}") ;;
@@ -167,6 +169,7 @@ for part in $chosen; do
     started=$SECONDS
     printf '%q ' "${command[@]}" >"$out/$part.log"
     echo >>"$out/$part.log"
+    rm -f "$out/$part.json" # of an earlier run: not to be taken for this one's
     timeout --kill-after=5 "${limits[$part]}" "${command[@]}" >>"$out/$part.log" 2>&1
     code=$?
     if [ "$code" != 0 ]; then

@@ -2,8 +2,7 @@
 
     python tools/bench/gpu_tests.py --json out.json
 
-``CUBLAS_WORKSPACE_CONFIG`` and ``TRITON_INTERPRET`` are read once by their libraries, so they are set here,
-before anything is imported: deterministic cuBLAS, and kernels on the GPU instead of in the interpreter.
+``CUBLAS_WORKSPACE_CONFIG``, which deterministic cuBLAS needs, is read once, so it is set before anything else.
 """
 
 from __future__ import annotations
@@ -49,8 +48,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    if on_gpu:
-        os.environ["TRITON_INTERPRET"] = "0"
     results = Results(args.json, torch.device("cuda" if on_gpu else "cpu"))
     if args.device == "cuda" and not on_gpu:
         results.fail("torch finds no GPU")

@@ -127,7 +127,7 @@ def against_fp64(operation: Any, arguments: Sequence[Any], ours: Sequence[Tensor
     )
     try:
         true = results_of(operation.reference, operation, wide)
-    except (RuntimeError, AssertionError, ValueError, TypeError, KeyError):
+    except Exception:  # made for narrower types, in whatever way it says so
         return None
     errors = [
         relative_error(a.to(b.device), b)

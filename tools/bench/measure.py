@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 _VARIABLES = ("OMP_", "GOMP_", "KMP_", "ONEDNN_", "ATEN_", "MKL_", "CUBLAS_", "PYTORCH_", "TRITON_")
-_LEAD_CYCLES = 1_000_000
-"""Cycles that a GPU is kept busy while the host queues what is timed: about half a millisecond."""
+_LEAD_CYCLES = 3_000_000
+"""Cycles that a GPU is kept busy while the host queues what is timed: 1.5 ms at 2 GHz."""
 
 
 @dataclass(frozen=True)

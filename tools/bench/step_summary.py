@@ -1,4 +1,4 @@
-"""What the measurements of ``train_step.py`` amount to: speeds, ratios, memory, the time of a block; and tables."""
+"""What the measurements of ``train_step.py`` amount to: speeds, ratios, memory, the time of a block."""
 
 from __future__ import annotations
 

@@ -225,18 +225,21 @@ def measure_variant(
     config = make_config(args, name, max(points, key=lambda point: point.seq))
     with built(config, args.vocab, device) as one:
 
-        def row(point: Point, at: str) -> dict[str, Any]:
+        def row(how: argparse.Namespace, point: Point, at: str) -> dict[str, Any]:
             sizes = {"layers": point.layers, "micro_batch": point.micro_batch, "seq": point.seq}
-            return {"variant": name, "at": at, **sizes, **measure(args, one, point)}
+            return {"variant": name, "at": at, **sizes, **measure(how, one, point)}
 
         for point in points:
-            yield row(point, "micro-batch")
+            yield row(args, point, "micro-batch")
         if args.memory is None or device.type == "cpu" or not largest:
             return
+        quick = argparse.Namespace(
+            **{**vars(args), "warmup": 1, "steps": 1, "rounds": 2}
+        )  # its steps are long
         for point in points:
             size = largest_micro_batch(one, point.layers, point.seq, args.memory * 2**30)
             if size is not None:
-                yield row(Point(point.layers, size, point.seq), "memory")
+                yield row(quick, Point(point.layers, size, point.seq), "memory")
 
 
 def add_rows(
@@ -249,7 +252,7 @@ def add_rows(
 ) -> None:
     """One variant with one number of blocks, in one turn."""
     layers = points[0].layers
-    largest = layers == max(point.layers for point in points_of(args))
+    largest = turn == 0 and layers == max(point.layers for point in points_of(args))
     problem = None
     try:
         for row in measure_variant(args, name, points, device, largest=largest):
