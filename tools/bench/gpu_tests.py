@@ -2,7 +2,7 @@
 
     python tools/bench/gpu_tests.py --json out.json
 
-``CUBLAS_WORKSPACE_CONFIG``, which deterministic cuBLAS needs, is read once, so it is set before anything else.
+``CUBLAS_WORKSPACE_CONFIG``, which deterministic cuBLAS needs, is read once: it is set before all else.
 """
 
 from __future__ import annotations
