@@ -7,44 +7,63 @@ A case is made of tensors without values on the meta device, so it costs nothing
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fp8train.kernels
+from fp8train.kernels.group_operands import GroupRule
 from fp8train.kernels.operands import CastRule
-from fp8train.precision.number_formats import E4M3, E5M2
+from fp8train.kernels.optimizer_update import WIDE, optimizer_update
+from fp8train.models.param_spec import ParamSpec
+from fp8train.optim.optimizer import Optimizer
+from fp8train.parallel.gradients.held import StoredGradient
+from fp8train.precision.number_formats import E4M3, E5M2, FP16
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import Granularity
+from fp8train.precision.state_formats import StateFormat, StateFormats
+from fp8train.update_rules.adamw import AdamW, AdamWSettings
+from fp8train.update_rules.lion import Lion
+from fp8train.update_rules.rule import Rule, RuleSettings
 
 for _module in pkgutil.iter_modules(fp8train.kernels.__path__):  # operations are declared when imported
     if not _module.ispkg:
         importlib.import_module(f"fp8train.kernels.{_module.name}")
 
-TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 14336, 32, 8, 128
+TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 8192, 4096, 14336, 32, 8, 128, 128256
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: an operation's name, what distinguishes the case, and its arguments."""
+    """One call: an operation's name, what distinguishes the case, its arguments, and the largest number of
+    those that count or index (int32, int64). ``remade`` makes the arguments on a device, from (device,
+    scale), where more than their memory counts."""
 
     operation: str
     variant: str
     arguments: tuple[Any, ...]
+    largest: int = 0
+    remade: Callable[[torch.device, int], tuple[Any, ...]] | None = None
 
     def __str__(self) -> str:
         return f"{self.operation}[{self.variant}]"
 
     def filled(self, device: torch.device, *, scale: int = 1) -> tuple[Any, ...]:
-        """The arguments in memory: floats of a normal distribution, bytes and integers of few bits.
+        """The arguments in memory: floats of a normal distribution, bytes of few bits, integers that rise to
+        the largest.
 
         Leading sizes of matrices are divided by ``scale``, and so is what else counts the same: statistics of
         rows, but no last dimension of a matrix, and no weight (BF16, one dimension).
         """
+        if self.remade is not None:
+            return self.remade(device, scale)
         generator = torch.Generator(device).manual_seed(0)
         tensors = [x for x in self.arguments if isinstance(x, Tensor)]
         counted = {x.shape[0] for x in tensors if x.dim() > 1}
@@ -63,6 +82,10 @@ class Case:
             shape = [sizes[i] for i in order]
             if x.dtype.is_floating_point and x.element_size() > 1:
                 value = torch.randn(shape, generator=generator, device=device).to(x.dtype)
+            elif x.dtype in (torch.int32, torch.int64):
+                count = math.prod(shape)
+                steps = torch.arange(1, count + 1, device=device)
+                value = (steps * max(1, self.largest // scale) // count).to(x.dtype).view(shape)
             else:
                 value = torch.randint(1, 120, shape, generator=generator, device=device, dtype=torch.uint8)
                 value = value.view(x.dtype)
@@ -83,6 +106,100 @@ def _operands() -> Iterator[Case]:
     yield Case("turn_codes", "weight", (_empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn),))
     delayed = _empty(dtype=torch.float32)
     yield Case("cast_operand", "x, delayed", (x, partials, delayed, *X, True, True))
+
+
+def _updates() -> Iterator[Case]:
+    """The optimizer step of a layer's matrices, and of what FP8 leaves alone."""
+    sr = StateFormat("fp16_scaled", rounding="stochastic")
+    o2 = StateFormats(sr, StateFormat("e4m3"), StateFormat("fp16_scaled"))
+    small = StateFormats(sr, o2.exp_avg, StateFormat("e4m3", sqrt=True, rounding="stochastic"))
+    adamw = AdamW(AdamWSettings(lr=3e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8))
+    lion = Lion(RuleSettings(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.3))
+    matrices = ((HIDDEN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN))
+    for variant, rule, plan, shapes in (
+        ("O2", adamw, o2, matrices),
+        ("O1", adamw, StateFormats(sr), matrices),
+        ("O2, sqrt of v in E4M3", adamw, small, matrices),
+        ("O2, BF16 remainder", adamw, replace(o2, master=StateFormat("bf16_remainder")), matrices),
+        ("O2, lion", lion, replace(o2, exp_avg_sq=None), matrices),
+        ("O2, short blocks", adamw, o2, ((FFN, 257),)),
+        ("FP32", adamw, StateFormats(), ((HIDDEN,), (FFN, HIDDEN))),
+    ):
+        remade = partial(_update, rule, plan, shapes)
+        yield Case("optimizer_update", variant, remade(torch.device("meta"), 1), remade=remade)
+
+
+def _stored_weights() -> Iterator[Case]:
+    number, codes = _empty(dtype=torch.float32), _empty(FFN, HIDDEN, dtype=torch.float8_e4m3fn)
+    blocks = _empty(FFN, HIDDEN // 128, dtype=torch.uint8)
+    for name, payload, scale, bits in (
+        ("FP16 blocks", _empty(FFN, HIDDEN, dtype=torch.float16), blocks, FP16.mantissa_bits),
+        ("FP32", _empty(FFN, HIDDEN, dtype=torch.float32), None, WIDE),
+    ):
+        master = (payload, scale, bits, 128, number)
+        yield Case("cast_stored", name, (codes, number, number, number, *master, None, 0, *X))
+
+
+def _update(
+    rule: Rule, plan: StateFormats, shapes: Sequence[tuple[int, ...]], device: torch.device, scale: int
+) -> tuple[Any, ...]:
+    """Arguments of one launch: BF16 weights, gradients in E4M3 blocks under a plan, else in FP32; all
+    zero."""
+    seen: list[tuple[Any, ...]] = []
+
+    def keep(*arguments: Any) -> tuple[Tensor, Tensor]:
+        seen.append(arguments)
+        return optimizer_update.fake(*arguments)
+
+    specs, weights, gradients = {}, {}, {}
+    for number, (rows, *columns) in enumerate(shapes):
+        fqn, shape = f"w{number}", (max(1, rows // scale), *columns)
+        planned = plan != StateFormats()
+        specs[fqn] = ParamSpec(fqn, "hidden", shape, 1, 1, "normal", 0.02, 1.0, "lr_times_lambda", planned)
+        weights[fqn] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        gradients[fqn] = _Gradient(StoredGradient(torch.zeros(weights[fqn].numel(), device=device)))
+        if planned:
+            blocks = shape[0] * -(-shape[-1] // 128)
+            codes = torch.zeros((blocks, 128), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+            scales = torch.full((blocks,), 127, dtype=torch.uint8, device=device)
+            gradients[fqn] = _Gradient(StoredGradient(codes, scales))
+    optimizer = Optimizer(rule, weights, specs, plan, seed=1, update=keep)
+    one = torch.ones((), device=device)
+    optimizer.step(gradients.__getitem__, step=1, lr_factor=1.0, grad_multiplier=one)
+    assert len(seen) == 1, optimizer.describe_pass()
+    return seen[0]
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """A gradient that only a kernel reads."""
+
+    memory: StoredGradient
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        raise AssertionError("not in chunks")
+
+    def stored(self, count: int) -> StoredGradient:
+        return self.memory
+
+
+def _group_operands() -> Iterator[Case]:
+    x = _empty(TOKENS, HIDDEN)
+    granularities: tuple[Granularity, ...] = ("row", "block_1x128", "mx_1x32", "block_128x128")
+    for name in granularities:
+        rule = GroupRule.of(QuantSpec(E4M3, name))
+        directed = name != "block_128x128"
+        yield Case("cast_groups", f"{name}, along rows", (x, *rule, 1, True, not directed))
+        if directed:
+            yield Case("cast_groups", f"{name}, along columns", (x, *rule, 0, False, True))
+            yield Case("cast_both", name, (x, *rule))
+    free = GroupRule.of(QuantSpec(E5M2, "block_1x128", power_of_two=False))
+    yield Case("cast_both", "block_1x128, fp32 scales", (x, *free))
+
+
+def _scale_layouts() -> Iterator[Case]:
+    yield Case("mx_scales", "x", (_empty(TOKENS, HIDDEN // 32, dtype=torch.float32),))
+    yield Case("square_scales", "w", (_empty(FFN // 128, HIDDEN // 128, dtype=torch.float32),))
 
 
 def _norms() -> Iterator[Case]:
@@ -107,13 +224,6 @@ def _norms() -> Iterator[Case]:
         yield Case("norm_backward", f"layer {width}", (wide, wide, wide, rstd, rstd, gain, True))
 
 
-def _heads() -> Iterator[Case]:
-    qkv = _empty(1, TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    table = _empty(TOKENS, HEAD_DIM // 2, dtype=torch.float32)
-    yield Case("split_heads", "rotated", (qkv, table, table, KV_HEADS, HEAD_DIM))
-    yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
-
-
 def _activations() -> Iterator[Case]:
     fused, h, partials = _empty(TOKENS, 2 * FFN), _empty(TOKENS, FFN), _empty(1024, dtype=torch.float32)
     for name, inputs, inputs_grad in (
@@ -134,7 +244,8 @@ def _rotary() -> Iterator[Case]:
     batch, length = 2, TOKENS // 2
     cos = _empty(length, HEAD_DIM // 2, dtype=torch.float32)
     qkv = _empty(batch, length, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    yield Case("rotate_heads", "bf16", (qkv, cos, cos, KV_HEADS, HEAD_DIM))
+    yield Case("split_heads", "rotated", (qkv, cos, cos, KV_HEADS, HEAD_DIM))
+    yield Case("split_heads", "plain", (qkv, None, None, KV_HEADS, HEAD_DIM))
     query, key = (_empty(batch, length, heads, HEAD_DIM).transpose(1, 2) for heads in (HEADS, KV_HEADS))
     inputs, partials = (query, key, key, cos, cos), _empty(1024, dtype=torch.float32)
     yield Case("heads_grad_forward", "bf16", inputs)
@@ -144,7 +255,73 @@ def _rotary() -> Iterator[Case]:
     yield Case("heads_grad_cast", "not rotated", merged)
 
 
-_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (_operands, _norms, _heads, _activations, _rotary)
+def _block_gradients() -> Iterator[Case]:
+    """A bucket of three weights of an MLP: cast whole from an accumulator, and one weight alone."""
+    blocks, segments = 3 * FFN * HIDDEN // 128, 3
+    accumulated, gradient = _empty(blocks, 128, dtype=torch.float32), _empty(FFN, HIDDEN)
+    ends, scales = _empty(segments, dtype=torch.int64), _empty(blocks, dtype=torch.uint8)
+    squares = _empty(segments, 1024, dtype=torch.float64)
+    codes, residual = _empty(blocks, 128, dtype=torch.uint8), _empty(blocks, 128)
+    yield Case(
+        "cast_blocks", "fp32, squares", (accumulated, None, ends, codes, scales, None, squares, 3), blocks
+    )
+    yield Case(
+        "cast_blocks",
+        "fp32, feedback",
+        (accumulated, residual, ends, codes, scales, residual.clone(), squares, 3),
+        blocks,
+    )
+    own, own_scales = codes[: blocks // 3], scales[: blocks // 3]
+    yield Case("cast_blocks", "bf16, squares", (gradient, None, None, own, own_scales, None, squares[:1], 3))
+    yield Case("cast_blocks", "bf16", (gradient, None, None, own, own_scales, None, None, 3))
+    short = _empty(FFN, HIDDEN - 1)
+    yield Case("cast_blocks", "bf16, short blocks", (short, None, None, own, own_scales, None, None, 3))
+    yield Case("squares_of_blocks", "e4m3", (codes.view(torch.float8_e4m3fn), scales, ends), blocks)
+
+
+def _exchanged_gradients() -> Iterator[Case]:
+    """The same bucket between 8 ranks; under ZeRO blocks are sent in another order."""
+    ranks, blocks = 8, 3 * FFN * HIDDEN // 128
+    codes, scales = _empty(blocks, 128, dtype=torch.uint8), _empty(blocks, dtype=torch.uint8)
+    message = _empty(ranks, blocks // ranks * 129, dtype=torch.uint8)
+    yield Case("pack_parts", "e4m3", (codes, scales, None, ranks))
+    order = _empty(blocks, dtype=torch.int32)
+    yield Case("pack_parts", "e4m3, order", (codes, scales, order, ranks), blocks - 1)
+    yield Case("unpack_parts", "e4m3", (message, codes, scales))
+    yield Case("sum_parts", "fp32", (message, 128, 3, 0))
+    yield Case("sum_parts", "cast", (message, 128, 3, 1))
+    yield Case("sum_parts", "cast, 4 parts", (message, 128, 3, 4))
+    yield Case("sum_parts", "bf16, cast", (_empty(ranks, blocks // ranks * 128), 128, 3, 1))
+
+
+def _head() -> Iterator[Case]:
+    """A chunk of tokens, and the gradient of the head's weight once for all chunks."""
+    logits = _empty(1024, VOCAB, dtype=torch.float32)
+    column, one = _empty(1024, 1, dtype=torch.int64), _empty(1024, 1, dtype=torch.float32)
+    yield Case("softmax_statistics", "fp32", (logits, column, VOCAB, 1.0), VOCAB - 1)
+    yield Case("softmax_statistics", "fp32, padded, alpha", (logits, column, VOCAB - 7, 0.5), VOCAB - 8)
+    rest = (one, one, column, one, one)
+    yield Case("softmax_gradient", "bf16", (logits, *rest, VOCAB, 1.0, torch.bfloat16), VOCAB - 1)
+    yield Case("softmax_gradient", "fp32", (logits, *rest, VOCAB, 1.0, torch.float32), VOCAB - 1)
+    factor = _empty(dtype=torch.float32)
+    wide = _empty(VOCAB, HIDDEN, dtype=torch.float32)
+    yield Case("times_factor", "fp32 to bf16", (wide, factor, torch.bfloat16))
+    yield Case("times_factor", "bf16", (_empty(TOKENS, HIDDEN), factor, torch.bfloat16))
+
+
+_GROUPS: tuple[Callable[[], Iterator[Case]], ...] = (
+    _operands,
+    _group_operands,
+    _scale_layouts,
+    _norms,
+    _activations,
+    _rotary,
+    _block_gradients,
+    _exchanged_gradients,
+    _head,
+    _updates,
+    _stored_weights,
+)
 
 
 def cases() -> list[Case]:

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ Status = Literal["ok", "limited", "missing", "broken"]
 
 _FP8_CAPABILITY = (8, 9)
 _FP8_REDUCING_NCCL = (2, 24, 3)
+_DRIVERS = {11: 450, 12: 525, 13: 580}
+"""The oldest NVIDIA driver for each major version of CUDA (release notes of the CUDA toolkit)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,33 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
+def driver_version(version: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of the NVIDIA driver's kernel module, ``580.65.06``; None where there is none."""
+    try:
+        found = re.search(r"^NVRM version:.*?\s(\d+(?:\.\d+)+)\s", version.read_text() + "\n", re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else found[1]
+
+
+def driver_finding(cuda: str, driver: str | None) -> Finding:
+    """What the driver's version means for a torch that was built for ``cuda``; too old a driver hides all
+    devices from it."""
+    major = int(cuda.partition(".")[0])
+    oldest = _DRIVERS.get(major, max(_DRIVERS.values()))
+    needs = f"CUDA {cuda}, for which this torch is built, needs {oldest} or newer"
+    if driver is None:
+        return Finding("NVIDIA driver", "missing", f"none is loaded; {needs}")
+    if int(driver.partition(".")[0]) >= oldest:
+        return Finding("NVIDIA driver", "ok", f"{driver}: {needs}")
+    older = [number for number, least in _DRIVERS.items() if least <= int(driver.partition(".")[0])]
+    other = f", or a torch built for CUDA {max(older)}" if older else ""
+    return Finding("NVIDIA driver", "limited", f"{driver}: {needs}; install a newer driver{other}")
+
+
 def _gpus() -> Iterator[Finding]:
+    if torch.version.cuda is not None:
+        yield driver_finding(torch.version.cuda, driver_version())
     if not torch.cuda.is_available():
         reason = (
             "this torch is built without CUDA"

@@ -30,13 +30,10 @@ import torch
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.numerics.block_scales import dequantize_blocks, quantize_blocks
+from fp8train.kernels.exchange_sum import Quantized, pack, sum_and_pack, sum_parts, unpack_into
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.gradients import Between
 from fp8train.precision.number_formats import Format
-
-Quantized = tuple[Tensor, Tensor]
-"""(payload FP8 [blocks, block], E8M0 scales uint8 [blocks])."""
 
 
 def padded_blocks(count: int, ranks: int) -> int:
@@ -44,40 +41,9 @@ def padded_blocks(count: int, ranks: int) -> int:
     return -(-count // ranks) * ranks
 
 
-def pack(payload: Tensor, scales: Tensor, parts: int) -> Tensor:
-    """Put codes and scales of each part side by side, so that one message carries both.
-
-    Args:
-        payload: FP8 [blocks, block], ``blocks`` a multiple of ``parts``.
-        scales: uint8 [blocks].
-        parts: receivers.
-
-    Returns:
-        uint8 [parts, blocks / parts · (block + 1)].
-    """
-    codes = payload.view(torch.uint8).reshape(parts, -1)
-    return torch.cat((codes, scales.view(parts, -1)), dim=1)
-
-
-def unpack(message: Tensor, block: int, dtype: torch.dtype) -> Quantized:
-    """Take one part's message apart: uint8 [blocks · (block + 1)] -> (payload [blocks, block], scales
-    [blocks]), views of it."""
-    blocks = message.numel() // (block + 1)
-    codes = message[: blocks * block].view(blocks, block)
-    return codes.view(dtype), message[blocks * block :]
-
-
-def sum_parts(messages: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """FP32 sum of the parts received, in rank order: uint8 [N, blocks · (block + 1)] -> [blocks, block]."""
-    total = dequantize_blocks(*unpack(messages[0], block, dtype))
-    for message in messages[1:]:
-        total += dequantize_blocks(*unpack(message, block, dtype))
-    return total
-
-
 class Exchange:
-    """One reduction over one group: :meth:`start`, :meth:`advance`, then :meth:`finish` (all-reduce) or
-    nothing more (reduce-scatter: :meth:`advance` returned the FP32 sums)."""
+    """One reduction over one group: :meth:`start`, then :meth:`advance` and :meth:`finish` (all-reduce) or
+    :meth:`sums` (reduce-scatter)."""
 
     def __init__(self, group: CountedGroup, fmt: Format, *, purpose: str) -> None:
         """Args: ``group``: who reduces; ``fmt``: of the codes; ``purpose``: name in the byte counters."""
@@ -87,53 +53,65 @@ class Exchange:
         self._gathered: Tensor | None = None
         self._wait: Callable[[], None] | None = None
 
-    def start(self, payload: Tensor, scales: Tensor) -> None:
+    def start(self, payload: Tensor, scales: Tensor, *, order: Tensor | None = None) -> None:
         """Start the all-to-all: every rank is sent its part, codes and scales in one message.
 
         Args:
-            payload: FP8 [blocks, block]; ``blocks`` a multiple of the group's size.
+            payload: FP8 [blocks, block].
             scales: E8M0 bytes uint8 [blocks].
+            order: of the blocks in the message, a multiple of the group's size; see
+                :func:`~fp8train.kernels.exchange_sum.pack`. None: as they are.
         """
         # [N, blocks / N · (block + 1)] bytes: row r goes to rank r, so (N-1)/N of them leave this one.
-        message = pack(payload, scales, self._group.size)
-        self._block = payload.shape[1]
-        self._received = torch.empty_like(message)
+        self.send(pack(payload, scales, self._group.size, order=order), payload.shape[1])
+
+    def send(self, message: Tensor, block: int) -> None:
+        """Start the all-to-all of a packed message."""
+        self._block, self._received = block, torch.empty_like(message)
         self._wait = self._group.all_to_all(self._received, message, purpose=self._purpose)
 
-    def advance(self, *, gather: bool = True) -> Tensor:
-        """Wait for the parts and add them; with ``gather``, quantise the sums and send them to everyone.
-
-        Returns:
-            FP32 sums of this rank's part [blocks / N, block].
-        """
+    def _parts(self) -> Tensor:
+        """Part ``rank`` as each of the N ranks cast it: uint8 [N, blocks / N · (block + 1)]."""
         assert self._wait is not None
         assert self._received is not None
         self._wait()
-        # Part ``rank`` as each of the N ranks cast it, decoded and added in FP32, in rank order.
-        total = sum_parts(self._received, self._block, dtype_of(self._format))
+        received = self._received
         self._received = self._wait = None
-        if gather:  # cast again, with scales from the amaxes of the sums
-            self.gather(*quantize_blocks(total, self._format))
-        return total
+        return received
 
-    def gather(self, payload: Tensor, scales: Tensor) -> None:
-        """Send this rank's quantised part to everyone: FP8 [blocks / N, block], uint8 [blocks / N]."""
-        # blocks / N · (block + 1) bytes, sent to each of the N - 1 other ranks.
-        message = pack(payload, scales, 1)[0]
-        self._block = payload.shape[1]
-        self._gathered = message.new_empty(self._group.size, message.numel())
+    def sums(self) -> Tensor:
+        """Wait for the parts and add them: FP32 sums of this rank's part [blocks / N, block]."""
+        return sum_parts(self._parts(), self._block, self._format)
+
+    def packed_sums(self, parts: int) -> Tensor:
+        """Wait for the parts, add them and quantise the sums, with scales from their own amaxes, as a message
+        of ``parts`` parts."""
+        return sum_and_pack(self._parts(), self._block, self._format, parts=parts)
+
+    def advance(self) -> None:
+        """Wait for the parts, add them, quantise the sums and send them to everyone."""
+        self.gather(self.packed_sums(1)[0], self._block)
+
+    def gather(self, message: Tensor, block: int) -> None:
+        """Send this rank's part to everyone: packed, uint8 [blocks / N · (block + 1)]."""
+        # As many bytes are sent to each of the N - 1 other ranks.
+        self._block, self._gathered = block, message.new_empty(self._group.size, message.numel())
         self._wait = self._group.all_gather(self._gathered, message, purpose=self._purpose)
 
-    def finish(self) -> Quantized:
+    def finish(self, into: Quantized | None = None) -> Quantized:
         """Wait for the all-gather and return the quantised sums of all parts: (payload [blocks, block],
-        scales [blocks])."""
+        scales [blocks]); in memory ``into`` of that shape, if it is given."""
         assert self._wait is not None
         assert self._gathered is not None
         self._wait()
-        parts = [unpack(message, self._block, dtype_of(self._format)) for message in self._gathered]
+        gathered = self._gathered
         self._gathered = self._wait = None
-        payload = torch.cat([part.view(torch.uint8) for part, _ in parts]).view(dtype_of(self._format))
-        return payload, torch.cat([scales for _, scales in parts])
+        if into is None:
+            blocks = gathered.numel() // (self._block + 1)
+            codes = gathered.new_empty(blocks, self._block).view(dtype_of(self._format))
+            into = codes, gathered.new_empty(blocks)
+        unpack_into(gathered, into)
+        return into
 
 
 class HierarchicalExchange:
@@ -157,47 +135,49 @@ class HierarchicalExchange:
         self._cross, self._format, self._between, self._purpose = cross, fmt, between, purpose
         self._inside = Exchange(local, fmt, purpose=f"{purpose}_in_node")
         self._across = Exchange(cross, fmt, purpose=f"{purpose}_between_nodes")
+        self._block = 0
 
-    def start(self, payload: Tensor, scales: Tensor) -> None:
+    def start(self, payload: Tensor, scales: Tensor, *, order: Tensor | None = None) -> None:
         """Start the exchange inside the node. Arguments as for :meth:`Exchange.start`; ``blocks`` is a
         multiple of the node's ranks times the nodes."""
-        self._inside.start(payload, scales)
+        self._block = payload.shape[1]
+        self._inside.start(payload, scales, order=order)
 
-    def advance(self, *, gather: bool = True) -> Tensor:
-        """Add inside the node, then between nodes; with ``gather``, send the quantised sums to everyone.
+    def sums(self) -> Tensor:
+        """Add inside the node, then between nodes.
 
         Returns:
             FP32 sums of this rank's part [blocks / N, block]. Parts lie by place in the node first, then by
             node.
         """
         # With L ranks in each of M nodes: this rank has the node's sum of 1/L of the blocks, in FP32.
-        total = self._inside.advance(gather=False)
-        # Between nodes each moves that 1/L: reduced to 1/(L·M), and with ``gather`` collected again as codes.
+        # Between nodes each moves that 1/L: reduced to 1/(L·M).
         if self._between == "fp8":
-            self._across.start(*quantize_blocks(total, self._format))
-            total = self._across.advance(gather=gather)
-        else:
-            total = self._add_in_bf16(total)
-            if gather:
-                self._across.gather(*quantize_blocks(total, self._format))
-        if gather:  # the 1/L of the final codes that this rank has, to its node
-            self._inside.gather(*self._across.finish())
-        return total
+            self._across.send(self._inside.packed_sums(self._cross.size), self._block)
+            return self._across.sums()
+        return sum_parts(self._parts_in_bf16(), self._block, self._format)
 
-    def _add_in_bf16(self, total: Tensor) -> Tensor:
-        """This rank's part of the sum over nodes, FP32 from BF16 contributions in node order."""
+    def advance(self) -> None:
+        """Add inside the node, then between nodes, and send the quantised sums to everyone."""
+        if self._between == "fp8":
+            self._across.send(self._inside.packed_sums(self._cross.size), self._block)
+            self._across.advance()
+        else:
+            message = sum_and_pack(self._parts_in_bf16(), self._block, self._format)
+            self._across.gather(message[0], self._block)
+        # The 1/L of the final codes that this rank has, to its node.
+        self._inside.gather(pack(*self._across.finish(), 1)[0], self._block)
+
+    def _parts_in_bf16(self) -> Tensor:
+        """This rank's part of the sums of all nodes, rounded to BF16 [M, elements], in node order."""
         nodes = self._cross.size
         # [nodes, bytes of a part]: 2 bytes an element, without scales.
-        sent = total.to(torch.bfloat16).view(torch.uint8).reshape(nodes, -1)
+        sent = self._inside.sums().to(torch.bfloat16).view(torch.uint8).reshape(nodes, -1)
         received = torch.empty_like(sent)
         self._cross.all_to_all(received, sent, purpose=f"{self._purpose}_between_nodes")()
-        parts = received.view(torch.bfloat16).view(nodes, -1, total.shape[1])
-        result = parts[0].float()
-        for part in parts[1:]:
-            result += part.float()
-        return result
+        return received.view(torch.bfloat16)
 
-    def finish(self) -> Quantized:
+    def finish(self, into: Quantized | None = None) -> Quantized:
         """Wait for the last all-gather and return the quantised sums of all parts: (payload [blocks, block],
-        scales [blocks])."""
-        return self._inside.finish()
+        scales [blocks]); in memory ``into`` of that shape, if it is given."""
+        return self._inside.finish(into)

@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
-from fp8train.comm.exchange import pack, sum_parts
+from fp8train.kernels.exchange_sum import pack, sum_parts
 from fp8train.numerics.block_scales import as_blocks, from_blocks, quantize_blocks
-from fp8train.numerics.formats import dtype_of
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.scale_blocks import block_size
 from fp8train.precision.traffic import Traffic
@@ -156,6 +155,6 @@ class TensorParallel:
 
         def result() -> Tensor:
             wait()
-            return from_blocks(sum_parts(received, block, dtype_of(E4M3)), shape).to(parts.dtype)
+            return from_blocks(sum_parts(received, block, E4M3), shape).to(parts.dtype)
 
         return result

@@ -3,4 +3,8 @@
 ``gemm`` is the FP8 matrix multiplication and chooses its implementation once, when a model is built: the
 tensor cores, for scales that ``scaling`` says they take, or ``decode`` on devices without. ``matmul`` is for
 products in high precision, ``attention`` for those of attention.
+
+What stands between GEMMs are *fused operations*, one launch or two each on a GPU (``fused_op``): casts
+(``operands``), norms, activations and the rotation of heads. Formulas that are computed tile by tile are
+declared once, for values, their amax and their cast (``tiled``).
 """

@@ -54,6 +54,12 @@ def fuses(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def fuses_now(x: Tensor) -> bool:
+    """Whether a layer's work on ``x`` is to be done by fused operations: where :func:`fuses` says so, outside
+    of compiled graphs, whose compiler fuses itself, and not in FP64."""
+    return fuses(x) and not torch.compiler.is_compiling() and x.dtype != torch.float64
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of these tensors together; None is nothing."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -66,6 +72,8 @@ class FusedOp:
         name: in torch's registry, after ``fp8train::``.
         reference: plain torch.
         cost: ``cost(arguments, results)`` of the launcher, from the tuple of arguments and what came out.
+        fake: gives empty results of the right shapes.
+        mutates: names of arguments that are written in place.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class FusedOp:
             mutates: arguments that are written in place.
         """
         self.name, self.reference, self.cost = reference.__name__.lstrip("_"), reference, cost
+        self.fake, self.mutates = fake, tuple(mutates)
         self._launcher = launcher
         qualified = f"fp8train::{self.name}"
         # As torch.library.custom_op would, but for its Python layers: those cost 0.1 ms a call.

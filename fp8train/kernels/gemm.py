@@ -11,9 +11,9 @@ rounded once.
 
 Scales may belong to rows or blocks (:mod:`fp8train.numerics.granularity`). ``decode`` multiplies each operand
 by its scales before the product, which is exact for powers of two: in BF16 too, where they are in range.
-``scaled_mm`` uses the kernel that torch has for these scales (:mod:`fp8train.kernels.scaling`); where there
-is none, the operands are decoded on the device, and :attr:`GemmBackend.reason` says so. None of the kernels
-for rows and blocks has been run on a GPU yet.
+``scaled_mm`` uses the kernel that torch has for these scales, this result type and these shapes
+(:mod:`fp8train.kernels.scaling`); where there is none, the operands are decoded on the device, and
+:attr:`GemmBackend.reason` says for which. None of the kernels for rows and blocks has been run on a GPU yet.
 
 * ``simulation``: NVFP4 (:mod:`fp8train.numerics.nvfp4`), whose payloads are values in the compute type
   already: multiplied in FP32, and rounded once.
@@ -33,16 +33,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.kernels.decode import decode_gemm
+from fp8train.kernels.padding import ALIGNMENT
 from fp8train.kernels.scaling import (
     cuda_version,
-    fills_blocks,
+    fits_kernel,
     granularity_of,
     native_pair,
     scaled_mm_of_arrays,
+    shape_rule,
 )
+from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
-
-ALIGNMENT = 16
+from fp8train.precision.scale_blocks import Granularity
 
 
 @dataclass(frozen=True)
@@ -87,30 +89,50 @@ def choose_gemm_backend(
             "write `fp8`=false or `device`=cpu"
         )
     reason = f"FP8 tensor cores, compute capability {capability[0]}.{capability[1]}"
-    decoded = [] if quant is None else gemms_without_kernel(quant, capability, cuda_version())
-    if decoded:
-        reason += f"; no kernel here for {', '.join(decoded)}: operands decoded, multiplied in high precision"
+    if quant is not None:
+        reason += _without_kernel(quant, capability, cuda_version(), compute_dtype)
     return GemmBackend("scaled_mm", reason)
 
 
-def gemms_without_kernel(quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int]) -> list[str]:
-    """Name the GEMMs, of a linear's three, whose operands have scales that no kernel of the device takes:
-    ``output (mx_1x32 x mx_1x32)``.
+def _without_kernel(
+    quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int], out_dtype: torch.dtype
+) -> str:
+    """What the reason says of GEMMs that have no kernel, and of shapes that theirs do not take."""
+    native, decoded = gemms_by_kernel(quant, capability, cuda, out_dtype)
+    said = ""
+    if decoded:
+        names = ", ".join(f"{gemm} ({a} x {b})" for gemm, (a, b) in decoded.items())
+        results = "" if out_dtype == torch.bfloat16 else f" with results in {out_dtype}"
+        said = f"; no kernel here for {names}{results}: operands decoded, multiplied in high precision"
+    if rule := shape_rule(native.values()):
+        said += f"; kernels of {', '.join(native)} take {rule}: operands of other shapes decoded, likewise"
+    return said
+
+
+GranularityPairs = dict[str, tuple[Granularity, Granularity]]
+"""What shares a scale in operands A and B of GEMMs, by their names."""
+
+
+def gemms_by_kernel(
+    quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int], out_dtype: torch.dtype
+) -> tuple[GranularityPairs, GranularityPairs]:
+    """Sort a linear's GEMMs in FP8 into those that have a kernel on a device, and those that have none.
 
     Args:
         quant: of the operands.
         capability: of the device.
         cuda: version that torch was built with.
+        out_dtype: of the products.
     """
     specs = quant.operands()
-    pairs = {
-        gemm: (specs[a].granularity, specs[b].granularity)
-        for gemm, (a, b) in GEMMS.items()
-        if quant.in_fp8(gemm)
-    }
-    return [
-        f"{gemm} ({a} x {b})" for gemm, (a, b) in pairs.items() if not native_pair(a, b, capability, cuda)
-    ]
+    native: GranularityPairs = {}
+    decoded: GranularityPairs = {}
+    for gemm, (a, b) in GEMMS.items():
+        pair = (specs[a].granularity, specs[b].granularity)
+        if quant.in_fp8(gemm):
+            known = native_pair(*pair, capability, cuda, out_dtype, dtype_of(specs[b].format))
+            (native if known else decoded)[gemm] = pair
+    return native, decoded
 
 
 def check_operands(a: Tensor, b: Tensor) -> None:
@@ -184,14 +206,18 @@ def scaled_mm(
     )
 
 
-def _has_kernel(a: Tensor, b: Tensor, scale_inv_a: Tensor, scale_inv_b: Tensor) -> bool:
+def _has_kernel(
+    a: Tensor, b: Tensor, scale_inv_a: Tensor, scale_inv_b: Tensor, out_dtype: torch.dtype
+) -> bool:
     """Whether ``scaled_mm`` multiplies operands with these scales on their device."""
     if not (scale_inv_a.dim() or scale_inv_b.dim()):
         return True
     kinds = granularity_of(scale_inv_a, a.shape, 1), granularity_of(scale_inv_b, b.shape, 0)
-    capability = torch.cuda.get_device_capability(a.device) if a.is_cuda else (8, 9)  # a CPU has rows
-    filled = all(fills_blocks(kind, a.shape[1]) for kind in kinds)
-    return filled and native_pair(*kinds, capability, cuda_version())
+    if a.device.type == "cpu":  # torch's for a CPU knows rows
+        return set(kinds) <= {"tensor", "row"}
+    capability = torch.cuda.get_device_capability(a.device)
+    known = native_pair(*kinds, capability, cuda_version(), out_dtype, b.dtype)
+    return known and fits_kernel(*kinds, a.shape[0], a.shape[1], b.shape[1])
 
 
 def _fp8_gemm(
@@ -211,7 +237,7 @@ def _fp8_gemm(
         # a weight that was decoded once, for many products
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     check_operands(a, b)
-    if backend == "decode" or not _has_kernel(a, b, scale_inv_a, scale_inv_b):
+    if backend == "decode" or not _has_kernel(a, b, scale_inv_a, scale_inv_b, out_dtype):
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     column_major_b = b.t().contiguous().t()
     outside = alpha != 1.0 and granularity_of(scale_inv_a, a.shape, 1) == "mx_1x32"  # E8M0 holds no alpha

@@ -97,7 +97,6 @@ def _residual_norm(
     want_y: bool,
     want_partials: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    nothing = x.new_empty(0)
     stream = x if delta is None else x + delta
     wide = stream.to(wide_dtype(x))
     mean = None
@@ -107,10 +106,10 @@ def _residual_norm(
     else:
         variance = torch.linalg.vector_norm(wide, dim=-1).square_().div_(x.shape[1])
     rstd = variance.add_(eps).rsqrt_()
-    y = _norm(stream, mean, rstd, weight, bias) if want_y or want_partials else nothing
+    y = _norm(stream, mean, rstd, weight, bias) if want_y or want_partials else x.new_empty(0)
     return (
-        nothing if delta is None else stream,
-        y if want_y else nothing,
+        x.new_empty(0) if delta is None else stream,
+        y if want_y else x.new_empty(0),
         rstd.new_empty(0) if mean is None else mean,
         rstd,
         amax_of(y).view(1) if want_partials else rstd.new_empty(0),
@@ -132,8 +131,8 @@ def _residual_norm_fake(
     return (
         x.new_empty(0 if delta is None else x.shape),
         x.new_empty(x.shape if want_y else 0),
-        x.new_empty(rows if kind == "layer" else 0, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows if kind == "layer" else 0, dtype=wide_dtype(x)),
+        x.new_empty(rows, dtype=wide_dtype(x)),
         x.new_empty(count, dtype=torch.float32),
     )
 
@@ -232,11 +231,11 @@ def _norm_backward(
     result = (inner - inner_mean).sub_(normalised.mul_(along)).mul_(r).to(stream.dtype)
     if grad_stream is not None:
         result = result + grad_stream
-    nothing, vector = stream.new_empty(0), (stream if weight is None else weight).dtype
+    vector = stream if weight is None else weight
     return (
         result,
-        nothing if weight is None else product.sum(dim=0).to(vector),
-        grad.sum(dim=0).to(vector) if want_bias else nothing,
+        vector.new_empty(0) if weight is None else product.sum(dim=0).to(vector.dtype),
+        grad.sum(dim=0).to(vector.dtype) if want_bias else vector.new_empty(0),
         amax_of(result).view(1),
     )
 
@@ -291,8 +290,8 @@ def norm_backward(
     """Gradients of :func:`residual_norm`; x and delta both have the stream's.
 
     Args:
-        grad_y: [T, H], contiguous.
-        grad_stream: what else the stream's gradient has, likewise: added to the norm's own when that was
+        grad_y: [T, H]; copied if it is not contiguous.
+        grad_stream: what else the stream's gradient has, likewise; added to the norm's own when that was
             rounded to the stream's dtype, as autograd adds two gradients. None: nothing.
         stream: [T, H], the norm's input.
         mean: FP32 [T]; None for an RMSNorm.
@@ -300,4 +299,5 @@ def norm_backward(
         weight: [H] or None.
         want_bias: whether there is a bias, whose gradient is wanted.
     """
+    grad_y, grad_stream = grad_y.contiguous(), None if grad_stream is None else grad_stream.contiguous()
     return NormGradients(*_norm_backward_op(grad_y, grad_stream, stream, mean, rstd, weight, want_bias))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.kernels.fused_op import Cost, FusedOp, nbytes
-from fp8train.kernels.gemm import ALIGNMENT
+from fp8train.kernels.padding import ALIGNMENT, aligned
 from fp8train.numerics.cast import amax_of, cast
 from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale import scale_from_amax
@@ -67,11 +67,6 @@ class CastOperand(NamedTuple):
     amax: Tensor
 
 
-def aligned(size: int) -> int:
-    """``size`` rounded up to a multiple of 16."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def count_of_partials(numel: int) -> int:
     """How many partials a tensor of ``numel`` elements has: 1 to 1024."""
     return max(1, min(PARTIALS, -(-numel // _CHUNK)))
@@ -118,13 +113,20 @@ def _spec(rule: CastRule) -> QuantSpec:
     )
 
 
+def scale_of_partials(
+    partials: Tensor, delayed: Tensor | None, rule: CastRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, inverse, amax) of a tensor that left ``partials``: FP32 scalars."""
+    amax = amax_of(partials)
+    return *scale_from_amax(amax, _spec(rule), delayed=delayed), amax
+
+
 def cast_with_partials(
     x: Tensor, partials: Tensor, delayed: Tensor | None, rule: CastRule, straight: bool, turned: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the references of all operations that end in an operand do with its values, [M, K]; the fields of
     :class:`CastOperand`."""
-    amax = amax_of(partials)
-    scale, scale_inv = scale_from_amax(amax, _spec(rule), delayed=delayed)
+    scale, scale_inv, amax = scale_of_partials(partials, delayed, rule)
     codes = cast(x, rule.format, scale, scale_is_power_of_two=rule.power_of_two).view(torch.uint8)
     codes = F.pad(codes, (0, -codes.shape[1] % ALIGNMENT, 0, -codes.shape[0] % ALIGNMENT))
     codes = codes.view(dtype_of(rule.format))

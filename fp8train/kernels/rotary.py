@@ -1,9 +1,10 @@
 """Rotary position embedding on the fused projection of queries, keys and values, and back.
 
 The projection's output is [B, S, G·(P+2)·D]: for each of G key/value groups P query heads, their key, their
-value. Forward rotates queries and keys where they lie; attention reads all three as strided views. Backward
-turns the gradients of the views into the gradient of the projection's output in one pass, with or without a
-cast for the GEMMs that read it.
+value. Attention kernels want heads at one stride, which queries of several groups have not: forward writes
+all three to memory of their own, rotated, and the projection's output is free at once. Backward turns their
+gradients into the gradient of the projection's output in one pass, with or without a cast for the GEMMs that
+read it.
 
 Pairs are (i, i + D/2), as in Llama's published weights (:mod:`fp8train.layers.rotary` makes the table). The
 rotation is done in the table's precision, then rounded: a cosine rounded to BF16 shifts relative positions.
@@ -35,44 +36,55 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _grouped(qkv: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
-    """[B, S, G·(P+2)·D] as a view [B, S, G, P+2, D]."""
-    return qkv.view(*qkv.shape[:2], num_kv_heads, -1, head_dim)
+def _split_heads(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_kv_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grouped = qkv.view(*qkv.shape[:2], num_kv_heads, -1, head_dim)
+    query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+    if cos is not None and sin is not None:
+        query, key = (apply_rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (query, key))
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in (query, key, value))  # type: ignore[return-value]
 
 
-def _rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, head_dim: int) -> None:
-    turning = _grouped(qkv, num_kv_heads, head_dim)[..., :-1, :]
-    heads = turning.flatten(2, 3).transpose(1, 2)
-    turning.copy_(apply_rotary(heads, cos, sin).transpose(1, 2).view(turning.shape))
+def split_heads_fake(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_kv_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for :func:`split_heads`: [B, S, heads, D] of queries, keys and values."""
+    batch, length, width = qkv.shape
+    queries = width // head_dim - 2 * num_kv_heads
+    return (
+        qkv.new_empty(batch, length, queries, head_dim),
+        qkv.new_empty(batch, length, num_kv_heads, head_dim),
+        qkv.new_empty(batch, length, num_kv_heads, head_dim),
+    )
 
 
-def _rotate_cost(args: tuple[Any, ...], out: None) -> Cost:
-    qkv, cos, sin, num_kv_heads, head_dim = args
-    values = qkv[..., 0].numel() * num_kv_heads * head_dim * qkv.element_size()
-    turning = nbytes(qkv) - values
-    return Cost(1, turning + nbytes(cos, sin), turning)
-
-
-_rotate_op = FusedOp(
-    _rotate_heads,
-    launcher="fp8train.kernels.gpu.rotary:rotate_heads",
-    fake=lambda *args: None,
-    cost=_rotate_cost,
-    mutates=("qkv",),
+_split_op = FusedOp(
+    _split_heads,
+    launcher="fp8train.kernels.gpu.rotary:split_heads",
+    fake=split_heads_fake,
+    cost=lambda args, out: Cost(1, nbytes(*args[:3]), nbytes(*out)),
 )
 
 
-def rotate_heads_(qkv: Tensor, cos: Tensor, sin: Tensor, *, num_kv_heads: int, head_dim: int) -> None:
-    """Rotate queries and keys in place.
+def split_heads(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_kv_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the fused projection into heads and rotate queries and keys.
 
     Args:
-        qkv: [B, S, G·(P+2)·D], contiguous; values keep theirs.
-        cos: [S, D/2], FP32, contiguous.
+        qkv: [B, S, G·(P+2)·D], contiguous.
+        cos: FP32 [S, D/2], contiguous; None leaves positions out.
         sin: the same.
         num_kv_heads: G.
         head_dim: D.
+
+    Returns:
+        Queries [B, G·P, S, D], keys and values [B, G, S, D], heads innermost but one in memory.
     """
-    _rotate_op(qkv, cos, sin, num_kv_heads, head_dim)
+    parts = _split_op(qkv, cos, sin, num_kv_heads, head_dim)
+    query, key, value = (part.transpose(1, 2) for part in parts)
+    return query, key, value
 
 
 def _heads_grad(

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from fp8train.kernels.gemm import fp8_gemm
 from fp8train.kernels.matmul import matmul
-from fp8train.layers.fp8_operand import (
-    Layouts,
-    Operand,
-    padded,
-    quantize_layouts,
-    quantize_matrix,
-    transposed,
-)
+from fp8train.kernels.padding import Operand, padded
+from fp8train.layers.fp8_operand import Layouts, quantize_layouts, quantize_matrix, transposed
 from fp8train.layers.grad_weight_op import (
     SinkSlot,
     contribute_grad_weight,

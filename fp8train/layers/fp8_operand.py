@@ -1,7 +1,5 @@
-"""Operands of FP8 GEMMs: quantised matrices, padded with zeros to what the GPU multiplies.
-
-Padding comes after the amax was taken and multiplies to nothing, so it changes no value.
-"""
+"""Operands of FP8 GEMMs: quantised matrices, padded with zeros to what the GPU multiplies
+(:mod:`fp8train.kernels.padding`)."""
 
 from __future__ import annotations
 
@@ -11,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fp8train.comm.sequence_parallel import Agreement
 from fp8train.kernels import fused_op
-from fp8train.kernels.operands import CastOperand, CastRule, aligned, amax_partials, cast_operand
+from fp8train.kernels.group_operands import GroupRule, cast_groups
+from fp8train.kernels.operands import CastOperand, CastRule, amax_partials, cast_operand
+from fp8train.kernels.padding import Operand, padded
 from fp8train.numerics.cast import amax_of, cast, operand_amax
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.mse_scale import magnitude_counts, mse_scale
@@ -25,9 +24,6 @@ from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import cast_statistics
 from fp8train.precision.operand_cast import QuantSpec
 
-Operand = tuple[Tensor, Tensor]
-"""(payload, scale_inv): a matrix, and its scales as :mod:`fp8train.numerics.granularity` describes them."""
-
 
 class Layouts(NamedTuple):
     """One operand in the two layouts that GEMMs read; equal but in memory.
@@ -35,35 +31,11 @@ class Layouts(NamedTuple):
     Attributes:
         rows: [M, K] row-major, for the GEMM that sums over K.
         columns: [M, K] column-major where tensor cores want that for the GEMM that sums over M; else ``rows``
-            itself.
+            itself, as ``rows`` is ``columns`` where scales serve that GEMM alone.
     """
 
     rows: Operand
     columns: Operand
-
-
-def pad_to(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Zero-pad a matrix (FP8 too: through its bytes) to [rows, columns]; itself if it has that shape."""
-    if x.shape == (rows, columns):
-        return x
-    padding = (0, columns - x.shape[1], 0, rows - x.shape[0])
-    if x.element_size() == 1:
-        return F.pad(x.view(torch.uint8), padding).view(x.dtype)
-    return F.pad(x, padding)
-
-
-def padded(operand: Operand) -> Operand:
-    """The operand with its payload padded to multiples of 16, and with scales of 1 for new rows or columns
-    that have scales of their own. Blocks are multiples of 16: there are no more of them."""
-    payload, scale_inv = operand
-    rows, columns = aligned(payload.shape[0]), aligned(payload.shape[1])
-    if scale_inv.dim() and payload.shape != (rows, columns):
-        more = [
-            new - old if count == old and old > 1 else 0
-            for new, old, count in zip((rows, columns), payload.shape, scale_inv.shape, strict=True)
-        ]
-        scale_inv = F.pad(scale_inv, (0, more[1], 0, more[0]), value=1.0)
-    return pad_to(payload, rows, columns), scale_inv
 
 
 def cropped(operand: Operand, rows: int, columns: int) -> Operand:
@@ -116,6 +88,9 @@ def quantize_matrix(
     if row is None and casts_at_once(x, spec):
         codes = cast_at_once(x, spec, slot, agree, turned=False)
         return cropped((codes.codes, codes.scale_inv), *x.shape)
+    if row is None and agree is None and casts_groups(x, spec):
+        groups = cast_groups(x.contiguous(), GroupRule.of(spec), contracted=contracted)
+        return cropped((groups.codes, groups.scale_inv), *x.shape)
     amax = operand_amax(x, spec, contracted)
     if agree is not None and spec.scale_source != "constant":
         amax = agree.largest(amax)
@@ -136,6 +111,12 @@ def casts_at_once(x: Tensor, spec: QuantSpec) -> bool:
     """Whether a fused operation casts ``x`` like this."""
     one_scale = spec.granularity == "tensor" and spec.scale_source != "mse"
     return one_scale and x.dtype != torch.float64 and fused_op.fuses(x)
+
+
+def casts_groups(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether a fused operation casts ``x`` like this, with scales of its rows or blocks."""
+    of_groups = spec.granularity != "tensor" and not spec.is_nvfp4
+    return of_groups and x.dtype != torch.float64 and fused_op.fuses(x)
 
 
 def cast_at_once(
@@ -197,8 +178,20 @@ def quantize_layouts(
     if row is None and casts_at_once(x, spec):
         both = cast_at_once(x, spec, slot, agree, turned=True)
         return Layouts((both.codes, both.scale_inv), (both.turned.t(), both.scale_inv))
+    if row is None and agree is None and casts_groups(x, spec):
+        return _layouts_of_groups(x.contiguous(), spec, contracted)
     operand = padded(quantize_matrix(x, spec, slot, row, agree, contracted=contracted))
     return Layouts(operand, operand)
+
+
+def _layouts_of_groups(x: Tensor, spec: QuantSpec, contracted: int) -> Layouts:
+    """Directed scales serve one of the two GEMMs, so in one layout; both fields are that."""
+    straight = contracted == 1 or not spec.directed
+    turned = contracted == 0 or not spec.directed
+    groups = cast_groups(x, GroupRule.of(spec), contracted=contracted, straight=straight, turned=turned)
+    back = (groups.turned.t(), groups.scale_inv)
+    rows = (groups.codes, groups.scale_inv) if straight else back
+    return Layouts(rows, back if turned else rows)
 
 
 def _simulate_nvfp4(

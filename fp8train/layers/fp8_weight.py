@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from fp8train.kernels.fused_op import fuses
 from fp8train.kernels.matmul import cpu_multiplies_bf16
-from fp8train.kernels.operands import turn_codes
-from fp8train.layers.fp8_operand import Operand, aligned, cropped, quantize_layouts, quantize_operand
+from fp8train.kernels.operands import CastRule, turn_codes
+from fp8train.kernels.padding import Operand, aligned
+from fp8train.kernels.stored_weight import StoredWeight, cast_stored
+from fp8train.layers.fp8_operand import cropped, quantize_layouts, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
 from fp8train.numerics.formats import dtype_of
@@ -266,6 +268,34 @@ class ResidentFp8Weight(Fp8Weight):
             _store(copy.payload, self.shape[1], start, codes)
             if sampled and use == "output.w":
                 self._rows.append((cast_statistics(values, codes, copy.scale_inv), stop - start))
+
+    @torch.no_grad()
+    def take(self, start: int, weight: StoredWeight) -> bool:
+        """Make the new weight, or a rank's rows of it, of the stored master: a launch for each copy.
+
+        Args:
+            start: row-major index of the first element, the first of a row.
+            weight: the master and the amax of the whole weight.
+
+        Returns:
+            Whether that was done. On a sampled step it is not: statistics are of the values in pieces.
+        """
+        if self._active_row() is not None:
+            return False
+        first_row, column = divmod(start, self.shape[1])
+        assert column == 0, f"element {start} of rows of {self.shape[1]}"
+        for use, copy in self._copies.items():
+            cast_stored(
+                copy.payload,
+                (copy.scale, copy.scale_inv),
+                self._amax,
+                weight,
+                CastRule.of(copy.spec),
+                delayed=self._delayed_scale(use, copy.spec),
+                first_row=first_row,
+            )
+        self.end()
+        return True
 
     @torch.no_grad()
     def end(self) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels.rotary import heads_grad
-from fp8train.kernels.split_heads import split_heads
+from fp8train.kernels.rotary import heads_grad, split_heads
 from fp8train.layers.fused_linear import FusedLinear, Source
 from fp8train.layers.fused_norm import FusedNorm
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from fp8train.kernels.gemm import fp8_gemm
 from fp8train.kernels.matmul import matmul
 from fp8train.kernels.operands import CastOperand, CastRule, amax_partials, cast_operand
+from fp8train.kernels.padding import Operand
 from fp8train.kernels.tiled import TiledValues
 from fp8train.layers.fp8_linear import CastSlots
-from fp8train.layers.fp8_operand import Operand, agreed_cast, transposed
+from fp8train.layers.fp8_operand import agreed_cast, transposed
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight, contribute_grad_weight_fp8
 from fp8train.layers.linear_plan import LinearCall
 from fp8train.numerics.scale_state import ScaleSlot

@@ -25,37 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels.tiled import TiledValues
+from fp8train.layers.fused_activation import FusedActivation
 from fp8train.layers.fused_linear import FusedLinear, Source
 from fp8train.layers.fused_norm import FusedNorm
-
-
-@dataclass(frozen=True)
-class FusedActivation:
-    """A non-linearity inside a fused function.
-
-    Attributes:
-        values: of the projection's output, followed by ``settings`` and ``output``.
-        gradient: likewise with the gradient of the result after the projection's output, and ``grad``.
-        settings: its numbers.
-        output: factor on the result.
-        grad: factor on the gradient.
-    """
-
-    values: TiledValues
-    gradient: TiledValues
-    settings: tuple[Any, ...]
-    output: float
-    grad: float
-
-    def forward(self, up: Tensor) -> Source:
-        """The activated values of ``up`` [T, F'], as a source."""
-        return Source.of_formula(self.values, up, *self.settings, self.output, rows=len(up))
-
-    def backward(self, up: Tensor, grad: Tensor) -> Source:
-        """The gradient of ``up``, as a source."""
-        grad = grad.contiguous()
-        return Source.of_formula(self.gradient, up, grad, *self.settings, self.grad, rows=len(up))
 
 
 @dataclass(frozen=True)

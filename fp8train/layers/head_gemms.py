@@ -33,6 +33,7 @@ class HeadGemms:
 
     Attributes:
         wide: type of sums: FP32, or FP64 for FP64 operands.
+        grad_logits_dtype: type in which :meth:`grad_hidden` and :meth:`add_grad_weight` multiply.
         grad_hidden_dtype: type in which :meth:`grad_hidden` gives its result.
         grad_weight: the sum so far, [V, H] in ``wide``; None without gradients.
     """
@@ -42,24 +43,28 @@ class HeadGemms:
 
         Args:
             weight: [V, H].
-            rows: tokens of the largest chunk.
+            rows: tokens of the largest chunk; 0 if there is none.
             alphas: multipliers of logits, of the gradient of hidden and of that of weight.
             needs_grad: whether gradients will be asked for.
         """
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         self._alphas = alphas
         half = weight.dtype == torch.bfloat16
-        self._cuda = half and weight.device.type != "cpu"
+        self._gpu = half and weight.device.type != "cpu"
         self._rounds = half and weight.device.type == "cpu" and cpu_multiplies_bf16()
-        narrow = self._cuda or self._rounds
+        narrow = self._gpu or self._rounds
         self._weight = weight if narrow else weight.to(self.wide)
+        self.grad_logits_dtype = self._weight.dtype
         self.grad_hidden_dtype = weight.dtype if narrow else self.wide
         logits_dtype = weight.dtype if self._rounds else self.wide
         self._logits = torch.empty(rows, weight.shape[0], dtype=logits_dtype, device=weight.device)
         self._part: Tensor | None = None
         self.grad_weight: Tensor | None = None
+        # The first chunk of a GPU writes, the others add.
+        self._beta = 0 if self._gpu and rows else 1
         if needs_grad:
-            self.grad_weight = torch.zeros(weight.shape, dtype=self.wide, device=weight.device)
+            make = torch.zeros if self._beta else torch.empty
+            self.grad_weight = make(weight.shape, dtype=self.wide, device=weight.device)
             if self._rounds:
                 self._part = torch.empty_like(weight)
 
@@ -68,12 +73,22 @@ class HeadGemms:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``alpha · hidden @ weight.T``: [t, H] -> [t, V], in memory that the next call overwrites."""
-        out = self._logits[: len(hidden)]
-        return self._gemm(self._operand(hidden), self._weight.t(), out, self._alphas.output)
+        out, alpha = self.unscaled_logits(hidden)
+        return out if alpha == 1.0 else out.mul_(alpha)
+
+    def unscaled_logits(self, hidden: Tensor) -> tuple[Tensor, float]:
+        """``hidden @ weight.T`` as :meth:`logits`, and what it is still to be multiplied by. A GEMM of BF16
+        with an FP32 result has no ``alpha``, and who reads the logits may as well multiply them."""
+        out, alpha = self._logits[: len(hidden)], self._alphas.output
+        if self._gpu:
+            return torch.ops.aten.mm.dtype_out(
+                self._operand(hidden), self._weight.t(), self.wide, out=out
+            ), alpha
+        return self._gemm(self._operand(hidden), self._weight.t(), out, alpha), 1.0
 
     def grad_logits(self, gradient: Tensor) -> Tensor:
         """The gradient of the logits as the next two GEMMs take it, [t, V]: rounded to BF16 on CUDA."""
-        return gradient.to(self._weight.dtype)
+        return gradient.to(self.grad_logits_dtype)
 
     def grad_hidden(self, gradient: Tensor, out: Tensor) -> None:
         """``out = alpha · gradient @ weight``: [t, V] -> [t, H]; ``out`` in :attr:`grad_hidden_dtype`."""
@@ -85,16 +100,16 @@ class HeadGemms:
         assert total is not None, "made without gradients"
         if self._part is not None:
             total += self._gemm(gradient.t(), hidden, self._part, alpha)
-        elif self._cuda:
-            torch.ops.aten.addmm.dtype_out(total, gradient.t(), hidden, self.wide, alpha=alpha, out=total)
+        elif self._gpu:
+            torch.ops.aten.addmm.dtype_out(
+                total, gradient.t(), hidden, self.wide, beta=self._beta, alpha=alpha, out=total
+            )
+            self._beta = 1
         else:
             total.addmm_(gradient.t(), self._operand(hidden), alpha=alpha)
 
     def _gemm(self, a: Tensor, b: Tensor, out: Tensor, alpha: float) -> Tensor:
         """``out = alpha · a @ b``, accumulated in FP32 or wider."""
-        if self._cuda and out.dtype == self.wide:
-            torch.ops.aten.mm.dtype_out(a, b, self.wide, out=out)
-            return out if alpha == 1.0 else out.mul_(alpha)
         if alpha == 1.0:
             return torch.mm(a, b, out=out)
         return torch.addmm(out.new_zeros(1), a, b, beta=0, alpha=alpha, out=out)

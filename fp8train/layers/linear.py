@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from fp8train.kernels.matmul import matmul
+from fp8train.kernels.padding import Operand
 from fp8train.layers.connection import cast_slots, contradiction, slots_by_use
 from fp8train.layers.factors import scale_backward
 from fp8train.layers.fp8_linear import CastSlots, StatisticsRows, fp8_linear
-from fp8train.layers.fp8_operand import Operand
 from fp8train.layers.fp8_weight import (
     FP8_WEIGHTS,
     CachedFp8Weight,

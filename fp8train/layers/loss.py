@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.kernels.cross_entropy import softmax_gradient, softmax_statistics, times_factor
+from fp8train.kernels.fused_op import fuses
 from fp8train.kernels.matmul import matmul
 from fp8train.layers.head_gemms import HeadGemms
 from fp8train.layers.linear_plan import Alphas
@@ -49,20 +51,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary = _Vocabulary(weight.shape[0], vocab_size, parallel)
         if parallel is not None:
             hidden = parallel.gather(hidden, batch=batch, purpose="tp_head")()
-        rows = max(1, min(len(hidden), _chunk_rows(weight)))
+        rows = min(len(hidden), _chunk_rows(weight))
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
         gemms = HeadGemms(weight, rows=rows, alphas=alphas, needs_grad=needs_grad)
         found = _Targets.of(targets, vocabulary, gemms.wide)
         losses = torch.empty_like(found.weight)
         grad_hidden = torch.empty_like(hidden, dtype=gemms.grad_hidden_dtype) if needs_grad else None
-        for start in range(0, len(hidden), rows):
-            part = hidden[start : start + rows]
-            logits = gemms.logits(part)
-            for block in _blocks(logits, parallel):
-                tokens = slice(start + block.start, start + block.stop)
-                losses[tokens] = _to_gradient(logits[block], found.of_tokens(tokens), vocabulary, needs_grad)
-            if grad_hidden is not None:
-                gradient = gemms.grad_logits(logits)
+        fused = fuses(weight) and gemms.wide == torch.float32
+        softmax = _fused_softmax if fused else _softmax
+        for start in range(0, len(hidden), max(1, rows)):
+            part, tokens = hidden[start : start + rows], slice(start, start + rows)
+            losses[tokens], gradient = softmax(gemms, part, found.of_tokens(tokens), vocabulary, needs_grad)
+            if grad_hidden is not None and gradient is not None:
                 gemms.grad_hidden(gradient, out=grad_hidden[start : start + rows])
                 gemms.add_grad_weight(gradient, part)
         if parallel is not None and grad_hidden is not None:
@@ -77,8 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grads[0]
         # Times a BF16 tensor, CUDA would round the factor (1 / tokens) to BF16 first and bias every gradient.
-        grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(ctx.dtypes[0])
-        grad_weight = grad_weight.mul_(factor).to(ctx.dtypes[1])
+        if fuses(factor) and factor.dtype == torch.float32:
+            grad_hidden = times_factor(grad_hidden, factor, ctx.dtypes[0])
+            grad_weight = times_factor(grad_weight, factor, ctx.dtypes[1])
+        else:
+            grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(ctx.dtypes[0])
+            grad_weight = grad_weight.mul_(factor).to(ctx.dtypes[1])
         return (
             grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]),
             grad_weight,
@@ -155,6 +159,48 @@ class _Targets:
     def of_tokens(self, tokens: slice) -> _Targets:
         """Those of some tokens."""
         return _Targets(self.column[tokens], self.weight[tokens], self.here[tokens])
+
+
+def _softmax(
+    gemms: HeadGemms, hidden: Tensor, targets: _Targets, vocabulary: _Vocabulary, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The losses [t, 1] of a chunk of tokens, and the gradient of their logits if it is asked for; without
+    meaning for targets that are left out."""
+    logits = gemms.logits(hidden)
+    losses = torch.empty_like(targets.weight)
+    for block in _blocks(logits, vocabulary.parallel):
+        losses[block] = _to_gradient(logits[block], targets.of_tokens(block), vocabulary, needs_grad)
+    return losses, gemms.grad_logits(logits) if needs_grad else None
+
+
+def _fused_softmax(
+    gemms: HeadGemms, hidden: Tensor, targets: _Targets, vocabulary: _Vocabulary, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`_softmax`, in two passes over the logits: see :mod:`fp8train.kernels.cross_entropy`."""
+    logits, alpha = gemms.unscaled_logits(hidden)
+    column, real = targets.column, vocabulary.real
+    largest, total, score = softmax_statistics(logits, column, real=real, alpha=alpha)
+    own, parallel = largest, vocabulary.parallel is not None
+    if parallel:  # sums above the ranks' own maxima to sums above the largest
+        largest = vocabulary.reduce(own.clone(), dist.ReduceOp.MAX)
+        total = vocabulary.reduce(total.mul_((own - largest).exp_()), dist.ReduceOp.SUM)
+    score = score.sub_(largest)
+    if parallel:
+        score = vocabulary.reduce(score.masked_fill_(targets.here == 0, 0), dist.ReduceOp.SUM)
+    gradient = None
+    if needs_grad:
+        gradient = softmax_gradient(
+            logits,
+            largest,
+            total,
+            column,
+            weight=targets.weight,
+            here=targets.here,
+            real=real,
+            alpha=alpha,
+            dtype=gemms.grad_logits_dtype,
+        )
+    return total.log().sub_(score), gradient
 
 
 def _to_gradient(logits: Tensor, targets: _Targets, vocabulary: _Vocabulary, needs_grad: bool) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.kernels import activations, fused_op
 from fp8train.layers.factors import Factors, scale
+from fp8train.layers.fused_activation import FusedActivation
 from fp8train.layers.linear import Alphas, Linear
 from fp8train.layers.smooth import channel_scale, token_scale
 from fp8train.layers.swiglu import swiglu
@@ -125,8 +127,20 @@ class MLP(nn.Module):
             return scale
         return scale.chunk(self.parallel.size, dim=1)[self.parallel.rank]
 
+    def fused_activation(self) -> FusedActivation:
+        """The non-linearity as GPUs run it."""
+        factors, mult = self.factors, self.activation_mult
+        if self.activation == "swiglu":
+            values, gradient, settings = activations.swiglu, activations.swiglu_grad, (self.unit, mult)
+        else:
+            tanh = self.activation == "gelu_tanh"
+            values, gradient, settings = activations.gelu, activations.gelu_grad, (tanh, mult)
+        return FusedActivation(values, gradient, settings, factors.output, factors.grad)
+
     def _activate(self, up: Tensor) -> Tensor:
         mult = self.activation_mult
+        if fused_op.fuses_now(up):
+            return self.fused_activation()(up)
         if self.activation == "swiglu":
             return swiglu(up, unit=self.unit, mult=mult, factors=self.factors)
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fp8train.kernels import fused_op
+from fp8train.kernels.norms import Kind, norm_backward, residual_norm
 from fp8train.layers.factors import scale_backward
 from fp8train.layers.row_chunks import row_chunks
 
@@ -54,6 +56,31 @@ class _BlockedRMSNorm(torch.autograd.Function):
         return grad_x, None if weight is None else grad_weight.to(weight.dtype), None
 
 
+class _FusedNorm(torch.autograd.Function):
+    """Either norm of [T, H] in one pass forward and one backward, for GPUs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: Kind
+    ) -> Tensor:
+        out = residual_norm(x, None, weight, bias, eps=eps, kind=kind)
+        ctx.save_for_backward(x, out.mean, out.rstd, weight)
+        ctx.has_bias = bias is not None
+        return out.y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight = ctx.saved_tensors
+        found = norm_backward(grads[0].contiguous(), None, x, mean, rstd, weight, want_bias=ctx.has_bias)
+        grad_weight = None if weight is None else found.weight
+        return found.stream, grad_weight, found.bias if ctx.has_bias else None, None, None
+
+
+def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: Kind) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return _FusedNorm.apply(flat, weight, bias, eps, kind).view(x.shape)
+
+
 class RMSNorm(nn.Module):
     """RMS normalisation, ``x / sqrt(mean(x²) + eps) · weight`` over the last dim (Zhang & Sennrich 2019).
 
@@ -77,6 +104,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension: [.., size] -> [.., size], in x's dtype."""
         weight = None if self.weight is None else scale_backward(self.weight, self.gain_grad)
+        if fused_op.fuses_now(x):
+            return _fused(x, weight, None, self.eps, "rms")
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _BlockedRMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
         return F.rms_norm(x, (self.size,), weight, self.eps)
@@ -116,8 +145,11 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension: [.., size] -> [.., size], in x's dtype."""
         # torch's CPU kernel adds up the gradients of weight and bias in BF16: 4 % off at 4,096 tokens.
-        wide = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        fuses = fused_op.fuses_now(x)
+        wide = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not fuses
         weight, bias = (self._vector(v, wide=wide) for v in (self.weight, self.bias))
+        if fuses:
+            return _fused(x, weight, bias, self.eps, "layer")
         return F.layer_norm(x.float() if wide else x, (self.size,), weight, bias, self.eps).to(x.dtype)
 
     def _vector(self, parameter: Tensor | None, *, wide: bool) -> Tensor | None:

@@ -14,11 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.kernels.rotary import apply_rotary
+from fp8train.kernels import fused_op, rotary
+from fp8train.kernels.rotary import apply_rotary, heads_grad
 from fp8train.layers.row_chunks import row_chunks
 
 Heads = tuple[Tensor, Tensor, Tensor]
 Norm = Callable[[Tensor], Tensor]
+
+
+class _FusedSplitHeads(torch.autograd.Function):
+    """qkv [B, S, G·(P+2)·D] -> q [B, G·P, S, D], k and v [B, G, S, D], one launch each way, for GPUs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_kv_heads: int, head_dim: int
+    ) -> Heads:
+        ctx.save_for_backward(cos, sin)
+        ctx.shape = qkv.shape
+        return rotary.split_heads(qkv, cos, sin, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return heads_grad.forward(*grads, *ctx.saved_tensors).view(ctx.shape), None, None, None, None
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -90,6 +107,8 @@ def split_heads(
     Returns:
         Queries [B, G·P, S, D], keys and values [B, G, S, D] in qkv's dtype; any strides.
     """
+    if norms is None and fused_op.fuses_now(qkv):
+        return _FusedSplitHeads.apply(qkv.contiguous(), cos, sin, num_kv_heads, head_dim)
     grouped = qkv.view(*qkv.shape[:2], num_kv_heads, -1, head_dim)
     if torch.compiler.is_compiling() or norms is not None:  # the compiler fuses, forward and backward
         query, key, value = _parts(grouped)

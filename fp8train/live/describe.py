@@ -72,6 +72,8 @@ def describe_precision(trainer: Trainer) -> list[str]:
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
         lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
+    if trainer.processes.device.type != "cpu":
+        lines.append(trainer.optimizer.describe_pass())
     if trainer.pipeline is None:
         lines.append(f"memory: {stored_bytes(trainer)}")
     else:

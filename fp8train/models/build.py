@@ -13,6 +13,7 @@ from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.linear_names import weights_in_fp8
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
+from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
@@ -70,7 +71,8 @@ def build_model(
     forward_only: bool = False,
 ) -> BuiltModel:
     """Construct the decoder, or a part of it. The FP8 plan is that of the whole model either way, and
-    awaits :func:`fp8train.models.connect.connect_linears`.
+    awaits :func:`fp8train.models.connect.connect_linears`. ``run.deterministic`` holds from here on, for the
+    whole process.
 
     Args:
         config: a validated configuration.
@@ -84,6 +86,8 @@ def build_model(
     Raises:
         ValueError: the device cannot multiply in FP8.
     """
+    if config.run.deterministic:
+        use_deterministic_kernels()
     model = _decoder(config, vocab_size, device, part, parallel, context)
     gemm, report = config.precision.gemm, None
     if (quant := gemm.value()) is not None:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8train.kernels import activations, fused_op
+from fp8train.kernels import fused_op
 from fp8train.layers.factors import Factors
 from fp8train.layers.fused_heads import FusedHeads, fused_heads
-from fp8train.layers.fused_mlp import FusedActivation, FusedMlp, fused_mlp
+from fp8train.layers.fused_mlp import FusedMlp, fused_mlp
 from fp8train.layers.fused_norm import FusedNorm
-from fp8train.layers.mlp import MLP
 from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.models.block import Block
 
@@ -83,7 +82,9 @@ def fused_block(block: nn.Module, x: Tensor) -> FusedBlock | None:
         attention.num_kv_heads,
         attention.head_dim,
     )
-    mlp = FusedMlp(_norm(block.mlp_norm, casts=up.call.plan is not None), up, _activation(block.mlp), down)
+    mlp = FusedMlp(
+        _norm(block.mlp_norm, casts=up.call.plan is not None), up, block.mlp.fused_activation(), down
+    )
     return FusedBlock(block, heads, mlp)
 
 
@@ -96,10 +97,7 @@ def _is_plain(block: Block) -> bool:
     )
     recomputes = block.around_norm is attention.recompute and mlp.around_activation is attention.recompute
     plain_attention = (
-        attention.query_norm is None
-        and attention.context is None
-        and attention.factors == Factors()
-        and attention.head_dim & (attention.head_dim - 1) == 0
+        attention.query_norm is None and attention.context is None and attention.factors == Factors()
     )
     return block.pre_norm and sums and recomputes and plain_attention and mlp.smooth == "off"
 
@@ -110,13 +108,3 @@ def _vectors(norm: RMSNorm | LayerNorm) -> tuple[Tensor | None, Tensor | None]:
 
 def _norm(norm: RMSNorm | LayerNorm, *, casts: bool) -> FusedNorm:
     return FusedNorm("layer" if isinstance(norm, LayerNorm) else "rms", norm.eps, norm.gain_grad, casts)
-
-
-def _activation(mlp: MLP) -> FusedActivation:
-    factors, mult = mlp.factors, mlp.activation_mult
-    if mlp.activation == "swiglu":
-        values, gradient, settings = activations.swiglu, activations.swiglu_grad, (mlp.unit, mult)
-    else:
-        tanh = mlp.activation == "gelu_tanh"
-        values, gradient, settings = activations.gelu, activations.gelu_grad, (tanh, mult)
-    return FusedActivation(values, gradient, settings, factors.output, factors.grad)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fp8train.numerics.cast import cast, decode_finite
 from fp8train.numerics.granularity import amax_along
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
+from fp8train.numerics.stochastic import cast_stochastic
 from fp8train.precision.number_formats import Format
 
 _BIAS = 127
@@ -80,6 +81,15 @@ def quantize_blocks(blocks: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     k = exponent_from_amax(torch.where(finite, amax, 0.0), max_exponent=fmt.max_exponent)
     payload = cast(blocks, fmt, power_of_two(k).unsqueeze(-1), scale_is_power_of_two=True)
     return payload, encode_e8m0(-k, finite)
+
+
+def quantize_blocks_stochastic(blocks: Tensor, fmt: Format, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_blocks` of finite blocks, with stochastic rounding. ``bits``: int32 random patterns of
+    the blocks' shape."""
+    amax = block_amax(blocks)
+    k = exponent_from_amax(amax, max_exponent=fmt.max_exponent)
+    payload = cast_stochastic(blocks, fmt, power_of_two(k).unsqueeze(-1), bits)
+    return payload, encode_e8m0(-k, torch.isfinite(amax))
 
 
 def dequantize_blocks(payload: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

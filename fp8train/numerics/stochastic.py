@@ -75,6 +75,29 @@ def random_bits_at(key: int, index: Tensor) -> Tensor:
     return _mix_(wrapped.mul_(_signed(0x9E3779B1)).add_(_signed(key)))
 
 
+def random_bits_in_rows(
+    key: int, start: int, count: int, *, row: int, logical_row: int, offset: int, device: torch.device
+) -> Tensor:
+    """The bits of elements ``start .. start + count`` of a part of a logical tensor.
+
+    Args:
+        key: from :func:`stream_key`.
+        start: first element, row-major within the part.
+        count: how many.
+        row: elements of a row of the part.
+        logical_row: elements of a row of the logical tensor.
+        offset: logical row-major index of the part's first element.
+        device: of the result.
+
+    Returns:
+        int32 [count].
+    """
+    if row == logical_row:
+        return random_bits(key, offset + start, count, device)
+    index = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    return random_bits_at(key, index // row * logical_row + index % row + offset)
+
+
 def _on_cpu(x: Tensor) -> bool:
     """Whether a look at the values costs less than handling cases that are not there: it does not wait for a
     device, and elementwise masks are the slowest of a CPU's kernels."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.parallel.gradients.held import GradientReader
+from fp8train.parallel.gradients.held import GradientReader, StoredGradient
 
 __all__ = ["GradientReader", "TensorGradient"]
 
@@ -23,3 +23,7 @@ class TensorGradient:
         gradients as views."""
         values = self._flat[start:stop]
         return values if values.dtype == torch.float64 else values.float()
+
+    def stored(self, count: int) -> StoredGradient | None:
+        """The first ``count`` elements of FP32 and BF16 gradients."""
+        return StoredGradient.of_values(self._flat[:count])

@@ -3,7 +3,7 @@
 An optimizer keeps, per parameter, a master weight and moments, each in a storage of its own format
 (:mod:`fp8train.optim.states`). A rule (:mod:`fp8train.update_rules.rule`) says how gradient and old values
 become new ones, in FP32; this file moves the values. Per parameter, one pass over memory in chunks of at most
-2^19 elements::
+2^19 elements (2^26 on a GPU)::
 
     for each chunk:  gradient, m, v, w decoded → new m, v, w → encoded → parameter = stored w, rounded
 
@@ -12,6 +12,9 @@ matrix rule is told a matrix as one chunk. The bits do not depend on how a tenso
 of 64 elements (vector tails of elementwise kernels can differ) and of blocks, and random bits are drawn by
 logical index. Where a state has one scale per tensor, a first pass computes the same new values only for
 their amax.
+
+On a GPU most parameters skip the chunks: one kernel updates many of them at once, and reads and writes each
+byte once (:mod:`fp8train.optim.fused_pass`).
 
 The update uses the new moments before they are rounded, as FP8-LM's own code does: rounding then costs what
 the *next* step remembers, not what this one does.
@@ -32,6 +35,7 @@ from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.agreement import Agreement
+from fp8train.optim.fused_pass import FusedPass, StepOf, Update, default_update
 from fp8train.optim.gradient import GradientReader
 from fp8train.optim.parameter_state import ParameterState, Region
 from fp8train.optim.publishing import Publisher, zero_amax
@@ -40,7 +44,7 @@ from fp8train.optim.weight_target import WeightTarget
 from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.rule import Load, Rule, StepScalars
 
-CHUNK = 1 << 19
+CHUNK, GPU_CHUNK = 1 << 19, 1 << 26
 
 
 class Optimizer:
@@ -63,7 +67,8 @@ class Optimizer:
         regions: Mapping[str, Region] | None = None,
         agree: Callable[[Tensor], None] | None = None,
         device: torch.device | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
+        update: Update | None = None,
     ) -> None:
         """Allocate states. Moments start at zero, and so do master weights until
         :meth:`OptimizerStates.seed_master` or a checkpoint fills them, except those that live in the
@@ -82,7 +87,10 @@ class Optimizer:
             agree: replaces an FP32 vector by its elementwise maximum over the ranks that hold other parts of
                 these parameters, in place; they have equal ``specs``.
             device: where states live; default: where each parameter does.
-            chunk: most elements of a chunk.
+            chunk: most elements of a chunk; default: :data:`CHUNK` on CPUs, elsewhere :data:`GPU_CHUNK`, for
+                there a launch costs more than memory.
+            update: the kernel of :mod:`fp8train.optim.fused_pass`, or its reference; default: the kernel
+                where ``device`` has it, else nothing: all parameters are updated in chunks.
 
         Raises:
             ValueError: the plan and the rule do not match; a region cuts a block, or a matrix that the rule
@@ -91,6 +99,9 @@ class Optimizer:
         self.rule, self._seed = rule, seed
         targets = dict(weight_targets or {})
         assert targets.keys() <= specs.keys(), "a weight target of an unknown parameter"
+        where = device or next((parameter.device for parameter in parameters.values()), None)
+        if chunk is None:
+            chunk = CHUNK if where is None or where.type == "cpu" else GPU_CHUNK
         self.states = OptimizerStates(
             rule,
             parameters,
@@ -101,10 +112,22 @@ class Optimizer:
             device=device,
             chunk=chunk,
         )
-        where = device or next((parameter.device for parameter in parameters.values()), None)
         self.agreement = Agreement(specs, agree, where)
         self._publisher = Publisher(self.states, targets, self.agreement)
         self._flushed: dict[str, Tensor] = {}
+        update = update or default_update(where)
+        self._fused = None if update is None else FusedPass(self.states, update)
+
+    def describe_pass(self) -> str:
+        """Say in one line how parameters are updated: which in one launch of many, which in chunks, and
+        why."""
+        return "optimizer step: in chunks" if self._fused is None else self._fused.describe()
+
+    def weight_amax(self) -> Mapping[str, Tensor]:
+        """Return, of each parameter that the last step updated in one launch of many, FP32 numbers on the
+        device whose largest is the amax of its new weight. What casts the weight need not look for it
+        again."""
+        return {} if self._fused is None else self._fused.partials
 
     def publish(self) -> None:
         """Write the master weights into the model: rounded to the parameters' dtype, or to the weight
@@ -159,12 +182,15 @@ class Optimizer:
         """
         self._flushed = self._zero_counts() if count_flushed else {}
         updates = {fqn: self._update_of(state, step, lr_factor) for fqn, state in self.states.items()}
+        # What a kernel can update as a whole, if there is one.
+        amaxes = self._update_fused(updates, grad, grad_multiplier)
+        done = self.weight_amax()
         # First pass, only for states with one scale per tensor: the amax of their new values.
         self._announce_all(updates, grad, grad_multiplier)
         # The pass that stores: parameter by parameter, chunk by chunk.
-        amaxes = {}
         for fqn, state in self.states.items():
-            amaxes[fqn] = self._update(state, grad(fqn), updates[fqn], grad_multiplier.to(state.work))
+            if fqn not in done:
+                amaxes[fqn] = self._update(state, grad(fqn), updates[fqn], grad_multiplier.to(state.work))
         # Weights resident in FP8: cast from the stored masters, with one scale on all ranks.
         self._publisher.write_targets(amaxes)
 
@@ -181,6 +207,26 @@ class Optimizer:
         lr = self.rule.settings.lr * lr_factor * state.spec.lr_mult
         rounded = any(not fmt.is_exact for role, fmt in state.formats.items() if role != "master")
         return StepScalars(step, lr, self._decay(state.spec, lr, lr_factor), rounded)
+
+    def _update_fused(
+        self,
+        updates: Mapping[str, StepScalars],
+        grad: Callable[[str], GradientReader],
+        multiplier: Tensor,
+    ) -> dict[str, Tensor]:
+        """Returns the amax of the masters that have weight targets, of the parameters that it updated."""
+        if self._fused is None:
+            return {}
+        steps = {
+            fqn: StepOf(
+                updates[fqn], {role: self._key(state, role, updates[fqn].step) for role in state.storages}
+            )
+            for fqn, state in self.states.items()
+        }
+        amaxes, counts = self._fused.step(grad, steps, multiplier, count_flushed=bool(self._flushed))
+        for role in self._flushed.keys() & counts.keys():
+            self._flushed[role] += counts[role]
+        return amaxes
 
     def _update(
         self, state: ParameterState, reader: GradientReader, scalars: StepScalars, multiplier: Tensor

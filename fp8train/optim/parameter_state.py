@@ -184,9 +184,7 @@ def allocate(
         else make_storage(fmt, places[role], wide=wide)
         for role, fmt in formats.items()
     }
-    lives_in_parameter = memory is not None and any(
-        tensor.data_ptr() == memory.data_ptr() for tensor in storages["master"].tensors().values()
-    )
+    lives_in_parameter = any(tensor is memory for tensor in storages["master"].tensors().values())
     unit = math.lcm(*(place.unit for place in places.values()))
     return ParameterState(
         fqn=spec.fqn,

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fp8train.kernels.fused_op import fuses
+from fp8train.kernels.stored_weight import StoredWeight
 from fp8train.numerics.cast import amax_of
 from fp8train.optim.agreement import Agreement
 from fp8train.optim.parameter_state import ParameterState
@@ -59,11 +61,25 @@ class Publisher:
             return
         agreed = self._agreement.agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
         for fqn, target in self._targets.items():
+            state = self._states.get(fqn)
+            weight = None if state is None else _stored_weight(state, agreed[fqn])
+            if weight is not None and target.take(0, weight):
+                continue
             target.begin(agreed[fqn])
-            if (state := self._states.get(fqn)) is not None:
+            if state is not None:
                 for start, stop in state.spans():
                     target.write(start, stop, state.master.load(start, stop).float())
             target.end()
+
+
+def _stored_weight(state: ParameterState, amax: Tensor) -> StoredWeight | None:
+    """The master for a target that takes it at once; None where targets take pieces: on CPUs, and of formats
+    that no kernel decodes."""
+    stored = state.master.stored()
+    if stored is None or not state.numel or not fuses(stored.payload):
+        return None
+    payload = stored.payload.view(-1, stored.payload.shape[-1])
+    return StoredWeight(payload, stored.scale, stored.mantissa, state.master.place.block, amax)
 
 
 def zero_amax(state: ParameterState) -> Tensor:

@@ -33,17 +33,16 @@ from torch import Tensor
 
 from fp8train.numerics.block_scales import (
     as_blocks,
-    block_amax,
     decode_e8m0,
-    encode_e8m0,
     from_blocks,
     quantize_blocks,
+    quantize_blocks_stochastic,
 )
 from fp8train.numerics.cast import cast, decode_finite
 from fp8train.numerics.formats import dtype_of
 from fp8train.numerics.scale import exponent_from_amax, power_of_two
 from fp8train.numerics.stochastic import cast_stochastic
-from fp8train.optim.state_storage import StatePlace, Storage
+from fp8train.optim.state_storage import StatePlace, Storage, Stored
 from fp8train.precision.number_formats import Format
 
 _POWER_UNIT = 16
@@ -116,13 +115,13 @@ class BlockStorage(_BlockedStorage):
         if key is None:
             payload, scale = quantize_blocks(blocks, self.format)
         else:
-            amax = block_amax(blocks)
-            k = exponent_from_amax(amax, max_exponent=self.format.max_exponent)
-            bits = self._bits(key, start, stop)
-            payload = cast_stochastic(blocks, self.format, power_of_two(k).unsqueeze(-1), bits)
-            scale = encode_e8m0(-k, torch.isfinite(amax))
+            payload, scale = quantize_blocks_stochastic(blocks, self.format, self._bits(key, start, stop))
         self._write(start, stop, self._flatten(payload, stop - start))
         self._flat_scale[self._span(start, stop)] = scale
+
+    def stored(self) -> Stored:
+        """Codes and scales of blocks."""
+        return Stored(self.format.mantissa_bits, self.payload, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """For checkpoints: ``.payload``, codes of the tensor's shape, and ``.scale``, E8M0 bytes [.., blocks
@@ -253,6 +252,11 @@ class RootStorage(Storage):
     def end(self) -> None:
         """Tell the storage of the roots that every element was stored."""
         self.inner.end()
+
+    def stored(self) -> Stored | None:
+        """The memory of the roots."""
+        inner = self.inner.stored()
+        return None if inner is None else inner._replace(root=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """For checkpoints: the tensors of the roots, under the names of the inner format."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp8train.numerics.stochastic import random_bits, random_bits_at
+from fp8train.numerics.stochastic import random_bits_in_rows
 from fp8train.update_rules.rule import ALIGNMENT
 
 
@@ -59,11 +60,26 @@ class StatePlace:
 
     def bits(self, key: int, start: int, count: int) -> Tensor:
         """Random bits of local elements ``start .. start + count``: int32 [count]."""
-        if self.logical_row in (None, self.row):
-            return random_bits(key, self.offset + start, count, self.device)
-        index = torch.arange(start, start + count, dtype=torch.int64, device=self.device)
-        row, column = index // self.row, index % self.row
-        return random_bits_at(key, row * self.logical_row + column + self.offset)
+        whole = self.row if self.logical_row is None else self.logical_row
+        return random_bits_in_rows(
+            key, start, count, row=self.row, logical_row=whole, offset=self.offset, device=self.device
+        )
+
+
+class Stored(NamedTuple):
+    """A state as it lies in memory, for a kernel that decodes and encodes it itself.
+
+    Attributes:
+        mantissa: bits of its format, as :mod:`fp8train.kernels.optimizer_update` tells formats.
+        payload: codes or values, contiguous, of the state's shape.
+        scale: E8M0 bytes of its blocks, or lower halves; None where the format has neither.
+        root: whether the square root of the state is what is stored.
+    """
+
+    mantissa: int
+    payload: Tensor
+    scale: Tensor | None = None
+    root: bool = False
 
 
 class Storage(ABC):
@@ -106,6 +122,10 @@ class Storage(ABC):
     def end(self) -> None:
         """Take note that all new values are stored; ``two_pass`` only."""
         raise AssertionError(f"{type(self).__name__} stores in one pass")
+
+    def stored(self) -> Stored | None:
+        """The memory itself; None for a format that only this class decodes and encodes."""
+        return None
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

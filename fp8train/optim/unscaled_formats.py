@@ -1,19 +1,15 @@
-"""States without scales: FP32, FP64, BF16, and BF16 with the bits that it lacks.
-
-**BF16 + remainder.** An FP32 number, read as an integer ``u``, is cut into ``high = (u + 2^15) >> 16`` and
-``low = u - (high << 16)``, which lies in [-2^15, 2^15): ``high`` are the bits of the nearest BF16 number and
-``high · 2^16 + low`` is ``u`` again. So master and BF16 weight together take the 4 bytes of FP32. Exact ties
-go away from zero: with ties to even, the two numbers half-way below and above an even ``high`` would have the
-same (high, low). One FP32 number in 131072 is a tie.
-"""
+"""States without scales: FP32, FP64, BF16, and BF16 with the bits that it lacks
+(:mod:`fp8train.numerics.remainder`)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fp8train.kernels.optimizer_update import BFLOAT16, REMAINDER, WIDE
+from fp8train.numerics.remainder import join_remainder, split_remainder
 from fp8train.numerics.stochastic import round_mantissa
-from fp8train.optim.state_storage import StatePlace, Storage
+from fp8train.optim.state_storage import StatePlace, Storage, Stored
 
 _BF16_DROPPED_BITS = 16
 
@@ -40,6 +36,10 @@ class WideStorage(Storage):
         if target.data_ptr() != values.data_ptr():
             target.copy_(values)
 
+    def stored(self) -> Stored | None:
+        """Return FP32 memory; None in FP64."""
+        return Stored(WIDE, self.tensor) if self.tensor.dtype == torch.float32 else None
+
     def tensors(self) -> dict[str, Tensor]:
         """For checkpoints: the tensor itself, without a suffix."""
         return {"": self.tensor}
@@ -64,6 +64,10 @@ class BFloat16Storage(Storage):
             values = round_mantissa(values, _BF16_DROPPED_BITS, self.place.bits(key, start, stop - start))
         self._flat[start:stop].copy_(values)
 
+    def stored(self) -> Stored:
+        """Return the BF16 memory."""
+        return Stored(BFLOAT16, self.tensor)
+
     def tensors(self) -> dict[str, Tensor]:
         """For checkpoints: the tensor itself, without a suffix."""
         return {"": self.tensor}
@@ -84,16 +88,18 @@ class RemainderStorage(Storage):
     def load(self, start: int, stop: int) -> Tensor:
         """Put the two halves of elements ``start .. stop`` together: FP32 [stop - start], bit for bit what
         was stored."""
-        bits = self._flat_high[start:stop].to(torch.int32).bitwise_left_shift_(16)
-        return bits.add_(self._flat_low[start:stop]).view(torch.float32)
+        return join_remainder(self._flat_high[start:stop], self._flat_low[start:stop])
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
         """Cut new FP32 values into the nearest BF16 number and the bits that it lacks; nothing is rounded."""
         del key
-        bits = values.float().view(torch.int32)
-        high = (bits + (1 << 15)).bitwise_right_shift_(16)
+        high, low = split_remainder(values.float())
         self._flat_high[start:stop].copy_(high)
-        self._flat_low[start:stop].copy_(bits - high.bitwise_left_shift_(16))
+        self._flat_low[start:stop].copy_(low)
+
+    def stored(self) -> Stored:
+        """Return both halves."""
+        return Stored(REMAINDER, self.high, self.low)
 
     def tensors(self) -> dict[str, Tensor]:
         """For checkpoints: ``.weight``, the BF16 half, and ``.remainder``, its int16 complement."""

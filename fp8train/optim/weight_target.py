@@ -7,13 +7,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fp8train.kernels.stored_weight import StoredWeight
+
 
 class WeightTarget(Protocol):
     """The FP8 operands of one linear, cast from the master weight after each step.
 
     The optimizer calls ``begin``, then ``write`` for pieces that cover the local tensor in order, then
-    ``end``. What it hands over are the values *as stored*, so that the operands after a step equal those made
-    again from a checkpoint.
+    ``end``; or, on a GPU, ``take`` alone. What it hands over are the values *as stored*, so that the operands
+    after a step equal those made again from a checkpoint.
     """
 
     def begin(self, amax: Tensor) -> None:
@@ -26,4 +28,9 @@ class WeightTarget(Protocol):
 
     def end(self) -> None:
         """Take note that all elements were written: the new weight is complete."""
+        ...
+
+    def take(self, start: int, weight: StoredWeight) -> bool:
+        """Make the new weight of a stored master at once, which begins at row-major element ``start``; False
+        if it must come in pieces."""
         ...

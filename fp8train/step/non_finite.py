@@ -9,6 +9,8 @@ may take a linear out of FP8 (:mod:`fp8train.step.guard`). A run that skips too 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,14 @@ class NoTargetsError(UserError):
     """The data has nothing to learn from for many steps."""
 
 
-def is_applied(norm: Tensor, num_targets: Tensor | int) -> bool:
-    """Whether a step changes anything: from the norm of all reduced gradients, a scalar, and target tokens
-    of the global batch. The same on all ranks; waits for the device."""
-    return bool(torch.isfinite(norm) & (num_targets > 0))
+def norm_and_whether_applied(norm: Tensor, num_targets: Tensor | int) -> tuple[float, bool]:
+    """The norm of all reduced gradients, a scalar, and whether the step changes anything: the norm is finite,
+    and the global batch has target tokens. The same on all ranks; waits for the device, once."""
+    if isinstance(num_targets, int):
+        value, count = float(norm), float(num_targets)
+    else:
+        value, count = torch.stack((norm.double(), num_targets.double())).tolist()
+    return value, math.isfinite(value) and count > 0
 
 
 class SkippedSteps:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
+from fp8train.kernels.stored_weight import StoredWeight
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import BuiltModel
 from fp8train.numerics.cast import cast, uncast
@@ -50,6 +51,9 @@ class _FromElement:
 
     def end(self) -> None:
         self.target.end()
+
+    def take(self, start: int, weight: StoredWeight) -> bool:
+        return self.target.take(self.offset + start, weight)
 
 
 def make_gather(

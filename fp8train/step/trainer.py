@@ -39,7 +39,7 @@ from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.parallel.zero import Partition
 from fp8train.step.assemble import all_reduce_max, make_gradient_buckets, make_run_optimizer, tensor_parallel
 from fp8train.step.monitors import Monitors
-from fp8train.step.non_finite import is_applied
+from fp8train.step.non_finite import norm_and_whether_applied
 from fp8train.step.result import StepResult
 from fp8train.step.scale_events import ScaleEvents
 from fp8train.step.sharding import Sharding, make_gather, make_partition
@@ -204,7 +204,7 @@ class Trainer:
         norm = self._global_norm() * self._unscale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
-        grad_norm, applied = float(norm), is_applied(norm, num_targets)
+        grad_norm, applied = norm_and_whether_applied(norm, num_targets)
         if self.scales is not None:  # first: new weights are cast with the next step's scales
             self.scales.advance(partial(all_reduce_max, self.processes.stage), applied=applied)
         if applied:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import random
 import shlex
 import shutil
@@ -36,6 +35,7 @@ from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
+from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
 from fp8train.run_dir.claim import recorded_step
@@ -126,8 +126,7 @@ def prepare_machine(config: Config, local_world_size: int) -> None:
     """Threads and determinism, before any tensor work."""
     torch.set_num_threads(choose_threads(config.run.threads, local_world_size))
     if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_kernels()
 
 
 def seed_generators(seed: int, rank: int) -> None:

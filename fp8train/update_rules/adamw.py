@@ -19,7 +19,7 @@ need the bound, FP64 is what both are tested against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,24 @@ class AdamW(Rule):
         if ratio >= 1:
             return None
         return (1 - s.beta1) * ((1 - ratio**step) / ((1 - s.beta2) * (1 - ratio))) ** 0.5
+
+    def _bound(self, scalars: StepScalars) -> float | None:
+        """The ratio that this step's moments are held to; None for exact ones."""
+        return self._largest_ratio(scalars.step) if scalars.rounded and self.settings.bounded_update else None
+
+    def numbers(self, scalars: StepScalars) -> Mapping[str, float]:
+        """The module's formulas in numbers of a kernel: divisors as reciprocals."""
+        s, bound = self.settings, self._bound(scalars)
+        return {
+            "keep": 1 - scalars.decay,
+            "step_size": -scalars.lr / (1 - s.beta1**scalars.step),
+            "toward_first": 1 - s.beta1,
+            "toward_second": 1 - s.beta2,
+            "keep_second": s.beta2,
+            "inv_correction2": 1 / (1 - s.beta2**scalars.step),
+            "inv_bound": 0.0 if bound is None else 1 / bound,
+            "eps": s.eps,
+        }
 
     def new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
         """Yield both moments and the master weight; exact FP32 ones through the fused kernel."""
@@ -100,7 +118,7 @@ class AdamW(Rule):
         v = load("exp_avg_sq").mul_(s.beta2).addcmul_(gradient, gradient, value=1 - s.beta2)
         del gradient
         # v from below where moments come back rounded: |m| / sqrt(v) stays what exact moments could have.
-        bound = self._largest_ratio(scalars.step) if scalars.rounded and s.bounded_update else None
+        bound = self._bound(scalars)
         floored = v if bound is None else v.maximum((m / bound).square_())
         denominator = (floored / correction2).sqrt_().add_(s.eps)
         del floored

@@ -12,6 +12,7 @@ weight decay as much larger.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fp8train.update_rules.rule import Load, NewValues, Rule, StepScalars
@@ -27,6 +28,15 @@ class Lion(Rule):
     name = "lion"
     summary = "No second moment; takes a third to a tenth of AdamW's learning rate."
     has_second_moment = False
+
+    def numbers(self, scalars: StepScalars) -> Mapping[str, float]:
+        """The module's formulas in numbers of a kernel."""
+        return {
+            "keep": 1 - scalars.decay,
+            "step_size": -scalars.lr,
+            "toward_first": 1 - self.settings.beta1,
+            "toward_second": 1 - self.settings.beta2,
+        }
 
     def new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
         """Yield the moment and the master weight, which moved against a sign."""

@@ -98,6 +98,12 @@ class Rule(ABC):
         """Whether the rule has a hyper-parameter of this name."""
         return any(field.name == setting for field in fields(cls.settings_type))
 
+    def numbers(self, scalars: StepScalars) -> Mapping[str, float] | None:
+        """The step's numbers as :mod:`fp8train.kernels.optimizer_update` reads them for a rule of this name,
+        absent ones 0; None for a rule that it does not know."""
+        del scalars
+        return None
+
     @abstractmethod
     def new_values(self, scalars: StepScalars, gradient: Tensor, load: Load) -> NewValues:
         """Yield each role once with its new values.

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from fp8train.cli import doctor as module
-from fp8train.cli.doctor import Finding, cpu_flags, doctor, examine, fp8_matmul_error, table
+from fp8train.cli.doctor import (
+    Finding,
+    cpu_flags,
+    doctor,
+    driver_finding,
+    driver_version,
+    examine,
+    fp8_matmul_error,
+    table,
+)
 
 
 def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +84,52 @@ def test_cpu_flags(tmp_path: Path) -> None:
     )
     assert cpu_flags(file) == {"fpu", "avx512_bf16", "amx_bf16"}
     assert cpu_flags(tmp_path / "absent") == set()
+
+
+def test_the_version_of_the_driver(tmp_path: Path) -> None:
+    file = tmp_path / "version"
+    for kind in ("NVIDIA UNIX x86_64 Kernel Module", "NVIDIA UNIX Open Kernel Module for x86_64"):
+        file.write_text(
+            f"NVRM version: {kind}  580.65.06  Release Build  (dvs-builder@1)\n"
+            "GCC version:  gcc version 12.3.0 (Ubuntu)\n"
+        )
+        assert driver_version(file) == "580.65.06"
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03")
+    assert driver_version(file) == "535.129.03"
+    file.write_text("something else")
+    assert driver_version(file) is None
+    assert driver_version(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "status", "said"),
+    [
+        ("13.0", "580.65.06", "ok", "needs 580 or newer"),
+        (
+            "13.0",
+            "575.57.08",
+            "limited",
+            "580 or newer; install a newer driver, or a torch built for CUDA 12",
+        ),
+        ("12.9", "575.57.08", "ok", "needs 525 or newer"),
+        ("12.9", "470.1", "limited", "or a torch built for CUDA 11"),
+        ("12.9", "418.4", "limited", "525 or newer; install a newer driver"),
+        ("14.1", "575.57.08", "limited", "needs 580 or newer"),
+        ("13.0", None, "missing", "none is loaded; CUDA 13.0, for which this torch is built, needs 580"),
+    ],
+)
+def test_a_driver_too_old_for_cuda_is_told(cuda: str, driver: str | None, status: str, said: str) -> None:
+    finding = driver_finding(cuda, driver)
+    assert finding.status == status and said in finding.explanation
+
+
+def test_the_driver_is_told_where_torch_sees_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "driver_version", lambda: "550.54.14")
+    findings = {finding.item: finding for finding in module._gpus()}
+    assert findings["NVIDIA driver"].status == "limited"
+    assert "torch sees no device" in findings["CUDA"].explanation
 
 
 def test_the_table_is_aligned() -> None:

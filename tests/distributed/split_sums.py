@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.comm.exchange import pack, sum_parts
+from fp8train.kernels.exchange_sum import pack, sum_parts
 from fp8train.layers import fp8_linear, loss
 from fp8train.layers import linear as linear_module
 from fp8train.layers.head_gemms import HeadGemms
 from fp8train.models.shapes import split_dim
 from fp8train.numerics.block_scales import as_blocks, from_blocks, quantize_blocks
-from fp8train.numerics.formats import dtype_of
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.scale_blocks import block_size
 from fp8train.step.trainer import Trainer
@@ -101,7 +100,7 @@ def _sum(product: Product, a: Tensor, b: Tensor, parts: int, *, fp8: bool) -> Te
     if fp8:
         block = block_size(shape[1])
         messages = [pack(*quantize_blocks(as_blocks(one, block), E4M3), 1) for one in products]
-        return from_blocks(sum_parts(torch.cat(messages), block, dtype_of(E4M3)), shape).to(dtype)
+        return from_blocks(sum_parts(torch.cat(messages), block, E4M3), shape).to(dtype)
     total = products[0].to(torch.promote_types(dtype, torch.float32), copy=True)
     for one in products[1:]:
         total += one

@@ -14,8 +14,15 @@ from torch import Tensor
 
 from fp8train.kernels import gemm
 from fp8train.kernels.decode import array_folds
-from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm, gemms_without_kernel, scaled_mm
-from fp8train.kernels.scaling import block_scales, granularity_of, mx_scales, native_pair
+from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm, gemms_by_kernel, scaled_mm
+from fp8train.kernels.scaling import (
+    block_scales,
+    fits_kernel,
+    granularity_of,
+    mx_scales,
+    native_pair,
+    shape_rule,
+)
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.granularity import expand_scales
 from fp8train.precision.linear_gemms import LinearQuant
@@ -142,6 +149,51 @@ def test_torchs_row_kernel_agrees_with_decode(kind_a: str, kind_b: str) -> None:
     assert_within(direct, wide(*a) @ wide(*b), 72 * 2.0**-24 * magnitude)
 
 
+def test_transposed_scales_of_rows_are_taken() -> None:
+    """As grad_weight's are: a view [M, 1] of [1, M], contiguous with the strides (1, M)."""
+    a, b = operand(64, 48, "row", 0, 1, True), operand(64, 32, "row", 0, 2, True)
+    scale_a = a[1].t()
+    assert scale_a.stride() == (1, 48)
+    column_major = b[0].t().contiguous().t()
+    got = scaled_mm(a[0].t().contiguous(), column_major, scale_a, b[1], out_dtype=torch.float32)
+    magnitude = wide(*a).abs().t() @ wide(*b).abs()
+    assert_within(got, wide(*a).t() @ wide(*b), 72 * 2.0**-24 * magnitude)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind_a", "kind_b"), [pair for pair in PAIRS if pair != ("mx_1x32", "block_128x128")]
+)
+def test_torch_accepts_scales_as_they_are_laid_out(kind_a: str, kind_b: str, out_dtype: torch.dtype) -> None:
+    """torch checks shapes and strides on the meta device too; those of casts, and of views of them."""
+    for m, k, n in ((128, 256, 384), (256, 640, 128)):
+        assert fits_kernel(kind_a, kind_b, m, k, n)
+        a, b = operand(m, k, kind_a, 1, 1, True), operand(k, n, kind_b, 0, 2, True)
+        turned = operand(k, m, kind_a, 0, 1, True)
+        for payload, scales in (a, (turned[0].t(), turned[1].t())):
+            got = scaled_mm(
+                torch.empty_like(payload, device="meta", memory_format=torch.contiguous_format),
+                b[0].t().contiguous().t().to("meta"),
+                scales.to("meta"),
+                b[1].to("meta"),
+                out_dtype=out_dtype,
+            )
+            assert (got.shape, got.dtype) == ((m, n), out_dtype)
+
+
+def test_torch_refuses_what_is_decoded_here() -> None:
+    a, b = operand(48, 640, "block_1x128", 1, 1, True), operand(640, 80, "block_128x128", 0, 2, True)
+    with pytest.raises(RuntimeError, match="blockwise scaling"):
+        scaled_mm(
+            a[0].to("meta"),
+            b[0].t().contiguous().t().to("meta"),
+            a[1].to("meta"),
+            b[1].to("meta"),
+            out_dtype=torch.bfloat16,
+        )
+    assert not fits_kernel("block_1x128", "block_128x128", 48, 640, 80)
+
+
 def test_pairs_without_a_kernel_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU has no block kernels either: ``scaled_mm`` is not called for them."""
 
@@ -177,16 +229,41 @@ def test_shapes_tell_granularities() -> None:
 
 
 def test_kernels_of_devices() -> None:
-    hopper, blackwell, ada = (9, 0), (10, 0), (8, 9)
+    hopper, blackwell, ada, bf16 = (9, 0), (10, 0), (8, 9), torch.bfloat16
     for capability in (hopper, blackwell, ada):
-        assert native_pair("row", "tensor", capability, (12, 8))
-        assert not native_pair("row", "block_1x128", capability, (12, 9))
-    assert native_pair("block_1x128", "block_128x128", hopper, (12, 9))
-    assert not native_pair("block_1x128", "block_128x128", hopper, (12, 8))
-    assert not native_pair("block_1x128", "block_128x128", blackwell, (13, 0))
-    assert not native_pair("block_128x128", "block_128x128", hopper, (13, 0))
-    assert native_pair("mx_1x32", "mx_1x32", blackwell, (12, 8))
-    assert not native_pair("mx_1x32", "mx_1x32", hopper, (13, 0))
+        assert native_pair("row", "tensor", capability, (12, 8), bf16)
+        assert native_pair("tensor", "tensor", capability, (12, 8), torch.float32, torch.float8_e5m2)
+        assert not native_pair("row", "block_1x128", capability, (12, 9), bf16)
+    assert native_pair("block_1x128", "block_128x128", hopper, (12, 9), bf16)
+    assert not native_pair("block_1x128", "block_128x128", hopper, (12, 8), bf16)
+    assert not native_pair("block_1x128", "block_128x128", blackwell, (13, 0), bf16)
+    assert not native_pair("block_128x128", "block_128x128", hopper, (13, 0), bf16)
+    assert native_pair("mx_1x32", "mx_1x32", blackwell, (12, 8), bf16)
+    assert not native_pair("mx_1x32", "mx_1x32", hopper, (13, 0), bf16)
+
+
+@pytest.mark.parametrize(("a", "b"), [("row", "row"), ("row", "tensor"), ("tensor", "row")])
+def test_only_cublas_gives_rows_in_fp32_or_takes_b_in_e5m2(a: str, b: str) -> None:
+    for odd in ((torch.float32, torch.float8_e4m3fn), (torch.bfloat16, torch.float8_e5m2)):
+        assert native_pair(a, b, (9, 0), (12, 9), *odd)
+        assert native_pair(a, b, (9, 0), (13, 0), *odd)
+        for capability, cuda in (((9, 0), (12, 8)), ((8, 9), (13, 0)), ((10, 0), (13, 0))):
+            assert not native_pair(a, b, capability, cuda, *odd)
+
+
+def test_shapes_of_block_kernels() -> None:
+    blocks = ("block_1x128", "block_128x128")
+    assert fits_kernel(*blocks, 48, 256, 384)
+    assert not fits_kernel(*blocks, 48, 272, 384)  # a short block along K
+    assert not fits_kernel(*blocks, 48, 256, 80)  # along N
+    assert not fits_kernel(*blocks, 50, 256, 384)
+    assert not fits_kernel("block_128x128", "block_1x128", 48, 256, 80)
+    assert fits_kernel("block_1x128", "block_1x128", 48, 256, 80)
+    assert fits_kernel("mx_1x32", "mx_1x32", 50, 96, 80)
+    assert not fits_kernel("mx_1x32", "mx_1x32", 48, 80, 80)
+    assert fits_kernel("row", "tensor", 50, 80, 80)
+    assert shape_rule([("row", "row"), ("tensor", "tensor")]) == ""
+    assert shape_rule([("mx_1x32", "mx_1x32")]) == "K a multiple of 32"
 
 
 def mx_quant() -> LinearQuant:
@@ -202,9 +279,56 @@ def test_the_reason_says_which_gemms_are_decoded(monkeypatch: pytest.MonkeyPatch
         "no kernel here for output (mx_1x32 x mx_1x32), grad_input (mx_1x32 x mx_1x32), grad_weight "
         "(mx_1x32 x mx_1x32): operands decoded, multiplied in high precision" in backend.reason
     )
-    assert gemms_without_kernel(mx_quant(), (10, 0), (12, 8)) == []
+    native, decoded = gemms_by_kernel(mx_quant(), (10, 0), (12, 8), torch.bfloat16)
+    assert list(native) == ["output", "grad_input", "grad_weight"] and not decoded
     plain = choose_gemm_backend(torch.device("cuda"), torch.bfloat16, LinearQuant())
     assert "decoded" not in plain.reason
+
+
+def test_the_reason_tells_results_and_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have FP32 results on a Hopper with CUDA 12.9 only; blocks have kernels for some shapes only."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 8))
+    row, block, square = (
+        QuantSpec(E4M3, granularity) for granularity in ("row", "block_1x128", "block_128x128")
+    )
+    cuda, rows = torch.device("cuda"), LinearQuant(row, row, row, row, row, row, "second_copy", "second_copy")
+    in_fp32 = "grad_weight (row x row) with results in torch.float32: operands decoded"
+    for dtype, said in ((torch.bfloat16, ""), (torch.float32, in_fp32)):
+        reason = choose_gemm_backend(cuda, dtype, rows).reason
+        assert said in reason and ("decoded" in reason) == bool(said)
+    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 9))
+    assert "decoded" not in choose_gemm_backend(cuda, torch.float32, rows).reason
+    blocks = LinearQuant(block, square, block, square, block, block, "second_copy", "same")
+    assert choose_gemm_backend(cuda, torch.bfloat16, blocks).reason.endswith(
+        "; kernels of output, grad_input, grad_weight take K a multiple of 128, 1x128 operands with a "
+        "multiple of 4 rows, 128x128 operands of whole blocks: operands of other shapes decoded, likewise"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "n", "out_dtype", "kernel"),
+    [
+        ((9, 0), 128, torch.bfloat16, True),
+        ((9, 0), 80, torch.bfloat16, False),
+        ((10, 0), 128, torch.bfloat16, False),
+    ],
+)
+def test_a_shape_without_a_kernel_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    n: int,
+    out_dtype: torch.dtype,
+    kernel: bool,
+) -> None:
+    """M = 48, N = 80 included. The device is told by a tensor without memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 9))
+    a, b = operand(48, 256, "block_1x128", 1, 1, True), operand(256, n, "block_128x128", 0, 2, True)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake_a = torch.empty(a[0].shape, dtype=a[0].dtype, device="cuda")
+        fake_b = torch.empty(b[0].shape, dtype=b[0].dtype, device="cuda")
+        assert gemm._has_kernel(fake_a, fake_b, a[1], b[1], out_dtype) == kernel
 
 
 def test_block_scales_have_the_kernels_shapes_and_strides() -> None:
@@ -239,12 +363,15 @@ def test_mx_scales_are_in_the_tensor_cores_order() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(48, 256, 80), (128, 256, 384)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("kind_a", "kind_b"), PAIRS)
-def test_on_a_gpu(kind_a: str, kind_b: str) -> None:
-    """Whatever runs there, kernel or decoded operands; the bound is that of an FP22 accumulator and of BF16
-    operands."""
-    a, b = operand(48, 256, kind_a, 1, 1, True), operand(256, 80, kind_b, 0, 2, True)
+def test_on_a_gpu(kind_a: str, kind_b: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Whatever runs there: decoded operands, or a kernel, which a block needs whole blocks for. The bound is
+    that of an FP22 accumulator and of the result's rounding."""
+    m, k, n = shape
+    a, b = operand(m, k, kind_a, 1, 1, True), operand(k, n, kind_b, 0, 2, True)
     arguments = [tensor.cuda() for tensor in (a[0], b[0], a[1], b[1])]
-    got = fp8_gemm(*arguments, power_of_two=True, out_dtype=torch.bfloat16, backend="scaled_mm").cpu()
+    got = fp8_gemm(*arguments, power_of_two=True, out_dtype=dtype, backend="scaled_mm").cpu()
     expected, magnitude = wide(*a) @ wide(*b), wide(*a).abs() @ wide(*b).abs()
-    assert_within(got, expected, 256 / 32 * 2.0**-13 * magnitude + 2.0**-8 * expected.abs())
+    assert_within(got, expected, k / 32 * 2.0**-13 * magnitude + UNIT_ROUNDOFF[dtype] * expected.abs())

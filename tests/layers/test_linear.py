@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fp8train.kernels.padding import Operand
 from fp8train.layers import fp8_linear, fp8_operand
-from fp8train.layers.fp8_operand import Operand, quantize_matrix
+from fp8train.layers.fp8_operand import quantize_matrix
 from fp8train.layers.linear import Alphas, Linear, SinkSlot
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.grad_sink import register_sink

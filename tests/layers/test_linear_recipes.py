@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fp8train.layers.fp8_operand import cropped, padded, quantize_matrix, transposed
+from fp8train.kernels.padding import padded
+from fp8train.layers.fp8_operand import cropped, quantize_matrix, transposed
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.layers.linear import Linear
 from fp8train.numerics.cast import quantize

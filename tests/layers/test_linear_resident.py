@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8train.layers.fp8_operand import aligned, pad_to
+from fp8train.kernels.padding import aligned, pad_to
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.cast import amax_of, quantize

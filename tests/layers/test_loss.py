@@ -6,12 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8train.layers.loss import IGNORE, linear_cross_entropy, logits
+from fp8train.comm.collectives import CountedGroup
+from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.layers.head_gemms import HeadGemms
+from fp8train.layers.linear_plan import Alphas
+from fp8train.layers.loss import (
+    IGNORE,
+    _fused_softmax,
+    _softmax,
+    _Targets,
+    _Vocabulary,
+    linear_cross_entropy,
+    logits,
+)
 
 HIDDEN = 8
 
@@ -162,3 +175,49 @@ def test_no_tokens_are_no_loss() -> None:
     assert loss.item() == 0
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+def softmaxes(parallel: TensorParallel | None, alpha: float) -> list[tuple[Tensor, Tensor]]:
+    """Losses [T] of the targets that count and the gradient of the logits [T, V], as the CPU finds them and
+    as a GPU does; of this rank's columns."""
+    hidden, weight, targets = inputs(40, 32, 29, torch.float32)
+    rank, size = (0, 1) if parallel is None else (parallel.rank, parallel.size)
+    weight = weight.detach().chunk(size)[rank]
+    vocabulary = _Vocabulary(len(weight), 29, parallel)
+    found = _Targets.of(targets, vocabulary, torch.float32)
+    result = []
+    for softmax in (_softmax, _fused_softmax):
+        gemms = HeadGemms(weight, rows=40, alphas=Alphas(output=alpha), needs_grad=True)
+        losses, gradient = softmax(gemms, hidden.detach(), found, vocabulary, True)
+        assert gradient is not None
+        result.append((losses[found.weight == 1], gradient.clone()))
+    return result
+
+
+def softmaxes_of_a_rank(group: dist.ProcessGroup, rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Runs in the pool."""
+    ours, alone = CountedGroup(group), CountedGroup(None)
+    return softmaxes(TensorParallel(ours, shards=ours, context=alone), 0.75)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_way_of_a_gpu_gives_the_same(gloo_pool, ranks: int) -> None:
+    """References of the fused operations; of four ranks the last one has three columns of padding."""
+    whole = softmaxes(None, 0.75)
+    found = gloo_pool.run(softmaxes_of_a_rank, ranks) if ranks > 1 else [whole]
+    for cpu, gpu in found:
+        torch.testing.assert_close(gpu[0], whole[0][0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gpu[1], cpu[1], rtol=1e-5, atol=1e-7)
+    joined = torch.cat([gpu[1] for _, gpu in found], dim=1)
+    torch.testing.assert_close(joined, whole[0][1], rtol=1e-5, atol=1e-7)
+
+
+def test_shapes_on_a_device_without_memory() -> None:
+    hidden = torch.empty(2, 300, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(64, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    targets = torch.empty(2, 300, dtype=torch.int64, device="meta")
+    loss = linear_cross_entropy(hidden, weight, targets, vocab_size=60, alphas=Alphas(output=0.5))
+    assert loss.shape == () and loss.dtype == torch.float32
+    grads = torch.autograd.grad(loss / 600, (hidden, weight))
+    assert [grad.shape for grad in grads] == [hidden.shape, weight.shape]
+    assert [grad.dtype for grad in grads] == [torch.bfloat16] * 2

@@ -101,7 +101,7 @@ def test_layer_norms_differ_by_the_order_of_their_sums(level: str) -> None:
     assert one[0][0] == pytest.approx(other[0][0], rel=1e-6)
     for name, weight in weights.items():
         difference = (weight.float() - fused_weights[name].float()).square().mean().sqrt()
-        assert difference < 1e-3 * weight.float().square().mean().sqrt() + 1e-6, name
+        assert difference < 5e-3 * weight.float().square().mean().sqrt() + 1e-6, name
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,21 @@ def test_sampled_steps_run_one_by_one_for_their_statistics() -> None:
         assert fused_block(block, x) is not None
         run.monitors.recorder.active = True
         assert fused_block(block, x) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (*LLAMA, "precision.recipe=mus"),
+        (*LLAMA, "precision.level=O1", "precision.recipe=rowwise"),
+        ("model.family=gpt", "model.bias=true", "model.norm=rmsnorm"),
+        (*LLAMA, "model.qk_norm=gain", "precision.level=O2"),
+    ],
+    ids=["factors", "rows", "bias", "qk norm"],
+)
+def test_layers_one_by_one_have_the_same_bits_with_fused_operations(settings: tuple[str, ...]) -> None:
+    (one, weights, _), (other, fused_weights, used) = (trained(*settings, fuse=f) for f in (False, True))
+    assert used == 0
+    assert one == other
+    for name, weight in weights.items():
+        assert torch.equal(weight, fused_weights[name]), name

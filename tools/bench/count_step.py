@@ -1,6 +1,7 @@
 """Count one training step of a configuration on a GPU that need not be there, and predict its time.
 
     python tools/bench/count_step.py CONFIG.yaml [section.key=value ...] [--gpu H100] [--json FILE]
+    python tools/bench/count_step.py CONFIG.yaml --levels O0 FP8 O1 O2 O3     # one line each
 
 A real ``Trainer.step`` runs on tensors without values, with the branches that a GPU takes. It counts every
 launch, the bytes it reads and writes, FLOPs, places where the host waits, live memory, and whether the
@@ -32,7 +33,7 @@ from tools.bench.ceilings import GPUS, Gpu
 from tools.bench.step_counter import DEVICE, Counts, Row, StepCounter
 
 PHASES = ("weights", "forward", "backward", "head", "reduce", "norm", "optimizer", "other")
-"""Weight casts, blocks forward, everything backward, the head's forward (which computes its gradient),
+"""Casts of new weights, blocks forward, all backward, the head's forward (which computes its gradient),
 gradient reduction, gradient norm, optimizer, and the rest of a step."""
 
 _CONTRIBUTIONS = (
@@ -108,6 +109,7 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
 def _name_phases(trainer: Trainer, counter: StepCounter) -> None:
     for owner, method, phase in (
         (trainer.optimizer, "step", "optimizer"),
+        (trainer.optimizer._publisher, "write_targets", "weights"),
         (trainer.store, "global_norm", "norm"),
         (trainer.store, "finish", "reduce"),
         (trainer.model, "prepare", "weights"),
@@ -260,6 +262,53 @@ def show(result: Report) -> None:
     )
 
 
+def operations(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: bool) -> None:
+    """Print what one block does, operation by operation: launches and bytes."""
+    totals: dict[tuple[str, str], Row] = {}
+    for layers, sign in ((1, -1), (2, 1)):
+        counted = count(resolve(file, overrides, layers), gpu, optimizer=optimizer).counts
+        for place, row in counted.rows.items():
+            total = totals.setdefault((place.phase, place.operation), Row())
+            total.add(sign * row.launches, sign * row.moved, sign * row.flops, sign * row.seconds)
+    print(f"{'one block':10}  {'operation':44}{'launches':>9}{'GB':>9}{'ms':>9}")
+    order = {phase: number for number, phase in enumerate(PHASES)}
+    for (phase, name), row in sorted(totals.items(), key=lambda item: (order[item[0][0]], item[0][1])):
+        if row.launches > 0:
+            print(f"{phase:10}  {name:44}{row.launches:9}{row.moved / 1e9:9.3f}{row.seconds * 1e3:9.3f}")
+
+
+LEVELS = {
+    "FP8": ["precision.level=O0", "precision.gemm.fp8=true"],
+    **{level: [f"precision.level={level}"] for level in ("O0", "O1", "O2", "O3")},
+}
+"""What can be compared; ``FP8`` is FP8 GEMMs only."""
+_PASSES = ("weights", "forward", "backward", "reduce", "norm")
+
+
+def compare(file: Path, overrides: Sequence[str], gpu: Gpu, levels: Sequence[str]) -> dict[str, Report]:
+    """Print a line for each level; launches and bytes are of one block, and without the optimizer."""
+    print(f"{gpu.name}, predicted ({gpu.sources})")
+    print(
+        f"{'':5}{'launches':>9}{'GB':>7}{'block ms':>10}{'optimizer ms':>14}{'step ms':>9}{'tokens/s':>10}"
+        f"{'MFU':>7}{'ratio':>7}{'resident GB':>13}{'peak GB':>9}"
+    )
+    found: dict[str, Report] = {}
+    for level in levels:
+        result = found[level] = report(file, [*overrides, *LEVELS[level]], gpu)
+        optimizer = ("optimizer", "weights")
+        spent = result.layers * result.block("seconds", optimizer) + result.rest("seconds", optimizer)
+        print(
+            f"{level:5}{result.block('launches', _PASSES):9}"
+            f"{result.block('elementwise_bytes', _PASSES) / 1e9:7.2f}"
+            f"{result.block('seconds', ('forward', 'backward')) * 1e3:10.2f}{spent * 1e3:14.1f}"
+            f"{result.seconds * 1e3:9.1f}{result.tokens_per_second:10.0f}{result.mfu:7.1%}"
+            f"{found[levels[0]].seconds / result.seconds:7.2f}{result.persistent / 1e9:13.1f}"
+            f"{result.peak / 1e9:9.1f}",
+            flush=True,
+        )
+    return found
+
+
 def places(counts: Counts, top: int) -> None:
     """Print the places that move most."""
     rows: dict[tuple[str, str, str], Row] = {}
@@ -283,12 +332,22 @@ def main() -> None:
     parser.add_argument(
         "--places", type=int, default=0, help="print so many lines of the package that move most"
     )
+    parser.add_argument("--operations", action="store_true", help="print what a block does, by operation")
     parser.add_argument("--no-optimizer", action="store_true", help="leave the update of the weights out")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, help="compare these, a line each")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     gpu = GPUS[args.gpu]
+    if args.levels:
+        compared = compare(args.config, args.overrides, gpu, args.levels)
+        if args.json is not None:
+            reports = {level: asdict(one) for level, one in compared.items()}
+            args.json.write_text(json.dumps(reports, indent=1) + "\n")
+        return
     result = report(args.config, args.overrides, gpu, optimizer=not args.no_optimizer)
     show(result)
+    if args.operations:
+        operations(args.config, args.overrides, gpu, optimizer=not args.no_optimizer)
     if args.places:
         config = resolve(args.config, args.overrides, 1)
         places(count(config, gpu, optimizer=not args.no_optimizer).counts, args.places)

@@ -59,7 +59,7 @@ def reduce_scatter(gradient: Tensor, group: CountedGroup) -> None:
     """Its first half."""
     reduction = Exchange(group, E4M3, purpose="x")
     reduction.start(*quantize_blocks(gradient, E4M3))
-    reduction.advance(gather=False)
+    reduction.sums()
 
 
 def exact(gradient: Tensor, group: CountedGroup, contributions: int) -> None:

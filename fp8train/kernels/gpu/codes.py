@@ -40,13 +40,21 @@ def encode_fp8(x, MANTISSA: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def decode_fp8(code, MANTISSA: tl.constexpr):
-    """FP32 values of finite FP8 codes (uint8), as ``decode_finite``: special codes become large numbers."""
-    BIAS: tl.constexpr = (1 << (6 - MANTISSA)) - 1
-    wide = code.to(tl.uint32)
-    bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << (23 - MANTISSA))
-    FACTOR: tl.constexpr = 2.0 ** (127 - BIAS)
-    return bits.to(tl.float32, bitcast=True) * FACTOR
+def decode_fp8(code, MANTISSA: tl.constexpr, HARDWARE: tl.constexpr = False):
+    """FP32 values of finite FP8 codes (uint8), as ``decode_finite``: special codes become large numbers, or
+    what they stand for with ``HARDWARE``, which takes fewer instructions."""
+    if HARDWARE:
+        if MANTISSA == 3:
+            values = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            values = code.to(tl.float8e5, bitcast=True).to(tl.float32)
+    else:
+        BIAS: tl.constexpr = (1 << (6 - MANTISSA)) - 1
+        wide = code.to(tl.uint32)
+        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << (23 - MANTISSA))
+        FACTOR: tl.constexpr = 2.0 ** (127 - BIAS)
+        values = bits.to(tl.float32, bitcast=True) * FACTOR
+    return values
 
 
 @triton.jit
@@ -81,6 +89,28 @@ def decode_e8m0(byte):
 def is_finite(x):
     """Whether FP32 values are neither infinite nor NaN."""
     return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+
+
+@triton.jit
+def widen(x, HARDWARE: tl.constexpr):
+    """FP32 values of floats of up to 32 bits. Triton's interpreter loses the subnormal numbers of BF16."""
+    if HARDWARE:
+        return x.to(tl.float32)
+    elif x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, HARDWARE: tl.constexpr):
+    """FP32 values rounded to BF16, to nearest even. Triton's interpreter truncates."""
+    if HARDWARE:
+        return x.to(tl.bfloat16)
+    bits = x.to(tl.uint32, bitcast=True)
+    nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+    kept = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, nearest) >> 16
+    return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

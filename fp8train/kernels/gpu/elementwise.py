@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8train.kernels.gpu.codes import largest_magnitude
+from fp8train.kernels.gpu.codes import largest_magnitude, narrow, widen
 from fp8train.kernels.gpu.launch import hardware, launch
-from fp8train.kernels.gpu.operands import scale_constants
 from fp8train.kernels.gpu.tiles import TILE_COLUMNS, TILE_ROWS, operand_scale, store_operand
 from fp8train.kernels.operands import PARTIALS, CastOperand, CastRule, count_of_partials, empty_operand
 from fp8train.kernels.tiled import cut
@@ -28,17 +27,11 @@ from fp8train.kernels.tiled import cut
 
 @triton.jit
 def round_like(x, like, HARDWARE: tl.constexpr):
-    """FP32 values of the dtype (BF16 or FP32) that the pointer ``like`` has, to nearest even. Triton's
-    interpreter truncates."""
+    """FP32 values of the dtype (BF16 or FP32) that the pointer ``like`` has, to nearest even."""
     if like.dtype.element_ty == tl.float32:
         return x
     tl.static_assert(like.dtype.element_ty == tl.bfloat16, "BF16 or FP32")
-    if HARDWARE:
-        return x.to(tl.bfloat16).to(tl.float32)
-    bits = x.to(tl.uint32, bitcast=True)
-    nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-    kept = tl.where(x == x, nearest, bits | 0x400000) & 0xFFFF0000
-    return kept.to(tl.float32, bitcast=True)
+    return widen(narrow(x, HARDWARE), HARDWARE)
 
 
 @triton.jit
@@ -180,6 +173,20 @@ def _cast_kernel(
             MANTISSA,
             HARDWARE,
         )
+
+
+def scale_constants(partials: Tensor, delayed: Tensor | None, rule: CastRule) -> dict[str, Any]:
+    """The compile-time constants of :func:`~fp8train.kernels.gpu.tiles.operand_scale` and of the cast."""
+    return {
+        "DELAYED": delayed is not None,
+        "CONSTANT": rule.constant_exponent,
+        "POWER_OF_TWO": rule.power_of_two,
+        "MANTISSA": rule.mantissa_bits,
+        "MAX_EXPONENT": rule.format.max_exponent,
+        "MARGIN": rule.margin,
+        "MOST": min(PARTIALS, triton.next_power_of_2(partials.numel())),
+        "HARDWARE": hardware(),
+    }
 
 
 class Tiles(NamedTuple):

@@ -42,12 +42,18 @@ def _with_gain(normalised, weight, bias, column, width):
 
 
 @triton.jit
-def _norm_values(inputs, row, column, inside, OPTION: tl.constexpr, HARDWARE: tl.constexpr):
-    stream, mean, rstd, weight, bias, height, width = inputs
-    values = tl.load(stream + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+def _normalised(stream, mean, rstd, row, at, inside, height):
+    """FP32 tile, before gain and bias."""
+    values = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
     if mean is not None:
         values = values - tl.load(mean + row, mask=row < height, other=0.0)[:, None]
-    values = values * tl.load(rstd + row, mask=row < height, other=0.0)[:, None]
+    return values * tl.load(rstd + row, mask=row < height, other=0.0)[:, None]
+
+
+@triton.jit
+def _norm_values(inputs, row, column, inside, OPTION: tl.constexpr, HARDWARE: tl.constexpr):
+    stream, mean, rstd, weight, bias, height, width = inputs
+    values = _normalised(stream, mean, rstd, row, row[:, None] * width + column[None, :], inside, height)
     return round_like(_with_gain(values, weight, bias, column, width), stream, HARDWARE)
 
 
@@ -195,45 +201,47 @@ def _norm_backward_kernel(
             tl.store(weight_at, weight_sum, mask=in_width)
         if WANT_BIAS:
             tl.store(bias_at, bias_sum, mask=in_width)
-    found = tl.zeros((ROWS, 1 if IN_MEMORY else BLOCK), tl.float32)
-    for start in range(program * ROWS, height, programs * ROWS):
+    elif weight is not None:
+        gain = _vector(weight, column, width)
+    # A LayerNorm needs the registers of a whole row of magnitudes.
+    NARROW: tl.constexpr = IN_MEMORY or mean is not None
+    found = tl.zeros((ROWS, 1 if NARROW else BLOCK), tl.float32)
+    # Rows are fetched ahead, but not where that could fetch sums before they were stored.
+    for start in tl.range(program * ROWS, height, programs * ROWS, num_stages=1 if IN_MEMORY else 2):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < height)[:, None] & (column < width)[None, :]
         at = row[:, None] * width + column[None, :]
         grad = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row, mask=row < height, other=0.0)[:, None]
-        if mean is not None:
-            values = values - tl.load(mean + row, mask=row < height, other=0.0)[:, None]
-        normalised = values * r
+        normalised = _normalised(stream, mean, rstd, row, at, inside, height)
         product = grad * normalised
-        if WANT_BIAS:
-            if IN_MEMORY:
-                tl.store(bias_at, tl.load(bias_at, mask=in_width) + grad, mask=in_width)
-            else:
-                bias_sum += grad
-        if weight is not None:
-            if IN_MEMORY:
+        if IN_MEMORY:
+            if weight is not None:
                 tl.store(weight_at, tl.load(weight_at, mask=in_width) + product, mask=in_width)
-            else:
-                weight_sum += product
-            gain = _vector(weight, column, width)
+                gain = _vector(weight, column, width)
+        else:
+            bias_sum += grad
+            weight_sum += product
+        if weight is not None:
             grad, product = grad * gain, product * gain
         along = tl.div_rn(tl.sum(product, 1), size)[:, None]
         if IN_MEMORY:  # read again, from the first-level cache, rather than kept in registers
-            values = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
-            if mean is not None:
-                values = values - tl.load(mean + row, mask=row < height, other=0.0)[:, None]
-            normalised = values * r
+            grad = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32)
+            if WANT_BIAS:
+                tl.store(bias_at, tl.load(bias_at, mask=in_width) + grad, mask=in_width)
+            if weight is not None:
+                grad = grad * _vector(weight, column, width)
         if mean is not None:
             grad = grad - tl.div_rn(tl.sum(grad, 1), size)[:, None]
+        if IN_MEMORY:
+            normalised = _normalised(stream, mean, rstd, row, at, inside, height)
+        r = tl.load(rstd + row, mask=row < height, other=0.0)[:, None]
         result = round_like((grad - normalised * along) * r, stream, HARDWARE)
         if grad_stream is not None:
             other = tl.load(grad_stream + at, mask=inside, other=0.0).to(tl.float32)
             result = round_like(result + other, stream, HARDWARE)
         tl.store(grad_out + at, result, mask=inside)
         result = tl.where(inside, result, 0.0)
-        if IN_MEMORY:
+        if NARROW:
             result = largest_magnitude(result, 1)[:, None]
         found = larger_magnitude(found, result)
     tl.store(partials + program, largest_magnitude(tl.ravel(found), 0))

@@ -6,66 +6,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8train.kernels.gpu.elementwise import Tiles, first_of_pair, launchers, round_like
+from fp8train.kernels.gpu.elementwise import Tiles, launchers, round_like
 from fp8train.kernels.gpu.launch import hardware, launch
+from fp8train.kernels.rotary import split_heads_fake
 
-_TILE = 64
+_TOKENS = 16
 
 
 @triton.jit
-def _rotate_kernel(
+def _split_kernel(
     qkv,
     cos,
     sin,
-    height,
-    width,
+    query,
+    key,
+    value,
+    tokens,
     length,
-    pairs,
-    QUERIES: tl.constexpr,
-    UNIT: tl.constexpr,
+    groups,
+    per_group,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    LANES: tl.constexpr,
+    ROTATES: tl.constexpr,
     HARDWARE: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_K: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    turning = tl.program_id(1) * TILE_K + tl.arange(0, TILE_K)  # pairs of queries and keys alone
-    inside = (row < height)[:, None] & (turning < pairs)[None, :]
-    # A group's turning heads are followed by its value.
-    TURNING: tl.constexpr = (QUERIES + 1) * UNIT
-    column = turning + turning // TURNING * UNIT
-    at = qkv + row[:, None] * width + first_of_pair(column, UNIT)[None, :]
-    angle = (row % length)[:, None] * UNIT + (column % UNIT)[None, :]
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + UNIT, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, round_like(first * c - second * s, qkv, HARDWARE), mask=inside)
-    tl.store(at + UNIT, round_like(second * c + first * s, qkv, HARDWARE), mask=inside)
+    """A program copies one head of ``TOKENS`` tokens; heads are numbered as they lie in the projection."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    group, place = head // per_group, head % per_group
+    column = tl.arange(0, LANES)
+    here = (token < tokens)[:, None] & (column < HALF)[None, :]
+    source = (token[:, None] * groups * per_group + head) * DIM + column[None, :]
+    first = tl.load(qkv + source, mask=here, other=0.0)
+    second = tl.load(qkv + source + HALF, mask=here, other=0.0)
+    if ROTATES:
+        at = (token % length)[:, None] * HALF + column[None, :]
+        c = tl.load(cos + at, mask=here, other=0.0)
+        s = tl.load(sin + at, mask=here, other=0.0)
+        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+        turned_first = round_like(wide_first * c - wide_second * s, qkv, HARDWARE)
+        turned_second = round_like(wide_second * c + wide_first * s, qkv, HARDWARE)
+        turns = place < per_group - 1  # values do not
+        first = tl.where(turns, turned_first.to(first.dtype), first)
+        second = tl.where(turns, turned_second.to(second.dtype), second)
+    queries = per_group - 2
+    if place < queries:
+        target = (token[:, None] * groups * queries + group * queries + place) * DIM + column[None, :]
+        tl.store(query + target, first, mask=here)
+        tl.store(query + target + HALF, second, mask=here)
+    else:
+        target = (token[:, None] * groups + group) * DIM + column[None, :]
+        if place == queries:
+            tl.store(key + target, first, mask=here)
+            tl.store(key + target + HALF, second, mask=here)
+        else:
+            tl.store(value + target, first, mask=here)
+            tl.store(value + target + HALF, second, mask=here)
 
 
-def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, head_dim: int) -> None:
-    """:func:`fp8train.kernels.rotary.rotate_heads_`: values are neither read nor written."""
-    assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+def split_heads(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_kv_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fp8train.kernels.rotary.split_heads`: one read, one write."""
+    assert qkv.is_contiguous(), f"strides {qkv.stride()}"
+    parts = split_heads_fake(qkv, cos, sin, num_kv_heads, head_dim)
     batch, length, width = qkv.shape
-    queries = width // (num_kv_heads * head_dim) - 2
-    pairs = num_kv_heads * (queries + 1) * (head_dim // 2)
+    heads, rotates = width // head_dim, cos is not None and sin is not None
     launch(
-        _rotate_kernel,
-        (triton.cdiv(batch * length, _TILE), triton.cdiv(pairs, _TILE)),
+        _split_kernel,
+        (triton.cdiv(batch * length, _TOKENS), heads),
         qkv,
-        cos,
-        sin,
+        cos if rotates else qkv,
+        sin if rotates else qkv,
+        *parts,
         batch * length,
-        width,
         length,
-        pairs,
-        QUERIES=queries,
-        UNIT=head_dim // 2,
+        num_kv_heads,
+        heads // num_kv_heads,
+        TOKENS=_TOKENS,
+        DIM=head_dim,
+        HALF=head_dim // 2,
+        LANES=triton.next_power_of_2(head_dim // 2),
+        ROTATES=rotates,
         HARDWARE=hardware(),
-        TILE_M=_TILE,
-        TILE_K=_TILE,
-        num_warps=8,
+        num_warps=4,
     )
+    return parts
 
 
 @triton.jit

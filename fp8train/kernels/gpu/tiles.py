@@ -18,6 +18,25 @@ PARTIALS = 1024
 
 
 @triton.jit
+def own_scale(amax, POWER_OF_TWO: tl.constexpr, MAX_EXPONENT: tl.constexpr, MARGIN: tl.constexpr):
+    """(scale, scale_inv) of FP32 amaxes of any shape, as ``scale_from_amax`` defines them; ``scale_inv`` is
+    NaN where an amax is not finite."""
+    finite = is_finite(amax)
+    if POWER_OF_TWO:
+        k = exponent_from_amax(tl.where(finite, amax, 0.0), MAX_EXPONENT - MARGIN)
+        scale, scale_inv = pow2(k), pow2(-k)
+    else:
+        LARGEST: tl.constexpr = 1.75 * 2.0 ** (MAX_EXPONENT - MARGIN)
+        LIMIT: tl.constexpr = 2.0**126
+        known = finite & (amax > 0)
+        ratio = tl.div_rn(tl.full(amax.shape, LARGEST, tl.float32), tl.where(known, amax, 1.0))
+        ratio = tl.minimum(tl.maximum(ratio, 1.0 / LIMIT), LIMIT)
+        scale = tl.where(known, ratio, 1.0)
+        scale_inv = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+    return scale, tl.where(finite, scale_inv, float("nan"))
+
+
+@triton.jit
 def operand_scale(
     partials,
     count,
@@ -42,17 +61,8 @@ def operand_scale(
     if CONSTANT is not None:
         scale = pow2(tl.full((), CONSTANT, tl.int32))
         scale_inv = pow2(tl.full((), -CONSTANT, tl.int32))
-    elif POWER_OF_TWO:
-        k = exponent_from_amax(tl.where(finite, amax, 0.0), MAX_EXPONENT - MARGIN)
-        scale, scale_inv = pow2(k), pow2(-k)
     else:
-        LARGEST: tl.constexpr = 1.75 * 2.0 ** (MAX_EXPONENT - MARGIN)
-        LIMIT: tl.constexpr = 2.0**126
-        some = tl.where(finite & (amax > 0), amax, 1.0)
-        ratio = tl.div_rn(tl.full((), LARGEST, tl.float32), some)
-        ratio = tl.minimum(tl.maximum(ratio, 1.0 / LIMIT), LIMIT)
-        scale = tl.where(finite & (amax > 0), ratio, 1.0)
-        scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+        scale, scale_inv = own_scale(amax, POWER_OF_TWO, MAX_EXPONENT, MARGIN)
     if DELAYED:
         earlier = tl.load(delayed)
         known = earlier > 0
@@ -63,6 +73,21 @@ def operand_scale(
         scale = tl.where(known, earlier, scale)
         scale_inv = tl.where(known, inverse, scale_inv)
     return scale, tl.where(finite, scale_inv, float("nan")), amax
+
+
+@triton.jit
+def store_straight(code, straight, row, column, rows, columns):
+    """Store a tile's codes (uint8) that lie at int64 ``row`` [r] and ``column`` [c]; ``straight``: uint8
+    [rows, columns]."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(straight + row[:, None] * columns + column[None, :], code, mask=inside)
+
+
+@triton.jit
+def store_turned(code, turned, row, column, rows, columns):
+    """Store a tile's codes transposed, as :func:`store_straight`; ``turned``: uint8 [columns, rows]."""
+    inside = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(turned + column[:, None] * rows + row[None, :], tl.trans(code), mask=inside)
 
 
 @triton.jit
@@ -87,9 +112,7 @@ def store_operand(
     which ``values`` are 0.
     """
     code = encode_fp8(values * scale, MANTISSA, HARDWARE)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
     if STRAIGHT:
-        tl.store(straight + row[:, None] * columns + column[None, :], code, mask=inside)
+        store_straight(code, straight, row, column, rows, columns)
     if TURNED:
-        turned_at = column[:, None] * rows + row[None, :]
-        tl.store(turned + turned_at, tl.trans(code), mask=tl.trans(inside))
+        store_turned(code, turned, row, column, rows, columns)

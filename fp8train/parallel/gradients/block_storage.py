@@ -17,8 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fp8train.comm.exchange import Quantized
-from fp8train.numerics.block_scales import as_blocks, decode_e8m0, dequantize_blocks, quantize_blocks
+from fp8train.kernels.block_cast import cast_blocks_into, count_of_partials
+from fp8train.kernels.exchange_sum import Quantized
+from fp8train.kernels.fused_op import fuses
+from fp8train.numerics.block_scales import as_blocks, decode_e8m0
 from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.held import HeldBlocks
@@ -51,6 +53,7 @@ class BlockStorage(Storage):
         accumulate: torch.dtype | None,
         error_feedback: bool = False,
         recorder: GradientRecorder | None = None,
+        own_norms: bool = False,
         device: torch.device,
     ) -> None:
         """Allocate codes, scales, and where they are asked for the accumulator and the residual: all zero.
@@ -62,6 +65,8 @@ class BlockStorage(Storage):
             accumulate: BF16 or FP32 accumulator over micro-batches; None with one micro-batch.
             error_feedback: see the module; 2 bytes an element, and 2 more while a step runs.
             recorder: receives statistics of the cast of each member on sampled steps.
+            own_norms: what is cast here is what the optimizer reads, so the cast adds up its squares; on a
+                CPU it does not, which finds norms in pieces that fit its cache.
             device: where it lives.
         """
         self.places = places
@@ -74,6 +79,17 @@ class BlockStorage(Storage):
         )
         self.residual = torch.zeros(shape, dtype=torch.bfloat16, device=device) if error_feedback else None
         self._lost: Tensor | None = None
+        ends = [place.stop for place in places.whole]
+        self._ends = torch.tensor([*ends[:-1], places.total], device=device)  # the last one's has the padding
+        self._squares: Tensor | None = None
+        if own_norms and fuses(self._payload):
+            partials = len(ends), count_of_partials(*shape)
+            self._squares = torch.zeros(partials, dtype=torch.float64, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self._payload.device
 
     @property
     def stored_bytes(self) -> int:
@@ -107,22 +123,32 @@ class BlockStorage(Storage):
         """Add a micro-batch's gradient to the accumulator, or cast the step's only one to FP8 at once."""
         if self._accumulator is None:
             assert first, "FP8 blocks without an accumulator take one contribution a step"
-            self._cast(self.places.whole[member], as_blocks(gradient, self._block))
+            self._cast(gradient, member)
         elif first:
             self._matrix(member, self._accumulator).copy_(gradient)
         else:
             self._matrix(member, self._accumulator).add_(gradient)
 
-    def _cast(self, rows: slice, blocks: Tensor) -> None:
-        if self.residual is not None:
-            blocks = blocks.float() + self.residual[rows]
-        payload, scales = quantize_blocks(blocks, self._format)
+    def _cast(self, x: Tensor, member: int | None) -> None:
+        """Cast a member's gradient, or (None) the block matrix of all."""
+        rows, squares = slice(0, self.places.total), self._squares
+        if member is not None:
+            rows = self.places.whole[member]
+            squares = None if squares is None else squares[member : member + 1]
+        payload, scales = self._payload[rows], self._scales[rows]
+        residual = None if self.residual is None else self.residual[rows]
+        cast_blocks_into(
+            x,
+            payload,
+            scales,
+            residual=residual,
+            lost=None if self._lost is None else self._lost[rows],
+            squares=squares,
+            ends=self._ends if member is None and squares is not None else None,
+        )
         if self._recorder is not None and self._recorder.active:
-            self._record(rows, blocks, payload, scales)
-        self._payload.view(torch.uint8)[rows] = payload.view(torch.uint8)
-        self._scales[rows] = scales
-        if self._lost is not None:
-            self._lost[rows] = (blocks - dequantize_blocks(payload, scales)).to(torch.bfloat16)
+            blocks = as_blocks(x, self._block)
+            self._record(rows, blocks if residual is None else blocks.float() + residual, payload, scales)
 
     def _record(self, rows: slice, blocks: Tensor, payload: Tensor, scales: Tensor) -> None:
         """Statistics of the members whose blocks are ``rows``; zeros that pad short rows count as zeros."""
@@ -138,20 +164,17 @@ class BlockStorage(Storage):
         """Cast what has added up, if it is not cast yet, and return it: (payload [blocks, block], scales
         [blocks])."""
         if self._accumulator is not None:
-            self._cast(slice(0, len(self._payload)), self._accumulator)
+            self._cast(self._accumulator, None)
         return self._payload, self._scales
 
     def stored(self) -> Quantized:
         """The codes and scales that are kept, as they are: (payload [blocks, block], scales [blocks])."""
         return self._payload, self._scales
 
-    def hold_codes(self, payload: Tensor, scales: Tensor) -> HeldBlocks:
-        """Keep the quantised sums over ranks in place of this rank's own: FP8 [blocks, block] and uint8
-        [blocks]."""
-        if payload is not self._payload:
-            self._payload.view(torch.uint8).copy_(payload.view(torch.uint8))
-            self._scales.copy_(scales)
-        return HeldBlocks(self._payload, self._scales, self.places)
+    def hold_codes(self) -> HeldBlocks:
+        """The codes and scales that are kept, as the optimizer reads them: this rank's own, or sums over
+        ranks that a reduction wrote into :meth:`stored`."""
+        return HeldBlocks(self._payload, self._scales, self.places, self._ends, self._squares)
 
     def wide(self) -> Tensor:
         """This rank's sums before any cast, [blocks, block]."""
@@ -160,8 +183,8 @@ class BlockStorage(Storage):
 
     def hold(self, sums: Tensor) -> HeldBlocks:
         """Cast and keep the sums over ranks, [blocks, block] in high precision."""
-        self._cast(slice(0, len(self._payload)), sums)
-        return HeldBlocks(self._payload, self._scales, self.places)
+        self._cast(sums, None)
+        return self.hold_codes()
 
     def commit(self, clip: Tensor | None) -> None:
         """The step was applied, its gradient multiplied by ``clip``: what it lost becomes the residual.
@@ -171,6 +194,8 @@ class BlockStorage(Storage):
         """
         if self.residual is not None:
             assert self._lost is not None, "no step has begun"
-            # Not a scalar: those take the other operand's type, and the factor has more than BF16's 8 bits.
-            self.residual.copy_(self._lost if clip is None else self._lost * clip.float().view(1, 1))
+            if clip is None:
+                self.residual.copy_(self._lost)
+            else:  # not a scalar: those take the other operand's type, and the factor has more than 8 bits
+                torch.mul(self._lost, clip.float().view(1, 1), out=self.residual)
             self._lost = None

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues
+from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues, StoredGradient
 from fp8train.parallel.gradients.receivers import Places
 
 
@@ -78,6 +78,9 @@ class _Reader:
     def chunk(self, start: int, stop: int) -> Tensor:
         return self.held.chunk(self.member, self.offset + start, self.offset + stop)
 
+    def stored(self, count: int) -> StoredGradient | None:
+        return self.held.stored(self.member, self.offset, self.offset + count)
+
 
 class Bucket:
     """Parameters whose gradients one storage adds up over micro-batches and one reduction over ranks.
@@ -131,9 +134,10 @@ class Bucket:
         assert isinstance(self._held, HeldValues), "only gradients in high precision are values in memory"
         return self._held.values(member)
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of this rank's rows, scalar in ``dtype``; NaN if the gradient is not finite."""
-        return self.held.norm(member, dtype)
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of this rank's rows of each member, FP64 [members]; NaN if the gradient is not
+        finite. ``dtype``: of the arithmetic, or narrower than it."""
+        return self.held.norms(dtype)
 
     def release(self) -> None:
         """The optimizer has read the gradients: free what is not kept between steps."""

@@ -282,6 +282,7 @@ class GradientBuckets:
             accumulate=None if self._contributions == 1 and wide is None else self._fp8_accumulate,
             error_feedback=fp8.error_feedback,
             recorder=self._recorder,
+            own_norms=wide is not None or group.size == 1,
             device=self.device,
         )
         self._with_residual += [storage] if fp8.error_feedback else []

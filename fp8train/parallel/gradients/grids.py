@@ -146,11 +146,14 @@ class HeldSums:
         unit = self.grids.unit(self.parameters[member])
         return (self._integers(member)[start:stop].double() * unit).float()
 
-    def norm(self, member: int, dtype: torch.dtype) -> Tensor:
-        """Euclidean norm of a member's elements on this rank, scalar in ``dtype``; after
+    def stored(self, member: int, start: int, stop: int) -> None:
+        """Nothing: integers are decoded here alone."""
+
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Euclidean norm of each member's elements on this rank, FP64 [members]; after
         :meth:`StepGrids.agree`."""
-        total, unit = self.square(member)
-        return torch.sqrt(total.double() * unit).to(dtype)
+        squares = [self.square(member) for member in range(len(self.parameters))]
+        return torch.stack([total.double() * unit for total, unit in squares]).sqrt()
 
     def square(self, member: int) -> tuple[Tensor, Tensor]:
         """(int64 sum of squares of the elements of a member that are here, FP64 value of one of them), after

@@ -95,6 +95,7 @@ class GradientStore:
         self._next_launch = 0
         self._device, self._norm_is_exact = maker.device, isinstance(maker.scales, GridScales)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._orders: dict[tuple[str, ...], Tensor] = {}
         self._sink = register_sink(self)
         parameters = {fqn: p for fqn, p in reversed(list(model.named_parameters())) if p.requires_grad}
         self._allocate(parameters, maker)
@@ -274,7 +275,7 @@ class GradientStore:
 
     def global_norm(self) -> Tensor:
         """Euclidean norm over all parameters: FP64 scalar on the device, no host sync. Sums run in slot
-        order, in FP64 on CPUs and for FP64 gradients, else in FP32. Where the norm is to be exact, they run
+        order, in FP64 on CPUs, of FP64 gradients and of FP8 blocks, else in FP32. Where it is exact, they run
         in the order of names and in FP64 everywhere: slots follow buckets, whose order a rank's part may
         change."""
         if self._norm_is_exact:
@@ -292,14 +293,18 @@ class GradientStore:
         dtypes = [bucket.storage.buffer(0).dtype for bucket in self.buckets]
         wide = self._device.type == "cpu" or torch.float64 in dtypes
         dtype = torch.float64 if wide else torch.float32
-        zero = torch.zeros((), dtype=dtype, device=self._device)
-        norms = [
-            self._bucket(self._index[fqn]).norm(self._slots[self._index[fqn]].member, dtype)
-            if fqn in self._index
-            else zero
-            for fqn in fqns
-        ]
-        return self._over_parts(self._over_owners(torch.stack(norms).double(), fqns), fqns)
+        zero = torch.zeros(1, dtype=torch.float64, device=self._device)
+        found = torch.cat([*(bucket.norms(dtype) for bucket in self.buckets), zero])  # by slot, then none
+        return self._over_parts(self._over_owners(found[self._order(fqns)], fqns), fqns)
+
+    def _order(self, fqns: Sequence[str]) -> Tensor:
+        """int64 slots of these parameters, one past the last for those that this rank does not have. On the
+        device, made once, as :meth:`_mask`."""
+        key = tuple(fqns)
+        if key not in self._orders:
+            slots = [self._index.get(fqn, len(self._slots)) for fqn in fqns]
+            self._orders[key] = torch.tensor(slots, device=self._device)
+        return self._orders[key]
 
     def _exact_norms(self, fqns: Sequence[str]) -> Tensor:
         """From sums of squares that are integers, so that it does not matter which rank holds what."""

@@ -13,6 +13,7 @@ from fp8train.numerics import block_scales, scale, stochastic
 from fp8train.numerics.cast import cast, decode_finite
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.number_formats import E4M3, E5M2, FP16, Format
+from tests.kernels.gpu.same import same
 
 ONE = torch.ones(())
 
@@ -103,3 +104,23 @@ def test_stochastic_rounding_draws_the_same_bits(fmt: Format) -> None:
     expected = stochastic.round_stochastic(x, fmt.mantissa_bits, 1 - fmt.bias, bits)
     assert torch.equal(out.nan_to_num(-1.0), expected.nan_to_num(-1.0))
     assert len(out.unique()) > 30
+
+
+@triton.jit
+def _bf16(x, wide, out, WIDTH: tl.constexpr):
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    values = codes.widen(tl.load(x + at), False)
+    tl.store(wide + at, values)
+    tl.store(out + at, codes.narrow(values * 1.0000001, False))
+
+
+def test_bf16_numbers_widen_exactly_and_round_to_nearest() -> None:
+    x = every_bf16().bfloat16()
+    wide, out = torch.empty(1 << 16), torch.empty_like(x)
+    _bf16[(16,)](x, wide, out, WIDTH=4096)
+    assert same(wide, x.float())
+    assert same(out, (x.float() * torch.tensor(1.0000001)).bfloat16())
+    ties = (every_bf16().view(torch.int32) | 0x8000).view(torch.float32)
+    _bf16[(16,)](ties, wide, out, WIDTH=4096)
+    assert same(wide, ties)
+    assert same(out, (ties * torch.tensor(1.0000001)).bfloat16())

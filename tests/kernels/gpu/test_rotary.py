@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp8train.kernels import rotary
 from fp8train.kernels.operands import CastRule
-from fp8train.kernels.rotary import heads_grad, rotate_heads_
+from fp8train.kernels.rotary import heads_grad
 from fp8train.layers.qkv import split_heads
 from fp8train.layers.rotary import rotary_frequencies, rotary_table
 from fp8train.precision.number_formats import E5M2
@@ -40,14 +40,14 @@ def test_forward_and_backward_are_the_layers(
     cos, sin = table(length, head_dim) if rotated else (None, None)
     qkv = draw(batch, length, groups * (queries + 2) * head_dim, seed=0, dtype=dtype).requires_grad_()
     heads = split_heads(qkv, cos, sin, num_kv_heads=groups, head_dim=head_dim)
-    if cos is not None and sin is not None:
-        launched, reference = qkv.detach().clone(), qkv.detach().clone()
-        rotary._rotate_op.launch(launched, cos, sin, groups, head_dim)
-        rotate_heads_(reference, cos, sin, num_kv_heads=groups, head_dim=head_dim)
-        assert same(launched, reference)
-        views = split_heads(launched, None, None, num_kv_heads=groups, head_dim=head_dim)
-        for ours, theirs in zip(views, heads, strict=True):
-            assert same(ours, theirs.detach())
+    args = (qkv.detach(), cos, sin, groups, head_dim)
+    launched, reference = rotary._split_op.launch(*args), rotary._split_heads(*args)
+    for ours, theirs, empty, layer in zip(
+        launched, reference, rotary.split_heads_fake(*args), heads, strict=True
+    ):
+        assert same(ours, theirs)
+        assert same(ours.transpose(1, 2), layer.detach())
+        assert ours.shape == empty.shape and ours.is_contiguous()
     grads = [draw(*part.shape, seed=seed, dtype=dtype) for seed, part in enumerate(heads)]
     torch.autograd.backward(heads, grads)
     assert qkv.grad is not None
@@ -64,8 +64,10 @@ def test_the_rotation_is_a_multiplication_of_complex_numbers() -> None:
     cos, sin = table(length, head_dim, torch.float64)
     turned = torch.complex(exact[:, :, :-1, 0], exact[:, :, :-1, 1]) * torch.complex(cos, sin)[:, None, None]
     expected = torch.cat((torch.stack((turned.real, turned.imag), dim=3), exact[:, :, -1:]), dim=2)
-    rotary._rotate_op.launch(qkv, cos.float(), sin.float(), groups, head_dim)
-    torch.testing.assert_close(qkv.double(), expected.view(qkv.shape), rtol=1e-6, atol=1e-6)
+    query, key, value = rotary._split_op.launch(qkv, cos.float(), sin.float(), groups, head_dim)
+    query = query.view(length, groups, queries, head_dim)
+    found = torch.cat((query, key.view(length, groups, 1, -1), value.view(length, groups, 1, -1)), dim=2)
+    torch.testing.assert_close(found.double().flatten(), expected.flatten(), rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_that_are_not_finite_spoil_their_pairs_alone() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear
@@ -239,4 +240,45 @@ def test_a_gradient_that_is_not_finite_makes_the_norm_not_finite() -> None:
         bucket.add(0, value, first=True)
         bucket.launch()
         bucket.finish()
-        assert torch.isnan(bucket.norm(0, torch.float64))
+        assert torch.isnan(bucket.norms(torch.float64)[0])
+
+
+class _Fused(TorchDispatchMode):
+    """Names of the fused operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fp8train":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+@pytest.mark.parametrize("own_norms", [False, True])
+@pytest.mark.parametrize("accumulate", [None, torch.bfloat16])
+def test_launches_of_a_step_off_the_cpu(
+    accumulate: torch.dtype | None, own_norms: bool, error_feedback: bool
+) -> None:
+    """One cast of each gradient or of the whole bucket, and one pass for all norms where no cast found
+    them."""
+    meta = torch.device("meta")
+    members = [Member("a", (4, 256)), Member("b", (8, 131)), Member("c", (2, 512))]
+    places = Places(members, row_blocks(members, 128), pad_to=4)
+    options = {"error_feedback": error_feedback, "own_norms": own_norms}
+    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, device=meta, **options)
+    bucket = Bucket(storage, ExchangeSum(storage, None))
+    with _Fused() as fused:
+        bucket.begin()
+        for member, shape in enumerate(m.shape for m in members):
+            bucket.add(member, torch.empty(shape, dtype=torch.bfloat16, device=meta), first=True)
+        bucket.launch()
+        bucket.advance()
+        bucket.finish()
+        norms = bucket.norms(torch.float32)
+        bucket.commit(torch.empty((), device=meta))
+    assert norms.shape == (3,) and norms.dtype == torch.float64
+    casts = ["cast_blocks"] * (3 if accumulate is None else 1)
+    assert fused.names == casts + ([] if own_norms else ["squares_of_blocks"])

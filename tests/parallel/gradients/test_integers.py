@@ -105,7 +105,7 @@ def test_the_norm_is_that_of_the_gradient_and_parts_add_up_to_it(
         true = sum(value**2 for value in sums_of(bucket)._integers(member).tolist())
         step = 2 ** int(scales.step.square_shifts[member])
         assert abs(total * step - true) <= bucket.members[member].numel * step / 2 + true * 2**-51
-        norm = float(bucket.norm(member, torch.float64))
+        norm = float(bucket.norms(torch.float64)[member])
         assert norm == math.sqrt(total * unit)
         if whole is None:
             expected = float(gradient_in(bucket, member).double().square().sum()) ** 0.5
@@ -167,7 +167,7 @@ def test_a_gradient_that_is_not_finite_makes_the_norm_nan(
     run_step(bucket, scales, [good, good])
     broken[0][3, 4] = bad
     run_step(bucket, scales, [broken, good])
-    norms = [float(bucket.norm(member, torch.float64)) for member in range(len(SHAPES))]
+    norms = bucket.norms(torch.float64).tolist()
     assert math.isnan(norms[0])
     assert all(math.isfinite(norm) for norm in norms[1:])
 

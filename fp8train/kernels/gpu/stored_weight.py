@@ -1,0 +1,131 @@
+"""Launcher of :mod:`fp8train.kernels.stored_weight`: tiles of blocks, as the optimizer step's."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp8train.kernels.gpu.codes import encode_fp8
+from fp8train.kernels.gpu.elementwise import scale_constants
+from fp8train.kernels.gpu.launch import launch
+from fp8train.kernels.gpu.optimizer_update import load_blocks
+from fp8train.kernels.gpu.tiles import operand_scale
+from fp8train.kernels.operands import CastRule
+from fp8train.kernels.optimizer_update import SCALED, rows_of_a_tile
+
+
+@triton.jit
+def _cast_stored_kernel(
+    codes,
+    scale_out,
+    scale_inv_out,
+    amax_out,
+    payload,
+    block_scale,
+    amax,
+    delayed,
+    first_row,
+    width,
+    columns,
+    blocks,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STRAIGHT: tl.constexpr,
+    DELAYED: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
+    MARGIN: tl.constexpr,
+    MOST: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    scale, scale_inv, largest = operand_scale(
+        amax, 1, delayed, DELAYED, CONSTANT, POWER_OF_TWO, MAX_EXPONENT, MARGIN, MOST
+    )
+    if tl.program_id(0) == 0:
+        tl.store(scale_out, scale)
+        tl.store(scale_inv_out, scale_inv)
+        tl.store(amax_out, largest)
+    tile = tl.program_id(0).to(tl.int64)
+    own, lane = tl.arange(0, BLOCKS), tl.arange(0, LANES)
+    block = tile * BLOCKS + own
+    exists = block < blocks
+    if STRAIGHT:  # rows are whole blocks, and nothing is padded: both sides are one run of memory
+        start = tile * (BLOCKS * BLOCK)
+        at = own[:, None] * BLOCK + lane[None, :]
+        inside = exists[:, None] if LANES == BLOCK else exists[:, None] & (lane < BLOCK)[None, :]
+        to = first_row * columns + start + at
+    else:
+        per_row = (width + BLOCK - 1) // BLOCK
+        row, column = block // per_row, block % per_row * BLOCK
+        start = tile * 0
+        at = (row * width + column)[:, None] + lane[None, :]
+        inside = exists[:, None] & (lane[None, :] < tl.minimum(width - column, BLOCK)[:, None])
+        to = ((first_row + row) * columns + column)[:, None] + lane[None, :]
+    values = load_blocks(
+        payload.to(tl.int64, bitcast=True),
+        block_scale.to(tl.int64, bitcast=True),
+        start,
+        at,
+        inside,
+        block,
+        exists,
+        FORMAT,
+        STRAIGHT,
+        HARDWARE,
+    )
+    tl.store(codes + to, encode_fp8(values * scale, MANTISSA, HARDWARE), mask=inside)
+
+
+def cast_stored(
+    codes: Tensor,
+    scale_out: Tensor,
+    scale_inv_out: Tensor,
+    amax_out: Tensor,
+    payload: Tensor,
+    scale: Tensor | None,
+    mantissa: int,
+    block: int,
+    amax: Tensor,
+    delayed: Tensor | None,
+    first_row: int,
+    mantissa_bits: int,
+    power_of_two: bool,
+    margin: int,
+    constant_exponent: int | None,
+) -> None:
+    """:func:`fp8train.kernels.stored_weight.cast_stored`: one read of the master, one write of the codes."""
+    assert payload.is_contiguous() and codes.is_contiguous()
+    rule = CastRule(mantissa_bits, power_of_two, margin, constant_exponent)
+    rows, width = payload.shape
+    block = block if mantissa in SCALED else min(width, 128)
+    blocks = rows * triton.cdiv(width, block)
+    straight = width % block == 0 and codes.shape[1] == width and payload.data_ptr() % 16 == 0
+    launch(
+        _cast_stored_kernel,
+        (max(1, triton.cdiv(blocks, rows_of_a_tile(block))),),
+        codes.view(torch.uint8),
+        scale_out,
+        scale_inv_out,
+        amax_out,
+        payload.view(torch.uint8),
+        payload.view(torch.uint8) if scale is None else scale.view(torch.uint8),
+        amax,
+        amax if delayed is None else delayed,
+        first_row,
+        width,
+        codes.shape[1],
+        blocks,
+        FORMAT=mantissa,
+        BLOCK=block,
+        LANES=triton.next_power_of_2(block),
+        BLOCKS=rows_of_a_tile(block),
+        STRAIGHT=straight,
+        **scale_constants(amax.view(1), delayed, rule),
+        num_warps=4,
+    )
