@@ -80,7 +80,9 @@ class Case:
             order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
             sizes = shape_of(x)
             shape = [sizes[i] for i in order]
-            if x.dtype.is_floating_point and x.element_size() > 1:
+            if x.dtype.is_floating_point and not shape:
+                value = torch.full((), 4.0, dtype=x.dtype, device=device)  # a scale: a power of two
+            elif x.dtype.is_floating_point and x.element_size() > 1:
                 value = torch.randn(shape, generator=generator, device=device).to(x.dtype)
             elif x.dtype in (torch.int32, torch.int64):
                 count = math.prod(shape)

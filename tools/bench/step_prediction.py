@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from step_arguments import Point, overrides_of, points_of
 
-from tools.bench.ceilings import GPUS
-from tools.bench.count_step import Model, count, resolve
+if TYPE_CHECKING:
+    from tools.bench.count_step import Model
 
 
 def prediction_key(config: str, name: str, point: Point) -> str:
@@ -30,39 +30,36 @@ def prediction_of(args: argparse.Namespace, name: str, point: Point) -> dict[str
     return found
 
 
-def predict(args: argparse.Namespace) -> dict[str, Any]:
-    """What is counted of every variant at every point, by :func:`prediction_key`.
+def predict(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What is counted of every variant at every point, by :func:`prediction_key`."""
+    from tools.bench.ceilings import GPUS  # needs the checkout on PYTHONPATH, and is slow to import
+    from tools.bench.count_step import count, resolve
 
-    The optimizer's work does not depend on the tokens: it is counted once.
-    """
-    found: dict[str, Any] = {}
+    found = {}
     for name in args.chosen:
-        update: list[tuple[int, float]] = []
-        for place in {(point.micro_batch, point.seq): None for point in points_of(args)}:
-            overrides = overrides_of(args, name, *place)
-            models = [
-                count(resolve(args.config, overrides, layers), GPUS[args.predict], optimizer=not update)
+        for micro_batch, seq in {(point.micro_batch, point.seq): None for point in points_of(args)}:
+            overrides = overrides_of(args, name, micro_batch, seq)
+            one, two = (
+                numbers_of(count(resolve(args.config, overrides, layers), GPUS[args.predict]))
                 for layers in (1, 2)
-            ]
-            if not update:
-                rows = [model.counts.total(phase="optimizer") for model in models]
-                update = [(row.launches, row.seconds) for row in rows]
-                added = [(0, 0.0), (0, 0.0)]
-            else:
-                added = update
-
-            def value(model: Model, more: tuple[int, float]) -> dict[str, float]:
-                row = model.counts.total()
-                syncs = sum(model.counts.syncs.values())
-                launches, seconds = row.launches + more[0], row.seconds + more[1]
-                return {"seconds": seconds, "launches": launches, "peak_bytes": model.peak, "syncs": syncs}
-
-            one, two = (value(model, more) for model, more in zip(models, added, strict=True))
-            optimizer = [seconds for _, seconds in update]
-            one["optimizer_seconds"], two["optimizer_seconds"] = optimizer
+            )
             for point in points_of(args):
-                if (point.micro_batch, point.seq) == place:
+                if (point.micro_batch, point.seq) == (micro_batch, seq):
                     said = {key: one[key] + (point.layers - 1) * (two[key] - one[key]) for key in one}
-                    found[prediction_key(args.config.name, name, point)] = said
-                    print(prediction_key(args.config.name, name, point), said, flush=True)
+                    key = prediction_key(args.config.name, name, point)
+                    found[key] = said
+                    print(key, said, flush=True)
     return found
+
+
+def numbers_of(model: Model) -> dict[str, float]:
+    """What is compared with measurements; the optimizer with the weights that it writes."""
+    counts, total = model.counts, model.counts.total()
+    update = sum(counts.total(phase=phase).seconds for phase in ("optimizer", "weights"))
+    return {
+        "seconds": total.seconds,
+        "optimizer_seconds": update,
+        "launches": total.launches,
+        "peak_bytes": model.peak,
+        "syncs": sum(counts.syncs.values()),
+    }

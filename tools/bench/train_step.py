@@ -20,7 +20,7 @@ layers give the time of one block, and so that of the whole model.
   2·2·S·head_dim for each head (scores, then values), of which the causal mask leaves half; backward twice the
   forward. BF16 is held against the BF16 peak, FP8 against the FP8 peak; an unknown device gets no MFU.
 * ``--predict`` measures nothing and needs no GPU: it writes what ``tools/bench/count_step.py`` counts of the
-  same steps. ``--predictions`` puts that file's numbers beside what is measured.
+  same steps (with ``PYTHONPATH=.``). ``--predictions`` puts that file's numbers beside what is measured.
 """
 
 from __future__ import annotations
