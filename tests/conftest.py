@@ -3,8 +3,6 @@
 import os
 from collections.abc import Iterator
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels run without a GPU
-
 import hypothesis
 import pytest
 import torch
@@ -15,6 +13,13 @@ from tests.distributed.pool import GlooPool
 # Shared machines make single examples slow; the seed of a failure is printed.
 hypothesis.settings.register_profile("fp8train", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fp8train")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels run in Triton's interpreter, unless only the tests that need a GPU are run, on one. Triton
+    reads the variable when it is imported, which is later."""
+    on_gpu = config.option.markexpr == "gpu" and torch.cuda.is_available()
+    os.environ.setdefault("TRITON_INTERPRET", str(int(not on_gpu)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

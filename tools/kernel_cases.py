@@ -7,6 +7,7 @@ A case is made of tensors without values on the meta device, so it costs nothing
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,23 +57,41 @@ class Case:
 
     def filled(self, device: torch.device, *, scale: int = 1) -> tuple[Any, ...]:
         """The arguments in memory: floats of a normal distribution, bytes of few bits, integers that rise to
-        the largest; leading dimensions divided by ``scale``."""
+        the largest.
+
+        Leading sizes of matrices are divided by ``scale``, and so is what else counts the same: statistics of
+        rows, but no last dimension of a matrix, and no weight (BF16, one dimension).
+        """
         if self.remade is not None:
             return self.remade(device, scale)
         generator = torch.Generator(device).manual_seed(0)
+        tensors = [x for x in self.arguments if isinstance(x, Tensor)]
+        counted = {x.shape[0] for x in tensors if x.dim() > 1}
+
+        def shape_of(x: Tensor) -> list[int]:
+            kept = 0 if x.dim() == 1 and x.dtype != torch.bfloat16 else 1
+            cut = x.dim() - kept
+            return [max(1, n // scale) if i < cut and n in counted else n for i, n in enumerate(x.shape)]
 
         def fill(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            shape = (max(1, x.shape[0] // scale), *x.shape[1:]) if x.dim() > 1 else x.shape
-            if x.dtype.is_floating_point and x.element_size() > 1:
-                return torch.randn(shape, generator=generator, device=device).to(x.dtype)
-            if x.dtype in (torch.int32, torch.int64):
-                steps = torch.arange(1, x.numel() + 1, device=device)
-                return (steps * (self.largest // scale) // x.numel()).to(x.dtype).view(shape)
-            return torch.randint(1, 120, shape, generator=generator, device=device, dtype=torch.uint8).view(
-                x.dtype
-            )
+            # dimensions in the order in which they lie in memory
+            order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
+            sizes = shape_of(x)
+            shape = [sizes[i] for i in order]
+            if x.dtype.is_floating_point and not shape:
+                value = torch.full((), 4.0, dtype=x.dtype, device=device)  # a scale: a power of two
+            elif x.dtype.is_floating_point and x.element_size() > 1:
+                value = torch.randn(shape, generator=generator, device=device).to(x.dtype)
+            elif x.dtype in (torch.int32, torch.int64):
+                count = math.prod(shape)
+                steps = torch.arange(1, count + 1, device=device)
+                value = (steps * max(1, self.largest // scale) // count).to(x.dtype).view(shape)
+            else:
+                value = torch.randint(1, 120, shape, generator=generator, device=device, dtype=torch.uint8)
+                value = value.view(x.dtype)
+            return value.permute([order.index(i) for i in range(x.dim())])
 
         return tuple(fill(x) for x in self.arguments)
 

@@ -27,8 +27,8 @@ def result_of(script: str, path: Path, *arguments: str) -> tuple[dict[str, Any],
     return json.loads(path.read_text()), done.stdout
 
 
-def check_numbers(variant: dict[str, Any], rounds: int) -> None:
-    assert len(variant["seconds_per_step"]) == rounds
+def check_numbers(variant: dict[str, Any], measurements: int) -> None:
+    assert len(variant["seconds_per_step"]) == measurements
     low, high = variant["ratio_range"]
     assert low <= variant["ratio_median"] <= high
     numbers = [value for value in variant.values() if isinstance(value, float)]
@@ -48,18 +48,22 @@ def test_train_step(tmp_path: Path) -> None:
     options = ["--tiny", "--device", "cpu", "--threads", "1", "model.init_std=0.02"]
     result, table = result_of("train_step.py", tmp_path / "result.json", *options)
     check_machine(result["machine"])
-    assert list(result["variants"]) == ["O0", "FP8"]
-    for variant in result["variants"].values():
-        check_numbers(variant, rounds=2)
+    variants = {variant["variant"]: variant for variant in result["variants"]}
+    assert list(variants) == ["O0", "FP8"]
+    assert [(row["turn"], row["variant"]) for row in result["rows"]] == [
+        (turn, name) for turn in (0, 1) for name in variants
+    ]
+    for variant in variants.values():
+        check_numbers(variant, measurements=2)
         assert variant["mfu"] is None, "a CPU has no published peak"
         # 1.1M parameters: 4 bytes of gradient, 2 of weight, 12 of master and moments at the very least.
         assert 20e6 < variant["peak_bytes"] < 4e9
         assert variant["first_loss"] == pytest.approx(math.log(512), abs=0.3)
-    tokens = result["micro_batch_size"] * result["seq_length"]
-    assert tokens == 128
+        assert variant["micro_batch_size"] * variant["seq_length"] == 128
+        assert 0 < variant["optimizer_seconds"] < variant["seconds"]
     # 2 layers of hidden 192, 6 heads and 2 key/value heads of 32, MLP 512, and the head of 512 rows.
     flops = 6 * (2 * (192 * (192 + 128) + 192 * 192 + 3 * 192 * 512) + 192 * 512) + 6 * 2 * 192 * 64
-    base = result["variants"]["O0"]
+    base = variants["O0"]
     assert base["tflops"] * 1e12 == pytest.approx(base["tokens_per_second"] * flops, rel=1e-12)
     assert base["ratio_median"] == base["memory_ratio"] == 1.0
     assert "O0" in table

@@ -3,14 +3,19 @@
 Machines drift (clock, neighbours, caches), so a time alone means little. Variants are therefore timed *in
 alternation* in one process, round by round, and compared by the ratio within a round; a table shows the
 median and the range over rounds.
+
+What a GPU does in one call is timed by its own events (:func:`time_calls`). The host is given a lead first,
+so that the time is the device's even where launching takes longer than running.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +25,9 @@ from typing import Any
 
 import torch
 
-_VARIABLES = ("OMP_", "GOMP_", "KMP_", "ONEDNN_", "ATEN_", "MKL_")
+_VARIABLES = ("OMP_", "GOMP_", "KMP_", "ONEDNN_", "ATEN_", "MKL_", "CUBLAS_", "PYTORCH_", "TRITON_")
+_LEAD_CYCLES = 3_000_000
+"""Cycles that a GPU is kept busy while the host queues what is timed: 1.5 ms at 2 GHz."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,46 @@ def time_in_turn(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
+def time_calls(
+    calls: Sequence[Callable[[], object]], device: torch.device, *, repeats: int, warmup: int = 3
+) -> Timing:
+    """Seconds that the device spends on one call, per repeat.
+
+    Args:
+        calls: the same work on different memory, taken in turn: with enough of them a call does not find in
+            the cache what an earlier one left.
+        device: CUDA, timed by events; or a CPU, by the clock.
+        repeats: timed calls.
+        warmup: calls before, which compile what needs it.
+    """
+    for number in range(warmup):
+        calls[number % len(calls)]()
+    if device.type != "cuda":
+        seconds = []
+        for number in range(repeats):
+            start = time.perf_counter()
+            calls[number % len(calls)]()
+            seconds.append(time.perf_counter() - start)
+        return Timing(tuple(seconds))
+    pairs = []
+    for number in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_LEAD_CYCLES)
+        begin.record()
+        calls[number % len(calls)]()
+        end.record()
+        pairs.append((begin, end))
+    synchronize(device)
+    return Timing(tuple(begin.elapsed_time(end) / 1e3 for begin, end in pairs))
+
+
+def copy_bandwidth(device: torch.device, *, size: int = 2**30, repeats: int = 20) -> float:
+    """Bytes per second of a copy of ``size`` bytes, reads and writes together."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / time_calls([lambda: target.copy_(source)], device, repeats=repeats).median
+
+
 def cpu_model() -> str:
     """Marketing name of the processor, as the kernel reports it."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -113,6 +160,22 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0]
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Device, processor, threads, versions, command line and variables of the libraries; no host name."""
     return {
@@ -121,7 +184,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "cuda": torch.version.cuda,
+        "driver": _driver() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "command": ["python", *sys.orig_argv[1:]],
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
@@ -140,6 +205,59 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a benchmark's result, keys in the given order."""
+    """Write a benchmark's result, keys in the given order: at once, for who reads meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+class Results:
+    """The result of a benchmark that may be cut short: written anew after each row, complete at the end.
+
+    Attributes:
+        rows: what was measured so far.
+        failures: what was found wrong, in words.
+    """
+
+    def __init__(
+        self, path: Path | None, device: torch.device, *, resume: bool = False, **about: Any
+    ) -> None:
+        """Begin the file.
+
+        Args:
+            path: where to write; None: nowhere.
+            device: that is measured; described in the file.
+            resume: keep the rows and failures that the file has.
+            about: more to say, before the rows.
+        """
+        self._path = path
+        self._about: dict[str, Any] = {"complete": False, "machine": describe_machine(device), **about}
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[str] = []
+        if resume and path is not None and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            self.rows, self.failures = before["rows"], before["failures"]
+        self._write()
+
+    def add(self, **row: Any) -> None:
+        """Add a row, and write."""
+        self.rows.append(row)
+        self._write()
+
+    def fail(self, message: str) -> None:
+        """Note, and print, what is wrong."""
+        print(f"FAILED: {message}", file=sys.stderr, flush=True)
+        self.failures.append(message)
+        self._write()
+
+    def finish(self, **more: Any) -> int:
+        """Write for the last time, with these keys too; returns the exit status: 1 after a failure."""
+        self._about |= more
+        self._about["complete"] = True
+        self._write()
+        return 1 if self.failures else 0
+
+    def _write(self) -> None:
+        if self._path is not None:
+            write_json(self._path, {**self._about, "failures": self.failures, "rows": self.rows})

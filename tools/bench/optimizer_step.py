@@ -7,7 +7,8 @@ state plan.
 One square matrix (default 8192 x 8192, 67M parameters) with an FP8 gradient. *Stored* is what lies there
 between steps, scales included; *peak* adds the most that tensors created during a step held at once,
 counted by a dispatch mode on CPUs and by the allocator on CUDA. Plans are timed in turn; ratios to FP32
-states are taken round by round.
+states are taken round by round. *Of copy* holds the bytes that a step must move (states read and written,
+the gradient read, the weight written) over its time against the rate of a large copy.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import describe_machine, print_table, speed_ratio, time_in_turn, write_json
+from measure import copy_bandwidth, describe_machine, print_table, speed_ratio, time_in_turn, write_json
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,7 @@ from fp8train.precision.number_formats import E4M3
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.adamw import AdamW, AdamWSettings
 
+_GRADIENT_BYTES, _WEIGHT_BYTES = 1 + 1 / 128, 2  # FP8 with a byte of scale a block; BF16
 _SR = StateFormat("fp16_scaled", rounding="stochastic")
 _TENSOR = StateFormat("fp16_scaled", granularity="tensor")
 PLANS = {
@@ -155,22 +157,29 @@ def main() -> None:
         clock=time.process_time if args.cpu_time else time.perf_counter,
     )
     rows, result = [], {}
+    copy_rate = copy_bandwidth(device, size=2**30 if device.type == "cuda" else 2**26)
     for name, optimizer in optimizers.items():
         stored = sum(optimizer.states.stored_bytes(in_plan_only=True).values())
         peak = 1 + temporaries[name] / stored
         nanoseconds = timings[name].median / count * 1e9
         ratio = speed_ratio(timings[name], timings["FP32"])
+        rate = (2 * stored + (_GRADIENT_BYTES + _WEIGHT_BYTES) * count) / timings[name].median
         result[name] = {
             "stored_bytes_per_parameter": stored / count,
             "peak_over_stored": peak,
             "nanoseconds_per_parameter": nanoseconds,
+            "bytes_per_second": rate,
+            "share_of_copy": rate / copy_rate,
             "seconds": list(timings[name].seconds),
         }
-        rows.append((name, f"{stored / count:.3f}", f"{peak:.3f}", f"{nanoseconds:.1f}", str(ratio)))
-    print_table(("states (master, m, v)", "bytes/param", "peak / stored", "ns/param", "speed / FP32"), rows)
+        numbers = (f"{stored / count:.3f}", f"{peak:.3f}", f"{nanoseconds:.3g}", f"{rate / copy_rate:.1%}")
+        rows.append((name, *numbers, str(ratio)))
+    header = ("states (master, m, v)", "bytes/param", "peak / stored", "ns/param", "of copy", "speed / FP32")
+    print_table(header, rows)
     if args.json:
         machine = describe_machine(device)
-        write_json(args.json, {"machine": machine, "parameters": count, "plans": result})
+        about = {"complete": True, "machine": machine, "parameters": count}
+        write_json(args.json, {**about, "copy_bytes_per_second": copy_rate, "plans": result})
 
 
 if __name__ == "__main__":
