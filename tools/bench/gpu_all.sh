@@ -119,7 +119,7 @@ arguments_of() { # the script of a part and its arguments, in ${command[@]}
     local rest=$((limits[$1] - 12)) # the process starts, and prints, outside of this time
     case "$1" in
     tests) command=(gpu_tests.py --device "$([ "$tiny" = 1 ] && echo cpu || echo cuda)") ;;
-    kernels) command=(kernels.py --seconds "$rest" "${small[@]}") ;;
+    kernels) command=(kernels.py --seconds "$rest" --patience 12 "${small[@]}") ;;
     gemm) command=(gemm.py --seconds "$rest" "${small[@]}") ;;
     step_8b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_8b[@]}") ;;
     step_1b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_1b[@]}") ;;
