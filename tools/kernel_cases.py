@@ -37,6 +37,7 @@ for _module in pkgutil.iter_modules(fp8train.kernels.__path__):  # operations ar
         importlib.import_module(f"fp8train.kernels.{_module.name}")
 
 TOKENS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 8192, 4096, 14336, 32, 8, 128, 128256
+_FEW, _LONG = 64, 2**16  # rows that are not tokens; columns that are no model's width
 X, GRADIENT = CastRule.of(QuantSpec(E4M3)), CastRule.of(QuantSpec(E5M2))
 
 
@@ -60,15 +61,18 @@ class Case:
         the largest.
 
         Leading sizes of matrices are divided by ``scale``, and so is what else counts the same: statistics of
-        rows, but no last dimension of a matrix, and no weight (BF16, one dimension).
+        rows, but no last dimension of a matrix, and no weight (BF16, one dimension). A few rows are those of
+        ranks, segments or sequences: they stay, and where they are long they get shorter.
         """
         if self.remade is not None:
             return self.remade(device, scale)
         generator = torch.Generator(device).manual_seed(0)
         tensors = [x for x in self.arguments if isinstance(x, Tensor)]
-        counted = {x.shape[0] for x in tensors if x.dim() > 1}
+        counted = {x.shape[0] for x in tensors if x.dim() > 1 and x.shape[0] >= _FEW}
 
         def shape_of(x: Tensor) -> list[int]:
+            if x.dim() == 2 and x.shape[0] < _FEW and x.shape[1] >= _LONG:
+                return [x.shape[0], x.shape[1] // scale]
             kept = 0 if x.dim() == 1 and x.dtype != torch.bfloat16 else 1
             cut = x.dim() - kept
             return [max(1, n // scale) if i < cut and n in counted else n for i, n in enumerate(x.shape)]

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # processes that import torch, one after the other
 PARTS = ("tests", "kernels", "gemm", "step_8b", "profile", "optimizer", "step_1b", "step_3b", "linear")
 
 
 def gpu_all(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = [str(ROOT / "tools/bench/gpu_all.sh"), "--tiny", "--out", str(out), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850, check=False)
 
 
 def read(out: Path, part: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ declare -A limits=(
     [tests]=120 [kernels]=95 [gemm]=40 [step_8b]=75 [profile]=45 [optimizer]=25 [step_1b]=45 [step_3b]=50
     [linear]=40 [predict]=0
 )
+declare -A given=()
 all="tests kernels gemm step_8b profile optimizer step_1b step_3b linear"
 out=runs/gpu_all chosen=$all again=0 tiny=0 pack=""
 while [ $# -gt 0 ]; do
@@ -65,7 +66,7 @@ while [ $# -gt 0 ]; do
         --limit)
             [[ $2 =~ ^([a-z0-9_]+)=([0-9]+)$ ]] || fail "--limit $2: expected PART=SECONDS"
             [ -n "${limits[${BASH_REMATCH[1]}]:-}" ] || fail "--limit $2: no such part"
-            limits[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+            given[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
             ;;
         esac
         shift
@@ -73,6 +74,10 @@ while [ $# -gt 0 ]; do
     *) fail "unknown argument $1" ;;
     esac
     shift
+done
+for part in "${!limits[@]}"; do
+    if [ "$tiny" = 1 ]; then limits[$part]=240; fi # whatever else that machine does
+    limits[$part]=${given[$part]:-${limits[$part]}}
 done
 for part in $chosen; do
     [ -n "${limits[$part]:-}" ] || fail "--only: no part $part"
@@ -119,7 +124,7 @@ arguments_of() { # the script of a part and its arguments, in ${command[@]}
     local rest=$((limits[$1] - 12)) # the process starts, and prints, outside of this time
     case "$1" in
     tests) command=(gpu_tests.py --device "$([ "$tiny" = 1 ] && echo cpu || echo cuda)") ;;
-    kernels) command=(kernels.py --seconds "$rest" "${small[@]}") ;;
+    kernels) command=(kernels.py --seconds "$rest" --patience $((240 * tiny + 12)) "${small[@]}") ;;
     gemm) command=(gemm.py --seconds "$rest" "${small[@]}") ;;
     step_8b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_8b[@]}") ;;
     step_1b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_1b[@]}") ;;

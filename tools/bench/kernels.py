@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ def check(case: Any, operation: Any, run: Any, device: torch.device, scale: int)
     poison(expected, device)
     ours = results_of(run, operation, there)
     same, worst, share = difference([t.cpu() for t in ours], expected)
-    error = against_fp64(operation, arguments, [t.cpu() for t in ours])
+    error = None if same else against_fp64(operation, arguments, [t.cpu() for t in ours])
     return {"same_bits": same, "error_over_tolerance": worst, "share_unequal": share, "error_fp64": error}
 
 
@@ -221,6 +222,10 @@ def examine(
     return row, [problem for problem in problems if problem is not None]
 
 
+def _expired(*_: object) -> None:
+    raise TimeoutError("took longer than --patience")
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     table = []
@@ -251,6 +256,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--after", default="", help="go on with the file, after this case")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--patience", type=int, default=0, help="seconds for one case; 0: as it takes")
     parser.add_argument(
         "--small", type=int, default=SMALL, help=f"divisor of the rows of small checks ({SMALL})"
     )
@@ -259,6 +265,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     start = time.monotonic()
+    signal.signal(signal.SIGALRM, _expired)
     if args.tiny:
         args.device, args.small = "cpu", TINY
     os.environ["TRITON_INTERPRET"] = str(int(args.device == "cpu"))  # read when Triton is imported
@@ -281,6 +288,7 @@ def main() -> int:
         if time.monotonic() - start > args.seconds:
             results.fail(f"{case} and what follows: no time left of {args.seconds:g} s")
             break
+        signal.alarm(args.patience)
         try:
             row, problems = examine(case, OPERATIONS[f"fp8train::{case.operation}"], args, device, bandwidth)
         except Exception as error:  # one that fails must not hide the others
@@ -289,6 +297,8 @@ def main() -> int:
                 spent = ["--seconds", str(args.seconds - (time.monotonic() - start)), "--after", str(case)]
                 os.execv(sys.executable, [sys.executable, *sys.argv, *spent])
             continue
+        finally:
+            signal.alarm(0)
         results.add(**row)
         for problem in problems:
             results.fail(problem)
