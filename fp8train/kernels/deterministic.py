@@ -15,3 +15,5 @@ def use_deterministic_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Fresh memory would be filled with NaN, a launch for each tensor; what is read here was written here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -107,7 +107,11 @@ class FusedOp:
         OPERATIONS[qualified] = self
 
     def _on_gpu(self, *args: Any) -> Any:
-        return (self.launch if has_triton() else self.reference)(*args)
+        if not has_triton():
+            return self.reference(*args)
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device
+            return self.launch(*args)
 
     def launch(self, *args: Any) -> Any:
         """Run the Triton launcher, whatever the device: for tests under Triton's interpreter."""

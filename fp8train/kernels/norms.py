@@ -159,7 +159,7 @@ def residual_norm(
     """Add a branch to the stream and normalise the sum.
 
     Args:
-        x: [T, H], contiguous.
+        x: [T, H].
         delta: the branch's output, likewise; None: the stream is x.
         weight: [H], or None for 1.
         bias: [H], or None for 0.
@@ -168,6 +168,7 @@ def residual_norm(
         want_y: whether to write y; without, :func:`norm_cast` computes it.
         want_partials: whether to find y's amax.
     """
+    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     stream, y, mean, rstd, partials = _residual_norm_op(
         x, delta, weight, bias, eps, kind, want_y, want_partials
     )

@@ -25,6 +25,7 @@ from fp8train.layers.fp8_linear import CastSlots
 from fp8train.layers.fp8_operand import agreed_cast, transposed
 from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight, contribute_grad_weight_fp8
 from fp8train.layers.linear_plan import LinearCall
+from fp8train.layers.wire import OperandName
 from fp8train.numerics.scale_state import ScaleSlot
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
@@ -92,6 +93,7 @@ class FusedLinear:
         shape: of the weight, [N, K].
         dtype: of products.
         keeps_input: without a plan: whether forward's input is kept for backward, or made again there.
+        trains: whether there will be a backward, which reads codes in another layout.
     """
 
     call: LinearCall
@@ -100,6 +102,7 @@ class FusedLinear:
     shape: torch.Size
     dtype: torch.dtype
     keeps_input: bool = True
+    trains: bool = True
 
     @property
     def _quant(self) -> LinearQuant | None:
@@ -120,7 +123,7 @@ class FusedLinear:
         if quant is None or scale_inv is None:
             x = source.forward()
             return matmul(x, values.t(), alpha=alphas.output), (x if self.keeps_input else None, None)
-        both = self._cast(source, quant.output_x, self.slots.output_x, "x", 1)
+        both = self._cast(source, quant.output_x, self.slots.output_x, "x", 1, turned=self.trains)
         operand, w = (both.codes, both.scale_inv), transposed((values, scale_inv))
         specs = (quant.output_x, quant.output_w)
         product = self._multiply(operand, w, specs, alphas.output, fast=quant.fast_accumulation)
@@ -160,10 +163,17 @@ class FusedLinear:
         return grad_input, self._grad_weight_fp8(g_operand, x_operand, quant)
 
     def _cast(
-        self, source: Source, spec: QuantSpec, slot: ScaleSlot | None, operand: Any, contracted: int
+        self,
+        source: Source,
+        spec: QuantSpec,
+        slot: ScaleSlot | None,
+        operand: OperandName,
+        contracted: int,
+        *,
+        turned: bool = True,
     ) -> CastOperand:
         def cast(partials: Tensor, rule: CastRule, delayed: Tensor | None) -> CastOperand:
-            return source.cast(partials=partials, rule=rule, delayed=delayed, straight=True, turned=True)
+            return source.cast(partials=partials, rule=rule, delayed=delayed, straight=True, turned=turned)
 
         agree = self.call.wire.agreement(operand, spec, contracted)
         return agreed_cast(source.amax(), spec, slot, agree, cast)

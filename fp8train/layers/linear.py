@@ -337,18 +337,19 @@ class Linear(nn.Module):
         call = LinearCall(self.alphas, plan, 0 if self.sink_slot is None else self.sink_slot.sink, self.wire)
         slots = self._recording_slots if state is not None and state.active else self._slots
         shape, dtype = self.weight.shape, self.weight.dtype
-        return FusedLinear(call, slots, self.sink_slot, shape, dtype, keeps_input)
+        trains = torch.is_grad_enabled()
+        return FusedLinear(call, slots, self.sink_slot, shape, dtype, keeps_input, trains)
 
     def fused_weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """The operands of the output and the grad_input GEMM for :meth:`fused`: payload and scale of each;
-        without a plan the weight and None."""
+        without a plan the weight and None. In a model without backward the second is not read."""
         if self.plan is None:
             return self.weight, None, self.weight, None
         self.quantize_weight()
         self.await_weight()
         forward, backward = self._w_forward, self._w_backward
-        assert forward is not None and backward is not None
-        return *forward, *backward
+        assert forward is not None, f"{self.name}: no FP8 weight was written yet"
+        return *forward, *(forward if backward is None else backward)  # a loaded weight has no backward
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

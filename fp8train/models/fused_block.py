@@ -50,7 +50,12 @@ class FusedBlock:
             attention.qkv.fused_weights(),
             self.heads,
         )
-        attended = attention.out(attention.mix(query, key, value))
+        mixed = (
+            attention.mix(query, key, value)
+            if attention.recompute is None
+            else attention.recompute(attention.mix, query, key, value)
+        )
+        attended = attention.out(mixed)
         flat, result = fused_mlp(
             flat,
             attended.view(-1, shape[-1]),
@@ -67,7 +72,8 @@ def fused_block(block: nn.Module, x: Tensor) -> FusedBlock | None:
     on CPUs, in compiled graphs, cut over ranks, with biases, with norms at the end of branches or within
     attention, with factors that a fused function does not know, or while casts are sampled."""
     assert isinstance(block, Block)
-    if not fused_op.fuses(x) or torch.compiler.is_compiling() or not _is_plain(block):
+    compiled = torch.compiler.is_compiling() or block._compiled_call_impl is not None
+    if compiled or not fused_op.fuses(x) or not _is_plain(block):
         return None
     selective = block.attention.recompute is not None
     qkv = block.attention.qkv.fused(keeps_input=not selective)

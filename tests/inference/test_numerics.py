@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fp8train.inference.errors import InferenceError
 from fp8train.inference.generate import generate
 from fp8train.inference.load import TrainedRun, open_run
 from fp8train.inference.sampling import Sampling
+from fp8train.kernels import fused_op
 from fp8train.layers import fp8_weight
 from fp8train.models.build import BuiltModel, build_model
 from fp8train.models.decoder import Decoder
@@ -123,6 +125,16 @@ def test_matched_has_the_codes_and_the_loss_of_training(tmp_path: Path, recipe: 
     if trainer.scales is not None:  # the scales of other steps would give other codes
         trainer.scales.scales.mul_(2.0**-6)
         assert loss(built.model, run.config) != trainers_loss(trainer)
+
+
+@pytest.mark.parametrize("numerics", ["matched", "bf16"])
+def test_fused_blocks_have_the_loss_of_layers(tmp_path: Path, numerics: str) -> None:
+    """As on a GPU, whose blocks are fused functions; a loaded weight has no operand for backward."""
+    trainer, run = trained(tmp_path, "precision.level=O2")
+    model = run.load(numerics, device=CPU).model
+    one_by_one = loss(model, trainer.config)
+    with patch.object(fused_op, "fuses", lambda x: True):
+        assert loss(model, trainer.config) == one_by_one
 
 
 def test_a_weight_that_takes_the_size_of_its_channels_is_cast_with_them(tmp_path: Path) -> None:

@@ -141,6 +141,20 @@ def test_layers_run_one_by_one_where_fused_functions_would_not_do(settings: tupl
         assert fused_block(block, x) is None
 
 
+def test_compiled_blocks_stay_what_was_compiled() -> None:
+    block = next(iter(trainer(*LLAMA, "precision.level=O2", "train.compile=block").model.held_blocks()))
+    with patch.object(fused_op, "fuses", lambda x: True):
+        assert fused_block(block, torch.zeros(2, LENGTH, 64, dtype=torch.bfloat16)) is None
+
+
+def test_padded_products_reach_the_next_block() -> None:
+    """Widths that are no multiples of 16: products are cut out of padded ones."""
+    settings = (*LLAMA, "precision.level=O2", "model.hidden_size=40", "model.ffn_hidden_size=56")
+    (one, _, _), (other, _, used) = (trained(*settings, fuse=f) for f in (False, True))
+    assert used == 12
+    assert one == other
+
+
 def test_sampled_steps_run_one_by_one_for_their_statistics() -> None:
     run = trainer(*LLAMA, "precision.level=O2", "logging.cast_statistics_interval=1")
     block = next(iter(run.model.held_blocks()))

@@ -90,13 +90,13 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
     with pretended(gpu), StepCounter(gpu) as counter:
         assert config.model.vocab_size is not None, "model.vocab_size must be set: there is no tokenizer here"
         trainer = Trainer(config, processes, vocab_size=config.model.vocab_size)
-        persistent = counter.live
         if not optimizer:
             trainer.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
         _name_phases(trainer, counter)
         backward = counter.phased("backward", torch.Tensor.backward)
         with patch("torch.Tensor.backward", backward):
             trainer.step(0, tokens)  # the first step allocates what later ones find
+            persistent = counter.live
             counter.restart()
             with counter.phase("other"):
                 trainer.step(1, tokens)

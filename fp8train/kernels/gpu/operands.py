@@ -20,7 +20,7 @@ _BLOCK = 4096
 def _amax_kernel(x, partials, numel, programs, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     found = tl.zeros((BLOCK,), tl.float32)
-    for start in range(program * BLOCK, numel, programs * BLOCK):
+    for start in range(program.to(tl.int64) * BLOCK, numel, programs * BLOCK):
         at = start + tl.arange(0, BLOCK).to(tl.int64)
         values = tl.load(x + at, mask=at < numel, other=0.0).to(tl.float32)
         found = larger_magnitude(found, values)

@@ -105,7 +105,8 @@ def cast_stored(
     rows, width = payload.shape
     block = block if mantissa in SCALED else min(width, 128)
     blocks = rows * triton.cdiv(width, block)
-    straight = width % block == 0 and codes.shape[1] == width and payload.data_ptr() % 16 == 0
+    aligned = all(x.data_ptr() % 16 == 0 for x in (payload, scale) if x is not None)
+    straight = width % block == 0 and codes.shape[1] == width and aligned
     launch(
         _cast_stored_kernel,
         (max(1, triton.cdiv(blocks, rows_of_a_tile(block))),),
