@@ -182,7 +182,9 @@ def write_run(
     """What training leaves: a run directory with one checkpoint of random weights. Returns the masters."""
     run.mkdir(parents=True)
     masters: dict[str, torch.Tensor] = {}
-    model = build_model(run_config, vocab_size=VOCAB, device=CPU).model
+    here = run_config.run.model_copy(update={"attention_backend": "auto"})
+    built = build_model(run_config.model_copy(update={"run": here}), vocab_size=VOCAB, device=CPU)
+    model = built.model
     wide = torch.float64 if run_config.precision.compute == "fp64" else torch.float32
     initialise(model, 1, lambda fqn, value: masters.__setitem__(fqn, value.to(wide)))
     if tokenizer_file is not None:
