@@ -63,7 +63,7 @@ def test_every_traffic_that_is_fp8_travels_so() -> None:
 def test_the_values_of_a_run() -> None:
     """FP8-LM's O2, by hand."""
     precision = tiny_config(["precision.level=O2"]).precision.value()
-    assert precision.gemm == LinearQuant()
+    assert precision.gemm == LinearQuant(fast_accumulation=True)
     assert (precision.gradient.format.name, precision.gradient.fp8) == ("e4m3", Fp8Gradients())
     assert precision.state == StateFormats(
         StateFormat("fp16_scaled", rounding="stochastic"), StateFormat("e4m3"), StateFormat("fp16_scaled")

@@ -106,7 +106,8 @@ def test_printing_shows_the_recipe_of_every_linear() -> None:
     lines = str(model).splitlines()
     linears = [line.strip() for line in lines if ": Linear(" in line]
     assert len(linears) == 8
-    recipe = "fp8[x=e4m3:cur/tensor/pow2 w=e4m3:cur/tensor/pow2 grad_output=e5m2:cur/tensor/pow2]"
+    casts = "x=e4m3:cur/tensor/pow2 w=e4m3:cur/tensor/pow2 grad_output=e5m2:cur/tensor/pow2"
+    recipe = f"fp8[{casts} fast_accumulation]"
     assert linears[0] == f"(qkv): Linear(32 -> 64, bias=False, {recipe})"
     assert [recipe in line for line in linears] == [True] * 6 + [False] * 2
     assert linears[-1] == "(down): Linear(48 -> 32, bias=False, float32)"
