@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 class Agreement:
-    """Turns the amaxes of this rank's parts into those of the logical tensors, all in one vector."""
+    """Turns the amaxes of this rank's parts into those of the logical tensors, all in one vector.
+
+    Attributes:
+        fqns: all parameters, in an order that the ranks share.
+    """
 
     def __init__(
         self,
@@ -17,10 +21,11 @@ class Agreement:
         reduce_max: Callable[[Tensor], None] | None,
         device: torch.device | None,
     ) -> None:
-        """Args: ``fqns``: all parameters, in an order that the ranks share; ``reduce_max``: replaces an FP32
+        """Args: ``fqns``: see the class; ``reduce_max``: replaces an FP32
         vector by its elementwise maximum over the ranks, in place; None where this one keeps all; ``device``:
         of the vector."""
-        self._position = {fqn: position for position, fqn in enumerate(fqns)}
+        self.fqns = tuple(fqns)
+        self._position = {fqn: position for position, fqn in enumerate(self.fqns)}
         self._reduce_max, self._device = reduce_max, device
 
     def agreed(self, amaxes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -149,7 +149,7 @@ class FusedPass:
     """Updates parameters in place, all of one signature in one launch.
 
     Attributes:
-        partials: after a step, of each parameter that was updated: FP32 numbers on the device whose largest
+        partials: of each parameter that the step has updated: FP32 numbers on the device whose largest
             is the amax of its new weight, as the model got it: of the stored master where a target takes it.
     """
 
@@ -177,6 +177,10 @@ class FusedPass:
         listed = ", ".join(f"{count} with {why}" for why, count in sorted(reasons.items()))
         return f"{line}; in chunks: {listed}" if listed else line
 
+    def begin(self) -> None:
+        """Begin a step: nothing is updated yet."""
+        self.partials, self._launches = {}, 0
+
     def step(
         self,
         grad: Callable[[str], GradientReader],
@@ -185,20 +189,22 @@ class FusedPass:
         *,
         count_flushed: bool,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Update what the kernel can.
+        """Update what the kernel can of some parameters.
 
         Args:
             grad: reader of a gradient by FQN.
-            steps: the step's numbers by FQN.
+            steps: the step's numbers of those, by FQN.
             multiplier: device scalar that multiplies every gradient.
             count_flushed: count values that were stored as zero and were not.
 
         Returns:
             (amax of each new weight that a target takes, FP32 scalars on the device, by FQN; count by role,
-            device integers, of all parameters that were updated). :attr:`partials` says which those are.
+            device integers, of all parameters that were updated). They join :attr:`partials`.
         """
         found: dict[Signature, list[tuple[str, int, StoredGradient]]] = {}
         for fqn, state in self._states.items():
+            if fqn not in steps:
+                continue
             gradient = grad(fqn).stored(state.numel)
             why = _gradient_left_out_because(state, gradient)
             if why is None:
@@ -210,7 +216,7 @@ class FusedPass:
                 self._left_out[fqn] = why
         amaxes: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
-        self.partials, self._launches = {}, len(found)
+        self._launches += len(found)
         for signature, members in found.items():
             group = self._group(signature, [(fqn, row) for fqn, row, _ in members])
             gradients = [gradient for _, _, gradient in members]

@@ -26,7 +26,8 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +46,25 @@ from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.rule import Load, Rule, StepScalars
 
 CHUNK, GPU_CHUNK = 1 << 19, 1 << 26
+
+
+@dataclass
+class _Running:
+    """A step between :meth:`Optimizer.begin` and :meth:`Optimizer.end`.
+
+    Attributes:
+        step: count of updates, this one included.
+        lr_factor: schedule's factor on the peak rate.
+        multiplier: device scalar that multiplies every gradient.
+        updated: what :meth:`Optimizer.update` was called for, whoever keeps its states.
+        amaxes: of new masters on this rank that have weight targets, by FQN.
+    """
+
+    step: int
+    lr_factor: float
+    multiplier: Tensor
+    updated: set[str] = field(default_factory=set)
+    amaxes: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Optimizer:
@@ -115,6 +135,7 @@ class Optimizer:
         self.agreement = Agreement(specs, agree, where)
         self._publisher = Publisher(self.states, targets, self.agreement)
         self._flushed: dict[str, Tensor] = {}
+        self._running: _Running | None = None
         update = update or default_update(where)
         self._fused = None if update is None else FusedPass(self.states, update)
 
@@ -161,7 +182,6 @@ class Optimizer:
         total = self.states.num_elements(in_plan_only=True)
         return {f"flushed/{role}": count.float() / total for role, count in self._flushed.items()}
 
-    @torch.no_grad()
     def step(
         self,
         grad: Callable[[str], GradientReader],
@@ -171,28 +191,69 @@ class Optimizer:
         grad_multiplier: Tensor,
         count_flushed: bool = False,
     ) -> None:
-        """Update every parameter. Gradients must be finite.
+        """Update every parameter: :meth:`begin`, :meth:`update` of all, :meth:`end`. Gradients must be
+        finite. Arguments as for those."""
+        self.begin(
+            step=step, lr_factor=lr_factor, grad_multiplier=grad_multiplier, count_flushed=count_flushed
+        )
+        self.update(grad, self.agreement.fqns)
+        self.end()
+
+    def begin(
+        self, *, step: int, lr_factor: float, grad_multiplier: Tensor, count_flushed: bool = False
+    ) -> None:
+        """Begin a step, and forget one that was not ended.
 
         Args:
-            grad: reader of a gradient by FQN.
             step: 1-based count of updates.
             lr_factor: schedule's factor on the peak rate.
             grad_multiplier: device scalar that multiplies every gradient (clipping).
             count_flushed: fill :meth:`statistics`; costs another decoding of each lossy state.
         """
+        self._running = _Running(step, lr_factor, grad_multiplier)
         self._flushed = self._zero_counts() if count_flushed else {}
-        updates = {fqn: self._update_of(state, step, lr_factor) for fqn, state in self.states.items()}
+        if self._fused is not None:
+            self._fused.begin()
+
+    @torch.no_grad()
+    def update(self, grad: Callable[[str], GradientReader], fqns: Collection[str]) -> None:
+        """Update states of these parameters, each once a step, and those weights that are no targets. The
+        bits do not depend on how a step is cut into calls. Ranks that hold parts of the same parameters make
+        the same calls.
+
+        Args:
+            grad: reader of a gradient by FQN, of the parameters whose states this rank keeps.
+            fqns: which; ones whose states other ranks keep are passed over.
+        """
+        running = self._begun()
+        assert running.updated.isdisjoint(fqns), "a parameter is updated once a step"
+        running.updated.update(fqns)
+        states = {fqn: self.states[fqn] for fqn in fqns if fqn in self.states}
+        updates = {
+            fqn: self._update_of(state, running.step, running.lr_factor) for fqn, state in states.items()
+        }
         # What a kernel can update as a whole, if there is one.
-        amaxes = self._update_fused(updates, grad, grad_multiplier)
+        self._update_fused(updates, grad, running)
         done = self.weight_amax()
         # First pass, only for states with one scale per tensor: the amax of their new values.
-        self._announce_all(updates, grad, grad_multiplier)
+        self._announce_all(updates, grad, running.multiplier)
         # The pass that stores: parameter by parameter, chunk by chunk.
-        for fqn, state in self.states.items():
+        for fqn, state in states.items():
             if fqn not in done:
-                amaxes[fqn] = self._update(state, grad(fqn), updates[fqn], grad_multiplier.to(state.work))
-        # Weights resident in FP8: cast from the stored masters, with one scale on all ranks.
-        self._publisher.write_targets(amaxes)
+                multiplier = running.multiplier.to(state.work)
+                running.amaxes[fqn] = self._update(state, grad(fqn), updates[fqn], multiplier)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """End the step: weights resident in FP8 are cast from the stored masters of what was updated, with
+        one scale on all ranks. Collective where there are several."""
+        running = self._begun()
+        self._publisher.write_targets(running.amaxes, running.updated)
+        self._running = None
+
+    def _begun(self) -> _Running:
+        assert self._running is not None, "no step has begun"
+        return self._running
 
     def _zero_counts(self) -> dict[str, Tensor]:
         """Of elements that each lossy role flushes; nothing without a parameter that has the plan's
@@ -212,21 +273,20 @@ class Optimizer:
         self,
         updates: Mapping[str, StepScalars],
         grad: Callable[[str], GradientReader],
-        multiplier: Tensor,
-    ) -> dict[str, Tensor]:
-        """Returns the amax of the masters that have weight targets, of the parameters that it updated."""
+        running: _Running,
+    ) -> None:
         if self._fused is None:
-            return {}
+            return
         steps = {
             fqn: StepOf(
-                updates[fqn], {role: self._key(state, role, updates[fqn].step) for role in state.storages}
+                one, {role: self._key(self.states[fqn], role, one.step) for role in self.states[fqn].storages}
             )
-            for fqn, state in self.states.items()
+            for fqn, one in updates.items()
         }
-        amaxes, counts = self._fused.step(grad, steps, multiplier, count_flushed=bool(self._flushed))
+        amaxes, counts = self._fused.step(grad, steps, running.multiplier, count_flushed=bool(self._flushed))
+        running.amaxes |= amaxes
         for role in self._flushed.keys() & counts.keys():
             self._flushed[role] += counts[role]
-        return amaxes
 
     def _update(
         self, state: ParameterState, reader: GradientReader, scalars: StepScalars, multiplier: Tensor
@@ -266,7 +326,8 @@ class Optimizer:
     ) -> None:
         """The first of two passes: tell storages with one scale per tensor what is coming."""
         found: dict[str, dict[str, Tensor]] = {}
-        for fqn, state in self.states.items():
+        for fqn in updates:
+            state = self.states[fqn]
             if any(storage.two_pass for storage in state.storages.values()):
                 for role, amax in self._announced(
                     state, grad(fqn), updates[fqn], multiplier.to(state.work)

@@ -6,7 +6,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Publisher:
     @torch.no_grad()
     def publish(self) -> None:
         """Write all master weights: rounded to the parameters' dtype, or to the weight targets."""
-        self.write_targets({fqn: self.whole(state) for fqn, state in self._states.items()})
+        self.write_targets({fqn: self.whole(state) for fqn, state in self._states.items()}, self._targets)
 
     def whole(self, state: ParameterState) -> Tensor:
         """Write the stored master into the parameter; returns its amax if it has a target instead."""
@@ -54,13 +54,14 @@ class Publisher:
             state.weight[start:stop].copy_(state.master.load(start, stop))
         return amax
 
-    def write_targets(self, amaxes: Mapping[str, Tensor]) -> None:
-        """Cast the stored masters into the weight targets, with one scale on all ranks; ``amaxes`` of this
-        rank's parts, by FQN."""
-        if not self._targets:
+    def write_targets(self, amaxes: Mapping[str, Tensor], fqns: Collection[str]) -> None:
+        """Cast stored masters into their weight targets, with one scale on all ranks; ``amaxes`` of this
+        rank's parts, by FQN; ``fqns``: those that are new, the same on all ranks."""
+        targets = {fqn: target for fqn, target in self._targets.items() if fqn in fqns}
+        if not targets:
             return
-        agreed = self._agreement.agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
-        for fqn, target in self._targets.items():
+        agreed = self._agreement.agreed({fqn: amaxes[fqn] for fqn in targets if fqn in amaxes})
+        for fqn, target in targets.items():
             state = self._states.get(fqn)
             weight = None if state is None else _stored_weight(state, agreed[fqn])
             if weight is not None and target.take(0, weight):
