@@ -137,8 +137,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "skipped steps move scale state and residuals",
         _TRAINER,
-        "            self.store.commit(clip)",
-        "        self.store.commit(None)\n        if applied:",
+        "        if applied:\n            self.store.commit(clip)",
+        "        if True:\n            self.store.commit(None)",
         _truth("feedback or paper"),
     ),
     Mutant(

@@ -31,7 +31,7 @@ FREE = (
     *("run.device", "run.threads", "run.deterministic", "run.attention_backend", "parallel"),
     "model.init_std",
     *(f"data.{key}" for key in ("prefix", "blend", "valid_prefix", "split", "tokenizer", "shuffle_seed")),
-    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),
+    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.gradient_release"),
     *("train.consistency_interval", "train.eval_interval", "train.eval_batches"),
     *("precision.gradient.bucket_mib", "precision.gradient.fp8.node_size", "precision.guard"),
     "precision.gemm.fast_accumulation",  # of a device's kernel; runs that began before it was the default

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from fp8train.config.all_sections import AllSections
 from fp8train.config.batch_sizes import MAX_EXACT_MICRO_BATCHES, most_replicas
+from fp8train.config.gradient_release import release_problems
 from fp8train.config.operand_blocks import cut_blocks
 from fp8train.precision.scale_blocks import MAX_BLOCK, SAVED_BLOCK, block_size
 from fp8train.precision.state_formats import SCALED_STATES
@@ -70,6 +71,7 @@ def _all_problems(config: AllSections) -> Iterator[LayoutProblem]:
     yield from _gradient_reduction(config)
     yield from _pipeline_parallel(config)
     yield from _execution(config)
+    yield from (LayoutProblem(*problem) for problem in release_problems(config))
     yield from _whole_matrices(config)
 
 

@@ -237,6 +237,7 @@ ALWAYS: tuple[str, ...] = (
     *_below("schedule", "kind", "warmup_steps", "warmup_fraction"),
     *_below("train", "steps", "tokens", "global_batch_size", "batch_size_ramp", "micro_batch_size"),
     *_below("train", "activation_checkpointing", "compile", "consistency_interval", "eval_interval"),
+    *_below("train", "gradient_release"),
     *_below("checkpoint", "interval", "save_at_end", "keep_last", "verify", "resume", "accept_changes"),
     *_below("checkpoint", "reshard", "init_from"),
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),

@@ -37,6 +37,10 @@ class TrainConfig(Section):
     """Samples per forward pass on one rank."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """``selective`` recomputes norms, activations and attention; ``full`` recomputes whole blocks."""
+    gradient_release: bool = False
+    """Update parameters bucket by bucket while backward goes on, and keep the gradients of a few buckets only
+    (``precision.gradient.bucket_mib``). Needs one micro-batch a step, and no clipping, whose factor needs all
+    gradients. Bit-identical; only a step whose gradient stops being finite halfway is taken partly."""
     compile: Literal["off", "block"] = "off"
     """``block``: ``torch.compile`` each decoder block."""
     consistency_interval: NonNegativeInt = 1000

@@ -115,6 +115,26 @@ def _schedule_runs(schedule: str, pp: int, micro_batches: int) -> bool:
     return schedule == "zbv" or micro_batches % max(1, micro_batches // pp) == 0
 
 
+def check_release(config: Config, micro_batches: int, *, origins: Mapping[str, Origin] | None = None) -> None:
+    """Whether gradients may be released during backward.
+
+    Raises:
+        ConfigError: they add up over several micro-batches; names the legal global batch size.
+    """
+    if not config.train.gradient_release or micro_batches == 1:
+        return
+    one, whole = (
+        config.train.global_batch_size // micro_batches,
+        config.train.micro_batch_size * micro_batches,
+    )
+    raise ConfigError(
+        f"{_place('train.gradient_release', origins)}train.gradient_release: true forgets gradients that are "
+        f"complete, but here they add up over {micro_batches} micro-batches, so none is before the last: "
+        f"write train.micro_batch_size: {whole} or train.global_batch_size: {one}, start {micro_batches} "
+        "times the data-parallel ranks, or write train.gradient_release: false"
+    )
+
+
 def check_world(
     config: Config, world_size: int, *, origins: Mapping[str, Origin] | None = None
 ) -> tuple[int, int]:
@@ -123,8 +143,8 @@ def check_world(
     ``origins`` (of a :class:`~fp8train.config.resolve.ResolvedConfig`) lets messages name file and line.
 
     Raises:
-        ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps` and :func:`check_pipeline`; or
-            a stage of the ramp or ``node_size`` does not divide.
+        ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps`, :func:`check_pipeline` and
+            :func:`check_release`; or a stage of the ramp or ``node_size`` does not divide.
     """
     dp = data_parallel_size(config, world_size, origins=origins)
     problems: list[str] = []
@@ -132,6 +152,7 @@ def check_world(
     with _noted(problems):
         micro_batches = accumulation_steps(config, dp, origins=origins)
         check_pipeline(config, micro_batches, origins=origins)
+        check_release(config, micro_batches, origins=origins)
     with _noted(problems):
         _check_ramp(config, dp, origins)
     with _noted(problems):

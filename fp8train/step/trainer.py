@@ -9,13 +9,18 @@ same one); nor does one without a single target token, which has no gradient.
 What the *next* step starts from (scale state, residuals) moves only with an applied step. Nothing that this
 step's values were made with is changed by that: they carry their scales with them.
 
+With ``train.gradient_release`` the optimizer reads and forgets buckets of gradients while backward goes on
+(:mod:`fp8train.parallel.gradients.release`). It writes master weights, moments and high-precision weights
+then; FP8 weights, ZeRO's distribution and everything that the next step starts from wait for the end, as
+without it. A step whose gradient stops being finite in the middle of backward is then taken partly.
+
 With pipeline stages, micro-batches run under the pipeline's schedule (:mod:`fp8train.parallel.pipeline`)
 instead of one after the other; the rest is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -33,6 +38,7 @@ from fp8train.models.build import BuiltModel, build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
+from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.store import GradientStore
 from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, StagePlacement
 from fp8train.parallel.stages import part_of, plan_stages
@@ -111,7 +117,13 @@ class Trainer:
         )
         self.pipeline: Pipeline | None = None
         if placement is None:
-            self.store = GradientStore(self.model, self.gradients, parts=processes.tp, whole=self._whole())
+            self.store = GradientStore(
+                self.model,
+                self.gradients,
+                parts=processes.tp,
+                whole=self._whole(),
+                update=self._update_released if config.train.gradient_release else None,
+            )
         else:
             check_pipeline(config, contributions)
             self.store, self.pipeline = self._make_pipeline(placement)
@@ -196,44 +208,65 @@ class Trainer:
         # ``scale`` is the parametrisation's factor on the loss (1 in the standard one), and on its gradients:
         # divided out below where that restores the true ones.
         scale = self.model.parametrization.gradient_scale
-        total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale)
+        factor = lr_factor(self.config.schedule, step, self.config.total_steps)
+        if self.store.released is not None:
+            no_clipping = torch.ones((), dtype=torch.float64, device=self.processes.device)
+            self.optimizer.begin(**self._next_update(factor, no_clipping))
+        worth = None if isinstance(num_targets, int) else num_targets > 0
+        total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale, worth)
         # For the log: the loss summed over all tokens, one FP64 number.
         self.processes.replicas.all_reduce(total, purpose="loss")()
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
         # Of reduced gradients, hence the same on all ranks, which so apply or skip the step together.
         norm = self._global_norm() * self._unscale
-        factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
         grad_norm, applied = norm_and_whether_applied(norm, num_targets)
+        partly = False
+        if (released := self.store.released) is not None:
+            released.finish()  # the optimizer has the buckets that were left
+            applied, partly = not released.stopped, released.stopped and released.handed_on > 0
         if self.scales is not None:  # first: new weights are cast with the next step's scales
             self.scales.advance(partial(all_reduce_max, self.processes.stage), applied=applied)
-        if applied:
-            self.updates += 1
+        clip = clip_multiplier(norm, self.config.optimizer.clip_grad_norm)
+        if applied or partly:
             # Over the states that this rank keeps: reads the store's gradients chunk by chunk, times one
             # device scalar, and writes new weights into the model, or into its FP8 weights.
-            clip = clip_multiplier(norm, self.config.optimizer.clip_grad_norm)
-            self.optimizer.step(
-                self.store.reader,
-                step=self.updates,
-                lr_factor=factor,
-                grad_multiplier=clip * self._unscale,
-                count_flushed=self.monitors.sampled,
-            )
-            self.store.commit(clip)  # what the next reduction starts from: residuals, factors, grids
+            if released is None:
+                self.optimizer.step(self.store.reader, **self._next_update(factor, clip))
+            else:
+                self.optimizer.end()
+            self.updates += 1
             self._distribute()  # ZeRO: owners send the new rows to everyone
+        if applied:
+            self.store.commit(clip)  # what the next reduction starts from: residuals, factors, grids
         self.store.release()  # ZeRO: the sums that owners received
         no_targets = not applied and not num_targets > 0
         loss = total * torch.nan if no_targets else total / num_tokens
-        return StepResult(loss, grad_norm, self.config.optimizer.lr * factor, applied, no_targets)
+        return StepResult(loss, grad_norm, self.config.optimizer.lr * factor, applied, no_targets, partly)
 
-    def _gradients(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
+    def _next_update(self, lr_factor: float, clip: Tensor) -> dict[str, Any]:
+        """What the optimizer is told of the next update, whose gradients are multiplied by ``clip``."""
+        return {
+            "step": self.updates + 1,
+            "lr_factor": lr_factor,
+            "grad_multiplier": clip * self._unscale,
+            "count_flushed": self.monitors.sampled,
+        }
+
+    def _update_released(self, grad: Callable[[str], GradientReader], fqns: Sequence[str]) -> None:
+        """Update the parameters of a bucket while backward goes on."""
+        self.optimizer.update(grad, fqns)
+
+    def _gradients(
+        self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float, worth: Tensor | None
+    ) -> Tensor:
         """Forward and backward of all micro-batches into the store, reduced; again where the gradients'
         scales turn out not to fit. Returns this rank's summed loss, an FP64 scalar. Gradients are those of
-        the loss over ``num_tokens``."""
+        the loss over ``num_tokens``; ``worth``: whether there are any, if that is not certain."""
         with nullcontext() if self.scales is None else self.scales.recording():
-            total = self._accumulate(inputs, targets, num_tokens)
+            total = self._accumulate(inputs, targets, num_tokens, worth)
             while self.store.must_repeat():
-                total = self._accumulate(inputs, targets, num_tokens)
+                total = self._accumulate(inputs, targets, num_tokens, worth)
         return total
 
     def _global_norm(self) -> Tensor:
@@ -244,8 +277,12 @@ class Trainer:
         self.processes.pp.all_reduce(norms, purpose="norm")()  # zero but on the rank that holds it
         return torch.linalg.vector_norm(norms * self._norm_weights)
 
-    def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
-        self.store.begin_step(len(inputs))  # each parameter now expects a contribution per micro-batch
+    def _accumulate(
+        self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float, worth: Tensor | None
+    ) -> Tensor:
+        self.store.begin_step(
+            len(inputs), worth=worth
+        )  # each parameter now expects a contribution per micro-batch
         if self.pipeline is None:
             total = self._one_after_the_other(inputs, targets, num_tokens)
             self.store.finish()  # waits for the last bucket's reduction

@@ -91,7 +91,8 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
         assert config.model.vocab_size is not None, "model.vocab_size must be set: there is no tokenizer here"
         trainer = Trainer(config, processes, vocab_size=config.model.vocab_size)
         if not optimizer:
-            trainer.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
+            for method in ("update", "end"):
+                setattr(trainer.optimizer, method, lambda *args, **kwargs: None)
         _name_phases(trainer, counter)
         backward = counter.phased("backward", torch.Tensor.backward)
         with patch("torch.Tensor.backward", backward):
@@ -108,7 +109,7 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
 
 def _name_phases(trainer: Trainer, counter: StepCounter) -> None:
     for owner, method, phase in (
-        (trainer.optimizer, "step", "optimizer"),
+        (trainer.optimizer, "update", "optimizer"),
         (trainer.optimizer._publisher, "write_targets", "weights"),
         (trainer.store, "global_norm", "norm"),
         (trainer.store, "finish", "reduce"),

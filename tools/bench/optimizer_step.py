@@ -30,6 +30,7 @@ from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.held import GradientReader
+from fp8train.parallel.gradients.memory import Memory
 from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.precision.number_formats import E4M3
 from fp8train.precision.state_formats import StateFormat, StateFormats
@@ -92,7 +93,7 @@ def gradient_reader(size: int, device: torch.device) -> GradientReader:
     torch.manual_seed(0)
     members = [Member("w", (size, size))]
     places = Places(members, row_blocks(members, 128))
-    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=None, device=device)
+    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=None, memory=Memory(device))
     bucket = Bucket(storage, ExchangeSum(storage, None))
     bucket.begin()
     bucket.add(0, torch.randn(size, size, device=device) * 1e-4, first=True)

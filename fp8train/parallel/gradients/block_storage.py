@@ -24,9 +24,12 @@ from fp8train.numerics.block_scales import as_blocks, decode_e8m0
 from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.held import HeldBlocks
+from fp8train.parallel.gradients.memory import Memory
 from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.parallel.gradients.recorder import GradientRecorder
 from fp8train.precision.number_formats import Format
+
+_SCALE_1 = 127  # E8M0
 
 
 def row_blocks(members: Sequence[Member], block: int) -> list[int]:
@@ -54,7 +57,7 @@ class BlockStorage(Storage):
         error_feedback: bool = False,
         recorder: GradientRecorder | None = None,
         own_norms: bool = False,
-        device: torch.device,
+        memory: Memory,
     ) -> None:
         """Allocate codes, scales, and where they are asked for the accumulator and the residual: all zero.
 
@@ -67,16 +70,17 @@ class BlockStorage(Storage):
             recorder: receives statistics of the cast of each member on sampled steps.
             own_norms: what is cast here is what the optimizer reads, so the cast adds up its squares; on a
                 CPU it does not, which finds norms in pieces that fit its cache.
-            device: where it lives.
+            memory: of codes, scales and accumulator.
         """
         self.places = places
         self._format, self._block, self._recorder = fmt, block, recorder
         shape = (places.total, block)
-        self._payload = torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype_of(fmt))
-        self._scales = torch.full((places.total,), 127, dtype=torch.uint8, device=device)
-        self._accumulator = (
-            None if accumulate is None else torch.zeros(shape, dtype=accumulate, device=device)
-        )
+        device = memory.device
+        self._payload = memory.zeros("codes", shape, torch.uint8).view(dtype_of(fmt))
+        self._scales = memory.full("scales", (places.total,), _SCALE_1, torch.uint8)
+        self._accumulator = None if accumulate is None else memory.zeros("sums", shape, accumulate)
+        elements = sum(member.numel for member in places.members)
+        self._refills = memory.shared and elements < places.total * block
         self.residual = torch.zeros(shape, dtype=torch.bfloat16, device=device) if error_feedback else None
         self._lost: Tensor | None = None
         ends = [place.stop for place in places.whole]
@@ -104,7 +108,13 @@ class BlockStorage(Storage):
         return lost + (0 if self._accumulator is None else self._accumulator.nbytes)
 
     def begin(self) -> None:
-        """Forget what a step lost that was not applied."""
+        """Forget what a step lost that was not applied. What pads rows and the whole is zero again, wherever
+        others wrote."""
+        if self._refills:
+            self._payload.view(torch.uint8).zero_()
+            self._scales.fill_(_SCALE_1)
+            if self._accumulator is not None:
+                self._accumulator.zero_()
         self._lost = None if self.residual is None else torch.zeros_like(self.residual)
 
     def _matrix(self, member: int, blocks: Tensor) -> Tensor:

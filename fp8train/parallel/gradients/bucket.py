@@ -139,10 +139,14 @@ class Bucket:
         finite. ``dtype``: of the arithmetic, or narrower than it."""
         return self.held.norms(dtype)
 
+    def drop(self) -> None:
+        """Forget the reduced gradients: their memory may go to others."""
+        self._held = None
+
     def release(self) -> None:
         """The optimizer has read the gradients: free what is not kept between steps."""
         if self.scattered:
-            self._held = None
+            self.drop()
 
     def commit(self, clip: Tensor | None = None) -> None:
         """Tell the storage that the step was applied, its gradient multiplied by ``clip``, a device scalar

@@ -30,6 +30,7 @@ from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.grids import GridScales
 from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import CodeSum, IntegerSum
+from fp8train.parallel.gradients.memory import Memory
 from fp8train.parallel.gradients.receivers import (
     Member,
     Owners,
@@ -41,7 +42,7 @@ from fp8train.parallel.gradients.receivers import (
 from fp8train.parallel.gradients.recorder import GradientRecorder
 from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.gradients.shared_scale_sum import SharedScaleSum
-from fp8train.parallel.gradients.tensor_storage import TensorStorage
+from fp8train.parallel.gradients.tensor_storage import TensorStorage, aligned_elements
 from fp8train.parallel.gradients.wide_storage import WideStorage
 from fp8train.parallel.gradients.wide_sum import WideSum
 from fp8train.parallel.zero import Partition
@@ -89,6 +90,7 @@ class GradientBuckets:
         scales: scale state: auto-scaling factors of ``shared_scale``, grids of ``exact``.
         owners: under ZeRO, who needs which rows of the sum.
         replicas: the ranks that reduce.
+        stage: every rank that holds gradients of the same parameters, or parts of them.
         device: where buffers live.
     """
 
@@ -125,7 +127,7 @@ class GradientBuckets:
             specs: of the parameters, where this rank holds parts of them.
             owners: under ZeRO, who of ``groups.all`` needs which rows of the sum.
         """
-        self.owners, self.replicas = owners, groups.all
+        self.owners, self.replicas, self.stage = owners, groups.all, groups.stage
         self.fp8 = fp8 = None if gradients.format is None else gradients.fp8
         in_fp64 = any(parameter.dtype == torch.float64 for parameter in parameters.values())
         self._accumulate = torch.float64 if in_fp64 else _DTYPES[gradients.accumulate]
@@ -199,35 +201,53 @@ class GradientBuckets:
             dtype = self._fp8_accumulate
         return max(1, int(self._bucket_bytes / dtype.itemsize))
 
-    def make(self, kind: str, members: Sequence[Member]) -> Bucket:
-        """Make a bucket of this kind for these members: storage, reduction and receiver."""
+    def units(self, kind: str, members: Sequence[Member]) -> int:
+        """How much memory a bucket of this kind takes for these members, to be compared with others' of the
+        kind."""
+        if kind.startswith("fp8/"):
+            return sum(
+                member.shape[0] * blocks
+                for member, blocks in zip(
+                    members, row_blocks(members, int(kind.partition("/")[2])), strict=True
+                )
+            )
+        return sum(map(aligned_elements, members)) if kind == "fp8" else sum(m.numel for m in members)
+
+    def make(self, kind: str, members: Sequence[Member], memory: Memory | None = None) -> Bucket:
+        """Make a bucket of this kind for these members: storage, reduction and receiver. ``memory``: of its
+        storage; by default its own."""
+        memory = memory or Memory(self.device)
         receivers = None if kind == "partial" else self._receivers
         group = self._groups.stage if kind == "partial" else self._groups.all
         fp8 = self.fp8
         if isinstance(self.scales, GridScales):
+            assert not memory.shared, "the step may have to be repeated"
             return self._integers(members, receivers, group, in_fp8=kind == "fp8")
         if not kind.startswith("fp8"):
-            return self._wide(members, receivers, group, self._accumulate, self._reduce, "gradient")
+            types = self._accumulate, self._reduce
+            return self._wide(members, receivers, group, types, "gradient", memory)
         assert fp8 is not None
         if isinstance(self.scales, AutoScales):
-            return self._tensors(members, receivers, self.scales, fp8)
+            return self._tensors(members, receivers, self.scales, fp8, memory)
         if fp8.reduce in _DTYPES and self.owners is not None:
             # What travels wide is not cast at all: its owner reads the sum.
-            return self._wide(members, receivers, group, self._fp8_accumulate, _DTYPES[fp8.reduce], PURPOSE)
-        return self._blocks(members, receivers, int(kind.partition("/")[2]), fp8)
+            types = self._fp8_accumulate, _DTYPES[fp8.reduce]
+            return self._wide(members, receivers, group, types, PURPOSE, memory)
+        return self._blocks(members, receivers, int(kind.partition("/")[2]), fp8, memory)
 
     def _wide(
         self,
         members: Sequence[Member],
         receivers: Owners | None,
         group: CountedGroup,
-        accumulate: torch.dtype,
-        reduce: torch.dtype,
+        types: tuple[torch.dtype, torch.dtype],
         purpose: str,
+        memory: Memory,
     ) -> Bucket:
+        """``types``: in which micro-batches add up, and ranks."""
         places = places_of(receivers, members, row_elements(members))
-        storage = WideStorage(places, dtype=accumulate, device=self.device)
-        return Bucket(storage, WideSum(storage, group, dtype=reduce, purpose=purpose))
+        storage = WideStorage(places, dtype=types[0], memory=memory)
+        return Bucket(storage, WideSum(storage, group, dtype=types[1], purpose=purpose))
 
     def _integers(
         self, members: Sequence[Member], receivers: Owners | None, group: CountedGroup, *, in_fp8: bool
@@ -240,12 +260,15 @@ class GradientBuckets:
         return Bucket(storage, CodeSum(storage, group) if codes else IntegerSum(storage, group))
 
     def _tensors(
-        self, members: Sequence[Member], receivers: Owners | None, scales: AutoScales, fp8: Fp8Gradients
+        self,
+        members: Sequence[Member],
+        receivers: Owners | None,
+        scales: AutoScales,
+        fp8: Fp8Gradients,
+        memory: Memory,
     ) -> Bucket:
         places = self._cheaper(receivers, members)
-        storage = TensorStorage(
-            places, fmt=self._fp8_format, accumulate=self._fp8_accumulate, device=self.device
-        )
+        storage = TensorStorage(places, fmt=self._fp8_format, accumulate=self._fp8_accumulate, memory=memory)
         reduction = SharedScaleSum(
             storage,
             self._groups.all,
@@ -267,7 +290,12 @@ class GradientBuckets:
         return places if places.message <= 2 * everyone.total else everyone
 
     def _blocks(
-        self, members: Sequence[Member], receivers: Owners | None, block: int, fp8: Fp8Gradients
+        self,
+        members: Sequence[Member],
+        receivers: Owners | None,
+        block: int,
+        fp8: Fp8Gradients,
+        memory: Memory,
     ) -> Bucket:
         group, wide = self._groups.all, _DTYPES.get(fp8.reduce)
         pad_to = group.size if wide is None else 1
@@ -283,7 +311,7 @@ class GradientBuckets:
             error_feedback=fp8.error_feedback,
             recorder=self._recorder,
             own_norms=wide is not None or group.size == 1,
-            device=self.device,
+            memory=memory,
         )
         self._with_residual += [storage] if fp8.error_feedback else []
         if wide is not None:

@@ -10,7 +10,8 @@ there is always one transfer in flight. Too many or too few contributions is an 
 parameter.
 
 A step is ``begin_step``, the contributions, ``finish``; if its scales did not fit, ``must_repeat`` and all of
-it again; then the optimizer reads; ``commit`` if the step was applied, ``release`` in any case.
+it again; then the optimizer reads; ``commit`` if the step was applied, ``release`` in any case. With
+:mod:`~fp8train.parallel.gradients.release` it reads while contributions still come, and buckets share memory.
 
 Two entrances: linears of ours contribute through their sink (:mod:`fp8train.layers.linear`); parameters that
 autograd serves (embedding, norms, biases, head) through a post-accumulate hook, which moves ``.grad`` out at
@@ -34,10 +35,19 @@ from fp8train.comm.collectives import CountedGroup
 from fp8train.layers.linear import Linear, SinkSlot
 from fp8train.numerics.grad_sink import register_sink
 from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.bucket_plan import (
+    Contributor,
+    PlannedBucket,
+    fewest_places,
+    parts_of,
+    plan_buckets,
+)
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets
 from fp8train.parallel.gradients.grids import GridScales, HeldSums
 from fp8train.parallel.gradients.held import GradientReader
+from fp8train.parallel.gradients.memory import Memory, SharedMemory
 from fp8train.parallel.gradients.receivers import Member
+from fp8train.parallel.gradients.release import Release
 
 
 @dataclass
@@ -45,6 +55,8 @@ class _Slot:
     fqn: str
     bucket: int
     member: int
+    part: int
+    """Of the model, by number in the order of backward."""
     uses: int = 1
     """Contributions of a micro-batch."""
     count: int = 0
@@ -57,8 +69,17 @@ class _Bucket:
     pending: int = 0
 
 
+Update = Callable[[Callable[[str], GradientReader], Sequence[str]], None]
+"""Updates these parameters with the gradients that the readers give."""
+
+
 class GradientStore:
-    """Accumulates, reduces and serves the gradients of a model."""
+    """Accumulates, reduces and serves the gradients of a model.
+
+    Attributes:
+        released: hands buckets to the optimizer during backward; None where they wait for its end.
+        lasting: the buckets whose memory is all that gradients take: of those that share some, the largest.
+    """
 
     def __init__(
         self,
@@ -70,6 +91,7 @@ class GradientStore:
         defer: bool = False,
         parts: CountedGroup | None = None,
         whole: Collection[str] = (),
+        update: Update | None = None,
     ) -> None:
         """Attach a hook to every parameter of ``model`` but the weights of linears, which contribute through
         the place that :meth:`sink_slot` gives them.
@@ -83,6 +105,8 @@ class GradientStore:
             defer: keep what linears contribute until :meth:`take_deferred`.
             parts: tensor-parallel ranks, which hold other parts of the parameters.
             whole: parameters that each of them holds whole.
+            update: release gradients: called with the parameters of a bucket once they may change, in the
+                same order on all ranks.
         """
         self._parts, self._whole = parts, frozenset(whole)
         self._owners, self._group, self._scales = maker.owners, maker.replicas, maker.scales
@@ -92,43 +116,62 @@ class GradientStore:
         self._slots: list[_Slot] = []
         self._buckets: list[_Bucket] = []
         self._index: dict[str, int] = {}
-        self._next_launch = 0
+        self._next_launch = self._next_advance = 0
         self._device, self._norm_is_exact = maker.device, isinstance(maker.scales, GridScales)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
         self._orders: dict[tuple[str, ...], Tensor] = {}
         self._sink = register_sink(self)
         parameters = {fqn: p for fqn, p in reversed(list(model.named_parameters())) if p.requires_grad}
-        self._allocate(parameters, maker)
+        plan = self._allocate(parameters, maker, shared=update is not None)
+        self.released = None if update is None else self._release(plan, maker, update)
         self._attach(model, parameters)
 
-    def _allocate(self, parameters: Mapping[str, nn.Parameter], maker: GradientBuckets) -> None:
-        groups: list[tuple[str, list[int]]] = []
-        filled: dict[tuple[int, str], tuple[int, int]] = {}  # kind -> (its open group, elements in it)
+    def _allocate(
+        self, parameters: Mapping[str, nn.Parameter], maker: GradientBuckets, *, shared: bool
+    ) -> list[PlannedBucket]:
         members = [Member(fqn, tuple(parameter.shape)) for fqn, parameter in parameters.items()]
-        for position, member in enumerate(members):
-            kind = maker.kind(member.fqn, member.shape)
-            place = self._group_of(member.fqn), kind
-            number, size = filled.get(place, (-1, 0))
-            if number < 0 or size + member.numel > maker.capacity(kind):
-                number, size = len(groups), 0
-                groups.append((kind, []))
-            groups[number][1].append(position)
-            filled[place] = (number, size + member.numel)
-
-        # By their last member: a bucket of norms that is complete only at the end must not hold up the
-        # others.
-        def launch_order(group: tuple[str, list[int]]) -> tuple[int, int]:
-            last = group[1][-1]
-            return self._group_of(members[last].fqn), last
-
-        for bucket, (kind, positions) in enumerate(sorted(groups, key=launch_order)):
-            storage = maker.make(kind, [members[position] for position in positions])
-            slots = range(len(self._slots), len(self._slots) + len(positions))
-            self._buckets.append(_Bucket(storage, list(slots)))
-            for slot, position in zip(slots, positions, strict=True):
+        plan = plan_buckets(
+            [Contributor(m.fqn, m.numel, maker.kind(m.fqn, m.shape), self._group_of(m.fqn)) for m in members],
+            maker.capacity,
+            places=fewest_places(maker.replicas.size) if shared else None,
+        )
+        of_bucket = [[members[position] for position in planned.members] for planned in plan]
+        units = [maker.units(planned.kind, own) for planned, own in zip(plan, of_bucket, strict=True)]
+        memories: dict[int, Memory] = {}
+        made: dict[int, Bucket] = {}
+        self.lasting: list[Bucket] = []
+        for number in sorted(
+            range(len(plan)), key=lambda number: -units[number]
+        ):  # the largest makes a place
+            place, known = plan[number].place, plan[number].place in memories
+            if not known:
+                memories[place] = (SharedMemory if shared else Memory)(maker.device)
+            made[number] = maker.make(plan[number].kind, of_bucket[number], memories[place])
+            self.lasting += [] if known else [made[number]]
+        part = parts_of(parameters)
+        for number, planned in enumerate(plan):
+            slots = range(len(self._slots), len(self._slots) + len(planned.members))
+            self._buckets.append(_Bucket(made[number], list(slots)))
+            for slot, position in zip(slots, planned.members, strict=True):
                 fqn = members[position].fqn
                 self._index[fqn] = slot
-                self._slots.append(_Slot(fqn, bucket, slot - slots[0], uses=self._uses.get(fqn, 1)))
+                member, uses = slot - slots[0], self._uses.get(fqn, 1)
+                self._slots.append(_Slot(fqn, number, member, part[position], uses=uses))
+        return plan
+
+    def _release(self, plan: Sequence[PlannedBucket], maker: GradientBuckets, update: Update) -> Release:
+        def hand_on(bucket: int) -> None:
+            update(self.reader, [self._slots[slot].fqn for slot in self._buckets[bucket].slots])
+
+        return Release(
+            plan,
+            self.buckets,
+            replicas=maker.replicas.size,
+            agree=maker.stage if self._owners is not None else self._parts,
+            norm_dtype=self._norm_dtype(),
+            advance=self._advance,
+            hand_on=hand_on,
+        )
 
     def _attach(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         modules = model.named_modules()
@@ -160,9 +203,15 @@ class GradientStore:
         """The buckets in launch order."""
         return [bucket.storage for bucket in self._buckets]
 
-    def begin_step(self, contributions: int) -> None:
-        """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step."""
-        self._expected, self._next_launch = contributions, 0
+    def begin_step(self, contributions: int, *, worth: Tensor | None = None) -> None:
+        """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step.
+
+        Args:
+            contributions: of a parameter.
+            worth: device boolean, whether the step may change anything, where gradients are released; None:
+                it may.
+        """
+        self._expected, self._next_launch, self._next_advance = contributions, 0, 0
         if self._deferred is not None:
             self._deferred.clear()
         for slot in self._slots:
@@ -170,7 +219,10 @@ class GradientStore:
         self._scales.begin_step()  # first: buckets take what holds for this step
         for bucket in self._buckets:
             bucket.pending = len(bucket.slots)
-            bucket.storage.begin()
+            if self.released is None:  # else each when its turn comes
+                bucket.storage.begin()
+        if self.released is not None:
+            self.released.begin(worth)
 
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
         """Add one micro-batch's gradient of the parameter in ``slot``, or keep it for
@@ -209,6 +261,8 @@ class GradientStore:
             raise RuntimeError(
                 f"gradient of {entry.fqn}: contribution {entry.count + 1} in a step that expects {expected}"
             )
+        if self.released is not None and entry.count == 0:
+            self.released.before(entry.bucket, entry.part)
         # Into the bucket's accumulator, of the parameter's local shape; ``gradient`` is free after that.
         self._bucket(slot).add(entry.member, gradient, first=entry.count == 0)
         entry.count += 1
@@ -221,13 +275,20 @@ class GradientStore:
         # posts a bucket's first transfer; then the one before adds what has arrived, and posts its second.
         while self._next_launch < len(self._buckets) and self._buckets[self._next_launch].pending == 0:
             self._buckets[self._next_launch].storage.launch()
-            if self._next_launch:
-                self._buckets[self._next_launch - 1].storage.advance()
+            self._advance(self._next_launch)
             self._next_launch += 1
+            if self.released is not None:
+                self.released.launched(self._next_launch)
+
+    def _advance(self, stop: int) -> None:
+        """Post the second transfers of the buckets below this number, where that is to be done."""
+        for bucket in self._buckets[self._next_advance : stop]:
+            bucket.storage.advance()
+        self._next_advance = max(stop, self._next_advance)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Wait until every bucket is reduced.
+        """Wait until every bucket is reduced; where gradients are released, until each is judged.
 
         Raises:
             RuntimeError: a parameter got fewer contributions than expected.
@@ -238,9 +299,12 @@ class GradientStore:
                 f"{slot.fqn} ({slot.count} of {self._expected * slot.uses})" for slot in missing[:4]
             )
             raise RuntimeError(f"{len(missing)} parameters lack gradient contributions: {listed}")
-        self._buckets[-1].storage.advance()  # no later launch did it
-        for bucket in self._buckets:
-            bucket.storage.finish()
+        self._advance(len(self._buckets))  # no later launch did it for the last
+        if self.released is not None:
+            self.released.judge(len(self._buckets))
+        else:
+            for bucket in self._buckets:
+                bucket.storage.finish()
         self._scales.end_step()
 
     def must_repeat(self) -> bool:
@@ -290,12 +354,20 @@ class GradientStore:
         """
         if self._norm_is_exact:
             return self._exact_norms(fqns)
+        if self.released is None:
+            dtype = self._norm_dtype()
+            by_bucket = [bucket.norms(dtype) for bucket in self.buckets]
+        else:
+            by_bucket = self.released.norms
+        zero = torch.zeros(1, dtype=torch.float64, device=self._device)
+        found = torch.cat([*by_bucket, zero])  # by slot, then none
+        return self._over_parts(self._over_owners(found[self._order(fqns)], fqns), fqns)
+
+    def _norm_dtype(self) -> torch.dtype:
+        """Of the arithmetic of norms."""
         dtypes = [bucket.storage.buffer(0).dtype for bucket in self.buckets]
         wide = self._device.type == "cpu" or torch.float64 in dtypes
-        dtype = torch.float64 if wide else torch.float32
-        zero = torch.zeros(1, dtype=torch.float64, device=self._device)
-        found = torch.cat([*(bucket.norms(dtype) for bucket in self.buckets), zero])  # by slot, then none
-        return self._over_parts(self._over_owners(found[self._order(fqns)], fqns), fqns)
+        return torch.float64 if wide else torch.float32
 
     def _order(self, fqns: Sequence[str]) -> Tensor:
         """int64 slots of these parameters, one past the last for those that this rank does not have. On the

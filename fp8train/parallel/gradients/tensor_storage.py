@@ -8,6 +8,7 @@ Micro-batches add up in BF16 or FP32, or, for fidelity to MS-AMP, in FP8 with a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate as accumulate_sizes
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch import Tensor
 from fp8train.numerics.cast import quantize, uncast
 from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.bucket import Storage
-from fp8train.parallel.gradients.receivers import Places
+from fp8train.parallel.gradients.memory import Memory
+from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.precision.number_formats import Format
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.update_rules.rule import ALIGNMENT
 
 
 @dataclass
@@ -40,22 +43,28 @@ class _Accumulator:
         return self.payload if self.scale_inv is None else uncast(self.payload, self.scale_inv)
 
 
+def aligned_elements(member: Member) -> int:
+    """Elements of a member's part of the sums, which begins at a multiple of what vector units read."""
+    return -(-member.numel // ALIGNMENT) * ALIGNMENT
+
+
 class TensorStorage(Storage):
     """Adds up each tensor of a bucket by itself, in high precision or FP8."""
 
-    def __init__(self, places: Places, *, fmt: Format, accumulate: torch.dtype, device: torch.device) -> None:
+    def __init__(self, places: Places, *, fmt: Format, accumulate: torch.dtype, memory: Memory) -> None:
         """Allocate sums of zero. Args: ``places``: counted in elements; ``accumulate``: BF16, FP32, or
         ``fmt.dtype``."""
         self.places, self.format, self._spec = places, fmt, QuantSpec(fmt)
         in_fp8 = accumulate == dtype_of(fmt)
+        starts = list(accumulate_sizes(map(aligned_elements, places.members), initial=0))
+        flat = memory.zeros("sums", (starts[-1],), torch.uint8 if in_fp8 else accumulate)
+        flat = flat.view(dtype_of(fmt)) if in_fp8 else flat
         self._accumulators = [
             _Accumulator(
-                torch.zeros(m.shape, dtype=torch.uint8, device=device).view(dtype_of(fmt))
-                if in_fp8
-                else torch.zeros(m.shape, dtype=accumulate, device=device),
-                torch.ones((), device=device) if in_fp8 else None,
+                flat[start : start + m.numel].view(m.shape),
+                torch.ones((), device=memory.device) if in_fp8 else None,
             )
-            for m in places.members
+            for start, m in zip(starts, places.members, strict=False)
         ]
 
     @property

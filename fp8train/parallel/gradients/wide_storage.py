@@ -7,16 +7,17 @@ from torch import Tensor
 
 from fp8train.parallel.gradients.bucket import Storage
 from fp8train.parallel.gradients.held import HeldValues
+from fp8train.parallel.gradients.memory import Memory
 from fp8train.parallel.gradients.receivers import Places
 
 
 class WideStorage(Storage):
     """Adds up micro-batches in ``dtype``."""
 
-    def __init__(self, places: Places, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, places: Places, *, dtype: torch.dtype, memory: Memory) -> None:
         """Allocate a buffer of zeros. Args: ``places``: counted in elements."""
         self.places = places
-        self._flat = torch.zeros(places.total, dtype=dtype, device=device)
+        self._flat = memory.zeros("sums", (places.total,), dtype)
         self._views = [
             self._flat[place].view(member.shape)
             for member, place in zip(places.members, places.whole, strict=True)

@@ -16,6 +16,7 @@ from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
 from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
+from fp8train.parallel.gradients.memory import Memory
 from fp8train.parallel.gradients.receivers import Member, Places
 from fp8train.parallel.gradients.store import GradientStore
 from fp8train.precision.gradients import Fp8Gradients, Gradients
@@ -153,7 +154,7 @@ def test_the_optimizer_reads_pieces_of_what_is_stored() -> None:
 def bucket_of(accumulate: torch.dtype | None, **changes: Any) -> Bucket:
     members = [Member("w", (4, 256))]
     places = Places(members, row_blocks(members, 128))
-    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, device=CPU, **changes)
+    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, memory=Memory(CPU), **changes)
     return Bucket(storage, ExchangeSum(storage, None))
 
 
@@ -268,7 +269,7 @@ def test_launches_of_a_step_off_the_cpu(
     members = [Member("a", (4, 256)), Member("b", (8, 131)), Member("c", (2, 512))]
     places = Places(members, row_blocks(members, 128), pad_to=4)
     options = {"error_feedback": error_feedback, "own_norms": own_norms}
-    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, device=meta, **options)
+    storage = BlockStorage(places, block=128, fmt=E4M3, accumulate=accumulate, memory=Memory(meta), **options)
     bucket = Bucket(storage, ExchangeSum(storage, None))
     with _Fused() as fused:
         bucket.begin()

@@ -17,6 +17,7 @@ from fp8train.parallel.gradients.bucket import Bucket
 from fp8train.parallel.gradients.grids import GridScales, HeldSums
 from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
 from fp8train.parallel.gradients.integer_sum import IntegerSum
+from fp8train.parallel.gradients.memory import Memory
 from fp8train.parallel.gradients.receivers import Member, Places, row_elements
 from fp8train.parallel.gradients.scales import GradientScales
 from fp8train.parallel.gradients.shared_scale_sum import SharedScaleSum
@@ -296,7 +297,7 @@ def test_rows_of_shared_scale_are_those_of_the_cast_onto_the_wire(accumulate: to
         counted_over=None,
     )
     places = Places(members, row_elements(members))
-    storage = TensorStorage(places, fmt=E4M3, accumulate=accumulate, device=CPU)
+    storage = TensorStorage(places, fmt=E4M3, accumulate=accumulate, memory=Memory(CPU))
     group = CountedGroup(None)
     reduction = SharedScaleSum(
         storage, group, scales=scales, agree=group, algorithm="ring", purpose="gradient", recorder=recorder
