@@ -190,17 +190,21 @@ class Reporter:
         )
 
     def skipped(self, done: int, result: StepResult) -> None:
-        """A step changed nothing: print and record why."""
+        """A step was skipped, or taken partly: print and record why."""
         why = "no_targets" if result.no_targets else "not_finite"
-        self.event(
-            "step_skipped", step=done, why=why, grad_norm=str(result.grad_norm), loss=str(float(result.loss))
-        )
+        numbers = {"grad_norm": str(result.grad_norm), "loss": str(float(result.loss))}
+        self.event("step_skipped", step=done, why=why, partly=result.partly, **numbers)
         said = (
             "not one target token in the global batch"
             if result.no_targets
             else f"gradient is not finite (norm {result.grad_norm})"
         )
-        self.say(f"step {done}: {said}; weights left unchanged")
+        left = (
+            "weights before that in backward are new, the others unchanged"
+            if result.partly
+            else "weights left unchanged"
+        )
+        self.say(f"step {done}: {said}; {left}")
 
     def _live(self, done: int, result: StepResult) -> None:
         """Show how far the window is, from what the host knows: a loss that is still on its way from a device

@@ -44,7 +44,7 @@ class SkippedSteps:
     """Counts the steps in a row that were skipped."""
 
     def __init__(self) -> None:
-        self._in_a_row = 0
+        self._in_a_row = self._partly = 0
 
     def count(self, done: int, result: StepResult) -> None:
         """Count step ``done`` (1-based).
@@ -54,6 +54,7 @@ class SkippedSteps:
             NoTargetsError: likewise, but it had no target token.
         """
         self._in_a_row = 0 if result.applied else self._in_a_row + 1
+        self._partly = 0 if result.applied else self._partly + result.partly
         if self._in_a_row < MAX_SKIPPED:
             return
         if result.no_targets:
@@ -63,8 +64,13 @@ class SkippedSteps:
                 "check what the data leaves out of the loss: data.kind: sft trains on answers only, and "
                 "conversations that are cut at data.seq_length may end before theirs"
             )
+        weights = f"the weights are those of step {done - MAX_SKIPPED}"
+        if self._partly:
+            weights = (
+                f"{self._partly} of them were taken down to the layer where that began "
+                f"(train.gradient_release), so the weights are those of no whole step"
+            )
         raise DivergedError(
-            f"step {done}: gradients were not finite for {MAX_SKIPPED} steps in a row; "
-            f"the weights are those of step {done - MAX_SKIPPED}\n"
+            f"step {done}: gradients were not finite for {MAX_SKIPPED} steps in a row; {weights}\n"
             "resume from a checkpoint with a lower optimizer.lr; casts.jsonl may show the tensor"
         )
