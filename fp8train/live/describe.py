@@ -19,7 +19,7 @@ def stored_bytes(trainer: Trainer) -> StoredBytes:
     linears = trainer.model.linears()
     matrices = {f"{path}.weight": linear for path, linear in linears.items()}
     elements = sum(linear.weight.numel() for linear in matrices.values())
-    buckets = trainer.store.buckets
+    buckets = trainer.store.lasting
     gradient = accumulator = 0
     for bucket in buckets:
         inside = sum(member.numel for member in bucket.members if member.fqn in matrices)

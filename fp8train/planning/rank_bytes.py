@@ -2,7 +2,8 @@
 
 Of every parameter that a rank holds (its pipeline stages, its tensor-parallel part)::
 
-    gradient      all of it, in FP8 blocks or tensors, or in the type in which it is accumulated
+    gradient      all of it, in FP8 blocks or tensors, or in the type in which it is accumulated; where
+                  gradients are released during backward, of the buckets that do not share memory
     accumulator   of FP8 gradients of several micro-batches
     states        the rows that the rank owns under ZeRO, else all of it, each in its format
     weight        the parameter in the compute type, its FP8 copies, or both
@@ -14,14 +15,20 @@ scale state. Activations and temporaries are not stored between steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fp8train.config.linear_names import linear_paths, weights_in_fp8
 from fp8train.config.schema import Config
 from fp8train.live.stored_bytes import StoredBytes
 from fp8train.models.part import ModelPart
-from fp8train.models.shapes import Shape, held, local_shape, parameter_shapes
+from fp8train.models.shapes import Shape, held, local_shape, parameter_shapes, split_dim
+from fp8train.parallel.gradients.bucket_plan import (
+    Contributor,
+    PlannedBucket,
+    fewest_places,
+    plan_buckets,
+)
 from fp8train.parallel.stages import part_of, plan_stages, stages_of_rank
 from fp8train.parallel.zero import Partition, partition
 from fp8train.precision.scale_blocks import TWO_LEVELS, block_size, scale_tile
@@ -98,6 +105,11 @@ class RankBytes:
             rank = loads.index(max(loads))
         linears = [part for part in parts if part.linear]
         gradients = [self._gradient(part, sharded=owners is not None) for part in parts]
+        if self.config.train.gradient_release:
+            kept = self._lasting(parts, gradients)
+            gradients = [
+                found if part.fqn in kept else (0, 0) for part, found in zip(parts, gradients, strict=True)
+            ]
         of_linears = [found for part, found in zip(parts, gradients, strict=True) if part.linear]
         roles = {role: 0 for role in dict.fromkeys((*self._roles, *self._other_roles))}
         all_states = dict(roles)
@@ -150,6 +162,35 @@ class RankBytes:
         residual = 2 * blocks * block if fp8.error_feedback else 0
         single = self._micro_batches == 1 and fp8.reduce == "exchange"
         return blocks * (block + 1) + residual, residual + (0 if single else blocks * block * accumulate)
+
+    def _lasting(self, parts: Sequence[Part], gradients: Sequence[tuple[int, int]]) -> set[str]:
+        """Names in the largest bucket of each place that buckets share."""
+        backward = [*reversed(list(zip(parts, map(sum, gradients), strict=True)))]
+        plan = plan_buckets(
+            [Contributor(part.fqn, part.numel, self._kind(part)) for part, _ in backward],
+            self._capacity,
+            places=fewest_places(self._dp * self.config.parallel.cp),
+        )
+        largest: dict[int, tuple[int, PlannedBucket]] = {}
+        for bucket in plan:
+            size = sum(backward[position][1] for position in bucket.members)
+            if size > largest.get(bucket.place, (0, bucket))[0]:
+                largest[bucket.place] = size, bucket
+        return {backward[position][0].fqn for _, bucket in largest.values() for position in bucket.members}
+
+    def _kind(self, part: Part) -> str:
+        """As :meth:`fp8train.parallel.gradients.gradient_buckets.GradientBuckets.kind`, which it must split
+        gradients like."""
+        gradient, tp = self.config.precision.gradient, self.config.parallel.tp
+        if gradient.format == "high_precision" or not part.in_plan:
+            return "partial" if tp > 1 and split_dim(part.fqn) is None else "wide"
+        blocks = gradient.fp8.reduce != "shared_scale"
+        return f"fp8/{block_size(part.whole[-1], gradient.fp8.block)}" if blocks else "fp8"
+
+    def _capacity(self, kind: str) -> int:
+        gradient = self.config.precision.gradient
+        item = _ITEMSIZE[gradient.fp8.accumulate] if kind.startswith("fp8") else self._accumulated
+        return max(1, int(gradient.bucket_mib * 2**20 / item))
 
     def _states(self, part: Part, rows: int) -> Iterator[tuple[str, int]]:
         """Bytes of each role for this many rows of a part."""

@@ -209,11 +209,11 @@ class Trainer:
         # divided out below where that restores the true ones.
         scale = self.model.parametrization.gradient_scale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
-        if self.store.released is not None:
+        if (released := self.store.released) is not None:
+            released.worth = None if isinstance(num_targets, int) else num_targets > 0
             no_clipping = torch.ones((), dtype=torch.float64, device=self.processes.device)
             self.optimizer.begin(**self._next_update(factor, no_clipping))
-        worth = None if isinstance(num_targets, int) else num_targets > 0
-        total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale, worth)
+        total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale)
         # For the log: the loss summed over all tokens, one FP64 number.
         self.processes.replicas.all_reduce(total, purpose="loss")()
         self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
@@ -222,7 +222,7 @@ class Trainer:
         # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
         grad_norm, applied = norm_and_whether_applied(norm, num_targets)
         partly = False
-        if (released := self.store.released) is not None:
+        if released is not None:
             released.finish()  # the optimizer has the buckets that were left
             applied, partly = not released.stopped, released.stopped and released.handed_on > 0
         if self.scales is not None:  # first: new weights are cast with the next step's scales
@@ -257,16 +257,14 @@ class Trainer:
         """Update the parameters of a bucket while backward goes on."""
         self.optimizer.update(grad, fqns)
 
-    def _gradients(
-        self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float, worth: Tensor | None
-    ) -> Tensor:
+    def _gradients(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         """Forward and backward of all micro-batches into the store, reduced; again where the gradients'
         scales turn out not to fit. Returns this rank's summed loss, an FP64 scalar. Gradients are those of
-        the loss over ``num_tokens``; ``worth``: whether there are any, if that is not certain."""
+        the loss over ``num_tokens``."""
         with nullcontext() if self.scales is None else self.scales.recording():
-            total = self._accumulate(inputs, targets, num_tokens, worth)
+            total = self._accumulate(inputs, targets, num_tokens)
             while self.store.must_repeat():
-                total = self._accumulate(inputs, targets, num_tokens, worth)
+                total = self._accumulate(inputs, targets, num_tokens)
         return total
 
     def _global_norm(self) -> Tensor:
@@ -277,12 +275,8 @@ class Trainer:
         self.processes.pp.all_reduce(norms, purpose="norm")()  # zero but on the rank that holds it
         return torch.linalg.vector_norm(norms * self._norm_weights)
 
-    def _accumulate(
-        self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float, worth: Tensor | None
-    ) -> Tensor:
-        self.store.begin_step(
-            len(inputs), worth=worth
-        )  # each parameter now expects a contribution per micro-batch
+    def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
+        self.store.begin_step(len(inputs))  # each parameter now expects a contribution per micro-batch
         if self.pipeline is None:
             total = self._one_after_the_other(inputs, targets, num_tokens)
             self.store.finish()  # waits for the last bucket's reduction

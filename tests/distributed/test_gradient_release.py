@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fp8train.comm.processes import Layout, joined_processes
 from fp8train.step.consistency import check_replicas
@@ -87,15 +90,22 @@ def test_ranks_have_the_bits_of_ranks_without(gloo_pool, world_size: int, names:
             assert found == (True, [], True, True), name
 
 
-def break_one_rank(group: dist.ProcessGroup, rank: int, world_size: int, name: str) -> tuple[Any, ...]:
-    """Runs in the pool: the gradients of one rank alone break below block 1, in the third step."""
+def break_one_rank(
+    group: dist.ProcessGroup, rank: int, world_size: int, name: str, one_row: bool
+) -> tuple[Any, ...]:
+    """Runs in the pool: in the third step the gradients of the last rank alone break: those below block 1,
+    or the last row of one of its matrices."""
     trainer = trainer_of(name, world_size, release=True)
-    data = batches(trainer.config, trainer.processes)
+    data, last = batches(trainer.config, trainer.processes), rank == world_size - 1
     train(trainer, 0, 2)
-    factor = math.nan if rank == world_size - 1 else 1.0
-    with broken_below(trainer, 1, factor):
+    with ExitStack() as stack:
+        if one_row:
+            stack.enter_context(row_of_infinities(trainer, "layers.1.mlp.up.weight", last=last))
+        else:
+            stack.enter_context(broken_below(trainer, 1, math.nan if last else 1.0))
         result = trainer.step(2, data.batch(2))
     check_replicas(trainer)
+    assert trainer.store.released is not None
     after = (result.applied, result.partly, trainer.updates, trainer.store.released.handed_on)
     healthy = trainer.step(3, data.batch(3))
     check_replicas(trainer)
@@ -103,9 +113,28 @@ def break_one_rank(group: dist.ProcessGroup, rank: int, world_size: int, name: s
     return *after, healthy.applied, float(healthy.loss), finite
 
 
-@pytest.mark.parametrize("name", ["O2", "O3, owners", "O0, TP", "O2, paper, TP"])
-def test_a_rank_that_breaks_halfway_stops_all_at_one_bucket(gloo_pool, name: str) -> None:
-    first, second = gloo_pool.run(break_one_rank, 2, name, timeout=120.0)
+@contextmanager
+def row_of_infinities(trainer: Trainer, fqn: str, *, last: bool) -> Iterator[None]:
+    """The last row of this gradient is infinite on the ``last`` rank."""
+    slot, contribute = int(trainer.store.sink_slot(fqn).slot), trainer.store.contribute
+
+    def broken(number: int, compute: Callable[[], Tensor]) -> None:
+        gradient = compute()
+        if last and number == slot:
+            gradient[-1] = math.inf
+        contribute(number, lambda: gradient)
+
+    trainer.store.contribute = broken  # type: ignore[method-assign]
+    yield
+    trainer.store.contribute = contribute  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("name", "one_row"),
+    [("O2", False), ("O3, owners", False), ("O2, paper, TP", False), ("O0, owners", True), ("O0, TP", True)],
+)
+def test_a_rank_that_breaks_halfway_stops_all_at_one_bucket(gloo_pool, name: str, one_row: bool) -> None:
+    first, second = gloo_pool.run(break_one_rank, 2, name, one_row, timeout=120.0)
     assert first == second
     applied, partly, updates, handed_on, healthy, loss, finite = first
     assert (applied, partly, updates, healthy, finite) == (False, True, 3, True, True)

@@ -69,6 +69,10 @@ def planned(config: Config, world: int = 1) -> StoredBytes:
 
 FP8 = "precision.level=O2"
 EXPANDED = "precision.state.exp_avg_sq={format: e4m3, expand: true}"
+RELEASED = [
+    *("train.gradient_release=true", "optimizer.clip_grad_norm=0", "model.num_layers=5"),
+    "precision.gradient.bucket_mib=0.004",
+]
 # A run stores these; the sizes are no multiples of 16, nor of a block.
 RUNS: dict[str, list[str]] = {
     **{level: [f"precision.level={level}"] for level in ("O0", "O1", "O2", "O3")},
@@ -81,6 +85,15 @@ RUNS: dict[str, list[str]] = {
     "lion": [FP8, "optimizer.name=lion"],
     "error feedback": [FP8, "precision.gradient.fp8.error_feedback=true"],
     "reduced in BF16": [FP8, "precision.gradient.fp8.reduce=bf16"],
+    **{
+        f"released, {' and '.join(over) or 'O0'}": [*over, *RELEASED, "train.micro_batch_size=8"]
+        for over in (
+            [],
+            [FP8],
+            [FP8, "precision.profile=paper"],
+            [FP8, "precision.gradient.fp8.reduce=bf16", "model.hidden_size=136", "model.ffn_hidden_size=312"],
+        )
+    },
     "exact": [FP8, "precision.gradient.fp8.reduce=exact", "run.threads=1"],
     "FP64": ["precision.compute=fp64"],
     "FP8 GEMMs alone": ["precision.gemm.fp8=true"],
@@ -131,6 +144,9 @@ SPREAD: dict[str, tuple[Layout, list[str]]] = {
     "ZeRO, BF16 to owners": (Layout(), ["precision.level=O3", "precision.gradient.fp8.reduce=bf16"]),
     "ZeRO of O0": (Layout(), ["parallel.zero=1"]),
     "tensor parallel": (Layout(tp=2), ["precision.level=O2", "parallel.tp=2"]),
+    "released": (Layout(), [FP8, *RELEASED, "train.micro_batch_size=4"]),
+    "released to owners": (Layout(), ["parallel.zero=1", *RELEASED, "train.micro_batch_size=4"]),
+    "released parts": (Layout(tp=2), [FP8, "parallel.tp=2", *RELEASED, "train.micro_batch_size=8"]),
     "pipeline": (Layout(pp=2), ["precision.level=O2", "parallel.pp=2", "model.tie_embeddings=true"]),
 }
 

@@ -40,7 +40,7 @@ CASES: dict[str, list[str]] = {
     "O2, delayed": ["precision.level=O2", "precision.recipe=te_delayed", SMALL],
     "O2, umup": ["precision.level=O2", "precision.recipe=umup", SMALL],
     "O2, summed in BF16, ragged rows": [
-        *("precision.level=O2", "precision.gradient.fp8.reduce=bf16", SMALL, "precision.gemm.fp8=true"),
+        *("precision.level=O2", "precision.gradient.fp8.reduce=bf16", BLOCK),
         *("model.hidden_size=40", "model.head_dim=16", "precision.gradient.fp8.block=32"),
     ],
     "O3, tied, full": [

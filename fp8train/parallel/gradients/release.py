@@ -50,9 +50,10 @@ class Release:
     """Decides when each bucket of a step is judged and handed on.
 
     Attributes:
+        worth: device boolean, whether the step may change anything; None: it may. Set before the step.
         norms: FP64 [members] of each bucket judged so far, of this rank's rows.
         handed_on: how many buckets the optimizer has had.
-        stopped: whether a bucket was not finite, or the step has no target tokens.
+        stopped: whether a bucket was not finite, or the step may not change anything.
     """
 
     def __init__(
@@ -78,11 +79,11 @@ class Release:
         self._plan, self._buckets, self._agree, self._dtype = plan, buckets, agree, norm_dtype
         self._advance, self._hand_on = advance, hand_on
         self._on_the_way = turns_on_the_way(replicas)
-        self.begin(None)
+        self.worth: Tensor | None = None
+        self.begin()
 
-    def begin(self, worth: Tensor | None) -> None:
-        """Begin a step. ``worth``: device boolean, whether it may change anything; None: it may."""
-        self._worth = worth
+    def begin(self) -> None:
+        """Begin a step, and forget an unfinished one."""
         self.norms: list[Tensor] = []
         self._verdicts: list[_Verdict] = []
         self._open = [False] * len(self._plan)
@@ -123,7 +124,7 @@ class Release:
                 bad = (~good).float()
                 self._agree.all_reduce(bad, purpose="norm", op=dist.ReduceOp.MAX)()
                 good = bad == 0
-            self._verdicts.append(_Verdict(good if self._worth is None else good & self._worth))
+            self._verdicts.append(_Verdict(good if self.worth is None else good & self.worth))
 
     def _settle(self, stop: int) -> None:
         """Hand on the buckets below this number, or drop them."""

@@ -203,14 +203,8 @@ class GradientStore:
         """The buckets in launch order."""
         return [bucket.storage for bucket in self._buckets]
 
-    def begin_step(self, contributions: int, *, worth: Tensor | None = None) -> None:
-        """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step.
-
-        Args:
-            contributions: of a parameter.
-            worth: device boolean, whether the step may change anything, where gradients are released; None:
-                it may.
-        """
+    def begin_step(self, contributions: int) -> None:
+        """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step."""
         self._expected, self._next_launch, self._next_advance = contributions, 0, 0
         if self._deferred is not None:
             self._deferred.clear()
@@ -222,7 +216,7 @@ class GradientStore:
             if self.released is None:  # else each when its turn comes
                 bucket.storage.begin()
         if self.released is not None:
-            self.released.begin(worth)
+            self.released.begin()
 
     def contribute(self, slot: int, compute: Callable[[], Tensor]) -> None:
         """Add one micro-batch's gradient of the parameter in ``slot``, or keep it for
