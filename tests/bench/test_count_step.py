@@ -21,8 +21,9 @@ H100 = GPUS["H100"]
 
 
 @cache
-def counted(level: str, length: int = 8192) -> Report:
+def counted(level: str, length: int = 8192, *more: str) -> Report:
     settings = [
+        *more,
         f"precision.level={level}",
         f"data.seq_length={length}",
         "train.global_batch_size=1",
@@ -53,6 +54,25 @@ def test_the_optimizer_is_one_pass() -> None:
     assert found.block("elementwise_bytes", ("optimizer", "weights")) <= 14.1 * found.block_parameters
     assert found.rest("launches", ("optimizer",)) <= 8
     assert found.block("launches", ("optimizer",)) <= found.block_parameters / 2**26
+
+
+@pytest.mark.parametrize(("level", "gradient"), [("O0", 4.0), ("O2", 1 + 1 / 128)])
+def test_released_gradients_take_no_memory_and_little_time(level: str, gradient: float) -> None:
+    """A block's gradients are gone, both at rest and at the peak; four buckets a block cost launches, and the
+    same bytes. The host waits for a verdict a bucket: of two buckets a block has been told since."""
+    plain = counted(level, 8192, "optimizer.clip_grad_norm=0")
+    found = counted(level, 8192, "optimizer.clip_grad_norm=0", "train.gradient_release=true")
+    blocks = 31 * plain.block_parameters * gradient  # those of one block are still there
+    assert plain.persistent - found.persistent >= 0.99 * blocks
+    assert plain.peak - found.peak >= 0.99 * blocks
+    passes = ("weights", "backward", "norm", "optimizer")
+    assert found.block("launches", passes) - plain.block("launches", passes) <= 4 * 12
+    assert found.block("elementwise_bytes", passes) + found.rest(
+        "elementwise_bytes", passes
+    ) == pytest.approx(
+        plain.block("elementwise_bytes", passes) + plain.rest("elementwise_bytes", passes), rel=0.15
+    )
+    assert found.seconds <= 1.01 * plain.seconds
 
 
 @pytest.mark.parametrize(("length", "ratio"), [(8192, 1.35), (2048, 1.45)])

@@ -65,6 +65,26 @@ def test_training_follows_the_cpu(fp8: str, compile_mode: str) -> None:
     assert curves[1] == pytest.approx(curves[0], rel=2e-2)
 
 
+@pytest.mark.parametrize("level", ["O0", "O2", "O3"])
+def test_released_gradients_give_the_same_bits(level: str) -> None:
+    settings = [f"precision.level={level}", "run.deterministic=true", "optimizer.clip_grad_norm=0"]
+    settings += ["train.micro_batch_size=8", "precision.gradient.bucket_mib=0.02", "model.num_layers=4"]
+    settings += ["model.hidden_size=128", "model.ffn_hidden_size=256"]
+
+    def run(release: str) -> tuple[list[float], bytes]:
+        config = tiny_config([*settings, f"train.gradient_release={release}"])
+        trainer, data = Trainer(config, on_cuda(), vocab_size=VOCAB), batches(config, on_cuda())
+        losses = [float(trainer.step(i, data.batch(i)).loss) for i in range(5)]
+        return losses, b"".join(
+            t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for t in trainer.state_tensors().values()
+        )
+
+    try:
+        assert run("true") == run("false")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_deterministic_runs_are_bit_identical() -> None:
     def weights() -> bytes:
         config = tiny_config(["precision.gemm.fp8=true", "run.deterministic=true"])

@@ -18,10 +18,10 @@ only then, one bucket later; the launch queue does not run dry.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
@@ -30,12 +30,12 @@ from fp8train.parallel.gradients.bucket_plan import PlannedBucket, turns_on_the_
 
 
 class _Verdict:
-    """A boolean on its way from the device to the host."""
+    """Whether a scalar is finite, on its way from the device to the host."""
 
     def __init__(self, value: Tensor) -> None:
         self._value, self._arrived = value, None
         if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
@@ -43,7 +43,7 @@ class _Verdict:
     def wait(self) -> bool:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._value)
+        return math.isfinite(float(self._value))
 
 
 class Release:
@@ -119,12 +119,12 @@ class Release:
             self._buckets[bucket].finish()
             norms = self._buckets[bucket].norms(self._dtype)
             self.norms.append(norms)
-            good = torch.isfinite(norms.sum())
+            total = norms.sum()  # finite if all are, on all ranks: norms are not negative
             if self._agree is not None and self._agree.size > 1:
-                bad = (~good).float()
-                self._agree.all_reduce(bad, purpose="norm", op=dist.ReduceOp.MAX)()
-                good = bad == 0
-            self._verdicts.append(_Verdict(good if self.worth is None else good & self.worth))
+                self._agree.all_reduce(total, purpose="norm")()
+            if self.worth is not None:
+                total = torch.where(self.worth, total, torch.nan)
+            self._verdicts.append(_Verdict(total))
 
     def _settle(self, stop: int) -> None:
         """Hand on the buckets below this number, or drop them."""
