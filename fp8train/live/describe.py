@@ -72,6 +72,9 @@ def describe_precision(trainer: Trainer) -> list[str]:
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
         lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
+    if trainer.store.released is not None:
+        buckets, kept = len(trainer.store.buckets), len(trainer.store.lasting)
+        lines.append(f"gradients released during backward: {buckets} buckets in the memory of {kept}")
     lines.append(f"attention: {built.attention}")
     if trainer.processes.device.type != "cpu":
         lines.append(trainer.optimizer.describe_pass())

@@ -32,7 +32,7 @@ from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
-from fp8train.config.world import accumulation_steps, check_pipeline
+from fp8train.config.world import accumulation_steps, check_pipeline, check_release
 from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel, build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
@@ -117,6 +117,7 @@ class Trainer:
         )
         self.pipeline: Pipeline | None = None
         if placement is None:
+            check_release(config, contributions)
             self.store = GradientStore(
                 self.model,
                 self.gradients,

@@ -21,43 +21,46 @@ from tests.training.tiny import VOCAB, batches, tiny_config
 SHARED = ("optimizer.clip_grad_norm=0", "model.num_layers=3", "precision.gradient.bucket_mib=0.002")
 WIDER = ("model.hidden_size=64", "model.num_heads=4", "model.head_dim=64", "model.ffn_hidden_size=256")
 OWNERS = ("parallel.zero=1", "parallel.zero_partition=rows")
-CASES: dict[str, tuple[int, list[str]]] = {
-    "O0": (1, ["precision.level=O0"]),
-    "O2": (1, ["precision.level=O2"]),
-    "O2, BF16": (1, ["precision.level=O2", "precision.gradient.fp8.reduce=bf16"]),
-    "O2, paper": (1, ["precision.level=O2", "precision.profile=paper"]),
+ALONE, PARTS = Layout(), Layout(tp=2)
+CASES: dict[str, tuple[Layout, list[str]]] = {
+    "O0": (ALONE, ["precision.level=O0"]),
+    "O2": (ALONE, ["precision.level=O2"]),
+    "O2, BF16": (ALONE, ["precision.level=O2", "precision.gradient.fp8.reduce=bf16"]),
+    "O2, paper": (ALONE, ["precision.level=O2", "precision.profile=paper"]),
     "O1, delayed, full": (
-        1,
+        ALONE,
         ["precision.level=O1", "precision.recipe=te_delayed", "train.activation_checkpointing=full"],
     ),
-    "O0, owners": (1, ["precision.level=O0", *OWNERS]),
-    "O3, owners": (1, ["precision.level=O3", *OWNERS]),
+    "O0, owners": (ALONE, ["precision.level=O0", *OWNERS]),
+    "O3, owners": (ALONE, ["precision.level=O3", *OWNERS]),
     "O3, owners of whole tensors": (
-        1,
+        ALONE,
         ["precision.level=O3", "parallel.zero=1", "parallel.zero_partition=whole_tensor"],
     ),
-    "O2, paper, owners": (1, ["precision.level=O2", "precision.profile=paper", *OWNERS]),
-    "O0, TP": (2, ["precision.level=O0"]),
-    "O2, paper, TP": (2, ["precision.level=O2", "precision.profile=paper"]),
+    "O2, paper, owners": (ALONE, ["precision.level=O2", "precision.profile=paper", *OWNERS]),
+    "O0, TP": (PARTS, ["precision.level=O0"]),
+    "O2, paper, TP": (PARTS, ["precision.level=O2", "precision.profile=paper"]),
     "O2, delayed, TP, selective": (
-        2,
+        PARTS,
         ["precision.level=O2", "precision.recipe=te_delayed", "train.activation_checkpointing=selective"],
     ),
-    "O3, TP, owners": (2, ["precision.level=O3", *OWNERS]),
+    "O2, CP": (Layout(cp=2), ["precision.level=O2"]),
+    "O2, two nodes": (ALONE, ["precision.level=O2", "precision.gradient.fp8.node_size=2"]),
+    "O3, TP, owners": (PARTS, ["precision.level=O3", *OWNERS]),
 }
 
 
 def trainer_of(name: str, world_size: int, *, release: bool) -> Trainer:
-    tp, overrides = CASES[name]
+    layout, overrides = CASES[name]
     config = tiny_config(
         [
-            *(*SHARED, *overrides, f"parallel.tp={tp}", f"train.gradient_release={str(release).lower()}"),
-            f"train.micro_batch_size={8 * tp // world_size}",
-            *(WIDER if tp > 1 else ()),
+            *(*SHARED, *overrides, f"parallel.tp={layout.tp}", f"parallel.cp={layout.cp}"),
+            f"train.micro_batch_size={8 * layout.model_ranks // world_size}",
+            f"train.gradient_release={str(release).lower()}",
+            *(WIDER if layout.tp > 1 else ()),
         ]
     )
-    processes = joined_processes(torch.device("cpu"), Layout(tp=tp))
-    return Trainer(config, processes, vocab_size=VOCAB)
+    return Trainer(config, joined_processes(torch.device("cpu"), layout), vocab_size=VOCAB)
 
 
 def differences(group: dist.ProcessGroup, rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
@@ -75,13 +78,13 @@ def differences(group: dist.ProcessGroup, rank: int, world_size: int, names: lis
     return result
 
 
-OF_FOUR = "O3, TP, owners"
-OF_TWO = [name for name in CASES if name != OF_FOUR]
+OF_FOUR = ["O3, TP, owners", "O2, two nodes"]
+OF_TWO = [name for name in CASES if name not in OF_FOUR]
 
 
 @pytest.mark.parametrize(
     ("world_size", "names"),
-    [(2, OF_TWO[::2]), (2, OF_TWO[1::2]), (4, [OF_FOUR])],
+    [(2, OF_TWO[::2]), (2, OF_TWO[1::2]), (4, OF_FOUR)],
     ids=["even", "odd", "four"],
 )
 def test_ranks_have_the_bits_of_ranks_without(gloo_pool, world_size: int, names: list[str]) -> None:

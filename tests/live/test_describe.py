@@ -82,6 +82,20 @@ def test_one_micro_batch_needs_no_accumulator() -> None:
     assert stored_bytes(trainer).per_parameter()["accumulator"] == 0
 
 
+def test_released_gradients_are_said_and_share_memory() -> None:
+    settings = ["precision.level=O0", "train.micro_batch_size=8", "optimizer.clip_grad_norm=0"]
+    settings += ["model.num_layers=6", "precision.gradient.bucket_mib=0.06"]
+    plain, released = (
+        trainer_of(*settings, f"train.gradient_release={value}") for value in ("false", "true")
+    )
+    buckets, kept = len(plain.store.buckets), len(released.store.lasting)
+    header = "\n".join(describe_precision(released))
+    assert f"gradients released during backward: {buckets} buckets in the memory of {kept}" in header
+    assert "released" not in "\n".join(describe_precision(plain))
+    assert stored_bytes(plain).per_parameter()["gradient"] == 4
+    assert kept < buckets / 3 and stored_bytes(released).per_parameter()["gradient"] < 4 / 3
+
+
 def test_the_whole_model_is_everything_that_is_allocated() -> None:
     trainer = trainer_of("precision.level=O2")
     states = sum(tensor.nbytes for tensor in trainer.optimizer.states.tensors().values())

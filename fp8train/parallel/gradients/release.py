@@ -87,7 +87,7 @@ class Release:
         self.norms: list[Tensor] = []
         self._verdicts: list[_Verdict] = []
         self._open = [False] * len(self._plan)
-        self._settled = self.handed_on = 0
+        self._launched = self._settled = self.handed_on = 0
         self.stopped = False
 
     def before(self, bucket: int, part: int) -> None:
@@ -110,10 +110,12 @@ class Release:
 
     def launched(self, count: int) -> None:
         """So many buckets are launched: judge those whose sums should be here."""
+        self._launched = count
         self.judge(count - self._on_the_way)
 
     def judge(self, stop: int) -> None:
         """Judge the buckets below this number; collective where ranks agree."""
+        assert stop <= self._launched, f"bucket {stop - 1} is wanted before it is complete"
         for bucket in range(len(self._verdicts), stop):
             self._advance(bucket + 1)
             self._buckets[bucket].finish()
