@@ -73,8 +73,8 @@ def describe_precision(trainer: Trainer) -> list[str]:
         lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
     if trainer.store.released is not None:
-        buckets, kept = len(trainer.store.buckets), len(trainer.store.lasting)
-        lines.append(f"gradients released during backward: {buckets} buckets in the memory of {kept}")
+        buckets, places = len(trainer.store.buckets), len(trainer.store.lasting)
+        lines.append(f"gradients released during backward: {buckets} buckets in the memory of {places}")
     lines.append(f"attention: {built.attention}")
     if trainer.processes.device.type != "cpu":
         lines.append(trainer.optimizer.describe_pass())

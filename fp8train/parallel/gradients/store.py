@@ -136,18 +136,19 @@ class GradientStore:
             places=fewest_places(maker.replicas.size) if shared else None,
         )
         of_bucket = [[members[position] for position in planned.members] for planned in plan]
-        units = [maker.units(planned.kind, own) for planned, own in zip(plan, of_bucket, strict=True)]
+        order = list(range(len(plan)))
+        if shared:  # of those that share memory, the largest is made first
+            order.sort(key=lambda number: maker.units(plan[number].kind, of_bucket[number]), reverse=True)
         memories: dict[int, Memory] = {}
         made: dict[int, Bucket] = {}
         self.lasting: list[Bucket] = []
-        for number in sorted(
-            range(len(plan)), key=lambda number: -units[number]
-        ):  # the largest makes a place
-            place, known = plan[number].place, plan[number].place in memories
-            if not known:
+        for number in order:
+            place = plan[number].place
+            first = place not in memories
+            if first:
                 memories[place] = (SharedMemory if shared else Memory)(maker.device)
             made[number] = maker.make(plan[number].kind, of_bucket[number], memories[place])
-            self.lasting += [] if known else [made[number]]
+            self.lasting += [made[number]] if first else []
         part = parts_of(parameters)
         for number, planned in enumerate(plan):
             slots = range(len(self._slots), len(self._slots) + len(planned.members))
