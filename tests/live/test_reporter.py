@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from fp8train.live.reporter import Reporter
 from fp8train.run_dir.metrics import read_metrics
+from fp8train.step.result import StepResult
 from tests.inference.trained import train_small
 
 
@@ -32,3 +38,28 @@ def test_the_mean_loss_is_that_of_all_steps_since_the_last_line(
     }
     shown = [float(text) for text in re.findall(r"\| loss (\S+)", capsys.readouterr().out)]
     assert shown == [pytest.approx(mean, abs=5e-5) for _, mean in found.values()]
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({}, "gradient is not finite (norm nan); weights left unchanged"),
+        (
+            {"partly": True},
+            "gradient is not finite (norm nan); "
+            "weights before that in backward are new, the others unchanged",
+        ),
+        ({"no_targets": True}, "not one target token in the global batch; weights left unchanged"),
+    ],
+    ids=["skipped", "partly", "no targets"],
+)
+def test_a_skipped_step_says_what_it_left(result: dict[str, bool], said: str) -> None:
+    lines: list[str] = []
+    events: list[dict[str, Any]] = []
+    reporter: Any = SimpleNamespace(
+        say=lines.append, event=lambda kind, **values: events.append({"kind": kind, **values})
+    )
+    Reporter.skipped(reporter, 7, StepResult(torch.tensor(1.5), math.nan, 0.1, False, **result))
+    assert lines == [f"step 7: {said}"]
+    (event,) = events
+    assert (event["kind"], event["step"], event["partly"]) == ("step_skipped", 7, result.get("partly", False))
