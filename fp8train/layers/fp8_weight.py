@@ -30,7 +30,7 @@ from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.kernels.operands import CastRule, turn_codes
 from fp8train.kernels.padding import Operand, aligned
 from fp8train.kernels.stored_weight import StoredWeight, cast_stored
-from fp8train.layers.fp8_operand import cropped, quantize_layouts, quantize_operand
+from fp8train.layers.fp8_operand import cropped, quantize_kept, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
 from fp8train.numerics.formats import dtype_of
@@ -133,17 +133,21 @@ class CachedFp8Weight(Fp8Weight):
         if self._key == key:
             return
         self._amax.zero_()
-        copies = {}
-        for use, spec in self._uses().items():
-            scale = self._delayed_scale(use, spec)
-            slot = None if scale is None else ScaleSlot(scale, self._amax)
-            row = self._active_row() if use == "output.w" else None
-            contracted = _CONTRACTED[use]
-            agree = self._wire.agreement("w", spec, contracted)
-            copies[use] = quantize_layouts(weight, spec, slot, row, agree, contracted=contracted)
-        self.forward = copies["output.w"].rows
-        backward = copies.get("grad_input.w", copies["output.w"]).columns
-        self.backward = None if self.quant.keep_w == "bf16" else backward
+        specs = self.quant.output_w, self.quant.grad_input_w
+        slots = []
+        for use, spec in zip(_CONTRACTED, specs, strict=True):
+            scale = self._delayed_scale(use, spec) if use in self._uses() else None
+            slots.append(None if scale is None else ScaleSlot(scale, self._amax))
+        both = quantize_kept(
+            weight,
+            self.quant.keep_w,
+            specs,
+            (slots[0], slots[1]),
+            self._active_row(),
+            (self._wire.agreement("w", specs[0], 1), self._wire.agreement("w", specs[1], 0)),
+        )
+        self.forward = both.rows
+        self.backward = None if self.quant.keep_w == "bf16" else both.columns
         self._key = key
 
     def record_statistics(self, weight: Tensor) -> None:
@@ -225,13 +229,9 @@ class ResidentFp8Weight(Fp8Weight):
     def backward_operand(self) -> Operand | None:
         """The copy for backward; on a GPU it is turned at its first use, when other ranks' rows are there."""
         if self.backward is None and self.forward is not None:
-            copy = self._copy_for_backward
+            copy = self._copies.get("grad_input.w", self._copies["output.w"])
             self.backward = turn_codes(copy.payload).t(), copy.scale_inv
         return self.backward
-
-    @property
-    def _copy_for_backward(self) -> _Copy:
-        return self._copies.get("grad_input.w", self._copies["output.w"])
 
     @torch.no_grad()
     def begin(self, amax: Tensor) -> None:
@@ -302,7 +302,8 @@ class ResidentFp8Weight(Fp8Weight):
         """Put the copies into use. On a sampled step the weight's row describes what this step wrote."""
         operands = {use: (copy.payload, copy.scale_inv) for use, copy in self._copies.items()}
         self.forward = operands["output.w"]
-        lies_well = not fuses(self.forward[0])  # GPUs read this operand in another layout
+        # GPUs read this operand in another layout, unless it is decoded and cast again.
+        lies_well = self.quant.keep_w == "requantise" or not fuses(self.forward[0])
         self.backward = operands.get("grad_input.w", self.forward) if lies_well else None
         row = self._active_row()
         if row is not None and self._rows:

@@ -87,13 +87,12 @@ class FusedLinear:
     """One linear's share of a fused function; made by :meth:`fp8train.layers.linear.Linear.fused`.
 
     Attributes:
-        call: multipliers, plan and sink.
+        call: multipliers, plan, sink, and whether there will be a backward.
         slots: scales of delayed casts.
         sink_slot: where the weight gradient goes; None returns it to autograd.
         shape: of the weight, [N, K].
         dtype: of products.
         keeps_input: without a plan: whether forward's input is kept for backward, or made again there.
-        trains: whether there will be a backward, which reads codes in another layout.
     """
 
     call: LinearCall
@@ -102,7 +101,6 @@ class FusedLinear:
     shape: torch.Size
     dtype: torch.dtype
     keeps_input: bool = True
-    trains: bool = True
 
     @property
     def _quant(self) -> LinearQuant | None:
@@ -123,7 +121,7 @@ class FusedLinear:
         if quant is None or scale_inv is None:
             x = source.forward()
             return matmul(x, values.t(), alpha=alphas.output), (x if self.keeps_input else None, None)
-        both = self._cast(source, quant.output_x, self.slots.output_x, "x", 1, turned=self.trains)
+        both = self._cast(source, quant.output_x, self.slots.output_x, "x", 1, turned=self.call.trains)
         operand, w = (both.codes, both.scale_inv), transposed((values, scale_inv))
         specs = (quant.output_x, quant.output_w)
         product = self._multiply(operand, w, specs, alphas.output, fast=quant.fast_accumulation)

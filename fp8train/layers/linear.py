@@ -300,13 +300,14 @@ class Linear(nn.Module):
             self.await_weight()
         slot = self.sink_slot
         batch = 1 if self.wire.kind == "none" else x.shape[0]
-        call = LinearCall(self.alphas, self.plan, 0 if slot is None else slot.sink, self.wire, batch)
+        sink, trains = 0 if slot is None else slot.sink, torch.is_grad_enabled()
+        call = LinearCall(self.alphas, self.plan, sink, self.wire, batch, trains)
         flat = x.reshape(-1, self.in_features)
         if self.plan is None or self.leaves_fp8:
             buffer, index = (None, None) if slot is None else (slot.buffer, slot.slot)
             y = _HighPrecisionLinear.apply(flat, self.weight, buffer, index, call)
         else:
-            w_forward, w_backward = self._w_forward, self._w_backward
+            w_forward, w_backward = self._w_forward, self._w_backward if trains else None
             assert w_forward is not None or columns is not None, (
                 f"{self.name}: no FP8 weight; call quantize_weight() before a compiled forward, or write the "
                 "weight if it is resident in FP8"
@@ -334,22 +335,22 @@ class Linear(nn.Module):
             return None
         if plan is not None and (self.casts_in_forward or not fusable(plan.quant)):
             return None
-        call = LinearCall(self.alphas, plan, 0 if self.sink_slot is None else self.sink_slot.sink, self.wire)
+        sink, trains = 0 if self.sink_slot is None else self.sink_slot.sink, torch.is_grad_enabled()
+        call = LinearCall(self.alphas, plan, sink, self.wire, trains=trains)
         slots = self._recording_slots if state is not None and state.active else self._slots
         shape, dtype = self.weight.shape, self.weight.dtype
-        trains = torch.is_grad_enabled()
-        return FusedLinear(call, slots, self.sink_slot, shape, dtype, keeps_input, trains)
+        return FusedLinear(call, slots, self.sink_slot, shape, dtype, keeps_input)
 
     def fused_weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """The operands of the output and the grad_input GEMM for :meth:`fused`: payload and scale of each;
-        without a plan the weight and None. In a model without backward the second is not read."""
+        without a plan the weight and None. Without backward the second is not read."""
         if self.plan is None:
             return self.weight, None, self.weight, None
         self.quantize_weight()
         self.await_weight()
-        forward, backward = self._w_forward, self._w_backward
+        forward, backward = self._w_forward, self._w_backward if torch.is_grad_enabled() else None
         assert forward is not None, f"{self.name}: no FP8 weight was written yet"
-        return *forward, *(forward if backward is None else backward)  # a loaded weight has no backward
+        return *forward, *(forward if backward is None else backward)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
