@@ -192,3 +192,13 @@ def test_smaller_cases_agree_in_their_sizes() -> None:
                 if isinstance(full, torch.Tensor):
                     order = sorted(range(full.dim()), key=full.stride, reverse=True)
                     assert ours.permute(order).is_contiguous(), f"{case}: strides {ours.stride()}"
+
+
+def test_optimizer_cases_have_values() -> None:
+    from tools.kernel_cases import cases
+
+    for case in cases():
+        if case.operation == "optimizer_update":
+            gradients, _, masters, _, *moments = case.filled(torch.device("cpu"), scale=1024)[:8]
+            for tensor in (*gradients, *masters, *moments[0], *moments[2]):
+                assert tensor.float().count_nonzero() > tensor.numel() / 2, case
