@@ -2,7 +2,7 @@
 
 What a linear multiplies is often made by a formula just before (a norm, a non-linearity), and its gradient by
 another just behind (RoPE). On a GPU the formula and the cast of its result are one pass over memory, so an
-autograd function spans both: :mod:`fp8train.layers.fused_mlp`, :mod:`fp8train.layers.fused_attention`. This
+autograd function spans both: :mod:`fp8train.layers.fused_mlp`, :mod:`fp8train.layers.fused_heads`. This
 is the part that they share. Codes are those of :mod:`fp8train.layers.fp8_linear`, which says which GEMM reads
 what; without an FP8 plan the operands are the values themselves.
 """
@@ -51,13 +51,13 @@ class Source:
         self.rows, self.forward, self.amax, self.cast = rows, forward, amax, cast
 
     @classmethod
-    def of_values(cls, x: Tensor) -> Source:
-        """Values that lie in memory."""
+    def of_values(cls, x: Tensor, partials: Tensor | None = None) -> Source:
+        """Values that lie in memory; ``partials``: of their amax, where they are known."""
         x = x.contiguous()
         return cls(
             len(x),
             lambda: x,
-            lambda: amax_partials(x),
+            lambda: amax_partials(x) if partials is None else partials,
             lambda *, partials, rule, **layouts: cast_operand(x, partials, rule, **layouts),
         )
 

@@ -259,6 +259,12 @@ class Linear(nn.Module):
         if self._fp8_weight is not None and self._scale_state is not None and self._scale_state.active:
             self._fp8_weight.record_amax()
 
+    def make_backward_operand(self) -> None:
+        """Make what backward reads of a resident weight, if that is another layout: a compiled forward would
+        make it in its graph, and another graph of the next forward, which finds it."""
+        if self._fp8_weight is not None:
+            self._fp8_weight.backward_operand()
+
     def await_weight(self) -> None:
         """Wait until all of a new FP8 weight has arrived from the ranks that keep its master."""
         if self._arrived is not None:
@@ -321,19 +327,23 @@ class Linear(nn.Module):
         shape = x.shape[:-1] if self.wire.kind == "none" else (batch, -1)
         return y.view(*shape, self.out_features)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether this linear, once connected, can be a part of a fused function: not with a bias, ranks that
+        hold other parts, or other granularities of scales."""
+        plan, alone = self.plan, self.bias is None and self.wire.kind == "none"
+        casts_alike = plan is None or (not self.casts_in_forward and fusable(plan.quant))
+        return alone and casts_alike and self.weight.dtype != torch.float64
+
     def fused(self, *, keeps_input: bool = True) -> FusedLinear | None:
         """This linear as a part of a fused function; None where only :meth:`forward` does what it has to:
-        a bias, ranks that hold other parts, statistics of casts, other granularities of scales.
+        unless it :attr:`fuses`, for statistics of casts, and while it leaves FP8.
 
         Args:
             keeps_input: see :class:`~fp8train.layers.fused_linear.FusedLinear`.
         """
         plan, state, recorder = self.plan, self._scale_state, self._recorder
-        if self.bias is not None or self.wire.kind != "none" or self.leaves_fp8:
-            return None
-        if self.weight.dtype == torch.float64 or (recorder is not None and recorder.active):
-            return None
-        if plan is not None and (self.casts_in_forward or not fusable(plan.quant)):
+        if not self.fuses or self.leaves_fp8 or (recorder is not None and recorder.active):
             return None
         sink, trains = 0 if self.sink_slot is None else self.sink_slot.sink, torch.is_grad_enabled()
         call = LinearCall(self.alphas, plan, sink, self.wire, trains=trains)

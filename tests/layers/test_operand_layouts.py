@@ -1,9 +1,9 @@
-"""Which layouts of operands a GPU is asked to write, and how often it reads what it casts; here the references
-of the fused operations say what was asked for."""
+"""Which layouts of operands a GPU is asked to write, and how often it reads what it casts. The references of
+the fused operations run, and say what was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,8 +59,8 @@ class Asked:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
-    yield Asked(monkeypatch)
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return Asked(monkeypatch)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
