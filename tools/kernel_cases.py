@@ -166,8 +166,8 @@ def _update(
         values = torch.empty(shape, device=device)
         return values if generator is None else values.normal_(0, deviation, generator=generator)
 
-    for number, (rows, *columns) in enumerate(shapes):
-        fqn, shape = f"w{number}", (max(1, rows // scale), *columns)
+    for number, (*rows, width) in enumerate(shapes):
+        fqn, shape = f"w{number}", (*(max(1, count // scale) for count in rows), width)
         planned = plan != StateFormats()
         specs[fqn] = ParamSpec(fqn, "hidden", shape, 1, 1, "normal", 0.02, 1.0, "lr_times_lambda", planned)
         weights[fqn] = torch.zeros(shape, dtype=torch.bfloat16, device=device)

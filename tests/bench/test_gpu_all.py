@@ -199,6 +199,6 @@ def test_optimizer_cases_have_values() -> None:
 
     for case in cases():
         if case.operation == "optimizer_update":
-            gradients, _, masters, _, *moments = case.filled(torch.device("cpu"), scale=1024)[:8]
+            gradients, _, masters, _, *moments = case.filled(torch.device("cpu"), scale=64)[:8]
             for tensor in (*gradients, *masters, *moments[0], *moments[2]):
                 assert tensor.float().count_nonzero() > tensor.numel() / 2, case
