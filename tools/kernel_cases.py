@@ -144,7 +144,11 @@ def _stored_weights() -> Iterator[Case]:
         ("FP32", _empty(FFN, HIDDEN, dtype=torch.float32), None, WIDE),
     ):
         master = (payload, scale, bits, 128, number)
-        yield Case("cast_stored", name, (codes, number, number, number, *master, None, 0, *X))
+        for variant, turned in (
+            (name, codes.new_empty(0)),
+            (f"{name}, both layouts", codes.new_empty(HIDDEN, FFN)),
+        ):
+            yield Case("cast_stored", variant, (codes, turned, number, number, number, *master, None, 0, *X))
 
 
 def _update(

@@ -212,6 +212,7 @@ class Linear(nn.Module):
     def fp8_codes(self) -> Tensor:
         """The FP8 weight of the output GEMM, padding included, once it was written; the rounded values where
         FP4 is simulated."""
+        self.quantize_weight()
         self.await_weight()
         assert self._w_forward is not None and self.plan is not None
         values, spec = self._w_forward[0], self.plan.quant.output_w
@@ -219,6 +220,7 @@ class Linear(nn.Module):
 
     def fp8_scale_inv(self) -> Tensor:
         """The FP32 scales of :meth:`fp8_codes`: a scalar, or those of rows or blocks."""
+        self.quantize_weight()
         assert self._w_forward is not None
         return self._w_forward[1]
 
@@ -248,16 +250,19 @@ class Linear(nn.Module):
         one = torch.full((1, 1), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
         self.weight.data = one.expand(self.weight.shape)
 
-    @torch.no_grad()
     def quantize_weight(self) -> None:
         """Quantise the weight if it changed since the last time, and record its amax if amaxes are recorded.
 
         The model calls it before its blocks run.
         """
-        if isinstance(self._fp8_weight, CachedFp8Weight):
-            self._fp8_weight.refresh(self.weight)
-        if self._fp8_weight is not None and self._scale_state is not None and self._scale_state.active:
-            self._fp8_weight.record_amax()
+        weight, trains = self._fp8_weight, torch.is_grad_enabled()
+        with torch.no_grad():
+            if isinstance(weight, CachedFp8Weight):
+                weight.refresh(self.weight)
+            elif isinstance(weight, ResidentFp8Weight):
+                weight.refresh(turned=trains)
+            if weight is not None and self._scale_state is not None and self._scale_state.active:
+                weight.record_amax()
 
     def make_backward_operand(self) -> None:
         """Make what backward reads of a resident weight, if that is another layout: a compiled forward would

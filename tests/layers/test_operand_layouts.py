@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels import fused_op
+from fp8train.kernels.optimizer_update import WIDE
+from fp8train.kernels.stored_weight import StoredWeight
 from fp8train.layers import fp8_operand, fp8_weight
 from fp8train.layers.fp8_operand import quantize_layouts, quantize_twice
 from fp8train.layers.linear import Linear
@@ -41,6 +43,7 @@ class Asked:
             (fp8_operand, "cast_groups"),
             (fp8_operand, "cast_both"),
             (fp8_weight, "turn_codes"),
+            (fp8_weight, "cast_stored"),
         ):
             monkeypatch.setattr(module, name, self._noted(name, getattr(module, name)))
         for module in (fused_op, fp8_weight):
@@ -48,7 +51,10 @@ class Asked:
 
     def _noted(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            self.calls.append((name, options.get("straight", True), options.get("turned", True)))
+            turned = options.get("turned", True)
+            self.calls.append(
+                (name, options.get("straight", True), turned is not None and turned is not False)
+            )
             return operation(*args, **options)
 
         return call
@@ -134,6 +140,33 @@ def test_a_resident_weight_is_turned_for_backward_alone(asked: Asked) -> None:
     assert ("turn_codes", True, True) in asked.take()
     layer(x)
     assert asked.take() == [("cast_operand", *BOTH)]
+
+
+def test_a_stored_master_is_cast_where_it_is_known_who_reads_it(asked: Asked) -> None:
+    """By the next forward, in both layouts if it trains; at once where its codes go to other ranks."""
+    layer, x = Linear(WIDTH, OUT, bias=False, dtype=torch.bfloat16), random(ROWS, WIDTH)
+    weight = connect_resident(layer, LinearQuant())
+    master = random(OUT, WIDTH).float()
+    weight.fill(master)
+    expected = layer(x).detach()
+    asked.take()
+    stored = StoredWeight(master, None, WIDE, 1, master.abs().amax())
+    assert weight.take(0, stored)
+    assert asked.take() == [] and weight.backward is None
+    assert torch.equal(layer(x), expected)
+    assert asked.take() == [("cast_stored", *BOTH), ("cast_operand", *BOTH)]
+    layer(x)
+    assert asked.take() == [("cast_operand", *BOTH)]
+    assert weight.forward is not None and weight.backward is not None
+    assert same(*(codes for codes, _ in (weight.forward, weight.backward)))
+    assert weight.take(0, stored)
+    assert weight.backward is None, "between steps a weight has one layout"
+    with torch.no_grad():
+        layer(x)
+    assert asked.take() == [("cast_stored", *ROWS_ONLY), ("cast_operand", *ROWS_ONLY)]
+    weight.copies()
+    assert weight.take(0, stored)
+    assert asked.take() == [("cast_stored", *ROWS_ONLY)]
 
 
 def test_a_weight_that_is_cast_again_in_backward_is_not_turned(asked: Asked) -> None:
