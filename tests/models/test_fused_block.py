@@ -3,6 +3,7 @@ the references of the fused operations. When it is used, and when it is not."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +17,7 @@ from fp8train.layers.gradient_amax import GradientAmax
 from fp8train.live.describe import describe_precision
 from fp8train.models import decoder
 from fp8train.models.fused_block import FusedBlock, fused_block
+from fp8train.optim import publishing
 from fp8train.step.trainer import Trainer
 from tests.training.tiny import alone, tiny_config
 
@@ -54,7 +56,10 @@ def trained(*overrides: str, fuse: bool) -> tuple[list[tuple[float, float]], dic
 
     run, history = trainer(*overrides), []
     tokens = torch.randint(VOCAB, (2, 2, LENGTH + 1), generator=torch.Generator().manual_seed(7))
-    with patch.object(fused_op, "fuses", lambda x: fuse), patch.object(decoder, "fused_block", counted):
+    with ExitStack() as stack:
+        for module in (fused_op, fp8_weight, publishing):
+            stack.enter_context(patch.object(module, "fuses", lambda x: fuse))
+        stack.enter_context(patch.object(decoder, "fused_block", counted))
         for step in range(3):
             result = run.step(step, tokens)
             history.append((float(result.loss), result.grad_norm))
