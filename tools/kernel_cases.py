@@ -143,12 +143,19 @@ def _stored_weights() -> Iterator[Case]:
         ("FP16 blocks", _empty(FFN, HIDDEN, dtype=torch.float16), blocks, FP16.mantissa_bits),
         ("FP32", _empty(FFN, HIDDEN, dtype=torch.float32), None, WIDE),
     ):
-        master = (payload, scale, bits, 128, number)
-        for variant, turned in (
-            (name, codes.new_empty(0)),
-            (f"{name}, both layouts", codes.new_empty(HIDDEN, FFN)),
-        ):
-            yield Case("cast_stored", variant, (codes, turned, number, number, number, *master, None, 0, *X))
+        master, nothing = (payload, scale, bits, 128, number), codes.new_empty(0)
+        one = Case("cast_stored", name, (codes, nothing, number, number, number, *master, None, 0, *X))
+        remade = partial(_turned_too, one)
+        arguments = remade(torch.device("meta"), 1)
+        yield one
+        yield Case("cast_stored", f"{name}, both layouts", arguments, remade=remade)
+
+
+def _turned_too(case: Case, device: torch.device, scale: int) -> tuple[Any, ...]:
+    """The arguments of a case of ``cast_stored``, which is to write transposed codes as well."""
+    codes, _, *others = case.arguments if device.type == "meta" else case.filled(device, scale=scale)
+    turned = torch.zeros(codes.shape[::-1], dtype=torch.uint8, device=device).view(codes.dtype)
+    return codes, turned, *others
 
 
 def _update(
