@@ -172,7 +172,7 @@ class Trainer:
 
     def _distribute(self) -> None:
         if self.sharding is not None:
-            self.sharding.distribute(wait=self.config.train.compile != "off")
+            self.sharding.distribute(wait=any(block.compiled for block in self.model.held_blocks()))
 
     def _whole(self) -> list[str]:
         """Parameters that every tensor-parallel rank holds whole."""

@@ -30,6 +30,7 @@ from fp8train.config.schema import Config
 from fp8train.layers import grad_weight_op
 from fp8train.step.trainer import Trainer
 from tools.bench.ceilings import GPUS, Gpu
+from tools.bench.step_arguments import VARIANTS
 from tools.bench.step_counter import DEVICE, Counts, Row, StepCounter
 
 PHASES = ("weights", "forward", "backward", "head", "reduce", "norm", "optimizer", "other")
@@ -277,11 +278,6 @@ def operations(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: boo
             print(f"{phase:10}  {name:44}{row.launches:9}{row.moved / 1e9:9.3f}{row.seconds * 1e3:9.3f}")
 
 
-LEVELS = {
-    "FP8": ["precision.level=O0", "precision.gemm.fp8=true"],
-    **{level: [f"precision.level={level}"] for level in ("O0", "O1", "O2", "O3")},
-}
-"""What can be compared; ``FP8`` is FP8 GEMMs only."""
 _PASSES = ("weights", "forward", "backward", "reduce", "norm")
 
 
@@ -294,7 +290,7 @@ def compare(file: Path, overrides: Sequence[str], gpu: Gpu, levels: Sequence[str
     )
     found: dict[str, Report] = {}
     for level in levels:
-        result = found[level] = report(file, [*overrides, *LEVELS[level]], gpu)
+        result = found[level] = report(file, [*overrides, *VARIANTS[level]], gpu)
         optimizer = ("optimizer", "weights")
         spent = result.layers * result.block("seconds", optimizer) + result.rest("seconds", optimizer)
         print(
@@ -334,7 +330,7 @@ def main() -> None:
     )
     parser.add_argument("--operations", action="store_true", help="print what a block does, by operation")
     parser.add_argument("--no-optimizer", action="store_true", help="leave the update of the weights out")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, help="compare these, a line each")
+    parser.add_argument("--levels", nargs="+", choices=VARIANTS, help="compare these, a line each")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     gpu = GPUS[args.gpu]
