@@ -7,14 +7,14 @@ first reduction: casts of weights, forward and backward of all micro-batches, th
 gradient store. Reductions, norm, the decision to skip, and the update stay as they are: few launches, whose
 tables change from step to step. Why a replay gives the bits of the step that it stands for:
 
-* **Addresses.** Weights, the FP8 copies that the optimizer writes, delayed scales, rows of statistics, buffers
-  of the store and residuals are allocated once and written in place, checkpoints that are loaded too. Inputs
-  are copied into tensors of our own.
+* **Addresses.** Weights, the FP8 copies that the optimizer writes, delayed scales, rows of statistics,
+  buffers of the store and residuals are allocated once and written in place, by checkpoints too. Inputs are
+  copied into tensors of our own.
 * **What forward derives from weights and keeps** (casts of weights held in BF16, turned codes of resident
   ones) must be made anew by every replay: it is forgotten before a recording. It is forgotten behind one too,
   because what was recorded lives in memory that another graph may use.
-* **Numbers** that Python hands to a launch are frozen. Those of forward and backward are the same in all steps
-  of a *kind*: shapes, whether casts are sampled, which linears the guard took out of FP8, the number of
+* **Numbers** that Python hands to a launch are frozen. Those of forward and backward are the same in all
+  steps of a *kind*: shapes, whether casts are sampled, which linears the guard took out of FP8, the number of
   targets where it is known. Each kind has its graph. Random bits there depend on data alone.
 * **Side effects in Python**: the store's counts, told by ``GradientStore.replayed``. Everything else that a
   step begins or ends (amaxes of delayed scales, grids, residuals) happens outside, eagerly.
