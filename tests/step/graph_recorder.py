@@ -4,11 +4,13 @@ Of what runs while it records it keeps every operation with its very tensors and
 it; a replay runs them again on these tensors and puts results where they were. So what Python would do
 differently by now is not done, and a tensor that was replaced by another keeps its old values. As a capture,
 recording changes nothing: memory that existed gets its content back, and what was made holds NaN until a
-replay. What a capture forbids raises :class:`NotRecordable`.
+replay. What a capture forbids raises :class:`NotRecordable`; so does a replay that reads memory which nobody
+else holds any more, where a graph would read whatever is there by then.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -61,6 +63,15 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _references(key: int) -> int:
+    return torch._C._storage_Use_Count(key)  # type: ignore[attr-defined,no-any-return]
+
+
+_ONE = torch.ones(1)
+_UNUSED = _references(_key(_ONE)) - 1
+"""References to memory that no tensor has: torch counts the storage's Python object."""
+
+
 def _alias(leaf: Any) -> Any:
     """The same memory, in a tensor that nobody else can point elsewhere."""
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
@@ -78,6 +89,8 @@ class _Operations(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor | None]]] = []
         self._before: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
+        self._given: Counter[int] = Counter()  # references of ours to memory that existed before
+        self._numbers: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -99,12 +112,16 @@ class _Operations(TorchDispatchMode):
             result = func(*args, **kwargs)
         given = {_key(tensor) for tensor in _tensors((args, kwargs))}
         fresh = [tensor for tensor in _tensors(result) if _key(tensor) not in given]
+        if name == "lift_fresh":
+            self._numbers |= given
         for tensor in fresh:
             self._made[_key(tensor)] = tensor.untyped_storage()
         if (written or fresh) and name not in _EMPTY:
             own_args, own_kwargs = tree_map(_alias, (args, kwargs))
             outputs = [None if _key(tensor) in given else _alias(tensor) for tensor in _tensors(result)]
             self.calls.append((func, own_args, own_kwargs, outputs))
+            keys = map(_key, _tensors((own_args, own_kwargs)))
+            self._given.update(key for key in keys if key not in self._made and key not in self._numbers)
         return result
 
     def _check(self, name: str, args: tuple[Any, ...]) -> None:
@@ -130,9 +147,14 @@ class _Operations(TorchDispatchMode):
             _bytes_of(storage).copy_(content)
         for storage in self._made.values():
             _bytes_of(storage).fill_(0xFF)
+        self._before.clear()
+        self._made.clear()
 
     @torch.no_grad()
     def replay(self) -> None:
+        for key, ours in self._given.items():
+            if _references(key) - ours <= _UNUSED:
+                raise NotRecordable("memory that was recorded is free by now")
         for func, args, kwargs, outputs in self.calls:
             for old, new in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
                 if old is not None:
