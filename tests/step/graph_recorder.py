@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fp8train.kernels import fused_op, gemm
 from fp8train.kernels.fused_op import FusedOp
 from fp8train.layers import fp8_weight, grad_weight_op, loss
+from fp8train.numerics import stochastic
 from fp8train.optim import publishing
 from fp8train.parallel.gradients import block_storage, held
 from fp8train.step.recorded import Recording
@@ -204,6 +205,7 @@ def launched(*, fuse: bool) -> Iterator[None]:
             return
         with ExitStack() as stack:
             stack.enter_context(patch.object(FusedOp, "__call__", one_operation))
+            stack.enter_context(patch.object(stochastic, "_on_cpu", lambda x: False))
             for user in (fused_op, block_storage, held, loss, fp8_weight, publishing):
                 stack.enter_context(patch.object(user, "fuses", lambda x: True))
             yield

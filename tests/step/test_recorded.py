@@ -143,14 +143,25 @@ SETTINGS = {
     "constant": ("precision.level=O1", "precision.recipe=cscale"),
     "static": ("precision.recipe=mus", *O2),
     "rows": ("precision.level=O1", "precision.recipe=rowwise"),
+    "blocks": ("precision.level=O1", "precision.recipe=blockwise"),
+    "FP4": ("precision.level=O1", "precision.recipe=nvfp4_simulated"),
+    "channels": (
+        "precision.level=O1",
+        "precision.weights=compute",
+        "precision.gemm.smooth_swiglu=channel",
+    ),
     "FP64": ("precision.compute=fp64",),
     "feedback": (*O2, *ONE, "precision.gradient.fp8.error_feedback=true"),
     "feedback of sums": (*O2, "precision.gradient.fp8.error_feedback=true"),
 }
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["layers", "fused"])
-@pytest.mark.parametrize("name", SETTINGS)
+IN_LAYERS = ("O0", "O2", "delayed", "static", "rows", "feedback")  # in a CPU's branches too
+
+
+@pytest.mark.parametrize(
+    ("name", "fuse"), [*((name, True) for name in SETTINGS), *((name, False) for name in IN_LAYERS)]
+)
 def test_recorded_steps_have_the_bits_of_eager_ones(name: str, fuse: bool) -> None:
     run, recorder = assert_same_bits(SETTINGS[name], uneventful, fuse=fuse)
     assert run.trainer.recorded is not None
