@@ -98,7 +98,6 @@ def test_what_a_graph_cannot_record_is_counted() -> None:
     def step() -> None:
         x * 2.0 + 1
         float(x.sum())
-        x + torch.tensor([1.0], device="meta")
         torch.ones(1).to("meta")
 
     with StepCounter(H100) as counter:
@@ -106,5 +105,5 @@ def test_what_a_graph_cannot_record_is_counted() -> None:
         assert not +counter.counts.unrecordable
         counter.restart()
         counter.recorded(step)()
-    assert sum(counter.counts.unrecordable.values()) == 3
+    assert sum(counter.counts.unrecordable.values()) == 2
     assert sum(counter.counts.syncs.values()) == 1

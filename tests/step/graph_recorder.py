@@ -33,6 +33,7 @@ from fp8train.step.recorded import Recording
 _EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 _WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "bincount")
 _LOOKS = ("tolist", "numpy", "cpu")  # which a dispatch mode does not see on a CPU
+_COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy)
 _RANDOM = ("rand", "randn", "randint", "normal_", "uniform_", "bernoulli_", "random_", "randperm")
 _HANDS_OVER = {
     grad_weight_op.contribute_grad_weight: grad_weight_op._contribute_grad_weight,
@@ -53,6 +54,8 @@ class _NoLooks(TorchFunctionMode):
     ) -> Any:
         if (name := getattr(func, "__name__", "")) in _LOOKS:
             raise NotRecordable(f"the host waits for values: {name}")
+        if func in _COPIES:
+            raise NotRecordable(f"a tensor of host memory is copied to the device: {name}")
         return func(*args, **(kwargs or {}))
 
 
@@ -128,7 +131,7 @@ class _Operations(TorchDispatchMode):
     def _check(self, name: str, args: tuple[Any, ...]) -> None:
         if name in _WAITS:
             raise NotRecordable(f"the host waits for values: {name}")
-        if name == "lift_fresh" and args[0].dim():  # a scalar is a number of Python's, and frozen
+        if name == "lift_fresh" and args[0].dim():  # what is assigned to elements may be a number
             raise NotRecordable("a tensor of host memory is copied to the device")
         if name in _RANDOM:
             raise NotRecordable(f"random numbers: {name}")

@@ -276,7 +276,8 @@ def test_what_must_not_be_frozen_is_noticed(story: Callable[[Run], None], notice
         (lambda x: x.sum().item(), "host waits for values: _local_scalar_dense"),
         (lambda x: x.sum().tolist(), "host waits for values: tolist"),
         (lambda x: x[x > 0], "depends on values"),
-        (lambda x: x + torch.tensor([1.0]), "host memory"),
+        (lambda x: x + torch.tensor(1.0), "host memory"),
+        (lambda x: x + x.new_tensor([1.0]), "host memory"),
         (lambda x: x + torch.randn(1), "random numbers"),
     ],
 )

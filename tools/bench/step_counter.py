@@ -36,7 +36,6 @@ _FREE = frozenset((
 ))
 # fmt: on
 _GEMMS = ("mm", "addmm", "addmm_", "_scaled_mm", "_scaled_mm_v2", "bmm", "baddbmm")
-_FROM_HOST = ("lift_fresh", "_to_copy", "copy_")  # the first shows a tensor that was made of Python's numbers
 _WITHOUT_OLD = ("copy_", "fill_", "zero_")  # they overwrite what they do not read
 _SEVERAL = {"_scaled_dot_product_flash_attention_backward": 3, "embedding_dense_backward": 4}
 """Launches of operations that are more than one: flash attention's backward prepares, works and converts;
@@ -197,14 +196,14 @@ class StepCounter(TorchDispatchMode):
             return result
         for tensor in outputs:
             self._track(tensor)
-        if self._records and name in _FROM_HOST and (name == "lift_fresh" or not _is_meta(inputs[-1])):
-            self.counts.unrecordable[f"{_line()} (copied from the host)"] += 1
         if name in _FREE:
             return result
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
             if _is_meta(source) and not _is_meta(outputs[0]):
                 self._wait(" (copied to the host)")
+            if self._records and not _is_meta(source):
+                self.counts.unrecordable[f"{_line()} (copied from the host)"] += 1
         if (operation := OPERATIONS.get(f"{namespace}::{name}")) is not None:
             cost = operation.cost(args, result)
             self._note("elementwise", name, cost, 0)
