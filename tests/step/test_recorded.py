@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fp8train.comm.processes import Processes, joined_processes
 from fp8train.config.errors import ConfigError
+from fp8train.live.describe import describe_precision
 from fp8train.step.recorded import WARM_UP, RecordedStep
 from fp8train.step.targets import inputs_and_targets
 from fp8train.step.trainer import Trainer
@@ -309,6 +310,12 @@ def test_what_a_capture_forbids_is_refused(look: Callable[[Tensor], Any], told: 
 def test_what_is_not_recorded_is_refused(setting: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         tiny_config(["run.cuda_graphs=true", "run.threads=1", "precision.level=O2", setting])
+
+
+def test_the_header_of_a_run_says_so() -> None:
+    line = "forward and backward: CUDA graphs, after 2 steps without"
+    said = [describe_precision(Run(O2, recorder, alone()).trainer) for recorder in (GraphRecorder(), None)]
+    assert [line in lines for lines in said] == [True, False]
 
 
 def test_recording_changes_nothing_until_it_is_replayed() -> None:
