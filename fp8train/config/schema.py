@@ -141,20 +141,25 @@ class Config(AllSections):
             return
         gradient, parallel = self.precision.gradient, self.parallel
         exact = gradient.format != "high_precision" and gradient.fp8.reduce == "exact"
-        for holds, key, value, remedy, reason in (
+        problems = (
             (self.train.compile != "off", "train.compile", self.train.compile, "off", "is not recorded yet"),
             (parallel.tp > 1, "parallel.tp", parallel.tp, 1, "communicates within blocks"),
             (parallel.cp > 1, "parallel.cp", parallel.cp, 1, "communicates within blocks"),
             (parallel.pp > 1, "parallel.pp", parallel.pp, 1, "communicates between blocks"),
             (exact, "precision.gradient.fp8.reduce", "exact", "exchange", "makes new grids for each step"),
-        ):
-            if holds:
-                raise contradiction(
-                    f"run.cuda_graphs: true records forward and backward of one process, but {key}: {value} "
-                    f"{reason}; write {key}: {remedy}, or run.cuda_graphs: false",
-                    "run.cuda_graphs",
-                    key,
-                )
+        )
+        found = [
+            contradiction(
+                f"run.cuda_graphs: true records forward and backward of one process, but {key}: {value} "
+                f"{reason}; write {key}: {remedy}, or run.cuda_graphs: false",
+                "run.cuda_graphs",
+                key,
+            )
+            for holds, key, value, remedy, reason in problems
+            if holds
+        ]
+        if found:
+            raise contradictions(found)
 
     def _saved_activations(self) -> None:
         if self.precision.activations == "compute":

@@ -300,6 +300,7 @@ def test_what_a_capture_forbids_is_refused(look: Callable[[Tensor], Any], told: 
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
+        ("train.compile=block parallel.pp=2", r"parallel.pp: 2 comm[\s\S]*train.compile: block is"),
         ("train.compile=block", "train.compile: block is not recorded yet; write train.compile: off"),
         ("parallel.tp=2", "parallel.tp: 2 communicates within blocks; write parallel.tp: 1"),
         ("parallel.cp=2", "parallel.cp: 2 communicates within blocks; write parallel.cp: 1"),
@@ -309,7 +310,7 @@ def test_what_a_capture_forbids_is_refused(look: Callable[[Tensor], Any], told: 
 )
 def test_what_is_not_recorded_is_refused(setting: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        tiny_config(["run.cuda_graphs=true", "run.threads=1", "precision.level=O2", setting])
+        tiny_config(["run.cuda_graphs=true", "run.threads=1", "precision.level=O2", *setting.split()])
 
 
 def test_the_header_of_a_run_says_so() -> None:
