@@ -96,6 +96,9 @@ class Fp8Weight:
         """:attr:`backward`, made if it has yet to be."""
         return self.backward
 
+    def forget(self) -> None:
+        """Make what is derived from the weight, and kept, again at its next use."""
+
     def record_amax(self) -> None:
         """Tell the weight's delayed scales its amax; for training forwards while amaxes are recorded."""
         for use, spec in self._uses().items():
@@ -235,6 +238,11 @@ class ResidentFp8Weight(Fp8Weight):
             copy = self._for_backward
             self.backward = turn_codes(copy.payload).t(), copy.scale_inv
         return self.backward
+
+    def forget(self) -> None:
+        """Make the next :meth:`backward_operand` turn the copy again, where it does."""
+        if self.forward is not None and fuses(self.forward[0]):
+            self.backward = None
 
     @property
     def _for_backward(self) -> _Copy:

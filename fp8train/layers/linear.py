@@ -270,6 +270,11 @@ class Linear(nn.Module):
         if self._fp8_weight is not None:
             self._fp8_weight.backward_operand()
 
+    def forget_casts(self) -> None:
+        """Make what is derived from the weight, and kept from forward to forward, again at its next use."""
+        if self._fp8_weight is not None:
+            self._fp8_weight.forget()
+
     def await_weight(self) -> None:
         """Wait until all of a new FP8 weight has arrived from the ranks that keep its master."""
         if self._arrived is not None:
@@ -381,9 +386,8 @@ class Linear(nn.Module):
                 "would silently change its numerics. Build the model with another dtype instead"
             )
         super()._apply(fn, recurse)
-        if isinstance(self._fp8_weight, CachedFp8Weight):
-            self._fp8_weight.forget()
-        elif isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight)):
+        self.forget_casts()
+        if isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight)):
             self._fp8_weight.to(probe.device)
             self._drop_values()
         return self

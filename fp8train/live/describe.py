@@ -11,6 +11,7 @@ from fp8train.live.stored_bytes import StoredBytes
 from fp8train.models.decoder import Decoder
 from fp8train.optim.decay_loss import explain_lost_decay
 from fp8train.optim.parameter_state import in_plan
+from fp8train.step.recorded import WARM_UP
 from fp8train.step.trainer import Trainer
 from fp8train.update_rules.registry import rule_named
 
@@ -76,6 +77,8 @@ def describe_precision(trainer: Trainer) -> list[str]:
     lines.append(f"attention: {built.attention}")
     if built.compiles:
         lines.append(f"compile: {_compiled(trainer.model)}")
+    if trainer.recorded is not None:
+        lines.append(f"forward and backward: CUDA graphs, after {WARM_UP} steps without")
     if trainer.processes.device.type != "cpu":
         lines.append(trainer.optimizer.describe_pass())
     if trainer.pipeline is None:

@@ -55,6 +55,12 @@ def test_the_host_waits_once_a_step() -> None:
     assert sum(counted("O2").syncs.values()) == 1
 
 
+def test_what_cuda_graphs_record_waits_for_nothing() -> None:
+    """Nor does it copy from the host."""
+    for level in ("O0", "O2"):
+        assert counted(level).unrecordable == {}
+
+
 def test_the_optimizer_is_one_pass() -> None:
     """Bytes of an element: gradient 1; master, m and v 5, read and written; scales of blocks. The FP8 weight
     is cast beside it: the stored master 2, codes in two layouts 2."""
@@ -92,4 +98,22 @@ def test_counts_of_single_operations() -> None:
     gemm = counts.total(phase="one", kind="gemm_bf16")
     assert (gemm.launches, gemm.flops) == (1, 2 * 256 * 256 * 128)
     assert sum(counts.syncs.values()) == 1
+    assert not +counts.unrecordable
     assert counter.live >= 2 * size
+
+
+def test_what_a_graph_cannot_record_is_counted() -> None:
+    x = torch.empty(16, device="meta")
+
+    def step() -> None:
+        x * 2.0 + 1
+        float(x.sum())
+        torch.ones(1).to("meta")
+
+    with StepCounter(H100) as counter:
+        step()
+        assert not +counter.counts.unrecordable
+        counter.restart()
+        counter.recorded(step)()
+    assert sum(counter.counts.unrecordable.values()) == 2
+    assert sum(counter.counts.syncs.values()) == 1

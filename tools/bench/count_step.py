@@ -91,6 +91,9 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
     with pretended(gpu), StepCounter(gpu) as counter:
         assert config.model.vocab_size is not None, "model.vocab_size must be set: there is no tokenizer here"
         trainer = Trainer(config, processes, vocab_size=config.model.vocab_size)
+        trainer._one_after_the_other = counter.recorded(  # type: ignore[method-assign]
+            trainer._one_after_the_other
+        )
         if not optimizer:
             trainer.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
         _name_phases(trainer, counter)
@@ -171,6 +174,7 @@ class Report:
         block_parameters: of one block.
         lines: per phase, of one block and of the rest.
         syncs: lines where the host waits, with their numbers, in a model of one block.
+        unrecordable: those, and copies from the host, in what ``run.cuda_graphs`` records.
         gemms: GEMMs of a block that the tensor cores do not take as they lie, with the reason.
         persistent: bytes between steps of the whole model.
         peak: most bytes at once of the whole model.
@@ -185,6 +189,7 @@ class Report:
     block_parameters: int
     lines: list[Line]
     syncs: dict[str, int]
+    unrecordable: dict[str, int]
     gemms: dict[str, int]
     persistent: int
     peak: int
@@ -231,6 +236,7 @@ def report(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: bool = 
         two.parameters - one.parameters,
         lines,
         dict(one.counts.syncs),
+        {line: n for line, n in one.counts.unrecordable.items() if n},
         problems,
         extended("persistent"),
         extended("peak"),
@@ -254,7 +260,7 @@ def show(result: Report) -> None:
                     f"{line.gemm_flops / 1e12:12.3f}{line.attention_flops / 1e12:11.3f}"
                     f"{line.seconds * 1e3:9.3f}"
                 )
-    print(f"host waits: {result.syncs}")
+    print(f"host waits: {result.syncs}; where run.cuda_graphs would record: {result.unrecordable or 'none'}")
     print(f"GEMMs that the tensor cores do not take as they lie: {result.gemms or 'none'}")
     print(f"memory: {result.persistent / 1e9:.1f} GB between steps, {result.peak / 1e9:.1f} GB at the peak")
     print(
