@@ -36,6 +36,9 @@ def _against(config: AllSections) -> Iterator[tuple[str, str, str]]:
     if config.train.compile != "off":
         reason = "compiled blocks (train.compile: block) are told where each lies, alone"
         yield "train.compile", "off", reason
+    if config.run.cuda_graphs:
+        reason = "a CUDA graph (run.cuda_graphs) replays backward without the calls that update parameters"
+        yield "run.cuda_graphs", "false", reason
     if gradient.format == "high_precision":
         return
     if gradient.fp8.reduce == "exact":

@@ -42,7 +42,7 @@ class TrainConfig(Section):
     (``precision.gradient.bucket_mib``). Needs one micro-batch a step, and no clipping, whose factor needs all
     gradients. Bit-identical; only a step whose gradient stops being finite halfway is taken partly."""
     compile: Literal["off", "block"] = "off"
-    """``block``: ``torch.compile`` each decoder block."""
+    """``block``: ``torch.compile`` each decoder block that does not run as fused functions on a GPU."""
     consistency_interval: NonNegativeInt = 1000
     """Compare, every this many steps, the bits of tensors that several ranks hold; 0 = never."""
     eval_interval: NonNegativeInt = 0

@@ -8,6 +8,7 @@ Of every parameter that a rank holds (its pipeline stages, its tensor-parallel p
     states        the rows that the rank owns under ZeRO, else all of it, each in its format
     weight        the parameter in the compute type, its FP8 copies, or both
 
+On a GPU backward reads FP8 weights transposed, a byte more per parameter (:meth:`RankBytes.transposed`).
 Left out, for it is small: what messages are padded with (less than a block for each rank and bucket), and
 scale state. Activations and temporaries are not stored between steps.
 """
@@ -88,12 +89,28 @@ class RankBytes:
 
     def largest(self) -> StoredBytes:
         """Count what the rank stores that stores most."""
-        pp, pipeline, found = self.config.parallel.pp, self.config.parallel.pipeline, []
+        return max(map(self._of, self._model_parts()), key=lambda stored: stored.whole_model)
+
+    def transposed(self) -> int:
+        """Bytes of FP8 weights in the layout that a GPU's backward reads, beside that of forward; of the rank
+        with most. Resident weights have them from the first forward of a step until the optimizer writes the
+        next weights, others between steps too."""
+        gemm, precision = self.config.precision.gemm, self.config.precision
+        written = ("same", "second_copy") if precision.weights == "fp8" else ("same",)
+        if not gemm.fp8 or gemm.keep_w not in written or gemm.output.w.format == "e2m1":
+            return 0
+        return max(
+            sum(_padded(part.shape) for part in self._held(model_part) if self._has_copies(part))
+            for model_part in self._model_parts()
+        )
+
+    def _model_parts(self) -> Iterator[ModelPart]:
+        """What of the model each pipeline rank holds."""
+        pp, pipeline = self.config.parallel.pp, self.config.parallel.pipeline
         stages = plan_stages(self.config, self._vocab_size)
         for rank in range(pp):
             of_rank = stages_of_rank(pipeline.schedule, pp=pp, per_rank=pipeline.stages, rank=rank)
-            found.append(self._of(part_of([stages[index] for index in of_rank])))
-        return max(found, key=lambda stored: stored.whole_model)
+            yield part_of([stages[index] for index in of_rank])
 
     def _of(self, model_part: ModelPart) -> StoredBytes:
         """Of the rank that owns most among those with this part of the model."""
@@ -200,10 +217,15 @@ class RankBytes:
                 fmt = formats[role] if part.in_plan else StateFormat()
                 yield role, _state_bytes(fmt, shape, part.whole[-1], wide=self._wide)
 
+    def _has_copies(self, part: Part) -> bool:
+        """Whether there are FP8 copies of a weight between forwards."""
+        in_forward = self.config.precision.gemm.smooth_swiglu == "channel" and ".mlp.down." in part.fqn
+        return part.in_plan and not in_forward
+
     def _weight(self, part: Part) -> int:
         """The parameter in the compute type and its FP8 copies, those that there are."""
         precision, own = self.config.precision, part.numel * self._item
-        if not part.in_plan or (precision.gemm.smooth_swiglu == "channel" and ".mlp.down." in part.fqn):
+        if not self._has_copies(part):
             return own
         gemm = precision.gemm
         specs = [(gemm.output.w, 1), *([(gemm.grad_input.w, 0)] if gemm.keep_w == "second_copy" else [])]
@@ -216,8 +238,13 @@ class RankBytes:
                 scales = math.prod(
                     -(-size // (each or size)) for size, each in zip((rows, columns), tile, strict=True)
                 )
-            copies += (-(-rows // 16) * 16) * (-(-columns // 16) * 16) * item + 4 * scales
+            copies += _padded(part.shape) * item + 4 * scales
         return copies if precision.weights == "fp8" else own + copies
+
+
+def _padded(shape: Shape) -> int:
+    """Elements of a matrix whose sizes are padded to multiples of 16."""
+    return math.prod(-(-size // 16) * 16 for size in shape)
 
 
 def _state_bytes(fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int) -> int:

@@ -31,6 +31,11 @@ REFUSED = {
         "compiled blocks (train.compile: block) are told where each lies, alone",
         "off",
     ),
+    "CUDA graphs": (
+        [*RELEASE, "run.cuda_graphs=true"],
+        "a CUDA graph (run.cuda_graphs) replays backward without the calls that update parameters",
+        "false",
+    ),
     "exact sums": (
         [*RELEASE, O2, "precision.gradient.fp8.reduce=exact", "run.threads=1"],
         "precision.gradient.fp8.reduce: exact runs a step again if some do not fit their grids",
