@@ -77,12 +77,18 @@ RUNS: dict[str, list[str]] = {
     "paper": [FP8, "precision.profile=paper"],
     "coat": [FP8, "precision.state.plan=coat"],
     "8-bit second moments": [FP8, EXPANDED],
+    "lean": [FP8, "precision.state.plan=lean", "train.micro_batch_size=8"],
     "remainder": [FP8, "precision.state.master={format: bf16_remainder, rounding: nearest}"],
+    "remainder of a parameter": [
+        *(FP8, "precision.state.master={format: bf16_remainder, rounding: nearest}"),
+        "precision.weights=compute",
+    ],
     "lion": [FP8, "optimizer.name=lion"],
     "error feedback": [FP8, "precision.gradient.fp8.error_feedback=true"],
     "reduced in BF16": [FP8, "precision.gradient.fp8.reduce=bf16"],
     "exact": [FP8, "precision.gradient.fp8.reduce=exact", "run.threads=1"],
     "FP64": ["precision.compute=fp64"],
+    "FP32": ["precision.compute=fp32"],
     "FP8 GEMMs alone": ["precision.gemm.fp8=true"],
     "some linears": [FP8, "precision.gemm.exclude=['*.down']", "precision.gemm.first_layers_bf16=1"],
     "smooth": [FP8, "precision.gemm.smooth_swiglu=channel", "precision.weights=compute"],
@@ -111,6 +117,7 @@ def test_bytes_of_the_quick_start(level: str) -> None:
     assert RankBytes(config, 4096, dp=1, micro_batches=1).largest() == stored
     text = summarise(load_config(QUICKSTART, [*SMALL, f"precision.level={level}"]), None)
     assert str(stored) in text
+    assert f"all in      {stored.all_in()}\n" in text
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert f"parameters  {count:,}, " in text
 
@@ -141,7 +148,7 @@ def stored_by_ranks(
     """Runs in the pool: bytes of the whole part, and per parameter, of this rank."""
     config = tiny_config(overrides, **WIDE)
     stored = stored_bytes(Trainer(config, joined_processes(torch.device("cpu"), layout), vocab_size=200))
-    return [(stored.whole_model, stored.per_parameter())]
+    return [(stored.model.total, stored.per_parameter())]
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -151,7 +158,7 @@ def test_bytes_of_the_largest_rank(name: str, gloo_pool: Any) -> None:
     ranks = gloo_pool.run(stored_by_ranks, 2, layout, overrides)
     whole, shares = max((found for [found] in ranks), key=lambda found: found[0])
     computed = planned(tiny_config(overrides, **WIDE), 2)
-    assert computed.whole_model == pytest.approx(whole, rel=1e-3)
+    assert computed.model.total == pytest.approx(whole, rel=1e-3)
     assert computed.per_parameter() == pytest.approx(shares, rel=1e-3)
 
 
