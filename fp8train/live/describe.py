@@ -34,6 +34,10 @@ def _footprint(trainer: Trainer, linears: Mapping[str, Linear], fqns: Collection
         of_scales = linears[fqn].weight_scale_bytes if fqn in linears else 0
         scales["weight"] += of_scales
         values["weight"] += (linears[fqn].weight_bytes if fqn in linears else parameter.nbytes) - of_scales
+    head = trainer.model.fp8_head
+    if head is not None and trainer.model.head_fqn in fqns:
+        scales["weight"] += head.scale_bytes
+        values["weight"] += head.nbytes - head.scale_bytes
     for bucket in trainer.store.buckets:
         inside = sum(member.numel for member in bucket.members if member.fqn in fqns)
         share, storage = inside / sum(member.numel for member in bucket.members), bucket.storage

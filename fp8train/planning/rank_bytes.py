@@ -73,6 +73,7 @@ class RankBytes:
         self.config, self._vocab_size, self._dp, self._micro_batches = config, vocab_size, dp, micro_batches
         self.shapes = parameter_shapes(config.model, vocab_size)
         self.in_plan = weights_in_fp8(config)
+        self._head_fqn = _TIED if config.model.tie_embeddings else "head.weight"
         self._matrices = frozenset(f"{path}.weight" for path in linear_paths(config.model.num_layers))
         in_fp64 = config.precision.compute == "fp64"
         self._item = _ITEMSIZE[config.precision.compute]
@@ -102,7 +103,10 @@ class RankBytes:
         counts = []
         for part in parts:
             rows = part.shape[0] if owners is None else len(owners.owners[part.fqn][rank])
-            kinds = {"weight": self._weight(part), **self._gradient(part, sharded=owners is not None)}
+            weight = (
+                self._head(part) if model_part.ends and part.fqn == self._head_fqn else self._weight(part)
+            )
+            kinds = {"weight": weight, **self._gradient(part, sharded=owners is not None)}
             counts.append((part, {**kinds, **dict(self._states(part, rows))}))
         return StoredBytes(
             plan=self._sum((part, count) for part, count in counts if part.in_plan),
@@ -177,6 +181,14 @@ class RankBytes:
         resident = part.in_plan and self.config.precision.weights == "fp8"
         own = {"fp32": self._wide, "bf16_remainder": 2}.get(fmt.format)
         return 0 if resident or own != self._item else numel * self._item
+
+    def _head(self, part: Part) -> tuple[int, int]:
+        """The head's weight, and its codes where it multiplies in FP8."""
+        own, _ = self._weight(part)
+        if self.config.precision.gemm.head != "fp8":
+            return own, 0
+        rows, columns = part.shape
+        return own + (-(-rows // 16) * 16) * (-(-columns // 16) * 16), 4
 
     def _weight(self, part: Part) -> tuple[int, int]:
         """The parameter in the compute type and its FP8 copies, those that there are."""
