@@ -41,6 +41,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "FP8 GEMMs": (FP8,),
     "O1": ("precision.level=O1",),
     "O3": ("precision.level=O3",),
+    "FP8 head": ("precision.level=O2", "precision.gemm.head=fp8", "model.tie_embeddings=true"),
     "fp32": (FP8, "precision.compute=fp32"),
     "gpt": (FP8, "model.family=gpt"),
     "second copy": (

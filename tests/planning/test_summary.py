@@ -87,6 +87,8 @@ RUNS: dict[str, list[str]] = {
     "error feedback": [FP8, "precision.gradient.fp8.error_feedback=true"],
     "reduced in BF16": [FP8, "precision.gradient.fp8.reduce=bf16"],
     "exact": [FP8, "precision.gradient.fp8.reduce=exact", "run.threads=1"],
+    "FP8 head": [FP8, "precision.gemm.head=fp8"],
+    "FP8 head, tied": [FP8, "precision.gemm.head=fp8", "model.tie_embeddings=true", "model.hidden_size=40"],
     "FP64": ["precision.compute=fp64"],
     "FP32": ["precision.compute=fp32"],
     "FP8 GEMMs alone": ["precision.gemm.fp8=true"],
@@ -138,6 +140,7 @@ SPREAD: dict[str, tuple[Layout, list[str]]] = {
     "ZeRO, BF16 to owners": (Layout(), ["precision.level=O3", "precision.gradient.fp8.reduce=bf16"]),
     "ZeRO of O0": (Layout(), ["parallel.zero=1"]),
     "tensor parallel": (Layout(tp=2), ["precision.level=O2", "parallel.tp=2"]),
+    "FP8 head, pipeline": (Layout(pp=2), [FP8, "parallel.pp=2", "precision.gemm.head=fp8"]),
     "pipeline": (Layout(pp=2), ["precision.level=O2", "parallel.pp=2", "model.tie_embeddings=true"]),
 }
 
