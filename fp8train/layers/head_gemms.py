@@ -145,4 +145,5 @@ def head_gemms(
     """
     if fp8 is not None:
         return Fp8HeadGemms(fp8, weight, choices=choices, alphas=alphas, needs_grad=needs_grad)
-    return HeadGemms(weight[:choices], rows=rows, alphas=alphas, needs_grad=needs_grad)
+    weight = weight if choices is None else weight[:choices]
+    return HeadGemms(weight, rows=rows, alphas=alphas, needs_grad=needs_grad)
