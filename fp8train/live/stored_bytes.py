@@ -32,7 +32,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """Bytes of values and scales together."""
         return sum(self.values.values()) + sum(self.scales.values())
 
     def share(self, name: str) -> float:
