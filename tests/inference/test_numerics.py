@@ -41,7 +41,6 @@ PLANS: dict[str, tuple[str, ...]] = {
     "FP8 GEMMs": (FP8,),
     "O1": ("precision.level=O1",),
     "O3": ("precision.level=O3",),
-    "FP8 head": ("precision.level=O2", "precision.gemm.head=fp8", "model.tie_embeddings=true"),
     "fp32": (FP8, "precision.compute=fp32"),
     "gpt": (FP8, "model.family=gpt"),
     "second copy": (
@@ -153,6 +152,17 @@ def test_a_partial_plan_is_kept(tmp_path: Path) -> None:
     assert loss(built.model, run.config) == trainers_loss(trainer)
     kept = built.model.linears()["layers.1.mlp.down"]
     assert torch.equal(kept.weight, trainer.model.linears()["layers.1.mlp.down"].weight)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_an_fp8_head_is_that_of_training(tmp_path: Path, tied: str) -> None:
+    """Bit for bit; in BF16 numerics it is none."""
+    head = ("precision.level=O2", "precision.gemm.head=fp8", f"model.tie_embeddings={tied}")
+    trainer, run = trained(tmp_path, *head)
+    matched = run.load("matched", device=CPU)
+    assert run.describe("matched", matched).startswith("FP8: 9 of 9 linears; scales")
+    assert loss(matched.model, run.config) == trainers_loss(trainer)
+    assert run.load("bf16", device=CPU).model.fp8_head is None
 
 
 @pytest.mark.parametrize("plan", PLANS)
