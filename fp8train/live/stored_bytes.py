@@ -72,7 +72,7 @@ class StoredBytes:
 
     def all_in(self) -> str:
         """Everything per parameter, of the FP8 plan and of the whole model."""
-        model = f"{self.model} per parameter of the whole model"
+        model = f"{self.model} bytes per parameter of the whole model"
         if not self.plan.parameters:
             return model
         return f"{self.plan} bytes per parameter of the FP8 plan; {model}"
