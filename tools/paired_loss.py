@@ -10,6 +10,8 @@ differences of their validation losses to the first arm (``--base``: to another)
 95 % interval (Student's t), and how many pairs of this scatter would bring it to ±0.01.
 ``accumulator=fast13`` is no setting: forward GEMMs add in a model of a tensor core's registers
 (:mod:`fp8train.kernels.fast_accumulation`); ``promoted13`` likewise, without fast accumulation.
+``evaluate=fast13`` trains as the settings say and, at the end, validates the same weights once more in that
+model: what the sums lose, without the drift of two trainings.
 
 A run leaves no run directory, only its line in the JSON file: both losses, and the mean training loss of the
 last tenth of its steps. What the file has is not run again; it is for one configuration and ``--overrides``.
@@ -40,24 +42,47 @@ from fp8train.step.trainer import Trainer
 from fp8train.training.preflight import preflight
 from fp8train.training.run import prepare_machine, seed_generators
 
-ACCUMULATOR = re.compile(r"accumulator=(fast|promoted)(\d+)")
+ACCUMULATOR = re.compile(r"(accumulator|evaluate)=(fast|promoted)(\d+)")
+
+
+class Accumulator(NamedTuple):
+    """A model of an accumulator: ``fast`` or ``promoted``, and bits of its fraction."""
+
+    kind: str
+    bits: int
 
 
 class Arm(NamedTuple):
-    """A name, its overrides, and the accumulator of its forward GEMMs: (kind, bits), or None."""
+    """A name, its overrides, the accumulator of its forward GEMMs (None: exact sums), and those that its
+    trained weights are validated with, too."""
 
     name: str
     overrides: tuple[str, ...]
-    accumulator: tuple[str, int] | None
+    accumulator: Accumulator | None = None
+    evaluate: tuple[Accumulator, ...] = ()
 
 
 def parse_arm(text: str) -> Arm:
     """``NAME: section.key=value ...``."""
     name, _, rest = text.partition(":")
     words = rest.split()
-    emulated = [found for word in words if (found := ACCUMULATOR.fullmatch(word))]
-    overrides = tuple(word for word in words if not ACCUMULATOR.fullmatch(word))
-    return Arm(name.strip(), overrides, (emulated[0][1], int(emulated[0][2])) if emulated else None)
+    found = [match for word in words if (match := ACCUMULATOR.fullmatch(word))]
+    models = [(match[1], Accumulator(match[2], int(match[3]))) for match in found]
+    used = [model for use, model in models if use == "accumulator"]
+    return Arm(
+        name.strip(),
+        tuple(word for word in words if not ACCUMULATOR.fullmatch(word)),
+        used[-1] if used else None,
+        tuple(model for use, model in models if use == "evaluate"),
+    )
+
+
+def accumulate_in(trainer: Trainer, model: Accumulator) -> None:
+    """Have the forward GEMMs of all linears in FP8 add like this."""
+    for linear in trainer.model.linears().values():
+        if linear.plan is not None:
+            backend = emulation(model.bits, fast=model.kind == "fast")
+            linear.plan = replace(linear.plan, backend=backend)
 
 
 def train(config_file: Path, arm: Arm, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -71,10 +96,7 @@ def train(config_file: Path, arm: Arm, seed: int, overrides: Sequence[str]) -> d
         seed_generators(seed, 0)
         trainer = Trainer(config, procs, vocab_size=data.vocab_size)
         if arm.accumulator is not None:
-            kind, bits = arm.accumulator
-            for linear in trainer.model.linears().values():
-                if linear.plan is not None:
-                    linear.plan = replace(linear.plan, backend=emulation(bits, fast=kind == "fast"))
+            accumulate_in(trainer, arm.accumulator)
         losses, skipped = [], 0
         for step in range(config.total_steps):
             result = trainer.step(step, data.train.batch(step))
@@ -83,12 +105,17 @@ def train(config_file: Path, arm: Arm, seed: int, overrides: Sequence[str]) -> d
         assert data.valid is not None, "seen by preflight"
         text = Text(data.valid, config.train.eval_batches, trainer.ignore_after, data.token_lengths)
         valid = evaluate(trainer.summed_loss, text, procs)
+        again = {}
+        for model in arm.evaluate:
+            accumulate_in(trainer, model)
+            again[f"{model.kind}{model.bits}"] = evaluate(trainer.summed_loss, text, procs).loss
     return {
         "name": arm.name,
         "overrides": list(arm.overrides),
         "accumulator": arm.accumulator,
         "seed": seed,
         "loss": valid.loss,
+        "evaluated_with": again,
         "tokens": valid.tokens,
         "train_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
         "skipped": skipped,
@@ -96,7 +123,10 @@ def train(config_file: Path, arm: Arm, seed: int, overrides: Sequence[str]) -> d
     }
 
 
-def row(arm: str, base: str, losses: dict[tuple[str, int], float]) -> str:
+Losses = dict[tuple[str, int], float]
+
+
+def row(arm: str, base: str, losses: Losses) -> str:
     """One line of the table, over the seeds that both arms have."""
     seeds = sorted(seed for name, seed in losses if name == arm and (base, seed) in losses)
     if not seeds:
@@ -108,16 +138,27 @@ def row(arm: str, base: str, losses: dict[tuple[str, int], float]) -> str:
     else:
         mean, spread = statistics.fmean(gaps), statistics.stdev(gaps)
         half = quantile(len(gaps)) * spread / math.sqrt(len(gaps))
-        cells += [f"{mean:+.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}", str(len(seeds))]
-        cells.append(str(pairs_for(spread, 0.01)))
+        digits = "+.1e" if abs(mean) + half < 0.001 else "+.4f"
+        low, middle, high = (format(value, digits) for value in (mean - half, mean, mean + half))
+        cells += [middle, f"{low} to {high}", str(len(seeds)), str(pairs_for(spread, 0.01))]
     return f"| {' | '.join(cells)} |"
 
 
 def table(arms: Sequence[str], base: str, runs: Sequence[dict[str, Any]]) -> str:
-    """Markdown: each arm's mean loss and its paired difference to the base."""
-    losses = {(run["name"], run["seed"]): run["loss"] for run in runs}
+    """Markdown: each arm's mean loss and its paired difference to the base; then, of the base's weights, of
+    their validation in other accumulators."""
+    losses: Losses = {(run["name"], run["seed"]): run["loss"] for run in runs}
+    again: Losses = {
+        (f"{base}, evaluated in {model}", run["seed"]): loss
+        for run in runs
+        if run["name"] == base
+        for model, loss in run.get("evaluated_with", {}).items()
+    }
     head = f"| arm | mean loss | minus {base}, paired | 95 % interval | pairs | pairs for ±0.01 |"
-    return "\n".join([head, "|---|---|---|---|---|---|", *(row(arm, base, losses) for arm in arms)])
+    names = [*arms, *dict.fromkeys(name for name, _ in again)]
+    return "\n".join(
+        [head, "|---|---|---|---|---|---|", *(row(name, base, losses | again) for name in names)]
+    )
 
 
 def main() -> None:
