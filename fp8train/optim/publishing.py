@@ -32,7 +32,6 @@ class Publisher:
         other ranks keep: those are told the amax, not the values; ``agreement``: on scales of whole
         tensors."""
         self._states, self._targets, self._agreement = states, targets, agreement
-        self._amaxes: dict[str, Tensor] = {}  # of targets, in memory that stays
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -60,9 +59,7 @@ class Publisher:
         rank's parts, by FQN."""
         if not self._targets:
             return
-        agreed = self._kept(
-            self._agreement.agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
-        )
+        agreed = self._agreement.agreed({fqn: amaxes[fqn] for fqn in self._targets if fqn in amaxes})
         for fqn, target in self._targets.items():
             state = self._states.get(fqn)
             weight = None if state is None else _stored_weight(state, agreed[fqn])
@@ -73,15 +70,6 @@ class Publisher:
                 for start, stop in state.spans():
                     target.write(start, stop, state.master.load(start, stop).float())
             target.end()
-
-    def _kept(self, amaxes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The amaxes of targets, in the same memory after every step: a target may read its one in the next
-        forward, and that may be recorded."""
-        if not self._amaxes:
-            numbers = torch.zeros(len(self._targets), device=next(iter(amaxes.values())).device)
-            self._amaxes = dict(zip(self._targets, numbers.unbind(), strict=True))
-        torch._foreach_copy_(list(self._amaxes.values()), [amaxes[fqn] for fqn in self._amaxes])
-        return self._amaxes
 
 
 def _stored_weight(state: ParameterState, amax: Tensor) -> StoredWeight | None:
