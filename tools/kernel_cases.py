@@ -22,6 +22,7 @@ from fp8train.kernels.group_operands import GroupRule
 from fp8train.kernels.operands import CastRule
 from fp8train.kernels.optimizer_update import WIDE, optimizer_update
 from fp8train.models.param_spec import ParamSpec
+from fp8train.numerics.block_scales import as_blocks, quantize_blocks
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.held import StoredGradient
 from fp8train.precision.number_formats import E4M3, E5M2, FP16
@@ -142,15 +143,27 @@ def _stored_weights() -> Iterator[Case]:
         ("FP16 blocks", _empty(FFN, HIDDEN, dtype=torch.float16), blocks, FP16.mantissa_bits),
         ("FP32", _empty(FFN, HIDDEN, dtype=torch.float32), None, WIDE),
     ):
-        master = (payload, scale, bits, 128, number)
-        yield Case("cast_stored", name, (codes, number, number, number, *master, None, 0, *X))
+        master, nothing = (payload, scale, bits, 128, number), codes.new_empty(0)
+        one = Case("cast_stored", name, (codes, nothing, number, number, number, *master, None, 0, *X))
+        remade = partial(_turned_too, one)
+        arguments = remade(torch.device("meta"), 1)
+        yield one
+        yield Case("cast_stored", f"{name}, both layouts", arguments, remade=remade)
+
+
+def _turned_too(case: Case, device: torch.device, scale: int) -> tuple[Any, ...]:
+    """The arguments of a case of ``cast_stored``, which is to write transposed codes as well."""
+    codes, _, *others = case.arguments if device.type == "meta" else case.filled(device, scale=scale)
+    turned = torch.zeros(codes.shape[::-1], dtype=torch.uint8, device=device).view(codes.dtype)
+    return codes, turned, *others
 
 
 def _update(
     rule: Rule, plan: StateFormats, shapes: Sequence[tuple[int, ...]], device: torch.device, scale: int
 ) -> tuple[Any, ...]:
-    """Arguments of one launch: BF16 weights, gradients in E4M3 blocks under a plan, else in FP32; all
-    zero."""
+    """Arguments of one launch: BF16 weights, gradients in E4M3 blocks under a plan, else in FP32. Masters are
+    normal with deviation 0.02, and moments those of one step with gradients of deviation 1e-4, as in
+    training; on the meta device nothing has values."""
     seen: list[tuple[Any, ...]] = []
 
     def keep(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -158,21 +171,31 @@ def _update(
         return optimizer_update.fake(*arguments)
 
     specs, weights, gradients = {}, {}, {}
-    for number, (rows, *columns) in enumerate(shapes):
-        fqn, shape = f"w{number}", (max(1, rows // scale), *columns)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def normal(shape: tuple[int, ...], deviation: float) -> Tensor:
+        values = torch.empty(shape, device=device)
+        return values if generator is None else values.normal_(0, deviation, generator=generator)
+
+    for number, (*rows, width) in enumerate(shapes):
+        fqn, shape = f"w{number}", (*(max(1, count // scale) for count in rows), width)
         planned = plan != StateFormats()
         specs[fqn] = ParamSpec(fqn, "hidden", shape, 1, 1, "normal", 0.02, 1.0, "lr_times_lambda", planned)
         weights[fqn] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-        gradients[fqn] = _Gradient(StoredGradient(torch.zeros(weights[fqn].numel(), device=device)))
+        gradient = normal(shape, 1e-4)
+        stored = (gradient.view(-1),)
         if planned:
-            blocks = shape[0] * -(-shape[-1] // 128)
-            codes = torch.zeros((blocks, 128), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-            scales = torch.full((blocks,), 127, dtype=torch.uint8, device=device)
-            gradients[fqn] = _Gradient(StoredGradient(codes, scales))
+            stored = quantize_blocks(as_blocks(gradient, 128), E4M3)
+        gradients[fqn] = _Gradient(StoredGradient(*stored))
     optimizer = Optimizer(rule, weights, specs, plan, seed=1, update=keep)
+    if generator is not None:
+        for fqn, spec in specs.items():
+            optimizer.states.seed_master(fqn, normal(spec.global_shape, 0.02))
     one = torch.ones((), device=device)
     optimizer.step(gradients.__getitem__, step=1, lr_factor=1.0, grad_multiplier=one)
     assert len(seen) == 1, optimizer.describe_pass()
+    if generator is not None:
+        optimizer_update.reference(*seen[0])
     return seen[0]
 
 

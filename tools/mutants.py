@@ -52,6 +52,11 @@ def _truth(words: str) -> tuple[str, ...]:
     return (TRUTH, "-m", "not slow", "-k", words)
 
 
+def _recorded(words: str) -> tuple[str, ...]:
+    return ("tests/step/test_recorded.py", "-k", words)
+
+
+_RECORDED = "fp8train/step/recorded.py"
 _TRAINER, _OPTIMIZER = "fp8train/step/trainer.py", "fp8train/optim/optimizer.py"
 _GRADIENTS = "fp8train/parallel/gradients/"
 _STORE, _GRIDS, _BLOCKS = (f"{_GRADIENTS}{name}.py" for name in ("store", "grids", "block_storage"))
@@ -197,6 +202,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "return tuple(rank for place in range(node_size) for rank in range(place, ranks, node_size))",
         "return tuple(range(ranks))",
         _truth("nodes and rows"),
+    ),
+    Mutant(
+        "a recording that keeps casts of weights",
+        _RECORDED,
+        "        self._forget()\n        try:",
+        "        try:",
+        _recorded("not_forgotten and O1"),
+    ),
+    Mutant(
+        "a guard's linears without a recording of their own",
+        "fp8train/step/monitors.py",
+        "else frozenset(self.guard.locked)",
+        "else frozenset()",
+        _recorded("leaves_fp8"),
+    ),
+    Mutant(
+        "what a recorded cast lost is elsewhere",
+        _BLOCKS,
+        "            self._lost.zero_()",
+        "            self._lost = torch.zeros_like(self._lost)",
+        _recorded("feedback"),
     ),
 )
 """Faults of the past and their neighbours. What tests missed once gets a mutant when it is repaired."""

@@ -45,6 +45,10 @@ class RunConfig(Section):
     """What computes attention: FlashAttention 3 (compute capability 9.0, package ``flash_attn_3``), cuDNN,
     which is not deterministic, FlashAttention 2, or plain matrix products. ``auto`` takes the first of them
     that the device has; the other names are honoured or refused. On a CPU: ``auto`` or ``math``."""
+    cuda_graphs: bool = False
+    """Record forward and backward of a step as a CUDA graph, and replay it: one launch instead of thousands,
+    for models whose kernels are shorter than a launch. Gradients of data-parallel ranks are then reduced
+    after backward, not during it."""
     overwrite: bool = False
     """Delete what an earlier run left in the run directory instead of refusing to start."""
 
@@ -64,6 +68,17 @@ class RunConfig(Section):
                 "run.deterministic is true; write run.attention_backend: auto, or run.deterministic: false",
                 "attention_backend",
                 "deterministic",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs(self) -> RunConfig:
+        if self.cuda_graphs and self.device == "cpu":
+            raise contradiction(
+                "run.cuda_graphs: true is for CUDA devices, but run.device is cpu; write run.cuda_graphs: "
+                "false",
+                "cuda_graphs",
+                "device",
             )
         return self
 

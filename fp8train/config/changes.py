@@ -28,7 +28,8 @@ Kind = Literal["free", "meaning", "refused"]
 NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "checkpoint", "logging")
 """Sections and keys about this attempt, not about the run."""
 FREE = (
-    *("run.device", "run.threads", "run.deterministic", "run.attention_backend", "parallel"),
+    *("run.device", "run.threads", "run.deterministic", "run.attention_backend", "run.cuda_graphs"),
+    "parallel",
     "model.init_std",
     *(f"data.{key}" for key in ("prefix", "blend", "valid_prefix", "split", "tokenizer", "shuffle_seed")),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile"),

@@ -41,6 +41,7 @@ class Config(AllSections):
             self._evaluation,
             self._keep_best,
             self._attention,
+            self._cuda_graphs,
             self._saved_activations,
             self._guard,
             self._context,
@@ -133,6 +134,32 @@ class Config(AllSections):
             "run.attention_backend",
             key,
         )
+
+    def _cuda_graphs(self) -> None:
+        """What a graph of forward and backward cannot hold, or was never recorded with."""
+        if not self.run.cuda_graphs:
+            return
+        gradient, parallel = self.precision.gradient, self.parallel
+        exact = gradient.format != "high_precision" and gradient.fp8.reduce == "exact"
+        problems = (
+            (self.train.compile != "off", "train.compile", self.train.compile, "off", "is not recorded yet"),
+            (parallel.tp > 1, "parallel.tp", parallel.tp, 1, "communicates within blocks"),
+            (parallel.cp > 1, "parallel.cp", parallel.cp, 1, "communicates within blocks"),
+            (parallel.pp > 1, "parallel.pp", parallel.pp, 1, "communicates between blocks"),
+            (exact, "precision.gradient.fp8.reduce", "exact", "exchange", "makes new grids for each step"),
+        )
+        found = [
+            contradiction(
+                f"run.cuda_graphs: true records forward and backward of one process, but {key}: {value} "
+                f"{reason}; write {key}: {remedy}, or run.cuda_graphs: false",
+                "run.cuda_graphs",
+                key,
+            )
+            for holds, key, value, remedy, reason in problems
+            if holds
+        ]
+        if found:
+            raise contradictions(found)
 
     def _saved_activations(self) -> None:
         if self.precision.activations == "compute":

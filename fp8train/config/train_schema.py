@@ -38,7 +38,7 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """``selective`` recomputes norms, activations and attention; ``full`` recomputes whole blocks."""
     compile: Literal["off", "block"] = "off"
-    """``block``: ``torch.compile`` each decoder block."""
+    """``block``: ``torch.compile`` each decoder block that does not run as fused functions on a GPU."""
     consistency_interval: NonNegativeInt = 1000
     """Compare, every this many steps, the bits of tensors that several ranks hold; 0 = never."""
     eval_interval: NonNegativeInt = 0

@@ -6,9 +6,9 @@ time from the cache; columns, and rows together with columns, take two launches 
 amaxes).
 
 Groups that lie along the dimension which a GEMM contracts serve that GEMM only. What two GEMMs read
-(``keep_x: second_copy``, and every output gradient) can be cast by :func:`cast_both`: from one read, codes
-for the GEMM that contracts dimension 1, as they lie, and codes for the one that contracts dimension 0,
-transposed, since tensor cores want the contracted dimension last; layers still cast one after the other.
+(``keep_x: second_copy``, and every output gradient) is cast by :func:`cast_both`: from one read, codes for
+the GEMM that contracts dimension 1, as they lie, and codes for the one that contracts dimension 0,
+transposed, since tensor cores want the contracted dimension last.
 Blocks of 128x128 serve both with the same codes, which :func:`cast_groups` writes in both layouts.
 
 Scales come in the strides of torch's block kernels (:func:`fp8train.kernels.scaling.block_scales`): those of

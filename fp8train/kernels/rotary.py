@@ -39,7 +39,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _split_heads(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_kv_heads: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grouped = qkv.view(*qkv.shape[:2], num_kv_heads, -1, head_dim)
+    grouped = qkv.view(*qkv.shape[:2], num_kv_heads, qkv.shape[2] // (num_kv_heads * head_dim), head_dim)
     query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
     if cos is not None and sin is not None:
         query, key = (apply_rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (query, key))

@@ -2,7 +2,7 @@
 
 The optimizer knows the amax of a master that it just stored, so the scale of the operand is known before the
 first code is: the master is read once in its own format, 2 bytes and a scale per block at O2, and the codes
-are written, 1 byte.
+are written, 1 byte; 2 with the transposed codes that backward reads.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class StoredWeight(NamedTuple):
 
 def _cast_stored(
     codes: Tensor,
+    turned: Tensor,
     scale_out: Tensor,
     scale_inv_out: Tensor,
     amax_out: Tensor,
@@ -59,14 +60,18 @@ def _cast_stored(
     rows, columns = payload.shape
     values = decode_stored(payload, scale, mantissa, block).view(rows, columns)
     cast_values = cast(values, rule.format, new_scale, scale_is_power_of_two=power_of_two)
-    codes.view(torch.uint8)[first_row : first_row + rows, :columns] = cast_values.view(torch.uint8)
+    to, new = slice(first_row, first_row + rows), cast_values.view(torch.uint8)
+    codes.view(torch.uint8)[to, :columns] = new
+    if turned.numel():
+        turned.view(torch.uint8)[:columns, to] = new.t()
     scale_out.copy_(new_scale)
     scale_inv_out.copy_(new_inverse)
     amax_out.copy_(largest)
 
 
 def _cost(args: tuple[Any, ...], out: None) -> Cost:
-    return Cost(1, nbytes(args[4], args[5], args[8], args[9]), args[4].numel() + nbytes(*args[1:4]))
+    numel, layouts = args[5].numel(), 2 if args[1].numel() else 1
+    return Cost(1, nbytes(args[5], args[6], args[9], args[10]), layouts * numel + nbytes(*args[2:5]))
 
 
 _cast_op = FusedOp(
@@ -74,7 +79,7 @@ _cast_op = FusedOp(
     launcher="fp8train.kernels.gpu.stored_weight:cast_stored",
     fake=lambda *args: None,
     cost=_cost,
-    mutates=("codes", "scale_out", "scale_inv_out", "amax_out"),
+    mutates=("codes", "turned", "scale_out", "scale_inv_out", "amax_out"),
 )
 
 
@@ -87,6 +92,7 @@ def cast_stored(
     *,
     delayed: Tensor | None,
     first_row: int,
+    turned: Tensor | None = None,
 ) -> None:
     """Write an operand's codes, scale and inverse scale, and its amax.
 
@@ -98,5 +104,7 @@ def cast_stored(
         rule: format and scale.
         delayed: FP32 scalar, a scale from earlier steps that replaces the amax's; 0 for none yet.
         first_row: of ``codes`` where the weight begins.
+        turned: FP8, of the transposed shape of ``codes``: likewise written, if given.
     """
-    _cast_op(codes, *scales, amax, *weight, delayed, first_row, *rule)
+    turned = codes.new_empty(0) if turned is None else turned
+    _cast_op(codes, turned, *scales, amax, *weight, delayed, first_row, *rule)

@@ -16,7 +16,14 @@ from torch import Tensor
 from fp8train.kernels.gemm import fp8_gemm
 from fp8train.kernels.matmul import matmul
 from fp8train.kernels.padding import Operand, padded
-from fp8train.layers.fp8_operand import Layouts, quantize_layouts, quantize_matrix, transposed
+from fp8train.layers.fp8_operand import (
+    Layouts,
+    quantize_kept,
+    quantize_layouts,
+    quantize_matrix,
+    quantize_twice,
+    transposed,
+)
 from fp8train.layers.grad_weight_op import (
     SinkSlot,
     contribute_grad_weight,
@@ -27,7 +34,7 @@ from fp8train.layers.wire import OperandName
 from fp8train.numerics.cast import uncast
 from fp8train.numerics.granularity import expand_scales
 from fp8train.numerics.scale_state import ScaleSlot
-from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.linear_gemms import Keep, LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
 from fp8train.precision.scale_blocks import scale_tile
 
@@ -108,19 +115,9 @@ class _Fp8Linear(torch.autograd.Function):
         if columns is not None:
             w_forward, w_backward = _scaled_weight(weight, columns, slots, rows.w, call)
         assert w_forward is not None
-        # Operand x [T, K], cast here for a GEMM that sums over K. A current scale comes from the amax over
-        # all ranks that hold parts of what shares it, a delayed one from its slot. Column-parallel: ranks'
-        # tokens are gathered before the cast in the compute type, or after it as codes (1 byte an element).
-        kept_x: tuple[Tensor, Tensor | None]
-        if wire.input_in_fp8:
-            local_x = _quantize("x", x, quant.output_x, slots.output_x, call, rows.x, contracted=1)
-            whole_x = _gathered(local_x, quant.output_x, 1, call)()
-            x_operand, tokens, kept_x = padded(whole_x), whole_x[0].shape[0], local_x
-        else:  # in the layouts of this GEMM, and of grad_weight
-            source = wire.gather_input(x, call.batch)()
-            agree = wire.agreement("x", quant.output_x, 1)
-            both = quantize_layouts(source, quant.output_x, slots.output_x, rows.x, agree, contracted=1)
-            x_operand, tokens, kept_x = both.rows, source.shape[0], both.columns
+        # Operand x [T, K], cast here for a GEMM that sums over K, and what GEMM grad_weight gets of it, which
+        # sums over T.
+        x_operand, tokens, kept_x = _input_operands(x, slots, rows.x, call)
         # GEMM output: x [T, K] · wᵀ [K, N] -> [T, N]; both are padded to multiples of 16, cut off again.
         product = _multiply(
             call.plan,
@@ -131,12 +128,6 @@ class _Fp8Linear(torch.autograd.Function):
             x.dtype,
             fast_accumulation=quant.fast_accumulation,
         )[:tokens, : weight.shape[0]]
-        # Kept for GEMM grad_weight, which sums over T: the operand just multiplied; where tokens were
-        # gathered only this rank's (codes, or x itself), to be gathered again; or what keep_x asks for.
-        if quant.keep_x == "bf16" or (wire.gathers_input and not wire.input_in_fp8):
-            kept_x = (x, None)
-        elif quant.keep_x == "second_copy":
-            kept_x = _quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
         # Kept for GEMM grad_input, which sums over N: codes of the Fp8Weight, not copied, or the weight.
         kept_w = (weight, None) if w_backward is None else w_backward
         ctx.save_for_backward(*kept_x, *kept_w, columns)
@@ -162,16 +153,10 @@ class _Fp8Linear(torch.autograd.Function):
         finish_grad_weight = None
         if ctx.needs_input_grad[1]:  # posted first: it arrives while grad_input is multiplied
             finish_grad_weight = _start_grad_weight(ctx, (x, x_scale_inv), grad_output, columns)
-        # Operand grad_output [T, N], cast for a GEMM that sums over N. Its codes serve grad_weight too where
-        # the two uses are quantised alike and scales do not lie along N.
-        grad_operand = _grad_operand(
-            grad_output,
-            quant.grad_input_grad_output,
-            slots.grad_input_grad_output,
-            call,
-            ctx.grad_row,
-            contracted=1,
-        )
+        # Operand grad_output [T, N], cast for a GEMM that sums over N; for grad_weight, which sums over T, as
+        # well where one cast serves both or one read makes both.
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        for_input, for_weight = _grad_operands(grad_output, slots, ctx.grad_row, call, needed)
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
             if columns is not None and w_scale_inv is None:
@@ -181,7 +166,7 @@ class _Fp8Linear(torch.autograd.Function):
             # GEMM grad_input: grad_output [T, N] · w [N, K] -> [T, K].
             specs = (quant.grad_input_grad_output, quant.grad_input_w)
             product = _multiply(
-                call.plan, grad_operand.rows, w_operand, specs, call.alphas.grad_input, grad_output.dtype
+                call.plan, for_input, w_operand, specs, call.alphas.grad_input, grad_output.dtype
             )
             product = product[: ctx.shape[0], : ctx.shape[1]]
             # Column-parallel: partial sums over N; sent now, waited for below, after grad_weight.
@@ -189,9 +174,43 @@ class _Fp8Linear(torch.autograd.Function):
         if finish_grad_weight is not None:
             # GEMM grad_weight: grad_outputᵀ [N, T] · x [T, K] -> [N, K], this rank's shard. The sink (the
             # gradient store) takes it and decides when to multiply; without a sink autograd gets it.
-            grad_weight = finish_grad_weight(grad_operand.columns)
+            grad_weight = finish_grad_weight(for_weight)
         result = None if grad_input is None else grad_input()
         return result, grad_weight, None, None, None, None, None, None, None, None
+
+
+def _input_operands(
+    x: Tensor, slots: CastSlots, row: Tensor | None, call: LinearCall
+) -> tuple[Operand, int, tuple[Tensor | None, Tensor | None]]:
+    """The input as GEMM output reads it, its number of tokens, and what is kept of it for GEMM grad_weight.
+
+    A current scale comes from the amax over all ranks that hold parts of what shares it, a delayed one from
+    its slot. Column-parallel: ranks' tokens are gathered before the cast in the compute type, or after it as
+    codes (1 byte an element); kept are this rank's (codes, or x itself), to be gathered again.
+    """
+    assert call.plan is not None
+    quant, wire = call.plan.quant, call.wire
+    spec, other = quant.output_x, quant.grad_weight_x
+    if wire.input_in_fp8:
+        local_x = _quantize("x", x, spec, slots.output_x, call, row, contracted=1)
+        whole_x = _gathered(local_x, spec, 1, call)()
+        operand, tokens = padded(whole_x), whole_x[0].shape[0]
+        if quant.keep_x == "second_copy" and call.trains:
+            return operand, tokens, _quantize("x", x, other, slots.grad_weight_x, call, contracted=0)
+        return operand, tokens, (x, None) if quant.keep_x == "bf16" else local_x
+    source = wire.gather_input(x, call.batch)()
+    keep: Keep = "bf16" if wire.gathers_input else quant.keep_x
+    agreements = wire.agreement("x", spec, 1), wire.agreement("x", other, 0)
+    both = quantize_kept(
+        source,
+        keep,
+        (spec, other),
+        (slots.output_x, slots.grad_weight_x),
+        row,
+        agreements,
+        trains=call.trains,
+    )
+    return both.rows, source.shape[0], (x, None) if keep == "bf16" else both.columns
 
 
 def _scaled_weight(
@@ -200,12 +219,18 @@ def _scaled_weight(
     """The operands of ``weight · columns`` for both GEMMs, as :mod:`fp8train.layers.fp8_weight` makes those
     of a weight that is cast once a step."""
     assert call.plan is not None
-    quant, scaled = call.plan.quant, weight.detach() * columns
-    forward = padded(_quantize("w", scaled, quant.output_w, slots.output_w, call, row, contracted=1))
-    if quant.keep_w == "second_copy":
-        second = _quantize("w", scaled, quant.grad_input_w, slots.grad_input_w, call, contracted=0)
-        return forward, padded(second)
-    return forward, None if quant.keep_w == "bf16" else forward
+    quant, wire = call.plan.quant, call.wire
+    specs = quant.output_w, quant.grad_input_w
+    both = quantize_kept(
+        weight.detach() * columns,
+        quant.keep_w,
+        specs,
+        (slots.output_w, slots.grad_input_w),
+        row,
+        (wire.agreement("w", specs[0], 1), wire.agreement("w", specs[1], 0)),
+        trains=call.trains,
+    )
+    return both.rows, None if quant.keep_w == "bf16" else both.columns
 
 
 def _quantize(
@@ -223,6 +248,20 @@ def _quantize(
     return quantize_matrix(x, spec, slot, row, agree, contracted=contracted)
 
 
+def _cast_columns(
+    operand: OperandName,
+    x: Tensor,
+    spec: QuantSpec,
+    slot: ScaleSlot | None,
+    call: LinearCall,
+    *,
+    contracted: int,
+) -> Operand:
+    """Quantise x or w for a backward GEMM, which sums over its rows: column-major where GPUs want that."""
+    agree = call.wire.agreement(operand, spec, contracted)
+    return quantize_layouts(x, spec, slot, None, agree, contracted=contracted, rows=False).columns
+
+
 def _scales_travel(spec: QuantSpec, contracted: int) -> bool:
     """Whether tokens have scales of their own, so that other ranks' tokens have others."""
     return scale_tile(spec.granularity, contracted)[0] is not None
@@ -238,6 +277,26 @@ def _gathered(operand: Operand, spec: QuantSpec, contracted: int, call: LinearCa
     return lambda: (wait(), wait_scales())
 
 
+def _grad_operands(
+    grad_output: Tensor, slots: CastSlots, row: Tensor | None, call: LinearCall, needed: tuple[bool, bool]
+) -> tuple[Operand, Operand | None]:
+    """Quantise the output gradient for the GEMMs of grad_input and grad_weight, as far as ``needed``; None
+    for the second if it has to cast on its own."""
+    assert call.plan is not None
+    quant, wire = call.plan.quant, call.wire
+    spec, other = quant.grad_input_grad_output, quant.grad_weight_grad_output
+    if all(needed) and quant.grad_weight_fp8 and not wire.grad_output_in_fp8:
+        agreements = wire.agreement("grad_output", spec, 1), wire.agreement("grad_output", other, 0)
+        if (both := quantize_twice(grad_output, (spec, other), row, agreements)) is not None:
+            return both
+    columns = quant.shares_grad_output and quant.grad_weight_fp8 and needed[1]
+    wanted = {"rows": needed[0] or not columns, "columns": columns}
+    layouts = _grad_operand(
+        grad_output, spec, slots.grad_input_grad_output, call, row, contracted=1, **wanted
+    )
+    return layouts.rows, layouts.columns if columns else None
+
+
 def _grad_operand(
     grad_output: Tensor,
     spec: QuantSpec,
@@ -246,12 +305,16 @@ def _grad_operand(
     row: Tensor | None = None,
     *,
     contracted: int,
+    rows: bool,
+    columns: bool,
 ) -> Layouts:
     """Quantise the output gradient; a row-parallel linear's part is gathered in FP8 if traffic says so."""
     wire = call.wire
     if not wire.grad_output_in_fp8:
         agree = wire.agreement("grad_output", spec, contracted)
-        return quantize_layouts(grad_output, spec, slot, row, agree, contracted=contracted)
+        return quantize_layouts(
+            grad_output, spec, slot, row, agree, contracted=contracted, rows=rows, columns=columns
+        )
     payload, scale_inv = _quantize("grad_output", grad_output, spec, slot, call, row, contracted=contracted)
     payload = wire.gather_grad_output(payload, call.batch)()
     if _scales_travel(spec, contracted):
@@ -262,9 +325,9 @@ def _grad_operand(
 
 def _start_grad_weight(
     ctx: Any, kept_x: tuple[Tensor, Tensor | None], grad_output: Tensor, columns: Tensor | None
-) -> Callable[[Operand], Tensor | None]:
-    """Start to gather the input. The function that is returned takes grad_input's operand and gives the
-    weight gradient, or None if it went to the sink."""
+) -> Callable[[Operand | None], Tensor | None]:
+    """Start to gather the input. The function that is returned takes the gradient's operand, if it was made
+    together with grad_input's, and gives the weight gradient, or None if it went to the sink."""
     call: LinearCall = ctx.call
     slots: CastSlots = ctx.slots
     assert call.plan is not None
@@ -275,10 +338,11 @@ def _start_grad_weight(
         return lambda _: _grad_weight_in_high_precision(ctx, grad_output, wait(), columns)
     x_operand = _start_grad_weight_x(kept_x, quant, slots, call)
 
-    def finish(grad_operand: Operand) -> Tensor | None:
-        if not quant.shares_grad_output:  # a cast of its own, for a GEMM that sums over T
+    def finish(grad_operand: Operand | None) -> Tensor | None:
+        if grad_operand is None:  # a cast of its own, for a GEMM that sums over T
             spec, slot = quant.grad_weight_grad_output, slots.grad_weight_grad_output
-            grad_operand = _grad_operand(grad_output, spec, slot, call, contracted=0).columns
+            layouts = _grad_operand(grad_output, spec, slot, call, contracted=0, rows=False, columns=True)
+            grad_operand = layouts.columns
         return _grad_weight(ctx, grad_operand, x_operand(), columns, grad_output.dtype)
 
     return finish
@@ -307,10 +371,12 @@ def _start_grad_weight_x(
 
 def _recast_x(x: Tensor, quant: LinearQuant, slots: CastSlots, call: LinearCall) -> Operand:
     """The operand that forward made of ``x`` or keeps beside it, made again after a high-precision gather."""
-    if quant.keep_x in ("same", "requantise"):
+    if quant.keep_x == "same":
+        return _cast_columns("x", x, quant.output_x, slots.output_x, call, contracted=1)
+    if quant.keep_x == "requantise":
         operand = _quantize("x", x, quant.output_x, slots.output_x, call, contracted=1)
         return _backward_operand("x", *operand, slots, call)
-    return padded(_quantize("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0))
+    return _cast_columns("x", x, quant.grad_weight_x, slots.grad_weight_x, call, contracted=0)
 
 
 def _grad_weight(
@@ -386,8 +452,8 @@ def _backward_operand(
     if operand == "x":
         keep, backward, slot = quant.keep_x, quant.grad_weight_x, slots.grad_weight_x
     if scale_inv is None:  # bf16: kept in high precision, cast now
-        return padded(_quantize(operand, kept, backward, slot, call, contracted=0))
+        return _cast_columns(operand, kept, backward, slot, call, contracted=0)
     if keep == "requantise":  # kept as codes of the forward: decoded, and cast with the backward's scales
         values = uncast(kept, expand_scales(scale_inv, kept.shape))
-        return padded(_quantize(operand, values, backward, slot, call, contracted=0))
+        return _cast_columns(operand, values, backward, slot, call, contracted=0)
     return padded((kept, scale_inv))  # same, or second_copy: codes that serve as they are

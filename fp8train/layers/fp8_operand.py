@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fp8train.comm.sequence_parallel import Agreement
 from fp8train.kernels import fused_op
-from fp8train.kernels.group_operands import GroupRule, cast_groups
+from fp8train.kernels.group_operands import GroupRule, cast_both, cast_groups
 from fp8train.kernels.operands import CastOperand, CastRule, amax_partials, cast_operand
 from fp8train.kernels.padding import Operand, padded
 from fp8train.numerics.cast import amax_of, cast, operand_amax
@@ -22,16 +22,18 @@ from fp8train.numerics.nvfp4 import hadamard, quantize_nvfp4
 from fp8train.numerics.scale import scale_from_amax
 from fp8train.numerics.scale_state import ScaleSlot, record_amax
 from fp8train.numerics.statistics import cast_statistics
+from fp8train.precision.linear_gemms import Keep
 from fp8train.precision.operand_cast import QuantSpec
 
 
 class Layouts(NamedTuple):
-    """One operand in the two layouts that GEMMs read; equal but in memory.
+    """One matrix as the operand of two GEMMs.
 
     Attributes:
         rows: [M, K] row-major, for the GEMM that sums over K.
-        columns: [M, K] column-major where tensor cores want that for the GEMM that sums over M; else ``rows``
-            itself, as ``rows`` is ``columns`` where scales serve that GEMM alone.
+        columns: [M, K] for the GEMM that sums over M; column-major where tensor cores want that.
+
+    Where only one is asked for, or scales serve one GEMM alone, both fields are that one.
     """
 
     rows: Operand
@@ -172,26 +174,86 @@ def quantize_layouts(
     agree: Agreement | None = None,
     *,
     contracted: int,
+    rows: bool = True,
+    columns: bool = True,
 ) -> Layouts:
     """Quantise a matrix for two GEMMs, one that sums over its rows and one that sums over its columns; padded
-    to multiples of 16. Arguments as for :func:`quantize_matrix`, which defines the codes."""
+    to multiples of 16. Arguments as for :func:`quantize_matrix`, which defines the codes; ``rows`` and
+    ``columns`` say which of the two are wanted."""
     if row is None and casts_at_once(x, spec):
-        both = cast_at_once(x, spec, slot, agree, turned=True)
-        return Layouts((both.codes, both.scale_inv), (both.turned.t(), both.scale_inv))
+        both = cast_at_once(x, spec, slot, agree, straight=rows, turned=columns)
+        return _layouts(both.codes, both.turned, both.scale_inv, rows, columns)
     if row is None and agree is None and casts_groups(x, spec):
-        return _layouts_of_groups(x.contiguous(), spec, contracted)
+        if spec.directed:
+            rows, columns = contracted == 1, contracted == 0
+        groups = cast_groups(
+            x.contiguous(), GroupRule.of(spec), contracted=contracted, straight=rows, turned=columns
+        )
+        return _layouts(groups.codes, groups.turned, groups.scale_inv, rows, columns)
     operand = padded(quantize_matrix(x, spec, slot, row, agree, contracted=contracted))
     return Layouts(operand, operand)
 
 
-def _layouts_of_groups(x: Tensor, spec: QuantSpec, contracted: int) -> Layouts:
-    """Directed scales serve one of the two GEMMs, so in one layout; both fields are that."""
-    straight = contracted == 1 or not spec.directed
-    turned = contracted == 0 or not spec.directed
-    groups = cast_groups(x, GroupRule.of(spec), contracted=contracted, straight=straight, turned=turned)
-    back = (groups.turned.t(), groups.scale_inv)
-    rows = (groups.codes, groups.scale_inv) if straight else back
-    return Layouts(rows, back if turned else rows)
+def _layouts(codes: Tensor, turned: Tensor, scale_inv: Tensor, rows: bool, columns: bool) -> Layouts:
+    assert rows or columns
+    straight, back = (codes, scale_inv), (turned.t(), scale_inv)
+    return Layouts(straight if rows else back, back if columns else straight)
+
+
+def quantize_twice(
+    x: Tensor,
+    specs: tuple[QuantSpec, QuantSpec],
+    row: Tensor | None,
+    agreements: tuple[Agreement | None, Agreement | None],
+) -> Layouts | None:
+    """Quantise a matrix by one spec for the GEMM that sums over its columns and by another for the one that
+    sums over its rows, from one read; None where only two casts do that.
+
+    Args:
+        x: [M, K].
+        specs: for the two GEMMs.
+        row: as for :func:`quantize_matrix`.
+        agreements: likewise, of the two casts.
+    """
+    spec, other = specs
+    cut = row is not None or any(agree is not None for agree in agreements)
+    if cut or spec != other or not spec.directed or not casts_groups(x, spec):
+        return None
+    both = cast_both(x.contiguous(), GroupRule.of(spec))
+    return Layouts((both.codes, both.scale_inv), (both.turned.t(), both.turned_scale_inv))
+
+
+def quantize_kept(
+    x: Tensor,
+    keep: Keep,
+    specs: tuple[QuantSpec, QuantSpec],
+    slots: tuple[ScaleSlot | None, ScaleSlot | None],
+    row: Tensor | None,
+    agreements: tuple[Agreement | None, Agreement | None],
+    *,
+    trains: bool = True,
+) -> Layouts:
+    """Quantise x or w for the output GEMM, which sums over its columns, and for the backward GEMM that sums
+    over its rows, as ``keep`` says (:class:`~fp8train.precision.linear_gemms.LinearQuant`).
+
+    Args:
+        x: [M, K].
+        keep: what backward reads. ``requantise`` and ``bf16`` leave it to others: both fields are forward's.
+        specs: of the two uses; so are slots and agreements, as for :func:`quantize_matrix`.
+        slots: of delayed casts.
+        row: receives the statistics of the forward cast.
+        agreements: with other ranks.
+        trains: whether there will be a backward.
+    """
+    second = keep == "second_copy" and trains
+    if second and (both := quantize_twice(x, specs, row, agreements)) is not None:
+        return both
+    columns = keep == "same" and trains
+    first = quantize_layouts(x, specs[0], slots[0], row, agreements[0], contracted=1, columns=columns)
+    if not second:
+        return first
+    copy = quantize_layouts(x, specs[1], slots[1], None, agreements[1], contracted=0, rows=False)
+    return Layouts(first.rows, copy.columns)
 
 
 def _simulate_nvfp4(

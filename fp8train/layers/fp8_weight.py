@@ -3,10 +3,10 @@
 Three ways to come by them:
 
 * :class:`CachedFp8Weight`: the layer holds its weight in the compute dtype and casts it when it changed.
-* :class:`ResidentFp8Weight`: the layer holds nothing but the FP8 copies, and the optimizer writes them from
-  its master weights, piece by piece (it is a ``fp8train.optim.weight_target.WeightTarget``). That saves the
-  2 bytes per parameter of a BF16 weight and one rounding: the operand is the master rounded to FP8, not the
-  master rounded to BF16 and then to FP8.
+* :class:`ResidentFp8Weight`: the layer holds nothing but the FP8 copies. The optimizer writes them from its
+  master weights, piece by piece (it is a ``fp8train.optim.weight_target.WeightTarget``), or hands over the
+  stored master for the next forward to cast. That saves the 2 bytes per parameter of a BF16 weight and one
+  rounding: the operand is the master rounded to FP8, not the master rounded to BF16 and then to FP8.
 * :class:`LoadedFp8Weight`: a trained weight in a model without backward: one copy, cast once.
 
 Either way there are at most two copies: the operand of the output GEMM, and another for grad_input where
@@ -30,7 +30,7 @@ from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.kernels.operands import CastRule, turn_codes
 from fp8train.kernels.padding import Operand, aligned
 from fp8train.kernels.stored_weight import StoredWeight, cast_stored
-from fp8train.layers.fp8_operand import cropped, quantize_layouts, quantize_operand
+from fp8train.layers.fp8_operand import cropped, quantize_kept, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
 from fp8train.numerics.formats import dtype_of
@@ -104,6 +104,9 @@ class Fp8Weight:
         """:attr:`backward`, made if it has yet to be."""
         return self.backward
 
+    def forget(self) -> None:
+        """Make what is derived from the weight, and kept, again at its next use."""
+
     def record_amax(self) -> None:
         """Tell the weight's delayed scales its amax; for training forwards while amaxes are recorded."""
         for use, spec in self._uses().items():
@@ -141,17 +144,21 @@ class CachedFp8Weight(Fp8Weight):
         if self._key == key:
             return
         self._amax.zero_()
-        copies = {}
-        for use, spec in self._uses().items():
-            scale = self._delayed_scale(use, spec)
-            slot = None if scale is None else ScaleSlot(scale, self._amax)
-            row = self._active_row() if use == "output.w" else None
-            contracted = _CONTRACTED[use]
-            agree = self._wire.agreement("w", spec, contracted)
-            copies[use] = quantize_layouts(weight, spec, slot, row, agree, contracted=contracted)
-        self.forward = copies["output.w"].rows
-        backward = copies.get("grad_input.w", copies["output.w"]).columns
-        self.backward = None if self.quant.keep_w == "bf16" else backward
+        specs = self.quant.output_w, self.quant.grad_input_w
+        slots = []
+        for use, spec in zip(_CONTRACTED, specs, strict=True):
+            scale = self._delayed_scale(use, spec) if use in self._uses() else None
+            slots.append(None if scale is None else ScaleSlot(scale, self._amax))
+        both = quantize_kept(
+            weight,
+            self.quant.keep_w,
+            specs,
+            (slots[0], slots[1]),
+            self._active_row(),
+            (self._wire.agreement("w", specs[0], 1), self._wire.agreement("w", specs[1], 0)),
+        )
+        self.forward = both.rows
+        self.backward = None if self.quant.keep_w == "bf16" else both.columns
         self._key = key
 
     def record_statistics(self, weight: Tensor) -> None:
@@ -224,6 +231,8 @@ class ResidentFp8Weight(Fp8Weight):
         super().__init__(quant, shape, device, wire=wire, slots=slots, site=site)
         self._copies = {use: self._allocate(spec, device) for use, spec in self._uses().items()}
         self._rows: list[tuple[Tensor, int]] = []
+        self._taken: tuple[int, StoredWeight] | None = None
+        self._travels = False
 
     def _allocate(self, spec: QuantSpec, device: torch.device) -> _Copy:
         padded = (aligned(self.shape[0]), aligned(self.shape[1]))
@@ -231,15 +240,26 @@ class ResidentFp8Weight(Fp8Weight):
         return _Copy(spec, payload, torch.ones((), device=device), torch.ones((), device=device))
 
     def backward_operand(self) -> Operand | None:
-        """The copy for backward; on a GPU it is turned at its first use, when other ranks' rows are there."""
+        """The copy for backward; on a GPU it is turned at its first use, when other ranks' rows are there,
+        unless :meth:`refresh` has written it."""
         if self.backward is None and self.forward is not None:
-            copy = self._copy_for_backward
+            copy = self._for_backward
             self.backward = turn_codes(copy.payload).t(), copy.scale_inv
         return self.backward
 
+    def forget(self) -> None:
+        """Make the next :meth:`backward_operand` turn the copy again, where it does."""
+        if self.forward is not None and fuses(self.forward[0]):
+            self.backward = None
+
     @property
-    def _copy_for_backward(self) -> _Copy:
+    def _for_backward(self) -> _Copy:
         return self._copies.get("grad_input.w", self._copies["output.w"])
+
+    @property
+    def _is_turned(self) -> bool:
+        """Whether backward reads another layout: on GPUs, unless it decodes the codes and casts again."""
+        return self.quant.keep_w != "requantise" and fuses(self._for_backward.payload)
 
     @torch.no_grad()
     def begin(self, amax: Tensor) -> None:
@@ -251,6 +271,7 @@ class ResidentFp8Weight(Fp8Weight):
         """
         self._amax.copy_(amax)
         self._rows.clear()
+        self._taken = None
         for use, copy in self._copies.items():
             scale, scale_inv = scale_from_amax(
                 self._amax, copy.spec, delayed=self._delayed_scale(use, copy.spec)
@@ -279,20 +300,39 @@ class ResidentFp8Weight(Fp8Weight):
 
     @torch.no_grad()
     def take(self, start: int, weight: StoredWeight) -> bool:
-        """Make the new weight, or a rank's rows of it, of the stored master: a launch for each copy.
+        """Make the new weight, or a rank's rows of it, of the stored master: a launch for each copy. Codes
+        that other ranks get are made at once, others by :meth:`refresh`; until then the master stays as it
+        is.
 
         Args:
             start: row-major index of the first element, the first of a row.
             weight: the master and the amax of the whole weight.
 
         Returns:
-            Whether that was done. On a sampled step it is not: statistics are of the values in pieces.
+            Whether that is done. On a sampled step it is not: statistics are of the values in pieces.
         """
         if self._active_row() is not None:
             return False
         first_row, column = divmod(start, self.shape[1])
         assert column == 0, f"element {start} of rows of {self.shape[1]}"
+        self._taken = first_row, weight
+        self.end()  # frees what backward read: between steps a weight has one layout
+        if self._travels:
+            self.refresh(turned=False)
+        return True
+
+    @torch.no_grad()
+    def refresh(self, *, turned: bool) -> None:
+        """Cast the master that was taken last, unless that was done; with ``turned`` in the layout of
+        backward too, in the same launch."""
+        if self._taken is None:
+            return
+        (first_row, weight), self._taken = self._taken, None
         for use, copy in self._copies.items():
+            other = None
+            if turned and self._is_turned and copy is self._for_backward:
+                other = _transposed_memory(copy.payload, whole=copy.payload.shape == self.shape)
+                self.backward = other.t(), copy.scale_inv
             cast_stored(
                 copy.payload,
                 (copy.scale, copy.scale_inv),
@@ -301,17 +341,15 @@ class ResidentFp8Weight(Fp8Weight):
                 CastRule.of(copy.spec),
                 delayed=self._delayed_scale(use, copy.spec),
                 first_row=first_row,
+                turned=other,
             )
-        self.end()
-        return True
 
     @torch.no_grad()
     def end(self) -> None:
         """Put the copies into use. On a sampled step the weight's row describes what this step wrote."""
         operands = {use: (copy.payload, copy.scale_inv) for use, copy in self._copies.items()}
         self.forward = operands["output.w"]
-        lies_well = not fuses(self.forward[0])  # GPUs read this operand in another layout
-        self.backward = operands.get("grad_input.w", self.forward) if lies_well else None
+        self.backward = None if self._is_turned else operands.get("grad_input.w", self.forward)
         row = self._active_row()
         if row is not None and self._rows:
             row.copy_(_merge_statistics(self._rows))
@@ -323,7 +361,9 @@ class ResidentFp8Weight(Fp8Weight):
 
     def copies(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(codes, scale, scale_inv) of each copy: views of the FP8 payload [N, K] and FP32 scalars, for rows
-        that other ranks write."""
+        that other ranks write. From now on :meth:`take` casts at once."""
+        self._travels = True
+        self.refresh(turned=False)
         rows, columns = self.shape
         return [(copy.payload[:rows, :columns], copy.scale, copy.scale_inv) for copy in self._copies.values()]
 
@@ -336,6 +376,7 @@ class ResidentFp8Weight(Fp8Weight):
 
     def to(self, device: torch.device) -> None:
         """Move payloads and scales to ``device``."""
+        self.refresh(turned=False)
         self._amax = self._amax.to(device)
         for copy in self._copies.values():
             copy.payload, copy.scale = copy.payload.to(device), copy.scale.to(device)
@@ -350,6 +391,12 @@ FP8_WEIGHTS: Mapping[str, type[Fp8Weight]] = {
     "loaded": LoadedFp8Weight,
 }
 """The kind for each way of having a weight (:data:`fp8train.layers.linear_plan.Holding`) that has copies."""
+
+
+def _transposed_memory(payload: Tensor, *, whole: bool) -> Tensor:
+    """Memory of the transpose of FP8 codes, zero where there is padding: unless they are ``whole``."""
+    make = torch.empty if whole else torch.zeros
+    return make(payload.shape[::-1], dtype=torch.uint8, device=payload.device).view(payload.dtype)
 
 
 def _store(payload: Tensor, columns: int, start: int, codes: Tensor) -> None:

@@ -16,19 +16,22 @@ from torch import Tensor
 from fp8train.kernels.rotary import heads_grad, split_heads
 from fp8train.layers.fused_linear import FusedLinear, Source
 from fp8train.layers.fused_norm import FusedNorm
+from fp8train.layers.gradient_amax import GradientAmax
 
 Operands = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class FusedHeads:
-    """What the function depends on besides tensors; ``batch`` sequences, heads of ``head_dim``."""
+    """What the function depends on besides tensors; ``batch`` sequences, heads of ``head_dim``;
+    ``delta_amax``: of the gradient of the branch that joins, if one does."""
 
     norm: FusedNorm
     qkv: FusedLinear
     batch: int
     num_kv_heads: int
     head_dim: int
+    delta_amax: GradientAmax | None
 
 
 class _FusedHeads(torch.autograd.Function):
@@ -79,7 +82,7 @@ class _FusedHeads(torch.autograd.Function):
             lambda: parts.norm.again(stream, mean, rstd, norm_weight, norm_bias),
         )
         grad_x, grad_norm, grad_bias = parts.norm.backward(
-            grad_n, grad_stream, stream, mean, rstd, norm_weight, norm_bias
+            grad_n, grad_stream, stream, mean, rstd, norm_weight, norm_bias, parts.delta_amax
         )
         grad_delta = grad_x if ctx.needs_input_grad[1] else None
         return grad_x, grad_delta, grad_norm, grad_bias, grad_weight, None, None, None, None

@@ -2,7 +2,7 @@
 
 What a linear multiplies is often made by a formula just before (a norm, a non-linearity), and its gradient by
 another just behind (RoPE). On a GPU the formula and the cast of its result are one pass over memory, so an
-autograd function spans both: :mod:`fp8train.layers.fused_mlp`, :mod:`fp8train.layers.fused_attention`. This
+autograd function spans both: :mod:`fp8train.layers.fused_mlp`, :mod:`fp8train.layers.fused_heads`. This
 is the part that they share. Codes are those of :mod:`fp8train.layers.fp8_linear`, which says which GEMM reads
 what; without an FP8 plan the operands are the values themselves.
 """
@@ -51,13 +51,13 @@ class Source:
         self.rows, self.forward, self.amax, self.cast = rows, forward, amax, cast
 
     @classmethod
-    def of_values(cls, x: Tensor) -> Source:
-        """Values that lie in memory."""
+    def of_values(cls, x: Tensor, partials: Tensor | None = None) -> Source:
+        """Values that lie in memory; ``partials``: of their amax, where they are known."""
         x = x.contiguous()
         return cls(
             len(x),
             lambda: x,
-            lambda: amax_partials(x),
+            lambda: amax_partials(x) if partials is None else partials,
             lambda *, partials, rule, **layouts: cast_operand(x, partials, rule, **layouts),
         )
 
@@ -87,13 +87,12 @@ class FusedLinear:
     """One linear's share of a fused function; made by :meth:`fp8train.layers.linear.Linear.fused`.
 
     Attributes:
-        call: multipliers, plan and sink.
+        call: multipliers, plan, sink, and whether there will be a backward.
         slots: scales of delayed casts.
         sink_slot: where the weight gradient goes; None returns it to autograd.
         shape: of the weight, [N, K].
         dtype: of products.
         keeps_input: without a plan: whether forward's input is kept for backward, or made again there.
-        trains: whether there will be a backward, which reads codes in another layout.
     """
 
     call: LinearCall
@@ -102,7 +101,6 @@ class FusedLinear:
     shape: torch.Size
     dtype: torch.dtype
     keeps_input: bool = True
-    trains: bool = True
 
     @property
     def _quant(self) -> LinearQuant | None:
@@ -123,7 +121,7 @@ class FusedLinear:
         if quant is None or scale_inv is None:
             x = source.forward()
             return matmul(x, values.t(), alpha=alphas.output), (x if self.keeps_input else None, None)
-        both = self._cast(source, quant.output_x, self.slots.output_x, "x", 1, turned=self.trains)
+        both = self._cast(source, quant.output_x, self.slots.output_x, "x", 1, turned=self.call.trains)
         operand, w = (both.codes, both.scale_inv), transposed((values, scale_inv))
         specs = (quant.output_x, quant.output_w)
         product = self._multiply(operand, w, specs, alphas.output, fast=quant.fast_accumulation)

@@ -8,10 +8,12 @@ cast::
               up = n · W_upᵀ                                         GEMM
               h = activation(up), amax and cast                      2 passes over up
               out = h · W_downᵀ                                      GEMM
-    backward  g cast;  grad_h = g · W_down;  W_down's gradient       2 passes, 2 GEMMs
+    backward  g cast;  grad_h = g · W_down;  W_down's gradient       1 pass, 2 GEMMs
               grad_up = activation'(up) · grad_h, amax and cast      2 passes over both
               grad_n = grad_up · W_up;  W_up's gradient              2 GEMMs
               grad_stream from grad_n and what reaches the stream    1 pass
+
+The amax of g was found by the norm's backward that wrote it, the next block's.
 
 Backward keeps the stream, the codes of n and h, and ``up`` in BF16. Values and codes are those of the layers
 one by one. Without FP8 the same function keeps n and h in BF16 instead.
@@ -28,16 +30,20 @@ from torch import Tensor
 from fp8train.layers.fused_activation import FusedActivation
 from fp8train.layers.fused_linear import FusedLinear, Source
 from fp8train.layers.fused_norm import FusedNorm
+from fp8train.layers.gradient_amax import GradientAmax
 
 
 @dataclass(frozen=True)
 class FusedMlp:
-    """What the function depends on besides tensors."""
+    """What the function depends on besides tensors; ``delta_amax`` and ``out_amax``: of the gradients of the
+    branch that joins and of the result."""
 
     norm: FusedNorm
     up: FusedLinear
     activation: FusedActivation
     down: FusedLinear
+    delta_amax: GradientAmax
+    out_amax: GradientAmax
 
 
 class _FusedMlp(torch.autograd.Function):
@@ -82,7 +88,10 @@ class _FusedMlp(torch.autograd.Function):
         parts: FusedMlp = ctx.parts
         assert grad_out is not None
         grad_h, grad_down = parts.down.backward(
-            Source.of_values(grad_out), kept_h, down_operand, lambda: parts.activation.forward(up)
+            Source.of_values(grad_out, parts.out_amax.take(grad_out)),
+            kept_h,
+            down_operand,
+            lambda: parts.activation.forward(up),
         )
         grad_n, grad_up = parts.up.backward(
             parts.activation.backward(up, grad_h),
@@ -91,7 +100,7 @@ class _FusedMlp(torch.autograd.Function):
             lambda: parts.norm.again(stream, mean, rstd, norm_weight, norm_bias),
         )
         grad_x, grad_norm, grad_bias = parts.norm.backward(
-            grad_n, grad_stream, stream, mean, rstd, norm_weight, norm_bias
+            grad_n, grad_stream, stream, mean, rstd, norm_weight, norm_bias, parts.delta_amax
         )
         grad_delta = grad_x if ctx.needs_input_grad[1] else None
         return grad_x, grad_delta, grad_norm, grad_bias, grad_up, grad_down, None, None, None

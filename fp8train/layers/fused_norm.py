@@ -9,6 +9,7 @@ from torch import Tensor
 from fp8train.kernels.norms import Kind, NormOutput, norm_again, norm_backward, norm_cast, residual_norm
 from fp8train.kernels.operands import CastOperand
 from fp8train.layers.fused_linear import Source
+from fp8train.layers.gradient_amax import GradientAmax
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,15 @@ class FusedNorm:
         rstd: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        delta_amax: GradientAmax | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of the stream (for x and delta both), the weight and the bias."""
+        """Gradients of the stream (for x and delta both), the weight and the bias; ``delta_amax`` is told the
+        amax of the first."""
         found = norm_backward(
             grad_y.contiguous(), grad_stream, stream, mean, rstd, weight, want_bias=bias is not None
         )
+        if delta_amax is not None:
+            delta_amax.put(found.stream, found.partials)
         grad_weight = None if weight is None else self._scaled(found.weight)
         return found.stream, grad_weight, None if bias is None else self._scaled(found.bias)
 

@@ -212,6 +212,7 @@ class Linear(nn.Module):
     def fp8_codes(self) -> Tensor:
         """The FP8 weight of the output GEMM, padding included, once it was written; the rounded values where
         FP4 is simulated."""
+        self.quantize_weight()
         self.await_weight()
         assert self._w_forward is not None and self.plan is not None
         values, spec = self._w_forward[0], self.plan.quant.output_w
@@ -219,6 +220,7 @@ class Linear(nn.Module):
 
     def fp8_scale_inv(self) -> Tensor:
         """The FP32 scales of :meth:`fp8_codes`: a scalar, or those of rows or blocks."""
+        self.quantize_weight()
         assert self._w_forward is not None
         return self._w_forward[1]
 
@@ -253,16 +255,30 @@ class Linear(nn.Module):
         one = torch.full((1, 1), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
         self.weight.data = one.expand(self.weight.shape)
 
-    @torch.no_grad()
     def quantize_weight(self) -> None:
         """Quantise the weight if it changed since the last time, and record its amax if amaxes are recorded.
 
         The model calls it before its blocks run.
         """
-        if isinstance(self._fp8_weight, CachedFp8Weight):
-            self._fp8_weight.refresh(self.weight)
-        if self._fp8_weight is not None and self._scale_state is not None and self._scale_state.active:
-            self._fp8_weight.record_amax()
+        weight, trains = self._fp8_weight, torch.is_grad_enabled()
+        with torch.no_grad():
+            if isinstance(weight, CachedFp8Weight):
+                weight.refresh(self.weight)
+            elif isinstance(weight, ResidentFp8Weight):
+                weight.refresh(turned=trains)
+            if weight is not None and self._scale_state is not None and self._scale_state.active:
+                weight.record_amax()
+
+    def make_backward_operand(self) -> None:
+        """Make what backward reads of a resident weight, if that is another layout: a compiled forward would
+        make it in its graph, and another graph of the next forward, which finds it."""
+        if self._fp8_weight is not None:
+            self._fp8_weight.backward_operand()
+
+    def forget_casts(self) -> None:
+        """Make what is derived from the weight, and kept from forward to forward, again at its next use."""
+        if self._fp8_weight is not None:
+            self._fp8_weight.forget()
 
     def await_weight(self) -> None:
         """Wait until all of a new FP8 weight has arrived from the ranks that keep its master."""
@@ -305,13 +321,14 @@ class Linear(nn.Module):
             self.await_weight()
         slot = self.sink_slot
         batch = 1 if self.wire.kind == "none" else x.shape[0]
-        call = LinearCall(self.alphas, self.plan, 0 if slot is None else slot.sink, self.wire, batch)
+        sink, trains = 0 if slot is None else slot.sink, torch.is_grad_enabled()
+        call = LinearCall(self.alphas, self.plan, sink, self.wire, batch, trains)
         flat = x.reshape(-1, self.in_features)
         if self.plan is None or self.leaves_fp8:
             buffer, index = (None, None) if slot is None else (slot.buffer, slot.slot)
             y = _HighPrecisionLinear.apply(flat, self.weight, buffer, index, call)
         else:
-            w_forward, w_backward = self._w_forward, self._w_backward
+            w_forward, w_backward = self._w_forward, self._w_backward if trains else None
             assert w_forward is not None or columns is not None, (
                 f"{self.name}: no FP8 weight; call quantize_weight() before a compiled forward, or write the "
                 "weight if it is resident in FP8"
@@ -325,36 +342,40 @@ class Linear(nn.Module):
         shape = x.shape[:-1] if self.wire.kind == "none" else (batch, -1)
         return y.view(*shape, self.out_features)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether this linear, once connected, can be a part of a fused function: not with a bias, ranks that
+        hold other parts, or other granularities of scales."""
+        plan, alone = self.plan, self.bias is None and self.wire.kind == "none"
+        casts_alike = plan is None or (not self.casts_in_forward and fusable(plan.quant))
+        return alone and casts_alike and self.weight.dtype != torch.float64
+
     def fused(self, *, keeps_input: bool = True) -> FusedLinear | None:
         """This linear as a part of a fused function; None where only :meth:`forward` does what it has to:
-        a bias, ranks that hold other parts, statistics of casts, other granularities of scales.
+        unless it :attr:`fuses`, for statistics of casts, and while it leaves FP8.
 
         Args:
             keeps_input: see :class:`~fp8train.layers.fused_linear.FusedLinear`.
         """
         plan, state, recorder = self.plan, self._scale_state, self._recorder
-        if self.bias is not None or self.wire.kind != "none" or self.leaves_fp8:
+        if not self.fuses or self.leaves_fp8 or (recorder is not None and recorder.active):
             return None
-        if self.weight.dtype == torch.float64 or (recorder is not None and recorder.active):
-            return None
-        if plan is not None and (self.casts_in_forward or not fusable(plan.quant)):
-            return None
-        call = LinearCall(self.alphas, plan, 0 if self.sink_slot is None else self.sink_slot.sink, self.wire)
+        sink, trains = 0 if self.sink_slot is None else self.sink_slot.sink, torch.is_grad_enabled()
+        call = LinearCall(self.alphas, plan, sink, self.wire, trains=trains)
         slots = self._recording_slots if state is not None and state.active else self._slots
         shape, dtype = self.weight.shape, self.weight.dtype
-        trains = torch.is_grad_enabled()
-        return FusedLinear(call, slots, self.sink_slot, shape, dtype, keeps_input, trains)
+        return FusedLinear(call, slots, self.sink_slot, shape, dtype, keeps_input)
 
     def fused_weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """The operands of the output and the grad_input GEMM for :meth:`fused`: payload and scale of each;
-        without a plan the weight and None. In a model without backward the second is not read."""
+        without a plan the weight and None. Without backward the second is not read."""
         if self.plan is None:
             return self.weight, None, self.weight, None
         self.quantize_weight()
         self.await_weight()
-        forward, backward = self._w_forward, self._w_backward
+        forward, backward = self._w_forward, self._w_backward if torch.is_grad_enabled() else None
         assert forward is not None, f"{self.name}: no FP8 weight was written yet"
-        return *forward, *(forward if backward is None else backward)  # a loaded weight has no backward
+        return *forward, *(forward if backward is None else backward)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -370,9 +391,8 @@ class Linear(nn.Module):
                 "would silently change its numerics. Build the model with another dtype instead"
             )
         super()._apply(fn, recurse)
-        if isinstance(self._fp8_weight, CachedFp8Weight):
-            self._fp8_weight.forget()
-        elif isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight)):
+        self.forget_casts()
+        if isinstance(self._fp8_weight, (ResidentFp8Weight, LoadedFp8Weight)):
             self._fp8_weight.to(probe.device)
             self._drop_values()
         return self

@@ -56,6 +56,7 @@ class LinearCall:
         sink: number of the gradient sink; without meaning where the call has no buffer.
         wire: communication with tensor-parallel ranks.
         batch: sequences in the input.
+        trains: whether there will be a backward, which reads codes in another layout.
     """
 
     alphas: Alphas
@@ -63,3 +64,4 @@ class LinearCall:
     sink: int
     wire: Wire = UNSPLIT
     batch: int = 1
+    trains: bool = True

@@ -11,8 +11,10 @@ from fp8train.config.schema import Config
 from fp8train.layers.linear import Linear
 from fp8train.live.console import format_count
 from fp8train.live.stored_bytes import Footprint, StoredBytes
+from fp8train.models.decoder import Decoder
 from fp8train.optim.decay_loss import explain_lost_decay
 from fp8train.optim.parameter_state import in_plan
+from fp8train.step.recorded import WARM_UP
 from fp8train.step.trainer import Trainer
 from fp8train.update_rules.registry import rule_named
 
@@ -87,6 +89,10 @@ def describe_precision(trainer: Trainer) -> list[str]:
         lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
     lines.append(f"attention: {built.attention}")
+    if built.compiles:
+        lines.append(f"compile: {_compiled(trainer.model)}")
+    if trainer.recorded is not None:
+        lines.append(f"forward and backward: CUDA graphs, after {WARM_UP} steps without")
     if trainer.processes.device.type != "cpu":
         lines.append(trainer.optimizer.describe_pass())
     stored = stored_bytes(trainer)
@@ -116,6 +122,15 @@ def _others(config: Config) -> str:
         f"{whose} accumulated in {gradient.accumulate} and reduced in {gradient.reduce}, "
         f"{config.optimizer.name} states outside the FP8 plan in {wide}"
     )
+
+
+def _compiled(model: Decoder) -> str:
+    blocks = model.held_blocks()
+    compiled = sum(block.compiled for block in blocks)
+    if compiled == len(blocks):
+        return f"{compiled} blocks"
+    fused = f"{len(blocks) - compiled} of {len(blocks)} blocks run as fused functions"
+    return f"{fused}, which leave nothing to compile"
 
 
 def _weights(config: Config) -> str:

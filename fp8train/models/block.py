@@ -14,6 +14,7 @@ from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.linear_names import linear_dimensions
 from fp8train.layers.attention import Attention, KVCache
 from fp8train.layers.fp8_saved import from_fp8_input
+from fp8train.layers.linear import Linear
 from fp8train.layers.mlp import MLP
 from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.layers.residual import ResidualRule
@@ -116,6 +117,16 @@ class Block(nn.Module):
             up_alphas=alphas["mlp.up"],
             down_alphas=alphas["mlp.down"],
         )
+
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """Its matrices, in order."""
+        return self.attention.qkv, self.attention.out, self.mlp.up, self.mlp.down
+
+    @property
+    def compiled(self) -> bool:
+        """Whether calls run compiled code."""
+        return self._compiled_call_impl is not None
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None

@@ -37,11 +37,13 @@ class BuiltModel:
         model: on its device, parameters uninitialised; perhaps a part of the model.
         fp8: what is in FP8, of the whole model; None if nothing was asked to be.
         attention: what computes attention.
+        compiles: whether blocks that are not fused functions are to be compiled, once they are connected.
     """
 
     model: Decoder
     fp8: PlanReport | None
     attention: AttentionBackend
+    compiles: bool = False
 
 
 def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -106,9 +108,7 @@ def build_model(
         block.attention.kernels = attention.kernels
         if gemm.smooth_swiglu != "off" and report is not None and block.mlp.down.name in report.plans:
             block.mlp.use_smooth_swiglu(gemm.smooth_swiglu)
-        if config.train.compile == "block":
-            block.compile(fullgraph=True)
-    return BuiltModel(model, report, attention)
+    return BuiltModel(model, report, attention, compiles=config.train.compile == "block")
 
 
 def attention_backend(config: Config, device: torch.device) -> AttentionBackend:

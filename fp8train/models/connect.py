@@ -3,7 +3,7 @@
 In two moves, because others stand between them. :func:`make_fp8_parts` makes what casts need: the state of
 delayed scales, and the FP8 copies of weights. Training makes the gradient store and ZeRO's gather of weights,
 which writes into those copies. Then :func:`connect_linears` hands each linear its share of all of it
-(:meth:`fp8train.layers.linear.Linear.connect`). Weights are written after that.
+(:meth:`fp8train.layers.linear.Linear.connect`), and blocks are compiled. Weights are written after that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fp8train.layers.fp8_weight import Fp8Weight, LoadedFp8Weight, ResidentFp8We
 from fp8train.layers.linear import SinkSlot
 from fp8train.layers.linear_plan import scale_slots
 from fp8train.models.build import BuiltModel
+from fp8train.models.fused_block import can_fuse
 from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
 
@@ -78,7 +79,8 @@ def connect_linears(
     sink_slot: Callable[[str], SinkSlot] | None = None,
     arrived: Callable[[str], None] | None = None,
 ) -> None:
-    """Connect every linear, in FP8 or not. Values of weights that exist in FP8 alone are dropped.
+    """Connect every linear, in FP8 or not. Values of weights that exist in FP8 alone are dropped. If blocks
+    are to be compiled, those are that do not run as fused functions, which leave a compiler nothing.
 
     Args:
         built: the model and its plan.
@@ -99,3 +101,6 @@ def connect_linears(
             sink_slot=None if sink_slot is None or not linear.weight.requires_grad else sink_slot(fqn),
             arrived=None if arrived is None or fqn not in resident else partial(arrived, fqn),
         )
+    for block in built.model.held_blocks() if built.compiles else ():
+        if not can_fuse(block):
+            block.compile(fullgraph=True)

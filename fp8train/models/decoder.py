@@ -21,6 +21,7 @@ from fp8train.layers.attention import KVCache
 from fp8train.layers.embedding import Embedding, OutputHead
 from fp8train.layers.factors import scale, scale_backward
 from fp8train.layers.fp8_head import Fp8Head
+from fp8train.layers.gradient_amax import GradientAmax
 from fp8train.layers.linear import Linear
 from fp8train.layers.loss import linear_cross_entropy, logits
 from fp8train.layers.rotary import RopeScaling, rotary_frequencies, rotary_table
@@ -151,13 +152,17 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def prepare(self) -> None:
-        """Quantise the weights that changed since the last forward, outside any compiled region."""
+        """Make the operands of weights that changed since the last forward, outside any compiled region."""
         for name, linear in self.linears().items():
             assert linear.plan is not None or not self.specs[f"{name}.weight"].in_fp8_plan, (
                 f"{name} is in the FP8 plan but not connected; see fp8train.models.connect"
             )
             linear.quantize_weight()
             linear.record_weight()
+        if torch.is_grad_enabled():
+            for block in self.held_blocks():
+                for linear in block.linears if block.compiled else ():
+                    linear.make_backward_operand()
 
     def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Compute final normalised states, the head's input.
@@ -201,15 +206,17 @@ class Decoder(nn.Module):
         if self.config.positions == "rope":
             cos, sin = (table[span] for table in self._rotary_table(x.device))
         delta: Tensor | None = None  # a branch that has yet to join the stream
+        delta_amax: GradientAmax | None = None  # of its gradient
         for i, layer in enumerate(layers):
             block = self.layers[str(layer)]
             recomputes = self.full_recompute and caches is None and torch.is_grad_enabled()
-            fused = None if caches is not None else fused_block(block, x)
+            fused = None if caches is not None else fused_block(block, x, delta_amax)
             if fused is not None:
+                delta_amax = fused.mlp.out_amax
                 x, delta = recompute(fused, x, delta, cos, sin) if recomputes else fused(x, delta, cos, sin)
                 continue
             if delta is not None:
-                x, delta = x + delta, None
+                x, delta, delta_amax = x + delta, None, None
             if recomputes:
                 x = recompute(block, x, cos, sin)
             else:

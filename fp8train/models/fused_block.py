@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fp8train.kernels import fused_op
@@ -16,6 +15,8 @@ from fp8train.layers.factors import Factors
 from fp8train.layers.fused_heads import FusedHeads, fused_heads
 from fp8train.layers.fused_mlp import FusedMlp, fused_mlp
 from fp8train.layers.fused_norm import FusedNorm
+from fp8train.layers.fused_projection import FusedProjection, fused_projection
+from fp8train.layers.gradient_amax import GradientAmax
 from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.models.block import Block
 
@@ -27,11 +28,13 @@ class FusedBlock:
     Attributes:
         block: the layers, whose weights and attention are used.
         heads: what the first function depends on besides tensors.
-        mlp: likewise the second.
+        out: likewise attention's output projection.
+        mlp: likewise the second half.
     """
 
     block: Block
     heads: FusedHeads
+    out: FusedProjection
     mlp: FusedMlp
 
     def __call__(
@@ -55,10 +58,15 @@ class FusedBlock:
             if attention.recompute is None
             else attention.recompute(attention.mix, query, key, value)
         )
-        attended = attention.out(mixed)
+        attended = fused_projection(
+            mixed.reshape(-1, attention.out.in_features),
+            attention.out.weight,
+            attention.out.fused_weights(),
+            self.out,
+        )
         flat, result = fused_mlp(
             flat,
-            attended.view(-1, shape[-1]),
+            attended,
             _vectors(block.mlp_norm),
             (mlp.up.weight, mlp.down.weight),
             (mlp.up.fused_weights(), mlp.down.fused_weights()),
@@ -67,31 +75,45 @@ class FusedBlock:
         return flat.view(shape), result.view(shape)
 
 
-def fused_block(block: nn.Module, x: Tensor) -> FusedBlock | None:
+def can_fuse(block: Block) -> bool:
+    """Whether fused functions compute this block on its device, once its linears are connected: on every step
+    whose casts are not sampled."""
+    on_gpu = fused_op.fuses(block.attention.qkv.weight)
+    return on_gpu and _is_plain(block) and all(linear.fuses for linear in block.linears)
+
+
+def fused_block(block: nn.Module, x: Tensor, delta_amax: GradientAmax | None = None) -> FusedBlock | None:
     """The block as fused functions for a stream x [B, S, H]; None where its layers have to run one by one:
-    on CPUs, in compiled graphs, cut over ranks, with biases, with norms at the end of branches or within
-    attention, with factors that a fused function does not know, or while casts are sampled."""
+    on CPUs, cut over ranks, with biases, with norms at the end of branches or within
+    attention, with factors that a fused function does not know, or while casts are sampled. ``delta_amax``:
+    the :attr:`~fp8train.layers.fused_mlp.FusedMlp.out_amax` of the branch that is to join the stream."""
     assert isinstance(block, Block)
-    compiled = torch.compiler.is_compiling() or block._compiled_call_impl is not None
-    if compiled or not fused_op.fuses(x) or not _is_plain(block):
+    if not can_fuse(block):
         return None
     selective = block.attention.recompute is not None
     qkv = block.attention.qkv.fused(keeps_input=not selective)
     up, down = block.mlp.up.fused(keeps_input=not selective), block.mlp.down.fused(keeps_input=not selective)
-    if qkv is None or up is None or down is None:
+    attention, attended_amax = block.attention, GradientAmax()
+    out = attention.out.fused()
+    if qkv is None or out is None or up is None or down is None:
         return None
-    attention = block.attention
     heads = FusedHeads(
         _norm(block.attention_norm, casts=qkv.call.plan is not None),
         qkv,
         len(x),
         attention.num_kv_heads,
         attention.head_dim,
+        delta_amax,
     )
     mlp = FusedMlp(
-        _norm(block.mlp_norm, casts=up.call.plan is not None), up, block.mlp.fused_activation(), down
+        _norm(block.mlp_norm, casts=up.call.plan is not None),
+        up,
+        block.mlp.fused_activation(),
+        down,
+        attended_amax,
+        GradientAmax(),
     )
-    return FusedBlock(block, heads, mlp)
+    return FusedBlock(block, heads, FusedProjection(out, attended_amax), mlp)
 
 
 def _is_plain(block: Block) -> bool:

@@ -31,6 +31,6 @@ class WeightTarget(Protocol):
         ...
 
     def take(self, start: int, weight: StoredWeight) -> bool:
-        """Make the new weight of a stored master at once, which begins at row-major element ``start``; False
-        if it must come in pieces."""
+        """Make the new weight of a stored master, which begins at row-major element ``start`` and changes no
+        more until the next forward; False if it must come in pieces."""
         ...

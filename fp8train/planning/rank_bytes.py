@@ -8,6 +8,7 @@ Of every parameter that a rank holds (its pipeline stages, its tensor-parallel p
                   lives in the parameter, what is not there
     weight        the parameter in the compute type, its FP8 copies, or both
 
+On a GPU backward reads FP8 weights transposed, a byte more per parameter (:meth:`RankBytes.transposed`).
 Left out, for it is small: what messages are padded with (less than a block for each rank and bucket), and
 scale state. Activations and temporaries are not stored between steps.
 """
@@ -85,12 +86,29 @@ class RankBytes:
 
     def largest(self) -> StoredBytes:
         """Count what the rank stores that stores most."""
-        pp, pipeline, found = self.config.parallel.pp, self.config.parallel.pipeline, []
+        return max(map(self._of, self._model_parts()), key=lambda stored: stored.model.total)
+
+    def transposed(self) -> int:
+        """Bytes of FP8 weights in the layout that a GPU's backward reads, beside that of forward; of the rank
+        with most. Resident weights have them from the first forward of a step until the optimizer writes the
+        next weights, others between steps too."""
+        gemm, precision = self.config.precision.gemm, self.config.precision
+        written = ("same", "second_copy") if precision.weights == "fp8" else ("same",)
+        if not gemm.fp8 or gemm.keep_w not in written or gemm.output.w.format == "e2m1":
+            return 0
+        return max(
+            sum(_padded(part.shape) for part in self._held(model_part) if self._has_copies(part))
+            + self._codes_of_head(model_part)
+            for model_part in self._model_parts()
+        )
+
+    def _model_parts(self) -> Iterator[ModelPart]:
+        """What of the model each pipeline rank holds."""
+        pp, pipeline = self.config.parallel.pp, self.config.parallel.pipeline
         stages = plan_stages(self.config, self._vocab_size)
         for rank in range(pp):
             of_rank = stages_of_rank(pipeline.schedule, pp=pp, per_rank=pipeline.stages, rank=rank)
-            found.append(self._of(part_of([stages[index] for index in of_rank])))
-        return max(found, key=lambda stored: stored.model.total)
+            yield part_of([stages[index] for index in of_rank])
 
     def _of(self, model_part: ModelPart) -> StoredBytes:
         """Of the rank that owns most among those with this part of the model."""
@@ -103,9 +121,9 @@ class RankBytes:
         counts = []
         for part in parts:
             rows = part.shape[0] if owners is None else len(owners.owners[part.fqn][rank])
-            weight = (
-                self._head(part) if model_part.ends and part.fqn == self._head_fqn else self._weight(part)
-            )
+            weight = self._weight(part)
+            if part.fqn == self._head_fqn and (codes := self._codes_of_head(model_part)):
+                weight = weight[0] + codes, weight[1] + 4
             kinds = {"weight": weight, **self._gradient(part, sharded=owners is not None)}
             counts.append((part, {**kinds, **dict(self._states(part, rows))}))
         return StoredBytes(
@@ -182,18 +200,21 @@ class RankBytes:
         own = {"fp32": self._wide, "bf16_remainder": 2}.get(fmt.format)
         return 0 if resident or own != self._item else numel * self._item
 
-    def _head(self, part: Part) -> tuple[int, int]:
-        """The head's weight, and its codes where it multiplies in FP8."""
-        own, _ = self._weight(part)
-        if self.config.precision.gemm.head != "fp8":
-            return own, 0
-        rows, columns = part.shape
-        return own + (-(-rows // 16) * 16) * (-(-columns // 16) * 16), 4
+    def _has_copies(self, part: Part) -> bool:
+        """Whether there are FP8 copies of a weight between forwards."""
+        in_forward = self.config.precision.gemm.smooth_swiglu == "channel" and ".mlp.down." in part.fqn
+        return part.in_plan and not in_forward
+
+    def _codes_of_head(self, model_part: ModelPart) -> int:
+        """Bytes of the codes that an FP8 head has beside its weight, without their scale."""
+        if self.config.precision.gemm.head != "fp8" or not model_part.ends:
+            return 0
+        return _padded(local_shape(self._head_fqn, self.shapes[self._head_fqn], self.config.parallel.tp))
 
     def _weight(self, part: Part) -> tuple[int, int]:
         """The parameter in the compute type and its FP8 copies, those that there are."""
         precision, own = self.config.precision, part.numel * self._item
-        if not part.in_plan or (precision.gemm.smooth_swiglu == "channel" and ".mlp.down." in part.fqn):
+        if not self._has_copies(part):
             return own, 0
         gemm = precision.gemm
         specs = [(gemm.output.w, 1), *([(gemm.grad_input.w, 0)] if gemm.keep_w == "second_copy" else [])]
@@ -206,9 +227,14 @@ class RankBytes:
                 count = math.prod(
                     -(-size // (each or size)) for size, each in zip((rows, columns), tile, strict=True)
                 )
-            copies += (-(-rows // 16) * 16) * (-(-columns // 16) * 16) * item
+            copies += _padded(part.shape) * item
             scales += 4 * count
         return (copies if precision.weights == "fp8" else own + copies), scales
+
+
+def _padded(shape: Shape) -> int:
+    """Elements of a matrix whose sizes are padded to multiples of 16."""
+    return math.prod(-(-size // 16) * 16 for size in shape)
 
 
 def _state_bytes(fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int) -> tuple[int, int]:

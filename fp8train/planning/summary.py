@@ -14,7 +14,7 @@ from fp8train.config.linear_names import coverage, reasons_to_skip
 from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.schema import Config
 from fp8train.config.world import check_world, fewest_processes
-from fp8train.live.console import format_count
+from fp8train.live.console import format_bytes, format_count
 from fp8train.planning.rank_bytes import RankBytes
 from fp8train.planning.vocabulary import ASSUMED_VOCABULARY, known_vocabulary
 
@@ -46,7 +46,7 @@ def summarise(resolved: ResolvedConfig, world: int | None, *, nvidia: Path = _NV
         ("length", _length(config, counted)),
         ("layout", _layout(config, processes, dp, asked=world is not None)),
         ("precision", f"{config.precision.level}, {_coverage(config)}"),
-        ("bytes", f"{stored}{_of_largest_rank(config, dp)}"),
+        ("bytes", f"{stored}{_transposed(config, counted)}{_of_largest_rank(config, dp)}"),
         ("all in", stored.all_in()),
         ("machine", "; ".join(_machine(config, nvidia))),
     ]
@@ -117,6 +117,15 @@ def _of_largest_rank(config: Config, dp: int) -> str:
     parallel = config.parallel
     several = parallel.tp * parallel.pp > 1 or (parallel.zero == 1 and dp * parallel.cp > 1)
     return " (the largest rank's part)" if several else ""
+
+
+def _transposed(config: Config, counted: RankBytes) -> str:
+    """What a GPU keeps beside that: weights in the layout of backward."""
+    count = counted.transposed()
+    if count == 0 or config.run.device == "cpu":
+        return ""
+    when = " while a step runs" if config.precision.weights == "fp8" else ""
+    return f" (on a GPU + {format_bytes(count)} of transposed weights{when})"
 
 
 def _machine(config: Config, nvidia: Path) -> Iterator[str]:

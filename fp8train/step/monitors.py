@@ -54,6 +54,11 @@ class Monitors:
         """Whether the current step's casts are recorded."""
         return self.recorder is not None and self.recorder.active
 
+    @property
+    def kind(self) -> tuple[bool, frozenset[str]]:
+        """What decides which operations a step has: whether it is sampled, linears that are out of FP8."""
+        return self.sampled, frozenset() if self.guard is None else frozenset(self.guard.locked)
+
     def before_step(self, step: int) -> None:
         """Let linears back into FP8 whose time is over before ``step`` (1-based) begins."""
         if self.guard is not None and self.guard.release(step):

@@ -40,6 +40,7 @@ from fp8train.parallel.zero import Partition
 from fp8train.step.assemble import all_reduce_max, make_gradient_buckets, make_run_optimizer, tensor_parallel
 from fp8train.step.monitors import Monitors
 from fp8train.step.non_finite import norm_and_whether_applied
+from fp8train.step.recorded import CudaGraphs, RecordedStep, Recorder
 from fp8train.step.result import StepResult
 from fp8train.step.scale_events import ScaleEvents
 from fp8train.step.sharding import Sharding, make_gather, make_partition
@@ -71,12 +72,20 @@ class Trainer:
         scales: state of delayed scales; None if there are none.
         updates: optimizer steps applied (skipped ones do not count).
         monitors: what is watched, and the guard.
+        recorded: forward and backward as CUDA graphs; None runs them eagerly.
     """
 
     def __init__(
-        self, config: Config, processes: Processes, *, vocab_size: int, ignore_after: int | None = None
+        self,
+        config: Config,
+        processes: Processes,
+        *,
+        vocab_size: int,
+        ignore_after: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """Build everything and fill in the values of step 0."""
+        """Build everything and fill in the values of step 0. ``recorder``: in place of CUDA's, where
+        ``run.cuda_graphs`` asks for one."""
         self.config, self.processes, self.ignore_after = config, processes, ignore_after
         placement = place_stages(config, processes, vocab_size)
         self.built: BuiltModel = build_model(
@@ -121,6 +130,10 @@ class Trainer:
         self.sharding = self._connect(owners)
         self.optimizer = make_run_optimizer(config, self.built, processes, self.parts.resident, self.sharding)
         self._scale_events = self._watch_scales()
+        self.recorded: RecordedStep | None = None
+        if config.run.cuda_graphs:
+            recorder = recorder or CudaGraphs(processes.device)
+            self.recorded = RecordedStep(recorder, self._one_after_the_other, self._forget_casts)
         initialise(self.model, config.run.seed, self.optimizer.states.seed_master)
         self._publish()
 
@@ -171,8 +184,9 @@ class Trainer:
         self._distribute()
 
     def _distribute(self) -> None:
-        if self.sharding is not None:
-            self.sharding.distribute(wait=self.config.train.compile != "off")
+        if self.sharding is not None:  # compiled blocks and graphs do not wait within
+            compiled = any(block.compiled for block in self.model.held_blocks())
+            self.sharding.distribute(wait=compiled or self.recorded is not None)
 
     def _whole(self) -> list[str]:
         """Parameters that every tensor-parallel rank holds whole."""
@@ -245,8 +259,14 @@ class Trainer:
         return torch.linalg.vector_norm(norms * self._norm_weights)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
-        self.store.begin_step(len(inputs))  # each parameter now expects a contribution per micro-batch
-        if self.pipeline is None:
+        # Each parameter now expects a contribution per micro-batch.
+        self.store.begin_step(len(inputs), launch=self.recorded is None)
+        if self.recorded is not None:
+            total, replayed = self.recorded(self.monitors.kind, inputs, targets, num_tokens)
+            if replayed:
+                self.store.replayed()
+            self.store.finish()
+        elif self.pipeline is None:
             total = self._one_after_the_other(inputs, targets, num_tokens)
             self.store.finish()  # waits for the last bucket's reduction
         else:
@@ -254,6 +274,10 @@ class Trainer:
             self.store.finish()
             self.pipeline.add_tied_gradients()
         return total
+
+    def _forget_casts(self) -> None:
+        for linear in self.model.linears().values():
+            linear.forget_casts()
 
     def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)

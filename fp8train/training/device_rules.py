@@ -19,8 +19,13 @@ def check_device(config: Config, device: torch.device) -> None:
 
     Raises:
         ConfigError: ``exact`` without what fixes its bits here, NCCL's FP8 sum where there is none, FP8 GEMMs
-            on a GPU without them, attention by a kernel that is not here.
+            on a GPU without them, attention by a kernel that is not here, CUDA graphs without CUDA.
     """
+    if config.run.cuda_graphs and device.type != "cuda":
+        raise ConfigError(
+            f"run.cuda_graphs: true is for CUDA devices, and this is a {device.type.upper()}; set "
+            "run.cuda_graphs=false"
+        )
     precision = config.precision
     try:
         if (quant := precision.gemm.value()) is not None:

@@ -192,3 +192,25 @@ def test_smaller_cases_agree_in_their_sizes() -> None:
                 if isinstance(full, torch.Tensor):
                     order = sorted(range(full.dim()), key=full.stride, reverse=True)
                     assert ours.permute(order).is_contiguous(), f"{case}: strides {ours.stride()}"
+
+
+def test_optimizer_cases_have_values() -> None:
+    from tools.kernel_cases import cases
+
+    for case in cases():
+        if case.operation == "optimizer_update":
+            gradients, _, masters, _, *moments = case.filled(torch.device("cpu"), scale=64)[:8]
+            for tensor in (*gradients, *masters, *moments[0], *moments[2]):
+                assert tensor.float().count_nonzero() > tensor.numel() / 2, case
+
+
+@pytest.mark.usefixtures("bench")
+def test_copies_of_arguments_are_found_by_their_addresses() -> None:
+    from kernels import copied
+
+    x, y = torch.ones(3), torch.zeros(2)
+    table = torch.tensor([[x.data_ptr(), 7], [y.data_ptr(), x.data_ptr()]])
+    (first, second), addresses, name = copied(([x, y], table, "name"))
+    assert name == "name" and torch.equal(first, x) and first.data_ptr() != x.data_ptr()
+    assert addresses.tolist() == [[first.data_ptr(), 7], [second.data_ptr(), first.data_ptr()]]
+    assert table[0, 0] == x.data_ptr()

@@ -3,7 +3,6 @@
 Four processes start once and run all scenarios; a scenario that needs two ranks uses ranks 0 and 1.
 """
 
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,6 +22,7 @@ from fp8train.config.errors import UserError
 from fp8train.run_dir.claim import RunDirError
 from fp8train.run_dir.directory import RunDir
 from tests.checkpoint.loading import load_checkpoint
+from tests.free_ports import free_ports
 
 WORLD = 4
 WHOLE = torch.arange(10 * 12, dtype=torch.uint8).view(10, 12)
@@ -242,9 +242,7 @@ def _worker(rank: int, port: int, root: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     mp.spawn(_worker, args=(port, root), nprocs=WORLD, join=True)
     return root
 

@@ -305,6 +305,11 @@ CONTRADICTIONS = {
         "run.yaml:15: run.attention_backend, run.device: run.attention_backend: flash3 is for CUDA "
         "devices, but run.device is cpu; write run.attention_backend: auto",
     ),
+    "graphs_on_a_cpu": (
+        MINIMAL + "run: {device: cpu, cuda_graphs: true}\n",
+        "run.yaml:15: run.cuda_graphs, run.device: run.cuda_graphs: true is for CUDA devices, but run.device "
+        "is cpu; write run.cuda_graphs: false",
+    ),
     "attention_that_depends_on_timing": (
         MINIMAL + "run: {attention_backend: cudnn, deterministic: true}\n",
         "run.yaml:15: run.attention_backend, run.deterministic: run.attention_backend: cudnn has a backward "

@@ -30,6 +30,7 @@ def found(overrides: list[str], base: list[str] | None = None) -> dict[str, str]
         ("data.prefix=elsewhere", "free"),
         ("run.threads=3", "free"),
         ("run.attention_backend=math", "free"),
+        ("run.cuda_graphs=true", "free"),
         ("model.init_std=0.5", "free"),
         ("precision.gradient.bucket_mib=1.0", "free"),
         ("precision.gemm.fast_accumulation=false", "free"),

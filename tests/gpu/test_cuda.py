@@ -7,11 +7,14 @@ import torch
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
+from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm
 from fp8train.numerics.cast import quantize
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.step.targets import inputs_and_targets
 from fp8train.step.trainer import Trainer
+from tests.kernels.gpu.same import same
 from tests.training.tiny import VOCAB, batches, tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -78,3 +81,37 @@ def test_deterministic_runs_are_bit_identical() -> None:
         assert weights() == weights()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("level", "accumulation"), [("O0", 1), ("O1", 1), ("O2", 3), ("O3", 3)])
+def test_cuda_graphs_give_the_bits_of_eager_steps(level: str, accumulation: int) -> None:
+    """Steps before the recording and behind it, an evaluation and sampled steps among them."""
+
+    def trained(graphs: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
+        settings = [f"precision.level={level}", f"run.cuda_graphs={graphs}", "run.deterministic=true"]
+        settings += ["logging.cast_statistics_interval=5", f"train.global_batch_size={accumulation}"]
+        config = tiny_config([*settings, "model.hidden_size=64", "model.ffn_hidden_size=128"])
+        trainer = Trainer(config, on_cuda(), vocab_size=VOCAB)
+        data, recorder, losses = batches(config, on_cuda()), trainer.monitors.recorder, []
+        for i in range(12):
+            if recorder is not None:
+                recorder.active = i in (5, 6, 7)
+            losses.append(float(trainer.step(i, data.batch(i)).loss))
+            if recorder is not None:
+                recorder.active = False
+            if i in (1, 9):
+                tokens = (part.cuda() for part in inputs_and_targets(data.batch(99), None))
+                losses.append(float(trainer.summed_loss(*tokens)))
+        replays = 0 if trainer.recorded is None else trainer.recorded.replays
+        return losses, {name: tensor.cpu() for name, tensor in trainer.state_tensors().items()}, replays
+
+    use_deterministic_kernels()
+    try:
+        (eager, states, none), (losses, recorded, replays) = trained("false"), trained("true")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert none == 0
+    assert replays == 10 - 2 * (level != "O0")  # the first two steps of a kind are eager
+    assert losses == eager
+    for name, tensor in states.items():
+        assert same(tensor, recorded[name]), name

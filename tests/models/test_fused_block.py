@@ -3,6 +3,7 @@ the references of the fused operations. When it is used, and when it is not."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels import fused_op, gemm
-from fp8train.layers import fp8_linear, fused_linear, grad_weight_op
+from fp8train.kernels.operands import amax_partials
+from fp8train.layers import fp8_linear, fp8_weight, fused_linear, grad_weight_op
+from fp8train.layers.gradient_amax import GradientAmax
+from fp8train.live.describe import describe_precision
 from fp8train.models import decoder
 from fp8train.models.fused_block import FusedBlock, fused_block
+from fp8train.optim import publishing
 from fp8train.step.trainer import Trainer
 from tests.training.tiny import alone, tiny_config
 
@@ -43,15 +48,18 @@ def trained(*overrides: str, fuse: bool) -> tuple[list[tuple[float, float]], dic
     """(loss and gradient norm of each step, weights after them, how many blocks were fused)."""
     used = 0
 
-    def counted(block: torch.nn.Module, x: Tensor) -> FusedBlock | None:
+    def counted(block: torch.nn.Module, x: Tensor, *amax: GradientAmax | None) -> FusedBlock | None:
         nonlocal used
-        result = fused_block(block, x)
+        result = fused_block(block, x, *amax)
         used += result is not None
         return result
 
     run, history = trainer(*overrides), []
     tokens = torch.randint(VOCAB, (2, 2, LENGTH + 1), generator=torch.Generator().manual_seed(7))
-    with patch.object(fused_op, "fuses", lambda x: fuse), patch.object(decoder, "fused_block", counted):
+    with ExitStack() as stack:
+        for module in (fused_op, fp8_weight, publishing):
+            stack.enter_context(patch.object(module, "fuses", lambda x: fuse))
+        stack.enter_context(patch.object(decoder, "fused_block", counted))
         for step in range(3):
             result = run.step(step, tokens)
             history.append((float(result.loss), result.grad_norm))
@@ -141,10 +149,30 @@ def test_layers_run_one_by_one_where_fused_functions_would_not_do(settings: tupl
         assert fused_block(block, x) is None
 
 
-def test_compiled_blocks_stay_what_was_compiled() -> None:
-    block = next(iter(trainer(*LLAMA, "precision.level=O2", "train.compile=block").model.held_blocks()))
+def test_fused_blocks_are_not_compiled() -> None:
     with patch.object(fused_op, "fuses", lambda x: True):
-        assert fused_block(block, torch.zeros(2, LENGTH, 64, dtype=torch.bfloat16)) is None
+        run = trainer(*LLAMA, "precision.level=O2", "train.compile=block")
+        block = next(iter(run.model.held_blocks()))
+        assert not block.compiled
+        assert fused_block(block, torch.zeros(2, LENGTH, 64, dtype=torch.bfloat16)) is not None
+    said = "2 of 2 blocks run as fused functions, which leave nothing to compile"
+    assert f"compile: {said}" in describe_precision(run)
+
+
+def test_blocks_that_are_not_fused_are_compiled() -> None:
+    """What their backward reads of a weight is made before, outside of their graphs."""
+    biased = ("model.family=gpt", "model.bias=true", "precision.level=O2", "train.compile=block")
+    with patch.object(fused_op, "fuses", lambda x: True), patch.object(fp8_weight, "fuses", lambda x: True):
+        run = trainer(*biased)
+        blocks = run.model.held_blocks()
+        weights = [linear._fp8_weight for block in blocks for linear in block.linears]
+        assert all(block.compiled for block in blocks)
+        with torch.no_grad():
+            run.model.prepare()
+        assert all(weight is not None and weight.backward is None for weight in weights)
+        run.model.prepare()
+        assert all(weight is not None and weight.backward is not None for weight in weights)
+    assert "compile: 2 blocks" in describe_precision(run)
 
 
 def test_padded_products_reach_the_next_block() -> None:
@@ -182,3 +210,19 @@ def test_layers_one_by_one_have_the_same_bits_with_fused_operations(settings: tu
     assert one == other
     for name, weight in weights.items():
         assert torch.equal(weight, fused_weights[name]), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gradients_that_a_norm_has_written_are_not_read_for_their_amax(recompute: str) -> None:
+    """Of three gradients that enter halves of two blocks, and the last's, only the last's is."""
+    read: list[torch.Size] = []
+
+    def spy(x: Tensor) -> Tensor:
+        read.append(x.shape)
+        return amax_partials(x)
+
+    settings = (*LLAMA, "precision.level=O2", f"train.activation_checkpointing={recompute}")
+    with patch.object(fused_linear, "amax_partials", spy):
+        trained(*settings, fuse=True)
+    forwards = 2 if recompute == "full" else 1  # attention's outputs, which a library's kernel writes
+    assert len(read) == 3 * 2 * (2 * forwards + 1)  # steps, micro-batches, (blocks, the last gradient)

@@ -16,6 +16,8 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
 from fp8train.config.world import check_world
+from fp8train.kernels import fused_op
+from fp8train.layers import fp8_weight
 from fp8train.live.describe import stored_bytes
 from fp8train.live.stored_bytes import StoredBytes
 from fp8train.models.build import outline
@@ -110,6 +112,31 @@ def test_bytes_are_those_of_a_run(name: str) -> None:
     assert planned(config) == stored_bytes(trainer)
 
 
+def weight_bytes(trainer: Trainer) -> int:
+    linears = stored_bytes(trainer).linears
+    return linears.values["weight"] + linears.scales["weight"]
+
+
+@pytest.mark.parametrize(
+    "name", ["O0", "O2", "odd sizes", "FP8 GEMMs alone", "smooth", "rowwise", "blockwise"]
+)
+def test_transposed_weights_are_those_of_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Copies for backward whose memory is not the forward operand's, nor a second copy that is stored."""
+    for module in (fused_op, fp8_weight):
+        monkeypatch.setattr(module, "fuses", lambda x: True)
+    config = tiny_config(RUNS[name])
+    trainer = Trainer(config, alone(), vocab_size=VOCAB)
+    before = weight_bytes(trainer)
+    trainer.model.prepare()
+    weights = [linear._fp8_weight for linear in trainer.model.linears().values()]
+    operands = [weight.backward_operand() for weight in weights if weight is not None]
+    turned = sum(codes.nbytes for codes, _ in filter(None, operands))
+    second = config.precision.gemm.keep_w == "second_copy"
+    assert RankBytes(config, VOCAB, dp=1, micro_batches=1).transposed() == (0 if second else turned)
+    if config.precision.weights == "fp8":
+        assert weight_bytes(trainer) >= before + turned
+
+
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
 def test_bytes_of_the_quick_start(level: str) -> None:
     config = load_config(QUICKSTART, [*SMALL, f"precision.level={level}"]).config
@@ -183,6 +210,7 @@ def test_the_lines(tmp_path: Path) -> None:
         "O2, recipe current, FP8: 4 of 9 linears; skipped 5 (first/last layers: 4, head: 1)"
     )
     assert "on a CPU: FP8 GEMMs are computed on the same operands in BF16" in lines["machine"]
+    assert lines["bytes"].endswith("(on a GPU + 60.0 KiB of transposed weights while a step runs)")
     gpu.mkdir()
     assert "on a CPU" not in summarise(resolved, 2, nvidia=gpu)
     assert "on a CPU" in summarise(load_config(QUICKSTART, [*overrides, "run.device=cpu"]), 1, nvidia=gpu)

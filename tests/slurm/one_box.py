@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from tests.free_ports import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 
@@ -126,13 +128,11 @@ class OneBoxCluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def _write_config(self, host: str, nodes: tuple[str, ...]) -> None:
-        with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-            text = CONFIG.replace("HOST", host).replace("USER", getpass.getuser())
-            # The rendezvous port of a job comes from its id: two such clusters must not count from the same.
-            text = text.replace("JOB", str(1 + secrets.randbelow(1_000_000)))
-            for number, probe in enumerate((a, b, c)):
-                probe.bind(("127.0.0.1", 0))
-                text = text.replace(f"PORT{number}", str(probe.getsockname()[1]))
+        text = CONFIG.replace("HOST", host).replace("USER", getpass.getuser())
+        # The rendezvous port of a job comes from its id: two such clusters must not count from the same.
+        text = text.replace("JOB", str(1 + secrets.randbelow(1_000_000)))
+        for number, port in enumerate(free_ports(3)):
+            text = text.replace(f"PORT{number}", str(port))
         (self.directory / "slurm.conf").write_text(text.replace("DIR", str(self.directory)))
         lines = ["AutoDetect=off"]
         for gpu in range(2):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import numpy as np
 from fp8train.checkpoint.catalog import candidates
 from fp8train.data.indexed_dataset import IndexedDatasetWriter
 from fp8train.run_dir.metrics import read_metrics
+from tests.free_ports import free_ports
 
 STEPS = 40
 
@@ -47,9 +47,7 @@ def start(
     config: Path, world_size: int, *overrides: str, program: tuple[str, ...] = ("-m", "fp8train")
 ) -> list[subprocess.Popen]:
     """Start the ranks of a run as torchrun would; ``program`` is what Python runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     processes = []
     for rank in range(world_size):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -26,6 +26,11 @@ CPU = torch.device("cpu")
             "cpu",
             "CUDA",
         ),
+        (
+            ["run.cuda_graphs=true"],
+            "cpu",
+            "cuda_graphs: true is for CUDA devices, and this is a CPU; set",
+        ),
         (["run.attention_backend=flash2"], "cpu", "`attention_backend`: flash2 is for CUDA devices"),
     ],
 )

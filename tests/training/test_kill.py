@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from fp8train.checkpoint.catalog import candidates
+from tests.free_ports import free_ports
 from tests.training.launching import weights, write_config
 
 RANKS = 2
@@ -49,9 +49,7 @@ class Runs:
         self.context.set_forkserver_preload(["fp8train.training.run", "fp8train.cli"])
 
     def start(self, name: str, *overrides: str) -> list[BaseProcess]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         shared = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         words = ["train", str(self.config), f"run.dir={self.config.parent}", f"run.name={name}"]

@@ -61,9 +61,9 @@ def watch_arrivals(
     """Have ``begin`` called when micro-batches begin to arrive (again), ``arrived`` with each gradient."""
     begin_step, add = store.begin_step, store._add
 
-    def watched_begin(contributions: int) -> None:
+    def watched_begin(contributions: int, *, launch: bool) -> None:
         begin()
-        begin_step(contributions)
+        begin_step(contributions, launch=launch)
 
     def watched_add(slot: int, gradient: Tensor) -> None:
         arrived(store._slots[slot].fqn, gradient)

@@ -30,6 +30,7 @@ from fp8train.config.schema import Config
 from fp8train.layers import grad_weight_op
 from fp8train.step.trainer import Trainer
 from tools.bench.ceilings import GPUS, Gpu
+from tools.bench.step_arguments import VARIANTS
 from tools.bench.step_counter import DEVICE, Counts, Row, StepCounter
 
 PHASES = ("weights", "forward", "backward", "head", "reduce", "norm", "optimizer", "other")
@@ -90,6 +91,9 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
     with pretended(gpu), StepCounter(gpu) as counter:
         assert config.model.vocab_size is not None, "model.vocab_size must be set: there is no tokenizer here"
         trainer = Trainer(config, processes, vocab_size=config.model.vocab_size)
+        trainer._one_after_the_other = counter.recorded(  # type: ignore[method-assign]
+            trainer._one_after_the_other
+        )
         if not optimizer:
             trainer.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
         _name_phases(trainer, counter)
@@ -170,6 +174,7 @@ class Report:
         block_parameters: of one block.
         lines: per phase, of one block and of the rest.
         syncs: lines where the host waits, with their numbers, in a model of one block.
+        unrecordable: those, and copies from the host, in what ``run.cuda_graphs`` records.
         gemms: GEMMs of a block that the tensor cores do not take as they lie, with the reason.
         persistent: bytes between steps of the whole model.
         peak: most bytes at once of the whole model.
@@ -184,6 +189,7 @@ class Report:
     block_parameters: int
     lines: list[Line]
     syncs: dict[str, int]
+    unrecordable: dict[str, int]
     gemms: dict[str, int]
     persistent: int
     peak: int
@@ -230,6 +236,7 @@ def report(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: bool = 
         two.parameters - one.parameters,
         lines,
         dict(one.counts.syncs),
+        {line: n for line, n in one.counts.unrecordable.items() if n},
         problems,
         extended("persistent"),
         extended("peak"),
@@ -253,7 +260,7 @@ def show(result: Report) -> None:
                     f"{line.gemm_flops / 1e12:12.3f}{line.attention_flops / 1e12:11.3f}"
                     f"{line.seconds * 1e3:9.3f}"
                 )
-    print(f"host waits: {result.syncs}")
+    print(f"host waits: {result.syncs}; where run.cuda_graphs would record: {result.unrecordable or 'none'}")
     print(f"GEMMs that the tensor cores do not take as they lie: {result.gemms or 'none'}")
     print(f"memory: {result.persistent / 1e9:.1f} GB between steps, {result.peak / 1e9:.1f} GB at the peak")
     print(
@@ -277,11 +284,6 @@ def operations(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: boo
             print(f"{phase:10}  {name:44}{row.launches:9}{row.moved / 1e9:9.3f}{row.seconds * 1e3:9.3f}")
 
 
-LEVELS = {
-    "FP8": ["precision.level=O0", "precision.gemm.fp8=true"],
-    **{level: [f"precision.level={level}"] for level in ("O0", "O1", "O2", "O3")},
-}
-"""What can be compared; ``FP8`` is FP8 GEMMs only."""
 _PASSES = ("weights", "forward", "backward", "reduce", "norm")
 
 
@@ -294,7 +296,7 @@ def compare(file: Path, overrides: Sequence[str], gpu: Gpu, levels: Sequence[str
     )
     found: dict[str, Report] = {}
     for level in levels:
-        result = found[level] = report(file, [*overrides, *LEVELS[level]], gpu)
+        result = found[level] = report(file, [*overrides, *VARIANTS[level]], gpu)
         optimizer = ("optimizer", "weights")
         spent = result.layers * result.block("seconds", optimizer) + result.rest("seconds", optimizer)
         print(
@@ -334,7 +336,7 @@ def main() -> None:
     )
     parser.add_argument("--operations", action="store_true", help="print what a block does, by operation")
     parser.add_argument("--no-optimizer", action="store_true", help="leave the update of the weights out")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, help="compare these, a line each")
+    parser.add_argument("--levels", nargs="+", choices=VARIANTS, help="compare these, a line each")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     gpu = GPUS[args.gpu]

@@ -21,6 +21,7 @@ Exit status: 0, or 1 if a part failed or has no complete result, or 2 for a wron
   step_1b    as step_8b
   step_3b    as step_8b
   linear     one linear, beside torchao's float8 training
+  step_graphs  only where --only names it: steps of few tokens with and without run.cuda_graphs
   predict    only where --only names it: counts the steps of step_* and profile, on a CPU, in advance;
              minutes, and no time limit. Their tables then show it beside what is measured.
 
@@ -44,7 +45,7 @@ fail() {
 
 declare -A limits=(
     [tests]=120 [kernels]=95 [gemm]=40 [step_8b]=75 [profile]=45 [optimizer]=25 [step_1b]=45 [step_3b]=50
-    [linear]=40 [predict]=0
+    [linear]=40 [step_graphs]=60 [predict]=0
 )
 declare -A given=()
 all="tests kernels gemm step_8b profile optimizer step_1b step_3b linear"
@@ -107,6 +108,7 @@ shape_1b=(model.hidden_size=2048 model.num_heads=32 model.num_kv_heads=8 model.f
 shape_3b=(model.hidden_size=3072 model.num_heads=24 model.num_kv_heads=8 model.ffn_hidden_size=8192
     model.num_layers=28 model.tie_embeddings=true)
 variants=(O0 FP8 O1 O2 O3)
+graphs=(run.cuda_graphs=true)
 
 arguments_of() { # the script of a part and its arguments, in ${command[@]}
     local -a predictions=()
@@ -118,7 +120,7 @@ arguments_of() { # the script of a part and its arguments, in ${command[@]}
         small=(--tiny --device cpu)
         sizes=(--tiny --device cpu --layers 1 2)
         times=(--threads 1 --turns 1)
-        shape_8b=(model.vocab_size=512) variants=(O0 O2)
+        shape_8b=(model.vocab_size=512) variants=(O0 O2) graphs=() # which a CPU has not
         shape_1b=("${shape_8b[@]}") shape_3b=("${shape_8b[@]}")
     fi
     local rest=$((limits[$1] - 12)) # the process starts, and prints, outside of this time
@@ -129,6 +131,12 @@ arguments_of() { # the script of a part and its arguments, in ${command[@]}
     step_8b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_8b[@]}") ;;
     step_1b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_1b[@]}") ;;
     step_3b) command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants "${variants[@]}" -- "${shape_3b[@]}") ;;
+    step_graphs)
+        if [ "$tiny" = 0 ]; then sizes=(--config "$llama" --micro-batch 1 --seq 512 2048 --layers 4 8) times=(--warmup 4 --steps 5 --rounds 3 --turns 1); fi
+        command=(train_step.py "${sizes[@]}" "${times[@]}" --seconds "$rest" --variants O0 O2
+            --variant O0_graphs precision.level=O0 precision.gemm.fp8=false "${graphs[@]}"
+            --variant O2_graphs precision.level=O2 "${graphs[@]}" -- "${shape_1b[@]}")
+        ;;
     profile)
         if [ -e "$out/predict.step_8b.json" ]; then predictions=(--predictions "$out/predict.step_8b.json"); fi
         if [ "$tiny" = 0 ]; then sizes=(--config "$llama" --micro-batch 1 --seq 8192 --layers 1); fi

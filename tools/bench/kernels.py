@@ -52,15 +52,29 @@ def written(operation: Any, arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def results_of(run: Any, operation: Any, arguments: Sequence[Any]) -> list[Tensor]:
-    """What a call gives: results, then what it wrote into its arguments, which are copied first."""
-    own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tuple(arguments))
-    found = run(*own)
-    return [*tensors_of(found), *written(operation, own)]
+    """What a call gives: results, then what it wrote into its arguments, which are copied first. Of the
+    optimizer's programs the largest number of each parameter counts, and their sum."""
+    own = copied(arguments)
+    found = tensors_of(run(*own))
+    if operation.name == "optimizer_update":
+        largest, flushed = found
+        found = [largest.amax(dim=1), flushed.sum(dim=1)]
+    return [*found, *written(operation, own)]
 
 
-def moved(arguments: Any, device: torch.device) -> Any:
-    """Arguments on another device, with the strides that they have."""
-    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, arguments)
+def copied(arguments: Sequence[Any], device: torch.device | None = None) -> tuple[Any, ...]:
+    """Arguments in other memory, perhaps on another device, with the strides that they have. Addresses in
+    int64 tables become those of the copies: a kernel that finds its memory so would write the originals."""
+    own = tree_map(lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, tuple(arguments))
+    pairs = zip(tensors_of(arguments), tensors_of(own), strict=True)
+    addresses = {old.data_ptr(): new.data_ptr() for old, new in pairs if old.numel()}
+    for table in tensors_of(own):
+        if table.dtype == torch.int64:
+            values = table.tolist()
+            known = tree_map(lambda value: addresses.get(value, value), values)
+            if known != values:
+                table.copy_(torch.tensor(known))
+    return own
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -148,7 +162,7 @@ def check(case: Any, operation: Any, run: Any, device: torch.device, scale: int)
         except (RuntimeError, AssertionError, ValueError):
             if divisor == 1:
                 raise
-    there = moved(arguments, device)
+    there = copied(arguments, device)
     poison(expected, device)
     ours = results_of(run, operation, there)
     same, worst, share = difference([t.cpu() for t in ours], expected)
@@ -175,7 +189,7 @@ def measure(
     copies = max(1, min(8, INPUT_BYTES // size))
     sets = [
         first,
-        *(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, first) for _ in range(copies)),
+        *(copied(first) for _ in range(copies)),
     ]
     cost = operation.cost(first, operation(*first))
     timing = time_calls([lambda a=a: operation(*a) for a in sets], device, repeats=repeats)

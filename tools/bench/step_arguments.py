@@ -1,4 +1,5 @@
-"""What ``train_step.py`` and ``profile_step.py`` are told: variants, sizes, limits of time."""
+"""What ``train_step.py`` and ``profile_step.py`` are told: variants, which ``count_step.py`` counts, sizes,
+limits of time."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ VARIANTS = {
     "FP8": ("precision.level=O0", "precision.gemm.fp8=true"),
     **{level: (f"precision.level={level}",) for level in ("O1", "O2", "O3")},
 }
-"""Overrides of a variant by its name; ``--variant`` adds others."""
+"""Overrides of a variant by its name, ``FP8`` being FP8 GEMMs only; ``--variant`` adds others."""
 TINY = {"layers": [2], "micro_batch": 2, "seq": [64], "steps": 1, "rounds": 1, "warmup": 1, "vocab": 512}
 DEFAULTS = {"vocab": 4096, "steps": 3, "rounds": 3, "warmup": 3}
 SMALL = Path(__file__).parents[2] / "configs" / "small" / "llama.yaml"

@@ -88,12 +88,14 @@ class Counts:
         rows: by place.
         gemms: how often each GEMM runs.
         syncs: lines where the host waits for the device, and how often.
+        unrecordable: of these, and of copies from the host, those in what ``run.cuda_graphs`` records.
         peak: most live bytes by phase.
     """
 
     rows: dict[Place, Row] = field(default_factory=dict)
     gemms: Counter[Gemm] = field(default_factory=Counter)
     syncs: Counter[str] = field(default_factory=Counter)
+    unrecordable: Counter[str] = field(default_factory=Counter)
     peak: dict[str, int] = field(default_factory=dict)
 
     def total(self, **wanted: str) -> Row:
@@ -137,6 +139,7 @@ class StepCounter(TorchDispatchMode):
         super().__init__()
         self.gpu, self.counts, self.live = gpu, Counts(), 0
         self._phase = ["build"]
+        self._records = False
         self._seen: set[int] = set()
 
     def restart(self) -> None:
@@ -161,6 +164,22 @@ class StepCounter(TorchDispatchMode):
 
         return call
 
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which is to be recorded as a CUDA graph."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._records = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._records = False
+
+        return call
+
+    def _wait(self, what: str = "") -> None:
+        self.counts.syncs[f"{_line()}{what}"] += 1
+        self.counts.unrecordable[f"{_line()}{what}"] += self._records
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -169,7 +188,7 @@ class StepCounter(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         inputs = _tensors((args, kwargs))
         if name == "_local_scalar_dense" and _is_meta(args[0]):
-            self.counts.syncs[_line()] += 1
+            self._wait()
             return 1 if not args[0].is_floating_point() else 1.0
         result = func(*args, **kwargs)
         outputs = _tensors(result)
@@ -182,7 +201,9 @@ class StepCounter(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
             if _is_meta(source) and not _is_meta(outputs[0]):
-                self.counts.syncs[f"{_line()} (copied to the host)"] += 1
+                self._wait(" (copied to the host)")
+            if self._records and not _is_meta(source):
+                self.counts.unrecordable[f"{_line()} (copied from the host)"] += 1
         if (operation := OPERATIONS.get(f"{namespace}::{name}")) is not None:
             cost = operation.cost(args, result)
             self._note("elementwise", name, cost, 0)

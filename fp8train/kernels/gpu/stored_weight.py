@@ -1,4 +1,5 @@
-"""Launcher of :mod:`fp8train.kernels.stored_weight`: tiles of blocks, as the optimizer step's."""
+"""Launcher of :mod:`fp8train.kernels.stored_weight`: tiles of blocks, as the optimizer step's. Where
+transposed codes are written too, a tile is a block wide and 64 rows high, so that they come in runs of 64."""
 
 from __future__ import annotations
 
@@ -15,10 +16,13 @@ from fp8train.kernels.gpu.tiles import operand_scale
 from fp8train.kernels.operands import CastRule
 from fp8train.kernels.optimizer_update import SCALED, rows_of_a_tile
 
+_ROWS = 64
+
 
 @triton.jit
 def _cast_stored_kernel(
     codes,
+    turned,
     scale_out,
     scale_inv_out,
     amax_out,
@@ -27,14 +31,17 @@ def _cast_stored_kernel(
     amax,
     delayed,
     first_row,
+    height,
     width,
+    rows,
     columns,
-    blocks,
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STRAIGHT: tl.constexpr,
+    TURNED: tl.constexpr,
     DELAYED: tl.constexpr,
     CONSTANT: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
@@ -47,22 +54,26 @@ def _cast_stored_kernel(
     scale, scale_inv, largest = operand_scale(
         amax, 1, delayed, DELAYED, CONSTANT, POWER_OF_TWO, MAX_EXPONENT, MARGIN, MOST
     )
-    if tl.program_id(0) == 0:
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(scale_out, scale)
         tl.store(scale_inv_out, scale_inv)
         tl.store(amax_out, largest)
     tile = tl.program_id(0).to(tl.int64)
-    own, lane = tl.arange(0, BLOCKS), tl.arange(0, LANES)
-    block = tile * BLOCKS + own
-    exists = block < blocks
+    own, lane = tile * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, LANES)
+    per_row = (width + BLOCK - 1) // BLOCK
     if STRAIGHT:  # rows are whole blocks, and nothing is padded: both sides are one run of memory
+        block, exists = own, own < height * per_row
         start = tile * (BLOCKS * BLOCK)
-        at = own[:, None] * BLOCK + lane[None, :]
+        at = tl.arange(0, BLOCKS)[:, None] * BLOCK + lane[None, :]
         inside = exists[:, None] if LANES == BLOCK else exists[:, None] & (lane < BLOCK)[None, :]
         to = first_row * columns + start + at
     else:
-        per_row = (width + BLOCK - 1) // BLOCK
-        row, column = block // per_row, block % per_row * BLOCK
+        if TURNED:  # the same block of several rows
+            row, column, exists = own, tl.program_id(1).to(tl.int64) * BLOCK + own * 0, own < height
+            block = row * per_row + tl.program_id(1)
+        else:
+            row, column, exists = own // per_row, own % per_row * BLOCK, own < height * per_row
+            block = own
         start = tile * 0
         at = (row * width + column)[:, None] + lane[None, :]
         inside = exists[:, None] & (lane[None, :] < tl.minimum(width - column, BLOCK)[:, None])
@@ -76,14 +87,20 @@ def _cast_stored_kernel(
         block,
         exists,
         FORMAT,
-        STRAIGHT,
+        ALIGNED,
         HARDWARE,
     )
-    tl.store(codes + to, encode_fp8(values * scale, MANTISSA, HARDWARE), mask=inside)
+    code = encode_fp8(values * scale, MANTISSA, HARDWARE)
+    tl.store(codes + to, code, mask=inside)
+    if TURNED:
+        line = tl.program_id(1).to(tl.int64) * BLOCK + lane
+        back = line[:, None] * rows + (first_row + own)[None, :]
+        tl.store(turned + back, tl.trans(code), mask=tl.trans(inside))
 
 
 def cast_stored(
     codes: Tensor,
+    turned: Tensor,
     scale_out: Tensor,
     scale_inv_out: Tensor,
     amax_out: Tensor,
@@ -99,18 +116,21 @@ def cast_stored(
     margin: int,
     constant_exponent: int | None,
 ) -> None:
-    """:func:`fp8train.kernels.stored_weight.cast_stored`: one read of the master, one write of the codes."""
-    assert payload.is_contiguous() and codes.is_contiguous()
+    """:func:`fp8train.kernels.stored_weight.cast_stored`: one read of the master, one write of each
+    layout."""
+    assert payload.is_contiguous() and codes.is_contiguous() and turned.is_contiguous()
     rule = CastRule(mantissa_bits, power_of_two, margin, constant_exponent)
-    rows, width = payload.shape
+    (height, width), both = payload.shape, turned.numel() > 0
     block = block if mantissa in SCALED else min(width, 128)
-    blocks = rows * triton.cdiv(width, block)
+    per_row = triton.cdiv(width, block)
     aligned = all(x.data_ptr() % 16 == 0 for x in (payload, scale) if x is not None)
-    straight = width % block == 0 and codes.shape[1] == width and aligned
+    straight = not both and width % block == 0 and codes.shape[1] == width and aligned
+    blocks = _ROWS if both else rows_of_a_tile(block)
     launch(
         _cast_stored_kernel,
-        (max(1, triton.cdiv(blocks, rows_of_a_tile(block))),),
+        (max(1, triton.cdiv(height if both else height * per_row, blocks)), max(1, per_row) if both else 1),
         codes.view(torch.uint8),
+        turned.view(torch.uint8),
         scale_out,
         scale_inv_out,
         amax_out,
@@ -119,14 +139,16 @@ def cast_stored(
         amax,
         amax if delayed is None else delayed,
         first_row,
+        height,
         width,
-        codes.shape[1],
-        blocks,
+        *codes.shape,
         FORMAT=mantissa,
         BLOCK=block,
         LANES=triton.next_power_of_2(block),
-        BLOCKS=rows_of_a_tile(block),
+        BLOCKS=blocks,
+        ALIGNED=straight or (both and aligned),
         STRAIGHT=straight,
+        TURNED=both,
         **scale_constants(amax.view(1), delayed, rule),
-        num_warps=4,
+        num_warps=8 if both else 4,
     )

@@ -78,7 +78,7 @@ class BlockStorage(Storage):
             None if accumulate is None else torch.zeros(shape, dtype=accumulate, device=device)
         )
         self.residual = torch.zeros(shape, dtype=torch.bfloat16, device=device) if error_feedback else None
-        self._lost: Tensor | None = None
+        self._lost = None if self.residual is None else torch.zeros_like(self.residual)
         ends = [place.stop for place in places.whole]
         self._ends = torch.tensor([*ends[:-1], places.total], device=device)  # the last one's has the padding
         self._squares: Tensor | None = None
@@ -105,12 +105,13 @@ class BlockStorage(Storage):
     @property
     def accumulator_bytes(self) -> int:
         """The accumulator, and what error feedback keeps beside the residual until a step is applied."""
-        lost = 0 if self.residual is None else self.residual.nbytes
+        lost = 0 if self._lost is None else self._lost.nbytes
         return lost + (0 if self._accumulator is None else self._accumulator.nbytes)
 
     def begin(self) -> None:
         """Forget what a step lost that was not applied."""
-        self._lost = None if self.residual is None else torch.zeros_like(self.residual)
+        if self._lost is not None:  # in place: a CUDA graph writes there
+            self._lost.zero_()
 
     def _matrix(self, member: int, blocks: Tensor) -> Tensor:
         """The member's part of a block matrix as a view of its shape (rows may be longer in memory)."""
@@ -198,9 +199,8 @@ class BlockStorage(Storage):
             clip: device scalar; None stands for 1.
         """
         if self.residual is not None:
-            assert self._lost is not None, "no step has begun"
+            assert self._lost is not None
             if clip is None:
                 self.residual.copy_(self._lost)
             else:  # not a scalar: those take the other operand's type, and the factor has more than 8 bits
                 torch.mul(self._lost, clip.float().view(1, 1), out=self.residual)
-            self._lost = None

@@ -86,7 +86,7 @@ class GradientStore:
         """
         self._parts, self._whole = parts, frozenset(whole)
         self._owners, self._group, self._scales = maker.owners, maker.replicas, maker.scales
-        self._expected = 0
+        self._expected, self._launches = 0, True
         self._group_of, self._uses = group_of, dict(uses or {})
         self._deferred: list[tuple[int, Callable[[], Tensor]]] | None = [] if defer else None
         self._slots: list[_Slot] = []
@@ -160,9 +160,10 @@ class GradientStore:
         """The buckets in launch order."""
         return [bucket.storage for bucket in self._buckets]
 
-    def begin_step(self, contributions: int) -> None:
-        """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step."""
-        self._expected, self._next_launch = contributions, 0
+    def begin_step(self, contributions: int, *, launch: bool = True) -> None:
+        """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step.
+        ``launch``: reduce each bucket once it is full; else :meth:`finish` reduces them all."""
+        self._expected, self._next_launch, self._launches = contributions, 0, launch
         if self._deferred is not None:
             self._deferred.clear()
         for slot in self._slots:
@@ -214,7 +215,8 @@ class GradientStore:
         entry.count += 1
         if entry.count == expected:  # the last contribution: the bucket may be complete now
             self._buckets[entry.bucket].pending -= 1
-            self._launch_ready()
+            if self._launches:
+                self._launch_ready()
 
     def _launch_ready(self) -> None:
         # In index order on every rank, so that collectives match, whatever order buckets filled in. A launch
@@ -224,6 +226,13 @@ class GradientStore:
             if self._next_launch:
                 self._buckets[self._next_launch - 1].storage.advance()
             self._next_launch += 1
+
+    def replayed(self) -> None:
+        """Every contribution of the step is in its buffer, put there by a CUDA graph: nobody called."""
+        for slot in self._slots:
+            slot.count = self._expected * slot.uses
+        for bucket in self._buckets:
+            bucket.pending = 0
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -238,6 +247,7 @@ class GradientStore:
                 f"{slot.fqn} ({slot.count} of {self._expected * slot.uses})" for slot in missing[:4]
             )
             raise RuntimeError(f"{len(missing)} parameters lack gradient contributions: {listed}")
+        self._launch_ready()  # what begin_step held back
         self._buckets[-1].storage.advance()  # no later launch did it
         for bucket in self._buckets:
             bucket.storage.finish()

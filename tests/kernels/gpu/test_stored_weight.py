@@ -22,7 +22,7 @@ from fp8train.precision.state_formats import StateFormat
 from tests.kernels.gpu.same import same
 
 MASTERS = [StateFormat(name) for name in ("fp16_scaled", "e4m3", "e5m2", "fp32", "bf16", "bf16_remainder")]
-SHAPES = [(16, 128), (5, 257), (6, 192), (3, 40)]
+SHAPES = [(16, 128), (5, 257), (6, 192), (3, 40), (70, 130)]
 SPECS = [
     QuantSpec(E4M3),
     QuantSpec(E4M3, power_of_two=False),
@@ -41,23 +41,30 @@ def stored(fmt: StateFormat, shape: tuple[int, int]) -> tuple[Storage, StoredWei
     return storage, StoredWeight(memory.payload, memory.scale, memory.mantissa, block, amax)
 
 
-def results(shape: tuple[int, int], first_row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def results(shape: tuple[int, int], first_row: int, *, both: bool) -> tuple[Tensor, ...]:
     rows, columns = (-(-size // 16) * 16 for size in (shape[0] + first_row, shape[1]))
-    codes = torch.full((rows, columns), 1, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    return codes, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    codes = torch.full((rows, columns), 1, dtype=torch.uint8)
+    turned = torch.full((columns, rows) if both else (0,), 1, dtype=torch.uint8)
+    numbers = (torch.zeros(()), torch.zeros(()), torch.zeros(()))
+    return codes.view(torch.float8_e4m3fn), turned.view(torch.float8_e4m3fn), *numbers
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["one layout", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fmt", MASTERS, ids=str)
-def test_the_kernel_has_the_bits_of_the_reference(fmt: StateFormat, shape: tuple[int, int]) -> None:
+def test_the_kernel_has_the_bits_of_the_reference(
+    fmt: StateFormat, shape: tuple[int, int], both: bool
+) -> None:
     _, weight = stored(fmt, shape)
     for number, spec in enumerate(SPECS):
         first_row, delayed = (0, 3)[number % 2], torch.tensor(0.5) if number == 0 else None
-        ours, theirs = results(shape, first_row), results(shape, first_row)
+        ours, theirs = (results(shape, first_row, both=both) for _ in range(2))
         for outputs, run in ((ours, stored_weight._cast_op.launch), (theirs, stored_weight._cast_stored)):
             run(*outputs, *weight, delayed, first_row, *CastRule.of(spec))
         for one, other in zip(ours, theirs, strict=True):
             assert same(one, other)
+        if both:
+            assert same(ours[1], ours[0].t())
         untouched = ours[0].view(torch.uint8).clone()
         untouched[first_row : first_row + shape[0], : shape[1]] = 1
         assert (untouched == 1).all()

@@ -76,6 +76,34 @@ def test_sums_micro_batches_and_leaves_no_grad(bucket_bytes: int) -> None:
     assert len(store.buckets) == {1: 3, 600: 2, 1 << 20: 1}[bucket_bytes]
 
 
+def test_what_a_graph_contributes_is_reduced_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    store = store_of(net, gradients=Gradients(bucket_mib=2**-20))
+    order: list[tuple[int, str]] = []
+    for number, bucket in enumerate(store.buckets):
+        for name in ("launch", "advance", "finish"):
+            call = getattr(bucket, name)
+            monkeypatch.setattr(
+                bucket, name, lambda call=call, seen=(number, name): (order.append(seen), call())[1]
+            )
+    x = torch.randn(5, 8, dtype=torch.float64)
+    expected = reference(net, [x])
+    store.begin_step(1, launch=False)
+    net(x).backward()
+    assert not order
+    store.finish()
+    as_always = [(0, "launch"), (1, "launch"), (0, "advance"), (2, "launch"), (1, "advance"), (2, "advance")]
+    assert order == [*as_always, (0, "finish"), (1, "finish"), (2, "finish")]
+    order.clear()
+    store.begin_step(1, launch=False)  # the buffers have it all: as behind a replay
+    store.replayed()
+    store.finish()
+    assert order[: len(as_always)] == as_always
+    for fqn, gradient in expected.items():
+        torch.testing.assert_close(gradient_of(store, fqn), gradient, rtol=1e-12, atol=1e-12)
+
+
 def test_too_few_and_too_many_contributions_name_the_parameter() -> None:
     net = Net()
     store = store_of(net)
