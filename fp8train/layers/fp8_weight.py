@@ -232,7 +232,7 @@ class ResidentFp8Weight(Fp8Weight):
         self._copies = {use: self._allocate(spec, device) for use, spec in self._uses().items()}
         self._rows: list[tuple[Tensor, int]] = []
         self._taken: tuple[int, StoredWeight] | None = None
-        self._travels = False
+        self._at_once = False
 
     def _allocate(self, spec: QuantSpec, device: torch.device) -> _Copy:
         padded = (aligned(self.shape[0]), aligned(self.shape[1]))
@@ -301,8 +301,8 @@ class ResidentFp8Weight(Fp8Weight):
     @torch.no_grad()
     def take(self, start: int, weight: StoredWeight) -> bool:
         """Make the new weight, or a rank's rows of it, of the stored master: a launch for each copy. Codes
-        that other ranks get are made at once, others by :meth:`refresh`; until then the master stays as it
-        is.
+        are made by :meth:`refresh`, and until then the master stays as it is; or at once, after
+        :meth:`cast_at_once`.
 
         Args:
             start: row-major index of the first element, the first of a row.
@@ -317,7 +317,7 @@ class ResidentFp8Weight(Fp8Weight):
         assert column == 0, f"element {start} of rows of {self.shape[1]}"
         self._taken = first_row, weight
         self.end()  # frees what backward read: between steps a weight has one layout
-        if self._travels:
+        if self._at_once:
             self.refresh(turned=False)
         return True
 
@@ -355,6 +355,12 @@ class ResidentFp8Weight(Fp8Weight):
             row.copy_(_merge_statistics(self._rows))
         self._rows.clear()
 
+    def cast_at_once(self) -> None:
+        """Cast a master when it is taken, from now on: other ranks get the codes, or what the next forward
+        launches is a recording, which knows nothing of how the last weight came."""
+        self._at_once = True
+        self.refresh(turned=False)
+
     def specs(self) -> list[QuantSpec]:
         """How each copy is cast, in the order of :meth:`copies`."""
         return [copy.spec for copy in self._copies.values()]
@@ -362,8 +368,7 @@ class ResidentFp8Weight(Fp8Weight):
     def copies(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(codes, scale, scale_inv) of each copy: views of the FP8 payload [N, K] and FP32 scalars, for rows
         that other ranks write. From now on :meth:`take` casts at once."""
-        self._travels = True
-        self.refresh(turned=False)
+        self.cast_at_once()
         rows, columns = self.shape
         return [(copy.payload[:rows, :columns], copy.scale, copy.scale_inv) for copy in self._copies.values()]
 

@@ -134,6 +134,8 @@ class Trainer:
         if config.run.cuda_graphs:
             recorder = recorder or CudaGraphs(processes.device)
             self.recorded = RecordedStep(recorder, self._one_after_the_other, self._forget_casts)
+            for weight in self.parts.resident.values():
+                weight.cast_at_once()
         initialise(self.model, config.run.seed, self.optimizer.states.seed_master)
         self._publish()
 
