@@ -95,7 +95,7 @@ class GradWeightGemmConfig(Section):
 
 
 class GemmConfig(ValueSection):
-    """FP8 matrix multiplications of the hidden linears."""
+    """FP8 matrix multiplications of the hidden linears, and of the head if it is asked for."""
 
     fp8: bool
     """Multiply in FP8. Filled by ``precision.level``; ``level: O0`` with ``fp8: true`` is the FP8-GEMMs-only
@@ -123,6 +123,9 @@ class GemmConfig(ValueSection):
     fast_accumulation: bool = False
     """CUDA only: the tensor cores' fast accumulator, of fewer bits, for the forward GEMM; backward keeps the
     full one. Filled by ``precision.level``, for scales of tensors or rows."""
+    head: Literal["compute", "fp8"] = "compute"
+    """GEMMs of the output head. ``fp8``: hidden states and weight E4M3, the gradient of logits E5M2, one
+    scale per tensor under every recipe (``layers/fp8_head.py``); its gradient and states stay as they are."""
     smooth_swiglu: Smoothing = "off"
     """Smooth-SwiGLU, for recipes with one scale per tensor, or none. ``token`` scales SwiGLU's output token
     by token around the down projection, so that an outlier costs its own token alone; ``channel`` moves the

@@ -50,14 +50,14 @@ def reasons_to_skip(model: ModelConfig, gemm: GemmConfig) -> dict[str, str | Non
         return None
 
     found = {f"layers.{layer}.{name}": reason(layer, name) for layer in layers for name in LINEARS}
-    return {**found, "head": "head"}
+    return {**found, "head": None if gemm.head == "fp8" else "head"}
 
 
 def linears_in_fp8(config: AllSections) -> list[str]:
-    """Paths of the linears that ``precision.gemm`` selects; none without FP8 GEMMs."""
+    """Paths of the hidden linears that ``precision.gemm`` selects; none without FP8 GEMMs."""
     gemm = config.precision.gemm
     reasons = reasons_to_skip(config.model, gemm) if gemm.fp8 else {}
-    return [path for path, reason in reasons.items() if reason is None]
+    return [path for path, reason in reasons.items() if reason is None and path != "head"]
 
 
 def weights_in_fp8(config: AllSections) -> frozenset[str]:
@@ -70,7 +70,8 @@ def coverage(reasons: Mapping[str, str | None]) -> str:
     skipped = Counter(reason for reason in reasons.values() if reason is not None)
     left_out, total = skipped.total(), len(reasons)
     shown = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-    return f"FP8: {total - left_out} of {total} linears; skipped {left_out} ({shown})"
+    skips = f"; skipped {left_out} ({shown})" if left_out else ""
+    return f"FP8: {total - left_out} of {total} linears{skips}"
 
 
 def matches(path: str, pattern: str) -> bool:

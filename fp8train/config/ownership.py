@@ -151,6 +151,8 @@ RULES: tuple[Rule, ...] = (
         ),
         left_out=True,
     ),
+    # Beside FP4 that is simulated, the head stays in high precision.
+    Rule(("precision.gemm.head",), IsNot("precision.gemm.output.x.format", "e2m1", "e4m3")),
     Rule(("precision.gemm.smooth_swiglu",), Is("model.activation", ("swiglu",))),
     Rule(
         _below("precision.gradient", "accumulate", "reduce"),

@@ -123,10 +123,12 @@ class StateFormatConfig(ValueSection):
 class StateConfig(ValueSection):
     """Optimizer states of the linears that multiply in FP8; all other parameters keep FP32 states."""
 
-    plan: Literal["default", "coat", "e4m3_e5m2"] = "default"
+    plan: Literal["default", "coat", "e4m3_e5m2", "lean"] = "default"
     """Fills formats over those of level and profile; AdamW only. ``coat``: both moments in E4M3 blocks with
     expanded ranges (COAT), the master as the level has it. ``e4m3_e5m2``: first moment E4M3, second E5M2,
-    master FP16, one scale per tensor each (Fishman et al. 2024): small second moments become zero."""
+    master FP16, one scale per tensor each (Fishman et al. 2024): small second moments become zero. ``lean``:
+    4 bytes of states: master and first moment as at O2, of the second moment the root in E4M3 blocks, rounded
+    stochastically."""
     master: StateFormatConfig
     """Master weights."""
     exp_avg: StateFormatConfig

@@ -158,6 +158,7 @@ def _score_batch(model: Decoder, requests: Sequence[Request], pad_id: int, devic
         target,
         vocab_size=model.vocab_size,
         alpha=model.parametrization.head().output,
+        fp8=model.fp8_head,
     )
     # Summed on the CPU: index_add on a GPU adds in an order of its own.
     owner, zeros = torch.tensor(rows), torch.zeros(len(requests), dtype=torch.float64)

@@ -28,7 +28,7 @@ from fp8train.inference.errors import InferenceError
 from fp8train.inference.load import open_run
 from fp8train.inference.sampling import Sampling, sample
 from fp8train.inference.weights import Numerics
-from fp8train.layers.head_gemms import HeadGemms
+from fp8train.layers.head_gemms import head_gemms
 from fp8train.layers.linear_plan import Alphas
 from fp8train.models.decoder import Decoder
 
@@ -72,14 +72,21 @@ def generate(
     for linear in model.linears().values():
         linear.decode_weight()
     alphas = Alphas(output=alpha)
-    head = HeadGemms(model.head_weight[:choices], rows=num_samples, alphas=alphas, needs_grad=False)
+    head = head_gemms(
+        model.head_weight,
+        model.fp8_head,
+        rows=num_samples,
+        alphas=alphas,
+        needs_grad=False,
+        choices=choices,
+    )
     caches = model.make_caches(num_samples, len(prompt_tokens) + max_tokens - 1)
     tokens = torch.tensor([list(prompt_tokens)] * num_samples, dtype=torch.int64)
     samples: list[list[int]] = [[] for _ in range(num_samples)]
     running = set(range(num_samples))
     for _ in range(max_tokens):
         last = model.hidden(tokens.to(device), caches)[:, -1]
-        scores = head.logits(last)
+        scores = head.logits(head.take(last))
         if not scores.isfinite().all():
             raise InferenceError(
                 "the model's logits are not finite; take a checkpoint from before it diverged"

@@ -17,6 +17,7 @@ by its scales before the product, which is exact for powers of two: in BF16 too,
 
 * ``simulation``: NVFP4 (:mod:`fp8train.numerics.nvfp4`), whose payloads are values in the compute type
   already: multiplied in FP32, and rounded once.
+* ``fast13`` and the like, for checks alone: :func:`emulation`.
 
 The first two refuse what the GPU refuses (rules below), so that what runs on a laptop runs there: FP8 dtypes,
 E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardware says so in
@@ -25,14 +26,16 @@ E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardwa
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fp8train.kernels.decode import decode_gemm
+from fp8train.kernels.fast_accumulation import FRACTION_BITS, accumulate
 from fp8train.kernels.padding import ALIGNMENT
 from fp8train.kernels.scaling import (
     cuda_version,
@@ -51,8 +54,19 @@ from fp8train.precision.scale_blocks import Granularity
 class GemmBackend:
     """Which implementation multiplies FP8 operands on this device, and why it was chosen."""
 
-    name: Literal["scaled_mm", "decode", "simulation"]
+    name: str
     reason: str
+
+
+def emulation(bits: int = FRACTION_BITS, *, fast: bool = True) -> GemmBackend:
+    """``decode``, but GEMMs with ``fast_accumulation`` add in a model of a tensor core's accumulator.
+
+    Args:
+        bits: of its fraction, 1 to 17.
+        fast: keep it over all of K; ``False``: as without fast accumulation.
+    """
+    kind = "fast" if fast else "promoted"
+    return GemmBackend(f"{kind}{bits}", f"emulation of {kind} accumulation in {bits} bits of fraction")
 
 
 def choose_gemm_backend(
@@ -231,13 +245,16 @@ def _fp8_gemm(
     backend: str,
     fast_accumulation: bool,
 ) -> Tensor:
+    if fast_accumulation and (emulated := re.fullmatch(r"(fast|promoted)(\d+)", backend)):
+        product = accumulate(a, b, bits=int(emulated[2]), fast=emulated[1] == "fast")
+        return (product * (alpha * scale_inv_a * scale_inv_b)).to(out_dtype)
     if backend == "simulation":
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, False, out_dtype)
     if backend == "decode" and a.element_size() == 1 < b.element_size():
         # a weight that was decoded once, for many products
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     check_operands(a, b)
-    if backend == "decode" or not _has_kernel(a, b, scale_inv_a, scale_inv_b, out_dtype):
+    if backend != "scaled_mm" or not _has_kernel(a, b, scale_inv_a, scale_inv_b, out_dtype):
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     column_major_b = b.t().contiguous().t()
     outside = alpha != 1.0 and granularity_of(scale_inv_a, a.shape, 1) == "mx_1x32"  # E8M0 holds no alpha

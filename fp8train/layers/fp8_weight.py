@@ -89,8 +89,16 @@ class Fp8Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of the copies, padding and scales included."""
+        return self.scale_bytes + sum(payload.nbytes for payload, _ in self._stored())
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the copies' scales."""
+        return sum(scale_inv.nbytes for _, scale_inv in self._stored())
+
+    def _stored(self) -> list[Operand]:
         copies = {id(copy): copy for copy in (self.forward, self.backward) if copy is not None}
-        return sum(payload.nbytes + scale_inv.nbytes for payload, scale_inv in copies.values())
+        return list(copies.values())
 
     def backward_operand(self) -> Operand | None:
         """:attr:`backward`, made if it has yet to be."""

@@ -16,7 +16,8 @@ BF16 instructions  the GEMM                                     BF16, added in F
 =================  ===================  ======================  =========================
 
 The last row is a matter of speed: torch has no BF16 GEMM with FP32 output on CPUs, and an FP32 GEMM takes
-twice as long where BF16 ones are native. Softmax runs in FP32 either way.
+twice as long where BF16 ones are native. Softmax runs in FP32 either way. In FP8:
+:mod:`fp8train.layers.fp8_head`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.matmul import cpu_multiplies_bf16
+from fp8train.layers.fp8_head import Fp8Head, Fp8HeadGemms
 from fp8train.layers.linear_plan import Alphas
 
 
@@ -68,6 +70,10 @@ class HeadGemms:
             if self._rounds:
                 self._part = torch.empty_like(weight)
 
+    def take(self, hidden: Tensor) -> Tensor:
+        """The input of all chunks as the other methods take rows of it: itself."""
+        return hidden
+
     def _operand(self, hidden: Tensor) -> Tensor:
         return hidden.to(self._weight.dtype)
 
@@ -89,6 +95,11 @@ class HeadGemms:
     def grad_logits(self, gradient: Tensor) -> Tensor:
         """The gradient of the logits as the next two GEMMs take it, [t, V]: rounded to BF16 on CUDA."""
         return gradient.to(self.grad_logits_dtype)
+
+    def backward(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+        """:meth:`grad_hidden` and :meth:`add_grad_weight` of one chunk."""
+        self.grad_hidden(gradient, out)
+        self.add_grad_weight(gradient, hidden)
 
     def grad_hidden(self, gradient: Tensor, out: Tensor) -> None:
         """``out = alpha · gradient @ weight``: [t, V] -> [t, H]; ``out`` in :attr:`grad_hidden_dtype`."""
@@ -113,3 +124,26 @@ class HeadGemms:
         if alpha == 1.0:
             return torch.mm(a, b, out=out)
         return torch.addmm(out.new_zeros(1), a, b, beta=0, alpha=alpha, out=out)
+
+
+def head_gemms(
+    weight: Tensor,
+    fp8: Fp8Head | None,
+    *,
+    rows: int,
+    alphas: Alphas,
+    needs_grad: bool,
+    choices: int | None = None,
+) -> HeadGemms | Fp8HeadGemms:
+    """The GEMMs of a head: in FP8 as ``fp8`` says, else (None) in the compute type.
+
+    Args:
+        weight: [V, H].
+        fp8: of the model.
+        rows: as for :class:`HeadGemms`, and so are the others.
+        choices: rows of the weight that have logits; None: all. Fewer only without gradients.
+    """
+    if fp8 is not None:
+        return Fp8HeadGemms(fp8, weight, choices=choices, alphas=alphas, needs_grad=needs_grad)
+    weight = weight if choices is None else weight[:choices]
+    return HeadGemms(weight, rows=rows, alphas=alphas, needs_grad=needs_grad)

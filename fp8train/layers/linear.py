@@ -246,6 +246,11 @@ class Linear(nn.Module):
         own = 0 if self.fp8_weight_is_resident else self.weight.nbytes
         return own + (0 if self._fp8_weight is None else self._fp8_weight.nbytes)
 
+    @property
+    def weight_scale_bytes(self) -> int:
+        """What of :attr:`weight_bytes` is scales."""
+        return 0 if self._fp8_weight is None else self._fp8_weight.scale_bytes
+
     def _drop_values(self) -> None:
         one = torch.full((1, 1), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
         self.weight.data = one.expand(self.weight.shape)

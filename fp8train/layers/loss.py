@@ -21,7 +21,8 @@ from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.kernels.cross_entropy import softmax_gradient, softmax_statistics, times_factor
 from fp8train.kernels.fused_op import fuses
 from fp8train.kernels.matmul import matmul
-from fp8train.layers.head_gemms import HeadGemms
+from fp8train.layers.fp8_head import Fp8Head, Fp8HeadGemms
+from fp8train.layers.head_gemms import HeadGemms, head_gemms
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.row_chunks import row_chunks
 
@@ -45,6 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parallel: TensorParallel | None,
         alphas: Alphas,
         grad_enabled: bool,
+        fp8: Fp8Head | None,
     ) -> Tensor:
         batch = len(targets)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
@@ -53,18 +55,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden = parallel.gather(hidden, batch=batch, purpose="tp_head")()
         rows = min(len(hidden), _chunk_rows(weight))
         needs_grad = grad_enabled and any(ctx.needs_input_grad[:2])
-        gemms = HeadGemms(weight, rows=rows, alphas=alphas, needs_grad=needs_grad)
+        gemms = head_gemms(weight, fp8, rows=rows, alphas=alphas, needs_grad=needs_grad)
+        operand = gemms.take(hidden)
         found = _Targets.of(targets, vocabulary, gemms.wide)
         losses = torch.empty_like(found.weight)
         grad_hidden = torch.empty_like(hidden, dtype=gemms.grad_hidden_dtype) if needs_grad else None
         fused = fuses(weight) and gemms.wide == torch.float32
         softmax = _fused_softmax if fused else _softmax
         for start in range(0, len(hidden), max(1, rows)):
-            part, tokens = hidden[start : start + rows], slice(start, start + rows)
+            part, tokens = operand[start : start + rows], slice(start, start + rows)
             losses[tokens], gradient = softmax(gemms, part, found.of_tokens(tokens), vocabulary, needs_grad)
             if grad_hidden is not None and gradient is not None:
-                gemms.grad_hidden(gradient, out=grad_hidden[start : start + rows])
-                gemms.add_grad_weight(gradient, part)
+                gemms.backward(gradient, part, out=grad_hidden[start : start + rows])
         if parallel is not None and grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
             grad_hidden = parallel.scatter_sum(grad_hidden, batch=batch, fp8=False, purpose="tp_head")()
@@ -86,11 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             grad_hidden.view(ctx.batch, -1, grad_hidden.shape[1]),
             grad_weight,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
@@ -162,7 +160,11 @@ class _Targets:
 
 
 def _softmax(
-    gemms: HeadGemms, hidden: Tensor, targets: _Targets, vocabulary: _Vocabulary, needs_grad: bool
+    gemms: HeadGemms | Fp8HeadGemms,
+    hidden: Tensor,
+    targets: _Targets,
+    vocabulary: _Vocabulary,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The losses [t, 1] of a chunk of tokens, and the gradient of their logits if it is asked for; without
     meaning for targets that are left out."""
@@ -174,7 +176,11 @@ def _softmax(
 
 
 def _fused_softmax(
-    gemms: HeadGemms, hidden: Tensor, targets: _Targets, vocabulary: _Vocabulary, needs_grad: bool
+    gemms: HeadGemms | Fp8HeadGemms,
+    hidden: Tensor,
+    targets: _Targets,
+    vocabulary: _Vocabulary,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`_softmax`, in two passes over the logits: see :mod:`fp8train.kernels.cross_entropy`."""
     logits, alpha = gemms.unscaled_logits(hidden)
@@ -235,6 +241,7 @@ def linear_cross_entropy(
     vocab_size: int,
     parallel: TensorParallel | None = None,
     alphas: Alphas = _STANDARD,
+    fp8: Fp8Head | None = None,
 ) -> Tensor:
     """Sum over tokens of ``-log softmax(alpha · hidden @ weight.T)[target]``.
 
@@ -246,6 +253,7 @@ def linear_cross_entropy(
         vocab_size: real vocabulary.
         parallel: ranks with the other rows and other parts of the sequence.
         alphas: multipliers of logits, of the gradient of hidden and of that of weight.
+        fp8: how the products are formed in FP8; None: in the compute type.
 
     Returns:
         FP32 scalar in nats (FP64 for FP64 inputs), of the whole sequences on every rank. Its gradient may be
@@ -255,12 +263,20 @@ def linear_cross_entropy(
         hidden, targets = hidden.unsqueeze(0), targets.unsqueeze(0)
     # Asked here: inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
     return _LinearCrossEntropy.apply(
-        hidden, weight, targets, vocab_size, parallel, alphas, torch.is_grad_enabled()
+        hidden, weight, targets, vocab_size, parallel, alphas, torch.is_grad_enabled(), fp8
     )
 
 
-def logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, alpha: float = 1.0) -> Tensor:
+def logits(
+    hidden: Tensor, weight: Tensor, *, vocab_size: int, alpha: float = 1.0, fp8: Fp8Head | None = None
+) -> Tensor:
     """``alpha · hidden @ weight.T`` without the padded columns. Shapes: [.., H] -> [.., vocab_size], in the
-    compute dtype."""
-    flat = matmul(hidden.flatten(0, -2), weight[:vocab_size].t(), alpha=alpha)
-    return flat.view(*hidden.shape[:-1], vocab_size)
+    compute dtype; ``fp8`` as for :func:`linear_cross_entropy`."""
+    flat = hidden.flatten(0, -2)
+    if fp8 is None:
+        found = matmul(flat, weight[:vocab_size].t(), alpha=alpha)
+    else:
+        alphas = Alphas(output=alpha)
+        gemms = Fp8HeadGemms(fp8, weight, choices=vocab_size, alphas=alphas, needs_grad=False)
+        found = gemms.logits(gemms.take(flat)).to(hidden.dtype)
+    return found.view(*hidden.shape[:-1], vocab_size)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 
 from fp8train.config.precision_schema import StateFormatConfig
 from fp8train.config.schema import Config
+from fp8train.layers.linear import Linear
 from fp8train.live.console import format_count
-from fp8train.live.stored_bytes import StoredBytes
+from fp8train.live.stored_bytes import Footprint, StoredBytes
 from fp8train.models.decoder import Decoder
 from fp8train.optim.decay_loss import explain_lost_decay
 from fp8train.optim.parameter_state import in_plan
@@ -18,26 +21,37 @@ from fp8train.update_rules.registry import rule_named
 
 def stored_bytes(trainer: Trainer) -> StoredBytes:
     """Count the bytes that ``trainer`` has allocated."""
-    linears = trainer.model.linears()
-    matrices = {f"{path}.weight": linear for path, linear in linears.items()}
-    elements = sum(linear.weight.numel() for linear in matrices.values())
-    buckets = trainer.store.lasting
-    gradient = accumulator = 0
-    for bucket in buckets:
-        inside = sum(member.numel for member in bucket.members if member.fqn in matrices)
-        share = inside / sum(member.numel for member in bucket.members)
-        gradient += round(share * bucket.storage.stored_bytes)
-        accumulator += round(share * bucket.storage.accumulator_bytes)
-    roles = trainer.optimizer.states.stored_bytes_of(matrices)
-    copies = {fqn: linear.weight_bytes for fqn, linear in matrices.items()}
-    others = sum(p.nbytes for fqn, p in trainer.model.named_parameters() if fqn not in matrices)
-    whole = (
-        sum(bucket.storage.stored_bytes + bucket.storage.accumulator_bytes for bucket in buckets)
-        + sum(trainer.optimizer.states.stored_bytes(in_plan_only=False).values())
-        + sum(copies.values())
-        + others
-    )
-    return StoredBytes(elements, {"gradient": gradient, **roles}, sum(copies.values()), accumulator, whole)
+    linears = {f"{path}.weight": linear for path, linear in trainer.model.linears().items()}
+    planned = {fqn for fqn, linear in linears.items() if trainer.outline.specs[fqn].in_fp8_plan}
+    everything = {fqn for fqn, _ in trainer.model.named_parameters()}
+    return StoredBytes(*(_footprint(trainer, linears, fqns) for fqns in (planned, set(linears), everything)))
+
+
+def _footprint(trainer: Trainer, linears: Mapping[str, Linear], fqns: Collection[str]) -> Footprint:
+    """Of the parameters with these names."""
+    values = {"weight": 0, "gradient": 0, "accumulator": 0}
+    scales = {"weight": 0, "gradient": 0}
+    parameters = {fqn: p for fqn, p in trainer.model.named_parameters() if fqn in fqns}
+    for fqn, parameter in parameters.items():
+        of_scales = linears[fqn].weight_scale_bytes if fqn in linears else 0
+        scales["weight"] += of_scales
+        values["weight"] += (linears[fqn].weight_bytes if fqn in linears else parameter.nbytes) - of_scales
+    head = trainer.model.fp8_head
+    if head is not None and trainer.model.head_fqn in fqns:
+        scales["weight"] += head.scale_bytes
+        values["weight"] += head.nbytes - head.scale_bytes
+    for bucket in trainer.store.lasting:
+        inside = sum(member.numel for member in bucket.members if member.fqn in fqns)
+        share, storage = inside / sum(member.numel for member in bucket.members), bucket.storage
+        scales["gradient"] += round(share * storage.scale_bytes)
+        values["gradient"] += round(share * (storage.stored_bytes - storage.scale_bytes))
+        values["accumulator"] += round(share * storage.accumulator_bytes)
+    states = trainer.optimizer.states
+    of_states, of_their_scales = states.stored_bytes_of(fqns), states.scale_bytes_of(fqns)
+    for role, nbytes in of_states.items():
+        values[role] = nbytes - of_their_scales[role]
+    values["master"] -= states.bytes_in_parameters(fqns)
+    return Footprint(sum(p.numel() for p in parameters.values()), values, {**scales, **of_their_scales})
 
 
 def describe_layout(trainer: Trainer) -> str:
@@ -84,11 +98,13 @@ def describe_precision(trainer: Trainer) -> list[str]:
         lines.append(f"forward and backward: CUDA graphs, after {WARM_UP} steps without")
     if trainer.processes.device.type != "cpu":
         lines.append(trainer.optimizer.describe_pass())
+    stored = stored_bytes(trainer)
     if trainer.pipeline is None:
-        lines.append(f"memory: {stored_bytes(trainer)}")
+        lines.append(f"memory: {stored}")
     else:
         lines.append(f"pipeline: {trainer.pipeline.placement.describe()}")
-        lines.append(f"memory of this rank's stages: {stored_bytes(trainer)}")
+        lines.append(f"memory of this rank's stages: {stored}")
+    lines.append(f"all in: {stored.all_in()}")
     return lines
 
 

@@ -1,8 +1,7 @@
-"""Bytes that a rank stores: of the hidden linears per parameter, and of the whole model.
+"""Bytes that a rank stores: of the FP8 plan, of the hidden linears, and of the whole model.
 
-Bytes are persistent between steps, scales included. *Per parameter* counts the matrices of the hidden
-linears: gradient, master weight and moments. The compute copy of the weights and the accumulator of
-micro-batches stand beside them, as does the whole model. A run counts what it has allocated
+Bytes are persistent between steps, scales included, and *all in*: weights as the GEMMs read them, gradients
+with the accumulator of micro-batches, master weights and moments. A run counts what it has allocated
 (:mod:`fp8train.live.describe`); :mod:`fp8train.planning.rank_bytes` computes the same before there is a run.
 """
 
@@ -12,40 +11,77 @@ from dataclasses import dataclass
 
 from fp8train.live.console import format_bytes
 
+_APART = ("weight", "accumulator")
+"""What stands beside gradient and states where those are summed."""
+
 
 @dataclass(frozen=True)
-class StoredBytes:
-    """Bytes that this rank stores, by what they are for.
+class Footprint:
+    """What some parameters take on a rank.
 
     Attributes:
-        parameters: elements of the hidden linears' matrices.
-        states: by what: ``gradient``, then the optimizer's roles; of those matrices.
-        compute_copy: their weights as the GEMMs read them.
-        accumulator: of those matrices, while micro-batches add up.
-        whole_model: everything above for all parameters.
+        parameters: their elements on this rank.
+        values: bytes by what they are for: ``weight``, ``gradient``, ``accumulator``, then the optimizer's
+            roles. A master that lives in the parameter counts once, as weight.
+        scales: bytes of scales, likewise.
     """
 
     parameters: int
-    states: dict[str, int]
-    compute_copy: int
-    accumulator: int
-    whole_model: int
+    values: dict[str, int]
+    scales: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of values and scales together."""
+        return sum(self.values.values()) + sum(self.scales.values())
+
+    def share(self, name: str) -> float:
+        """Bytes of one kind per parameter, its scales included."""
+        return (self.values[name] + self.scales.get(name, 0)) / self.parameters
+
+    def __str__(self) -> str:
+        """Everything per parameter, scales apart; what takes nothing is left out."""
+        each = {**self.values, "scales": sum(self.scales.values())}
+        listed = ", ".join(f"{name} {count / self.parameters:.3f}" for name, count in each.items() if count)
+        return f"{self.total / self.parameters:.3f} ({listed})"
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes that this rank stores.
+
+    Attributes:
+        plan: of the matrices in the FP8 plan; no parameters without FP8 GEMMs.
+        linears: of the matrices of all hidden linears.
+        model: of all parameters.
+    """
+
+    plan: Footprint
+    linears: Footprint
+    model: Footprint
 
     def per_parameter(self) -> dict[str, float]:
-        """``{what: bytes}`` per parameter of the FP8 plan, with ``total`` over ``states``."""
-        shares = {name: count / self.parameters for name, count in self.states.items()}
+        """``{what: bytes}`` per parameter of the hidden linears, with ``total`` over gradient and states."""
+        shares = {name: self.linears.share(name) for name in self.linears.values if name not in _APART}
         return {
             **shares,
             "total": sum(shares.values()),
-            "compute_copy": self.compute_copy / self.parameters,
-            "accumulator": self.accumulator / self.parameters,
+            "compute_copy": self.linears.share("weight"),
+            "accumulator": self.linears.share("accumulator"),
         }
+
+    def all_in(self) -> str:
+        """Everything per parameter, of the FP8 plan and of the whole model."""
+        model = f"{self.model} bytes per parameter of the whole model"
+        if not self.plan.parameters:
+            return model
+        return f"{self.plan} bytes per parameter of the FP8 plan; {model}"
 
     def __str__(self) -> str:
         shares = self.per_parameter()
-        states = ", ".join(f"{name} {shares[name]:.2f}" for name in self.states)
+        states = ", ".join(f"{name} {shares[name]:.2f}" for name in self.linears.values if name not in _APART)
         return (
             f"{shares['total']:.2f} bytes per parameter of the hidden linears ({states}) "
             f"+ compute copy {shares['compute_copy']:.2f} + accumulator {shares['accumulator']:.2f}; "
-            f"whole model {format_bytes(self.whole_model)}"
+            f"whole model {format_bytes(self.model.total)}"
         )

@@ -16,6 +16,8 @@ from fp8train.config.schema import Config
 from fp8train.kernels.attention import AttentionBackend, AttentionCall, activate, choose_attention_backend
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.layers.fp8_head import Fp8Head
+from fp8train.layers.wire import wire
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
 from fp8train.models.mus import MuS
@@ -98,6 +100,8 @@ def build_model(
     if (quant := gemm.value()) is not None:
         backend = choose_gemm_backend(device, model.dtype, quant)
         report = plan_fp8(config, backend, forward_only=forward_only)
+        if gemm.head == "fp8" and model.part.ends:
+            model.fp8_head = Fp8Head(choose_gemm_backend(device, model.dtype), wire("column", parallel))
     attention = attention_backend(config, device)
     activate(attention)
     for block in model.held_blocks():

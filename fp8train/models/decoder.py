@@ -20,6 +20,7 @@ from fp8train.config.optimizer_schema import DecayRule
 from fp8train.layers.attention import KVCache
 from fp8train.layers.embedding import Embedding, OutputHead
 from fp8train.layers.factors import scale, scale_backward
+from fp8train.layers.fp8_head import Fp8Head
 from fp8train.layers.gradient_amax import GradientAmax
 from fp8train.layers.linear import Linear
 from fp8train.layers.loss import linear_cross_entropy, logits
@@ -61,6 +62,7 @@ class Decoder(nn.Module):
         config: its settings.
         vocab_size: tokens, without padding.
         part: what of the model it holds.
+        fp8_head: how the head multiplies in FP8; None: in the compute type.
         specs: ``{fqn: ParamSpec}`` of all parameters it holds, in module order.
     """
 
@@ -86,6 +88,7 @@ class Decoder(nn.Module):
         super().__init__()
         config = parametrization.model
         self.context = context
+        self.fp8_head: Fp8Head | None = None
         self.parallel = split = None if parallel is None or parallel.size == 1 else parallel
         self.config = config
         self.part = part = ModelPart.whole(config.num_layers) if part is None else part
@@ -137,6 +140,11 @@ class Decoder(nn.Module):
     def held_blocks(self) -> list[Block]:
         """The blocks that this process holds, in order."""
         return [block for block in self.layers.values() if isinstance(block, Block)]
+
+    @property
+    def head_fqn(self) -> str:
+        """Name of :attr:`head_weight`."""
+        return "embedding.weight" if self.config.tie_embeddings else "head.weight"
 
     @property
     def head_weight(self) -> Tensor:
@@ -233,6 +241,7 @@ class Decoder(nn.Module):
             vocab_size=self.vocab_size,
             parallel=self.parallel,
             alphas=self.parametrization.head(),
+            fp8=self.fp8_head,
         )
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -245,7 +254,7 @@ class Decoder(nn.Module):
         assert self.parallel is None, "logits of a model that is cut over ranks"
         alpha = self.parametrization.head().output
         hidden = self.hidden(tokens, caches)
-        return logits(hidden, self.head_weight, vocab_size=self.vocab_size, alpha=alpha)
+        return logits(hidden, self.head_weight, vocab_size=self.vocab_size, alpha=alpha, fp8=self.fp8_head)
 
     def make_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Make one empty key/value cache per block, for generation."""

@@ -2,7 +2,9 @@
 
 Every linear of the model is either in the plan or listed with a reason; nothing is left out silently. This is
 a decision and changes nothing: :mod:`fp8train.models.connect` carries it out. Embedding, head and norms are
-never in the plan (Peng et al. 2023, and every recipe since, keep them in high precision).
+never in the plan (Peng et al. 2023, and every recipe since, keep them in high precision). A head that
+multiplies in FP8 (``precision.gemm.head``) is among the reasons, but has no plan: its gradient and states are
+not the plan's.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fp8train.config.linear_names import coverage, reasons_to_skip
+from fp8train.config.linear_names import coverage, linears_in_fp8, reasons_to_skip
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend
@@ -62,8 +64,7 @@ def plan_fp8(config: Config, backend: GemmBackend, *, forward_only: bool = False
     reasons = reasons_to_skip(config.model, precision.gemm)
     plans = {
         path: Fp8Plan(quant, backend, _holding(path, precision, forward_only=forward_only))
-        for path, reason in reasons.items()
-        if reason is None
+        for path in linears_in_fp8(config)
     }
     assert plans, "the configuration knows which linears are left (config/linear_names.py)"
     return PlanReport(plans, reasons, backend)

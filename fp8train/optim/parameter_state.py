@@ -78,6 +78,13 @@ class ParameterState:
         """Number of elements that this rank keeps."""
         return self.master.place.numel
 
+    @property
+    def bytes_in_parameter(self) -> int:
+        """Bytes of the master that are the parameter's own memory."""
+        lives_there = self.target is None and self.weight is None
+        stored = next(iter(self.master.tensors().values()))  # the upper half, where there are two
+        return stored.nbytes if lives_there else 0
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of the chunks, in flat elements; together they cover the local tensor in
         order."""

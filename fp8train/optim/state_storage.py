@@ -18,6 +18,9 @@ from torch import Tensor
 from fp8train.numerics.stochastic import random_bits_in_rows
 from fp8train.update_rules.rule import ALIGNMENT
 
+SCALE_SUFFIXES = (".scale", ".scale_inv", ".amax", ".power")
+"""Of what a checkpoint holds of a state, those that describe scales of blocks or tensors."""
+
 
 @dataclass(frozen=True)
 class StatePlace:
@@ -135,3 +138,8 @@ class Storage(ABC):
     def nbytes(self) -> int:
         """Bytes that the state takes, scales included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @property
+    def scale_bytes(self) -> int:
+        """What of :attr:`nbytes` is scales."""
+        return sum(tensor.nbytes for suffix, tensor in self.tensors().items() if suffix in SCALE_SUFFIXES)

@@ -138,6 +138,19 @@ class OptimizerStates(Mapping[str, ParameterState]):
             role: sum(storages[role].nbytes for storages in kept if role in storages) for role in self.roles
         }
 
+    def scale_bytes_of(self, fqns: Collection[str]) -> dict[str, int]:
+        """What of :meth:`stored_bytes_of` is scales."""
+        kept = [self._kept[fqn].storages for fqn in fqns if fqn in self._kept]
+        return {
+            role: sum(storages[role].scale_bytes for storages in kept if role in storages)
+            for role in self.roles
+        }
+
+    def bytes_in_parameters(self, fqns: Collection[str]) -> int:
+        """What of the masters in :meth:`stored_bytes_of` is memory of the parameters themselves."""
+        kept = [self._kept[fqn] for fqn in fqns if fqn in self._kept]
+        return sum(state.bytes_in_parameter for state in kept)
+
     def num_elements(self, *, in_plan_only: bool) -> int:
         """Number of elements on this rank whose states :meth:`stored_bytes` counts."""
         return sum(self._kept[fqn].numel for fqn in (self._in_plan() if in_plan_only else self._kept))

@@ -5,7 +5,8 @@ Of every parameter that a rank holds (its pipeline stages, its tensor-parallel p
     gradient      all of it, in FP8 blocks or tensors, or in the type in which it is accumulated; where
                   gradients are released during backward, of the buckets that do not share memory
     accumulator   of FP8 gradients of several micro-batches
-    states        the rows that the rank owns under ZeRO, else all of it, each in its format
+    states        the rows that the rank owns under ZeRO, else all of it, each in its format; of a master that
+                  lives in the parameter, what is not there
     weight        the parameter in the compute type, its FP8 copies, or both
 
 On a GPU backward reads FP8 weights transposed, a byte more per parameter (:meth:`RankBytes.transposed`).
@@ -16,12 +17,12 @@ scale state. Activations and temporaries are not stored between steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fp8train.config.linear_names import linear_paths, weights_in_fp8
 from fp8train.config.schema import Config
-from fp8train.live.stored_bytes import StoredBytes
+from fp8train.live.stored_bytes import Footprint, StoredBytes
 from fp8train.models.part import ModelPart
 from fp8train.models.shapes import Shape, held, local_shape, parameter_shapes, split_dim
 from fp8train.parallel.gradients.bucket_plan import (
@@ -39,6 +40,8 @@ from fp8train.update_rules.rule import MatrixRule
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4, "fp64": 8}
 _TIED = "embedding.weight"
+Counts = dict[str, tuple[int, int]]
+"""Bytes of a parameter by what they are for: of values, and of their scales."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class RankBytes:
         self.config, self._vocab_size, self._dp, self._micro_batches = config, vocab_size, dp, micro_batches
         self.shapes = parameter_shapes(config.model, vocab_size)
         self.in_plan = weights_in_fp8(config)
+        self._head_fqn = _TIED if config.model.tie_embeddings else "head.weight"
         self._matrices = frozenset(f"{path}.weight" for path in linear_paths(config.model.num_layers))
         in_fp64 = config.precision.compute == "fp64"
         self._item = _ITEMSIZE[config.precision.compute]
@@ -89,7 +93,7 @@ class RankBytes:
 
     def largest(self) -> StoredBytes:
         """Count what the rank stores that stores most."""
-        return max(map(self._of, self._model_parts()), key=lambda stored: stored.whole_model)
+        return max(map(self._of, self._model_parts()), key=lambda stored: stored.model.total)
 
     def transposed(self) -> int:
         """Bytes of FP8 weights in the layout that a GPU's backward reads, beside that of forward; of the rank
@@ -101,6 +105,7 @@ class RankBytes:
             return 0
         return max(
             sum(_padded(part.shape) for part in self._held(model_part) if self._has_copies(part))
+            + self._codes_of_head(model_part)
             for model_part in self._model_parts()
         )
 
@@ -120,30 +125,39 @@ class RankBytes:
         if owners is not None:
             loads = owners.loads()
             rank = loads.index(max(loads))
-        linears = [part for part in parts if part.linear]
         gradients = [self._gradient(part, sharded=owners is not None) for part in parts]
         if self.config.train.gradient_release:
             kept = self._lasting(parts, gradients)
             gradients = [
-                found if part.fqn in kept else (0, 0) for part, found in zip(parts, gradients, strict=True)
+                found if part.fqn in kept else {} for part, found in zip(parts, gradients, strict=True)
             ]
-        of_linears = [found for part, found in zip(parts, gradients, strict=True) if part.linear]
-        roles = {role: 0 for role in dict.fromkeys((*self._roles, *self._other_roles))}
-        all_states = dict(roles)
-        for part in parts:
+        counts = []
+        for part, gradient in zip(parts, gradients, strict=True):
             rows = part.shape[0] if owners is None else len(owners.owners[part.fqn][rank])
-            for role, nbytes in self._states(part, rows):
-                all_states[role] += nbytes
-                roles[role] += nbytes if part.linear else 0
-        copies = {part.fqn: self._weight(part) for part in parts}
-        whole = sum(map(sum, gradients)) + sum(all_states.values()) + sum(copies.values())
+            weight = self._weight(part)
+            if part.fqn == self._head_fqn and (codes := self._codes_of_head(model_part)):
+                weight = weight[0] + codes, weight[1] + 4
+            kinds = {"weight": weight, **gradient}
+            counts.append((part, {**kinds, **dict(self._states(part, rows))}))
         return StoredBytes(
-            parameters=sum(part.numel for part in linears),
-            states={"gradient": sum(stored for stored, _ in of_linears), **roles},
-            compute_copy=sum(copies[part.fqn] for part in linears),
-            accumulator=sum(accumulator for _, accumulator in of_linears),
-            whole_model=whole,
+            plan=self._sum((part, count) for part, count in counts if part.in_plan),
+            linears=self._sum((part, count) for part, count in counts if part.linear),
+            model=self._sum(counts),
         )
+
+    def _sum(self, counts: Iterable[tuple[Part, Counts]]) -> Footprint:
+        """Of some parts together."""
+        roles = dict.fromkeys((*self._roles, *self._other_roles), 0)
+        values = {"weight": 0, "gradient": 0, "accumulator": 0, **roles}
+        scales = {"weight": 0, "gradient": 0, **roles}
+        parameters = 0
+        for part, count in counts:
+            parameters += part.numel
+            for kind, (of_values, of_scales) in count.items():
+                values[kind] += of_values
+                if of_scales:
+                    scales[kind] += of_scales
+        return Footprint(parameters, values, scales)
 
     def _held(self, model_part: ModelPart) -> Iterator[Part]:
         tp, tied = self.config.parallel.tp, self.config.model.tie_embeddings
@@ -160,29 +174,33 @@ class RankBytes:
         in_rows = [_TIED] if self.config.model.tie_embeddings and parallel.pp > 1 and _TIED in shapes else []
         return partition(shapes, replicas, parallel.zero_partition, in_rows=in_rows)
 
-    def _gradient(self, part: Part, *, sharded: bool) -> tuple[int, int]:
-        """(what is stored, the accumulator beside it)."""
+    def _gradient(self, part: Part, *, sharded: bool) -> Counts:
+        """What is stored of it, and the accumulator beside that."""
         gradient = self.config.precision.gradient
         fp8 = gradient.fp8
         in_fp8 = gradient.format != "high_precision"
         if in_fp8 and fp8.reduce == "exact":  # integers: INT32 in the plan, INT64 elsewhere
-            return part.numel * (4 if part.in_plan else 8), 0
+            return {"gradient": (part.numel * (4 if part.in_plan else 8), 0)}
         if not (in_fp8 and part.in_plan):
-            return part.numel * self._accumulated, 0
+            return {"gradient": (part.numel * self._accumulated, 0)}
         accumulate = _ITEMSIZE[fp8.accumulate]
         if fp8.reduce == "shared_scale":
-            return part.numel + 4, part.numel * accumulate
+            return {"gradient": (part.numel, 4), "accumulator": (part.numel * accumulate, 0)}
         if fp8.reduce != "exchange" and sharded:  # what travels wide is not cast: its owner reads the sum
-            return part.numel * accumulate, 0
+            return {"gradient": (part.numel * accumulate, 0)}
         block = block_size(part.whole[-1], fp8.block)
         blocks = part.numel // part.shape[-1] * -(-part.shape[-1] // block)
         residual = 2 * blocks * block if fp8.error_feedback else 0
         single = self._micro_batches == 1 and fp8.reduce == "exchange"
-        return blocks * (block + 1) + residual, residual + (0 if single else blocks * block * accumulate)
+        return {
+            "gradient": (blocks * block + residual, blocks),
+            "accumulator": (residual + (0 if single else blocks * block * accumulate), 0),
+        }
 
-    def _lasting(self, parts: Sequence[Part], gradients: Sequence[tuple[int, int]]) -> set[str]:
+    def _lasting(self, parts: Sequence[Part], gradients: Sequence[Counts]) -> set[str]:
         """Names in the largest bucket of each place that buckets share."""
-        backward = [*reversed(list(zip(parts, map(sum, gradients), strict=True)))]
+        sizes = [sum(map(sum, found.values())) for found in gradients]
+        backward = [*reversed(list(zip(parts, sizes, strict=True)))]
         plan = plan_buckets(
             [Contributor(part.fqn, part.numel, self._kind(part)) for part, _ in backward],
             self._capacity,
@@ -209,37 +227,52 @@ class RankBytes:
         item = _ITEMSIZE[gradient.fp8.accumulate] if kind.startswith("fp8") else self._accumulated
         return max(1, int(gradient.bucket_mib * 2**20 / item))
 
-    def _states(self, part: Part, rows: int) -> Iterator[tuple[str, int]]:
+    def _states(self, part: Part, rows: int) -> Iterator[tuple[str, tuple[int, int]]]:
         """Bytes of each role for this many rows of a part."""
         shape, formats = (rows, *part.shape[1:]), self.config.state_formats.formats()
-        if rows:
-            for role in self._roles if part.linear else self._other_roles:
-                fmt = formats[role] if part.in_plan else StateFormat()
-                yield role, _state_bytes(fmt, shape, part.whole[-1], wide=self._wide)
+        for role in (self._roles if part.linear else self._other_roles) if rows else ():
+            fmt = formats[role] if part.in_plan else StateFormat()
+            values, scales = _state_bytes(fmt, shape, part.whole[-1], wide=self._wide)
+            if role == "master":
+                values -= self._in_parameter(part, fmt, math.prod(shape))
+            yield role, (values, scales)
+
+    def _in_parameter(self, part: Part, fmt: StateFormat, numel: int) -> int:
+        """Bytes of a master of so many elements that are the parameter's own memory."""
+        resident = part.in_plan and self.config.precision.weights == "fp8"
+        own = {"fp32": self._wide, "bf16_remainder": 2}.get(fmt.format)
+        return 0 if resident or own != self._item else numel * self._item
 
     def _has_copies(self, part: Part) -> bool:
         """Whether there are FP8 copies of a weight between forwards."""
         in_forward = self.config.precision.gemm.smooth_swiglu == "channel" and ".mlp.down." in part.fqn
         return part.in_plan and not in_forward
 
-    def _weight(self, part: Part) -> int:
+    def _codes_of_head(self, model_part: ModelPart) -> int:
+        """Bytes of the codes that an FP8 head has beside its weight, without their scale."""
+        if self.config.precision.gemm.head != "fp8" or not model_part.ends:
+            return 0
+        return _padded(local_shape(self._head_fqn, self.shapes[self._head_fqn], self.config.parallel.tp))
+
+    def _weight(self, part: Part) -> tuple[int, int]:
         """The parameter in the compute type and its FP8 copies, those that there are."""
         precision, own = self.config.precision, part.numel * self._item
         if not self._has_copies(part):
-            return own
+            return own, 0
         gemm = precision.gemm
         specs = [(gemm.output.w, 1), *([(gemm.grad_input.w, 0)] if gemm.keep_w == "second_copy" else [])]
         rows, columns = part.shape
-        copies = 0
+        copies = scales = 0
         for spec, contracted in specs:
-            item, scales = (self._item if spec.format == "e2m1" else 1), 1
+            item, count = (self._item if spec.format == "e2m1" else 1), 1
             if spec.granularity not in TWO_LEVELS:
                 tile = scale_tile(spec.granularity, contracted)
-                scales = math.prod(
+                count = math.prod(
                     -(-size // (each or size)) for size, each in zip((rows, columns), tile, strict=True)
                 )
-            copies += _padded(part.shape) * item + 4 * scales
-        return copies if precision.weights == "fp8" else own + copies
+            copies += _padded(part.shape) * item
+            scales += 4 * count
+        return (copies if precision.weights == "fp8" else own + copies), scales
 
 
 def _padded(shape: Shape) -> int:
@@ -247,14 +280,14 @@ def _padded(shape: Shape) -> int:
     return math.prod(-(-size // 16) * 16 for size in shape)
 
 
-def _state_bytes(fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int) -> int:
-    """Bytes of one state of this shape, scales included; ``wide``: of an element of FP32 (FP64) states."""
+def _state_bytes(fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int) -> tuple[int, int]:
+    """Bytes of one state of this shape, and of its scales; ``wide``: of an element of FP32 (FP64) states."""
     numel = math.prod(shape)
     if not fmt.is_scaled:
-        return numel * {"bf16": 2, "bf16_remainder": 4}.get(fmt.format, wide)
+        return numel * {"bf16": 2, "bf16_remainder": 4}.get(fmt.format, wide), 0
     codes = numel * (2 if fmt.format == "fp16_scaled" else 1)
     if not fmt.in_blocks:
-        return codes + 4
+        return codes, 4
     block = fmt.block_in(shape[-1], whole_row)
     scale = 5 if fmt.expand else 1  # an expanded block has an FP32 amax and a power, else an E8M0 scale
-    return codes + numel // shape[-1] * -(-shape[-1] // block) * scale
+    return codes, numel // shape[-1] * -(-shape[-1] // block) * scale

@@ -37,6 +37,7 @@ def summarise(resolved: ResolvedConfig, world: int | None, *, nvidia: Path = _NV
     processes = world or fewest_processes(config)
     dp, micro_batches = check_world(config, processes, origins=resolved.origins)
     counted = RankBytes(config, vocabulary or ASSUMED_VOCABULARY, dp=dp, micro_batches=micro_batches)
+    stored = counted.largest()
     rows = [
         ("run", f"{config.run.name}, of {' <- '.join(reversed(resolved.sources))}"),
         ("model", _model(config, vocabulary)),
@@ -45,7 +46,8 @@ def summarise(resolved: ResolvedConfig, world: int | None, *, nvidia: Path = _NV
         ("length", _length(config, counted)),
         ("layout", _layout(config, processes, dp, asked=world is not None)),
         ("precision", f"{config.precision.level}, {_coverage(config)}"),
-        ("bytes", f"{counted.largest()}{_transposed(config, counted)}{_of_largest_rank(config, dp)}"),
+        ("bytes", f"{stored}{_transposed(config, counted)}{_of_largest_rank(config, dp)}"),
+        ("all in", stored.all_in()),
         ("machine", "; ".join(_machine(config, nvidia))),
     ]
     return "".join(f"{name:<11} {text}\n" for name, text in rows)

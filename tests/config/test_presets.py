@@ -412,11 +412,16 @@ STATE_PLANS = {
     ("O1", "e4m3_e5m2"): [
         (number_format, "tensor", "nearest", False) for number_format in ("fp16_scaled", "e4m3", "e5m2")
     ],
+    ("O1", "lean"): [
+        ("fp16_scaled", "block", "stochastic", False),
+        ("e4m3", "block", "nearest", False),
+        ("e4m3", "block", "stochastic", False),
+    ],
 }
 
 
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
-@pytest.mark.parametrize("plan", ["coat", "e4m3_e5m2"])
+@pytest.mark.parametrize("plan", ["coat", "e4m3_e5m2", "lean"])
 def test_a_state_plan_lies_over_level_and_profile(level: str, plan: str) -> None:
     """COAT, section 4, quantises the two moments; Fishman et al. 2024, section 5, the master too."""
     profiles = ("default", "paper")
@@ -428,7 +433,8 @@ def test_a_state_plan_lies_over_level_and_profile(level: str, plan: str) -> None
         found = [(one.format, one.granularity, one.rounding, one.expand) for one in roles]
         same_as = {"O3": "O2", "O1": "O2"}.get(level, level) if plan == "coat" else "O1"
         expected = STATE_PLANS[same_as, plan]
-        if plan == "e4m3_e5m2" or profile == "default":
+        assert state.exp_avg_sq.sqrt is (plan == "lean")
+        if plan != "coat" or profile == "default":
             assert found == expected
         else:
             assert found[1:] == expected[1:]
@@ -443,7 +449,7 @@ def test_a_state_plan_lies_over_level_and_profile(level: str, plan: str) -> None
 
 def test_a_state_plan_is_of_two_moments() -> None:
     lion = {"optimizer": {"lr": 1e-4, "name": "lion"}}
-    for plan in ("coat", "e4m3_e5m2"):
+    for plan in ("coat", "e4m3_e5m2", "lean"):
         with pytest.raises(ConfigError, match=r"has no effect: optimizer\.name is lion"):
             resolve_mapping(merged(precision={"level": "O2", "state": {"plan": plan}}, **lion))
     resolve_mapping(merged(precision={"level": "O2", "state": {"plan": "default"}}, **lion))

@@ -230,6 +230,7 @@ LOW_PRECISION = {
     "O1": with_schedule("zbv", "precision.level=O1"),
     "O2": with_schedule("interleaved_zero_bubble", "precision.level=O2"),
     "O2-paper": with_schedule("1f1b", "precision.level=O2", "precision.profile=paper"),
+    "O2-head": with_schedule("1f1b", "precision.level=O2", "precision.gemm.head=fp8"),
     "O2-tied": with_schedule("interleaved_1f1b", "precision.level=O2", TIED),
 }
 

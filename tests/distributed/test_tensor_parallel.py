@@ -43,6 +43,7 @@ CASES: dict[str, tuple[list[str], float]] = {
     "fp64-fp8": ([FP64, FP8], 1e-9),
     # The operands' own codes travel: the same GEMMs as without.
     "fp64-fp8-wire": ([FP64, FP8, *FP8_WIRE], 1e-9),
+    "fp64-fp8-head": ([FP64, FP8, "precision.gemm.head=fp8", "model.family=gpt"], 1e-9),
     "fp64-recompute": ([FP64, FP8, *FP8_WIRE, "train.activation_checkpointing=full"], 1e-9),
     "fp64-batch-2": ([FP64, FP8, *FP8_WIRE, "train.micro_batch_size=2"], 1e-9),
     "fp32": (["precision.compute=fp32"], 1e-5),
@@ -94,7 +95,7 @@ def check(
 
 # In every run; the others when asked for slow tests.
 QUICK = [
-    *("fp64-gpt-tied", "fp64-fp8-wire", "fp64-batch-2", "bf16", "O2-lossy-wire"),
+    *("fp64-gpt-tied", "fp64-fp8-wire", "fp64-fp8-head", "fp64-batch-2", "bf16", "O2-lossy-wire"),
     *("fp64-O2-exact", "fp64-O1-paper"),
 ]
 

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[list[str], float]] = {
     "O2-paper": (["precision.level=O2", "precision.profile=paper"], 2e-2),
     "O3-coat": (["precision.level=O3", "precision.state.plan=coat"], 5e-3),
     "O3-e4m3-e5m2": (["precision.level=O3", "precision.state.plan=e4m3_e5m2"], 5e-3),
+    "fp64-fp8-head-whole": ([FP64, "precision.gemm.fp8=true", "precision.gemm.head=fp8", WHOLE], 1e-9),
     "O2-lion": (["precision.level=O2", "optimizer.name=lion", "optimizer.lr=0.002"], 1e-2),
     "O2-exact": (EXACT, 0.0),
     "O2-exact-whole": ([*EXACT, WHOLE], 0.0),

@@ -154,6 +154,17 @@ def test_a_partial_plan_is_kept(tmp_path: Path) -> None:
     assert torch.equal(kept.weight, trainer.model.linears()["layers.1.mlp.down"].weight)
 
 
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_an_fp8_head_is_that_of_training(tmp_path: Path, tied: str) -> None:
+    """Bit for bit; in BF16 numerics it is none."""
+    head = ("precision.level=O2", "precision.gemm.head=fp8", f"model.tie_embeddings={tied}")
+    trainer, run = trained(tmp_path, *head)
+    matched = run.load("matched", device=CPU)
+    assert run.describe("matched", matched).startswith("FP8: 9 of 9 linears; scales")
+    assert loss(matched.model, run.config) == trainers_loss(trainer)
+    assert run.load("bf16", device=CPU).model.fp8_head is None
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_weights_take_a_byte_and_are_quantised_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str

@@ -35,7 +35,9 @@ def test_bytes_per_parameter_are_those_of_the_level_and_a_scale_for_128(level: s
         assert shares["total"] <= 6.1
     assert shares["compute_copy"] == pytest.approx(2 if level == "O0" else 1, abs=0.01)
     assert shares["accumulator"] == (0 if level == "O0" else 2)
-    assert stored.parameters == sum(linear.weight.numel() for linear in trainer.model.linears().values())
+    assert stored.linears.parameters == sum(
+        linear.weight.numel() for linear in trainer.model.linears().values()
+    )
 
 
 def test_8_bit_second_moments_fit_the_target() -> None:
@@ -44,7 +46,8 @@ def test_8_bit_second_moments_fit_the_target() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "master", "moment"), [("coat", 2 + 1 / 128, 1 + 5 / 128), ("e4m3_e5m2", 2.0, 1.0)]
+    ("plan", "master", "moment"),
+    [("coat", 2 + 1 / 128, 1 + 5 / 128), ("e4m3_e5m2", 2.0, 1.0), ("lean", 2 + 1 / 128, 1 + 1 / 128)],
 )
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 def test_state_plans_take_what_they_say(level: str, plan: str, master: float, moment: float) -> None:
@@ -56,7 +59,48 @@ def test_state_plans_take_what_they_say(level: str, plan: str, master: float, mo
     assert shares["total"] <= 5.2
     words = {"coat": "exp_avg e4m3 (block, expanded), exp_avg_sq e4m3 (block, expanded)"}
     words["e4m3_e5m2"] = "master fp16_scaled (tensor), exp_avg e4m3 (tensor), exp_avg_sq e5m2 (tensor)"
+    words["lean"] = (
+        "master fp16_scaled (block, stochastic), exp_avg e4m3 (block), "
+        "exp_avg_sq sqrt(e4m3) (block, stochastic)"
+    )
     assert words[plan] in "\n".join(describe_precision(trainer))
+
+
+LEAN = ("precision.level=O2", "precision.state.plan=lean", "train.micro_batch_size=8")
+
+
+def test_lean_states_all_in() -> None:
+    """By hand: FP8 weight 1, gradient 1, master 2, moments 1 each, and a byte for 128 of four of them;
+    without the gradient, which need not be kept, the target is 5.1. Each of the eight weights has one FP32
+    scale."""
+    trainer = trainer_of(*LEAN)
+    stored = stored_bytes(trainer)
+    plan = stored.plan
+    elements = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 128 * 512 + 256 * 128)
+    assert plan.parameters == elements
+    whole = {"weight": 1, "gradient": 1, "accumulator": 0, "master": 2, "exp_avg": 1, "exp_avg_sq": 1}
+    assert plan.values == {name: elements * size for name, size in whole.items()}
+    assert plan.scales == {
+        "weight": 4 * 8,
+        **dict.fromkeys(list(whole)[1:2] + list(whole)[3:], elements // 128),
+    }
+    assert plan.total / elements == pytest.approx(6 + 4 / 128, abs=1e-3)
+    assert (plan.total / elements) - plan.share("gradient") <= 5.1
+    line = "all in: 6.031 (weight 1.000, gradient 1.000, master 2.000, exp_avg 1.000, exp_avg_sq 1.000, "
+    assert f"{line}scales 0.031) bytes per parameter of the FP8 plan; " in "\n".join(
+        describe_precision(trainer)
+    )
+
+
+def test_a_master_in_its_parameter_is_one_memory() -> None:
+    """BF16 parameter and 16 bits beside it: 4 bytes, and the FP8 copy of the weight."""
+    remainder = "precision.state.master={format: bf16_remainder, rounding: nearest}"
+    trainer = trainer_of("precision.level=O2", remainder, "precision.weights=compute")
+    plan = stored_bytes(trainer).plan
+    assert plan.values["master"] == 2 * plan.parameters
+    assert plan.values["weight"] == 2 * plan.parameters  # no step yet, so no copy
+    everything = stored_bytes(trainer_of("precision.compute=fp32")).model
+    assert everything.values["master"] == 0 and everything.values["weight"] == 4 * everything.parameters
 
 
 def test_integers_are_not_called_bf16() -> None:
@@ -105,7 +149,7 @@ def test_the_whole_model_is_everything_that_is_allocated() -> None:
     copies = sum(linear.weight_bytes for linear in linears.values())
     inside = {f"{path}.weight" for path in linears}
     others = sum(p.nbytes for fqn, p in trainer.model.named_parameters() if fqn not in inside)
-    assert stored_bytes(trainer).whole_model == states + buckets + copies + others
+    assert stored_bytes(trainer).model.total == states + buckets + copies + others
 
 
 def test_the_header_says_what_is_fp8_and_what_is_not() -> None:

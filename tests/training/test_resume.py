@@ -41,6 +41,7 @@ PRECISIONS = {
     "O2-paper": ["precision.level=O2", "precision.profile=paper"],
     "O1-coat": ["precision.level=O1", "precision.state.plan=coat"],
     "O3-e4m3-e5m2": ["precision.level=O3", "precision.state.plan=e4m3_e5m2"],
+    "O2-lean": ["precision.level=O2", "precision.state.plan=lean"],
     "O2-exact": ["precision.level=O2", "precision.gradient.fp8.reduce=exact"],
     "O2-feedback": ["precision.level=O2", "precision.gradient.fp8.error_feedback=true"],
 }

@@ -83,6 +83,7 @@ CASES: dict[str, Case] = {
     "O2, Lion": _level("O2", "optimizer.name=lion", "optimizer.lr=0.002"),
     "O2, COAT's states": _level("O2", "precision.state.plan=coat"),
     "O2, E4M3 and E5M2 states": _level("O2", "precision.state.plan=e4m3_e5m2"),
+    "O2, lean states": _level("O2", "precision.state.plan=lean"),
     "O2, tied": _level("O2", "model.tie_embeddings=true"),
     "exact, 8 micro-batches": _level("O2", *EXACT, accumulation=8),
     "exact, 2 ranks": _level("O2", *EXACT, ranks=2),

@@ -189,6 +189,8 @@ class _Judge:
         for role, error in parameter.states.items():
             name = getattr(state, role).format if parameter.in_plan else "fp32"
             floor = _STATE[name]
+            if parameter.in_plan and getattr(state, role).sqrt:
+                floor -= 6.0  # squaring doubles the relative error of the root that is stored
             if role == "master" and self.config.optimizer.name == "lion":
                 floor = min(floor, 40.0)  # the sign of a sum that cancels depends on its last bit
             if error.true > 0 and error.snr < floor:

@@ -102,6 +102,11 @@ class BlockStorage(Storage):
         return self._payload.nbytes + self._scales.nbytes + residual
 
     @property
+    def scale_bytes(self) -> int:
+        """A byte for each block."""
+        return self._scales.nbytes
+
+    @property
     def accumulator_bytes(self) -> int:
         """The accumulator, and what error feedback keeps beside the residual until a step is applied."""
         lost = 0 if self._lost is None else self._lost.nbytes

@@ -30,6 +30,11 @@ class Storage(Protocol):
         ...
 
     @property
+    def scale_bytes(self) -> int:
+        """What of :attr:`stored_bytes` is scales."""
+        return 0
+
+    @property
     def accumulator_bytes(self) -> int:
         """Bytes that are needed beside :attr:`stored_bytes` while micro-batches add up."""
         return 0

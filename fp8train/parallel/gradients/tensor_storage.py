@@ -70,7 +70,12 @@ class TensorStorage(Storage):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the reduced codes and of a scale per tensor."""
-        return sum(place.stop - place.start + 4 for place in self.places.held)
+        return self.scale_bytes + sum(place.stop - place.start for place in self.places.held)
+
+    @property
+    def scale_bytes(self) -> int:
+        """An FP32 number for each tensor."""
+        return 4 * len(self.places.held)
 
     @property
     def accumulator_bytes(self) -> int:
