@@ -18,21 +18,24 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fp8train.kernels.fused_op import OPERATIONS, FusedOp
 from tests.kernels.gpu.same import same
-from tools.kernel_cases import Case, cases
+from tools.kernel_cases import FFN, Case, cases
 
-SCALE = 2048  # leading sizes of the cases are divided by it
+SCALE = 4096  # leading sizes of the cases are divided by it
+NARROW = 16  # and by it the width of an MLP, which the interpreter takes seconds for
 RANKS = 8  # the number of messages in a case
 ROUNDS = ("residual_norm", "norm_backward", "swiglu", "gelu", "softmax")
 """Operations that sum along rows or take exponentials: equal but for roundings."""
-TOLERANCE = {1: 0.126, 2: 2**-7, 4: 3e-5, 8: 1e-9}
-"""By bytes of an element: a code may fall to its neighbour, an eighth away."""
-FIRST = list({case.operation: case for case in reversed(cases())}.values())[::-1]
-"""One case of each operation."""
-HARD = {
-    "nan": (torch.nan,),
-    "inf": (torch.inf, -torch.inf),
-    "ends": (-0.0, 1e-30, 3e38, -3e38),
+TOLERANCES = {1: (0.126, 2**-9), 2: (2**-6, 1e-4), 4: (3e-5, 3e-7), 8: (1e-9, 1e-11)}
+"""Relative and absolute, by bytes of an element: a code may fall to its neighbour, an eighth away."""
+MORE_OFTEN_FINITE = {
+    "gelu": "on a CPU torch's own GELU is not finite at 3e38, and NaN at infinity",
+    "softmax_statistics": "a NaN is no maximum, but makes the sum NaN",
 }
+"""Operations whose launcher may give another number where the reference is not finite, and why that is right."""
+FIRST = list({case.operation: case for case in reversed(cases()) if case.remade is None}.values())[::-1]
+"""One case of each operation that is given tensors: not of the optimizer, which is given addresses, and finite
+gradients only."""
+HARD = {"infinities": (torch.inf, -torch.inf), "nan and ends": (torch.nan, -0.0, 1e-30, 3e38, -3e38)}
 
 
 def operation_of(case: Case) -> FusedOp:
@@ -51,15 +54,16 @@ def check_equal(case: Case, ours: Tensor, theirs: Tensor) -> None:
     if ours.shape != theirs.shape:  # partial results: as many as there were programs
         assert ours.dim() == theirs.dim() == 1
         ours, theirs = ours.amax().view(1), theirs.amax().view(1)
+    if case.operation.startswith(tuple(MORE_OFTEN_FINITE)):
+        ours = torch.where(theirs.float().isfinite(), ours.float(), theirs.float()).to(ours.dtype)
     if same(ours, theirs):
         return
     if theirs.dtype == torch.float64:  # partial sums: the sums count
         ours, theirs = ours.sum(-1), theirs.sum(-1)
     else:
         assert case.operation.startswith(ROUNDS), "not the same bits"
-    tolerance = TOLERANCE[theirs.element_size()]
-    a, b = (x.double() for x in (ours, theirs))
-    assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
+    rtol, atol = TOLERANCES[theirs.element_size()]
+    assert torch.allclose(ours.double(), theirs.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def hard(x: Tensor, values: tuple[float, ...]) -> Tensor:
@@ -69,6 +73,16 @@ def hard(x: Tensor, values: tuple[float, ...]) -> Tensor:
     for number, value in enumerate(values):
         flat[(11 + 37 * number) % flat.numel()] = value
     return flat.view(x.shape) if x.is_contiguous() else flat.view(x.mT.shape).mT
+
+
+def narrowed(arguments: Any) -> Any:
+    """The arguments with a narrower MLP."""
+
+    def narrow(x: Any) -> Any:
+        is_wide = isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] in (FFN, 2 * FFN)
+        return x[:, : x.shape[1] // NARROW].contiguous() if is_wide else x
+
+    return tree_map(narrow, arguments)
 
 
 def placed(arguments: Any, values: tuple[float, ...]) -> Iterator[Any]:
@@ -90,7 +104,7 @@ def check(case: Case, arguments: Any) -> None:
 @pytest.mark.parametrize("values", HARD.values(), ids=HARD.keys())
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_hard_values_are_treated_as_the_reference_treats_them(case: Case, values: tuple[float, ...]) -> None:
-    for arguments in placed(case.filled(torch.device("cpu"), scale=SCALE), values):
+    for arguments in placed(narrowed(case.filled(torch.device("cpu"), scale=SCALE)), values):
         check(case, arguments)
 
 
@@ -110,7 +124,7 @@ def emptied(case: Case) -> tuple[Any, ...]:
     return tree_map(empty, case.arguments)
 
 
-@pytest.mark.parametrize("case", [case for case in FIRST if case.remade is None], ids=str)
+@pytest.mark.parametrize("case", FIRST, ids=str)
 def test_arguments_without_elements(case: Case) -> None:
     arguments = emptied(case)
     assert any(isinstance(x, Tensor) and not x.numel() for x in arguments)
