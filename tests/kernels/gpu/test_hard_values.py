@@ -31,10 +31,10 @@ MORE_OFTEN_FINITE = {
     "gelu": "on a CPU torch's own GELU is not finite at 3e38, and NaN at infinity",
     "softmax_statistics": "a NaN is no maximum, but makes the sum NaN",
 }
-"""Operations whose launcher may give another number where the reference is not finite, and why that is right."""
+"""Operations whose launcher may give another number where the reference is not finite, and why."""
 FIRST = list({case.operation: case for case in reversed(cases()) if case.remade is None}.values())[::-1]
-"""One case of each operation that is given tensors: not of the optimizer, which is given addresses, and finite
-gradients only."""
+"""One case of each operation that is given tensors: not of the optimizer, which is given addresses, and
+finite gradients only."""
 HARD = {"infinities": (torch.inf, -torch.inf), "nan and ends": (torch.nan, -0.0, 1e-30, 3e38, -3e38)}
 
 
