@@ -59,6 +59,10 @@ class Fp8Head:
             self._weight, self._key = quantize_layouts(weight, OPERAND, agree=agree, contracted=1), key
         return self._weight
 
+    def forget(self) -> None:
+        """Make the next :meth:`weight` cast again."""
+        self._key = None
+
     def hidden(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(codes [T, H padded], scale_inv) of hidden [T, H]."""
         agree = self._wire.agreement("x", OPERAND, 1)

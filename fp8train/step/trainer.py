@@ -312,6 +312,8 @@ class Trainer:
     def _forget_casts(self) -> None:
         for linear in self.model.linears().values():
             linear.forget_casts()
+        if self.model.fp8_head is not None:
+            self.model.fp8_head.forget()
 
     def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)

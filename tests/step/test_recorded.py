@@ -154,6 +154,7 @@ SETTINGS = {
     "FP64": ("precision.compute=fp64",),
     "feedback": (*O2, *ONE, "precision.gradient.fp8.error_feedback=true"),
     "feedback of sums": (*O2, "precision.gradient.fp8.error_feedback=true"),
+    "lean": (*O2, "precision.state.plan=lean"),
 }
 
 
@@ -179,6 +180,7 @@ EVENTFUL = {
     "O2": (*O2, SAMPLED),
     "O2, one micro-batch": (*O2, *ONE, SAMPLED, "precision.gradient.fp8.error_feedback=true"),
     "delayed": ("precision.profile=paper", *O2, SAMPLED),
+    "FP8 head": (*O2, "precision.gemm.head=fp8", SAMPLED),
 }
 
 
