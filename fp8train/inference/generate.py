@@ -71,6 +71,8 @@ def generate(
     device, alpha = model.embedding.weight.device, model.parametrization.head().output
     for linear in model.linears().values():
         linear.decode_weight()
+    if model.fp8_head is not None and not model.head_weight.requires_grad:
+        model.fp8_head.decode(model.head_weight)
     alphas = Alphas(output=alpha)
     head = head_gemms(
         model.head_weight,

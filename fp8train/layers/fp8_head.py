@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.gemm import GemmBackend, fp8_gemm
+from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.kernels.padding import pad_to
 from fp8train.layers.fp8_operand import Layouts, quantize_layouts, quantize_operand, transposed
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.wire import UNSPLIT, Wire
+from fp8train.numerics.cast import decode_finite
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
 
@@ -60,8 +62,19 @@ class Fp8Head:
         return self._weight
 
     def forget(self) -> None:
-        """Make the next :meth:`weight` cast again."""
-        self._key = None
+        """Free the codes, and make the next :meth:`weight` cast again."""
+        self._key = self._weight = None
+
+    def decode(self, weight: Tensor) -> None:
+        """Keep the codes of a weight that is not trained as BF16 or FP32 numbers of the same values, on a CPU
+        whose GEMMs would decode them for each token: as
+        :meth:`~fp8train.layers.fp8_weight.LoadedFp8Weight.decode`."""
+        assert not weight.requires_grad, "backward reads codes"
+        codes, scale_inv = self.weight(weight).rows
+        if self.backend.name == "decode" and codes.device.type == "cpu" and codes.element_size() == 1:
+            dtype = torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+            decoded = decode_finite(codes, dtype), scale_inv
+            self._weight = Layouts(decoded, decoded)
 
     def hidden(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(codes [T, H padded], scale_inv) of hidden [T, H]."""

@@ -135,8 +135,8 @@ class CachedFp8Weight(Fp8Weight):
     _key: tuple[int, int] | None = None
 
     def forget(self) -> None:
-        """Make the next :meth:`refresh` cast again."""
-        self._key = None
+        """Free the copies, and make the next :meth:`refresh` cast again."""
+        self._key = self.forward = self.backward = None
 
     def refresh(self, weight: nn.Parameter) -> None:
         """Cast ``weight`` unless this storage was cast at this version."""
@@ -249,7 +249,7 @@ class ResidentFp8Weight(Fp8Weight):
 
     def forget(self) -> None:
         """Make the next :meth:`backward_operand` turn the copy again, where it does."""
-        if self.forward is not None and fuses(self.forward[0]):
+        if self.forward is not None and self._is_turned:
             self.backward = None
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8train.kernels.gemm import GemmBackend
-from fp8train.layers.wire import UNSPLIT, Wire
+from fp8train.layers.wire import Wire
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
 
@@ -62,6 +62,6 @@ class LinearCall:
     alphas: Alphas
     plan: Fp8Plan | None
     sink: int
-    wire: Wire = UNSPLIT
+    wire: Wire  # no default: torch 2.11 cannot trace one that is an object
     batch: int = 1
     trains: bool = True

@@ -271,11 +271,17 @@ def logits(
     hidden: Tensor, weight: Tensor, *, vocab_size: int, alpha: float = 1.0, fp8: Fp8Head | None = None
 ) -> Tensor:
     """``alpha · hidden @ weight.T`` without the padded columns. Shapes: [.., H] -> [.., vocab_size], in the
-    compute dtype; ``fp8`` as for :func:`linear_cross_entropy`."""
+    compute dtype; ``fp8`` as for :func:`linear_cross_entropy`, and then without a gradient.
+
+    Raises:
+        RuntimeError: an FP8 head, and something here requires a gradient.
+    """
     flat = hidden.flatten(0, -2)
     if fp8 is None:
         found = matmul(flat, weight[:vocab_size].t(), alpha=alpha)
     else:
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            raise RuntimeError("logits of an FP8 head have no gradient: use the loss, or torch.no_grad()")
         alphas = Alphas(output=alpha)
         gemms = Fp8HeadGemms(fp8, weight, choices=vocab_size, alphas=alphas, needs_grad=False)
         found = gemms.logits(gemms.take(flat)).to(hidden.dtype)

@@ -299,6 +299,7 @@ class Trainer:
             total, replayed = self.recorded(self.monitors.kind, inputs, targets, num_tokens)
             if replayed:
                 self.store.replayed()
+                self._forget_casts()  # an evaluation's, of the weights before: the graph has its own
             self.store.finish()
         elif self.pipeline is None:
             total = self._one_after_the_other(inputs, targets, num_tokens)

@@ -163,6 +163,12 @@ def test_an_fp8_head_is_that_of_training(tmp_path: Path, tied: str) -> None:
     assert run.describe("matched", matched).startswith("FP8: 9 of 9 linears; scales")
     assert loss(matched.model, run.config) == trainers_loss(trainer)
     assert run.load("bf16", device=CPU).model.fp8_head is None
+    sampling, generator = Sampling(temperature=0.0), torch.Generator()
+    generate(matched.model, [1, 2, 3], max_tokens=4, sampling=sampling, generator=generator, eod_id=None)
+    assert loss(matched.model, run.config) == trainers_loss(trainer)  # with its codes decoded
+    assert matched.model.fp8_head is not None
+    codes = matched.model.fp8_head.weight(matched.model.head_weight).rows[0]
+    assert codes.dtype in (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("plan", PLANS)

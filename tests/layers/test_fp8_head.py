@@ -83,7 +83,10 @@ def test_products_are_those_of_the_codes(tokens: int, rows: int, vocab_size: int
     torch.testing.assert_close(loss.detach(), expected[0], rtol=1e-12, atol=0)
     for ours, theirs in zip(grads, expected[1:3], strict=True):
         torch.testing.assert_close(3 * ours, theirs, rtol=1e-10, atol=1e-13)
-    found = logits(hidden, weight, vocab_size=vocab_size, alpha=alphas.output, fp8=head)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        logits(hidden, weight, vocab_size=vocab_size, fp8=head)
+    with torch.no_grad():
+        found = logits(hidden, weight, vocab_size=vocab_size, alpha=alphas.output, fp8=head)
     torch.testing.assert_close(found, expected[3], rtol=1e-12, atol=1e-13)
 
 
