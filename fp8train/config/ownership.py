@@ -235,7 +235,7 @@ ALWAYS: tuple[str, ...] = (
     *_below("parametrization", "kind", "residual", "attention_mult", "activation_mult", "loss_mult"),
     *_below("precision", "level", "compute", "activations", "gemm.fp8", "gradient.bucket_mib"),
     *_below("parallel", "dp", "tp", "cp", "pp"),
-    *_below("optimizer", "name", "lr", "beta1", "beta2", "weight_decay", "clip_grad_norm"),
+    *_below("optimizer", "name", "lr", "beta1", "beta2", "weight_decay", "clip_grad_norm", "offload"),
     *_below("schedule", "kind", "warmup_steps", "warmup_fraction"),
     *_below("train", "steps", "tokens", "global_batch_size", "batch_size_ramp", "micro_batch_size"),
     *_below("train", "activation_checkpointing", "compile", "consistency_interval", "eval_interval"),
