@@ -237,9 +237,7 @@ def quantize_layouts(
             x.contiguous(), GroupRule.of(spec), contracted=contracted, straight=rows, turned=columns
         )
         return _layouts(groups.codes, groups.turned, groups.scale_inv, rows, columns)
-    operand = padded(
-        quantize_matrix(x, spec, slot, row, agree, contracted=contracted, measured=measured)
-    )
+    operand = padded(quantize_matrix(x, spec, slot, row, agree, contracted=contracted, measured=measured))
     return Layouts(operand, operand)
 
 

@@ -204,7 +204,9 @@ def test_factors_per_column() -> None:
     for name in ("same", "requantise", "second copy", "bf16", "rowwise", "blockwise"):
         found = []
         for holding in ("in_forward", "at_use"):
-            mlp = MLP(hidden_size=32, ffn_hidden_size=64, activation="swiglu", bias=False, dtype=torch.float32)
+            mlp = MLP(
+                hidden_size=32, ffn_hidden_size=64, activation="swiglu", bias=False, dtype=torch.float32
+            )
             with torch.no_grad():
                 for i, parameter in enumerate(mlp.parameters()):
                     parameter.copy_(normal(i, *parameter.shape, dtype=torch.float32, std=0.2))
