@@ -37,12 +37,11 @@ import torch
 from torch import Tensor
 
 from fp8train.optim.copy_queues import CopyQueues
-from fp8train.optim.offload_plan import SLOT_BYTES, SLOTS, pieces
+from fp8train.optim.offload_plan import SLOT_BYTES, SLOTS, aligned, pieces, slot_sizes, unit_of_rows
 from fp8train.optim.parameter_state import ParameterState
 from fp8train.optim.state_storage import Take
 from fp8train.update_rules.rule import MatrixRule
 
-_ALIGNMENT = 256
 _HOST_BLOCK = 1 << 30
 """Bytes of a block of host memory: a power of two, as page-locked memory comes in those."""
 
@@ -103,12 +102,12 @@ class _Memory:
     _used: int = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size, aligned = math.prod(shape) * dtype.itemsize, _aligned(shape, dtype)
-        if self._block is None or self._used + aligned > len(self._block):
-            self._block, self._used = self.allocate(max(aligned, min(self.left, _HOST_BLOCK))), 0
+        size = math.prod(shape) * dtype.itemsize
+        if self._block is None or self._used + aligned(size) > len(self._block):
+            self._block, self._used = self.allocate(max(aligned(size), min(self.left, _HOST_BLOCK))), 0
         memory = self._block[self._used : self._used + size].view(dtype).view(shape)
-        self._used += aligned
-        self.left -= aligned
+        self._used += aligned(size)
+        self.left -= aligned(size)
         return memory
 
 
@@ -119,12 +118,8 @@ class _Measure:
     nbytes: int = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        self.nbytes += _aligned(shape, dtype)
+        self.nbytes += aligned(math.prod(shape) * dtype.itemsize)
         return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Copy(NamedTuple):
@@ -187,7 +182,7 @@ class HostStates:
         host = torch.device("meta" if device.type == "meta" else "cpu")
         self.home = {fqn: make(fqn, None, device=host, take=memory.take) for fqn in own}
         planned = [load for fqns in loads for load in self._plan(fqns, kept, offload.slot_bytes)]
-        sizes = [max((load.nbytes for load in planned[slot::SLOTS]), default=0) for slot in range(SLOTS)]
+        sizes = slot_sizes([load.nbytes for load in planned])
         slots = [self._queues.device_memory(size) for size in sizes]
         self.slot_bytes = sum(sizes)
         self._loads = [
@@ -278,9 +273,8 @@ def _rows_of_pieces(state: ParameterState) -> int | None:
     spans = any(storage.two_pass for storage in state.storages.values())
     if spans or isinstance(state.rule, MatrixRule) or state.target is not None:
         return None
-    unit = math.lcm(*(storage.place.unit for storage in state.storages.values()))
     row = math.prod(state.region.shape[1:])
-    return math.lcm(unit, row) // row
+    return unit_of_rows(row, (storage.place.block for storage in state.storages.values()))
 
 
 def _bytes(tensor: Tensor) -> Tensor:
