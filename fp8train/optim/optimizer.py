@@ -308,7 +308,9 @@ class Optimizer:
         if self._fused is None:
             return
         steps = {
-            name: StepOf(one, {role: self._key(states[name], role, one.step) for role in states[name].storages})
+            name: StepOf(
+                one, {role: self._key(states[name], role, one.step) for role in states[name].storages}
+            )
             for name, one in updates.items()
         }
         amaxes, counts = self._fused.step(grad, steps, running.multiplier, count_flushed=bool(self._flushed))

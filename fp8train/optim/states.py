@@ -68,7 +68,9 @@ class OptimizerStates(Mapping[str, ParameterState]):
             if rows is not None:
                 parameter, (region, start) = parameter[slice(*rows)], region.rows(*rows)
             owner, target = rule_of(rule, spec), weight_targets.get(fqn)
-            state = allocate(parameter, spec, region, owner, plan, target, device=device, chunk=chunk, take=take)
+            state = allocate(
+                parameter, spec, region, owner, plan, target, device=device, chunk=chunk, take=take
+            )
             return replace(state, start=start)
 
         self._host: HostStates | None = None

@@ -143,7 +143,8 @@ class RankBytes:
                 found if part.fqn in kept else {} for part, found in zip(parts, gradients, strict=True)
             ]
         rows_of = {
-            part.fqn: part.shape[0] if owners is None else len(owners.owners[part.fqn][rank]) for part in parts
+            part.fqn: part.shape[0] if owners is None else len(owners.owners[part.fqn][rank])
+            for part in parts
         }
         counts = []
         for part, gradient in zip(parts, gradients, strict=True):
@@ -345,9 +346,7 @@ def _padded(shape: Shape) -> int:
     return math.prod(-(-size // 16) * 16 for size in shape)
 
 
-def _tensors_of(
-    fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int
-) -> tuple[list[int], list[int]]:
+def _tensors_of(fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int) -> tuple[list[int], list[int]]:
     """Bytes of the tensors of one state of this shape: of values, and of scales; ``wide``: of an element of
     FP32 (FP64) states."""
     numel = math.prod(shape)

@@ -40,7 +40,13 @@ CASES: dict[str, list[str]] = {
     "O2, e4m3_e5m2": [O2, "precision.state.plan=e4m3_e5m2"],
     "O2, paper": [O2, "precision.profile=paper"],
     "O3": [O3],
-    "O3, lion, gpt": [O3, "optimizer.name=lion", "optimizer.lr=0.002", "model.family=gpt", "model.num_kv_heads=4"],
+    "O3, lion, gpt": [
+        O3,
+        "optimizer.name=lion",
+        "optimizer.lr=0.002",
+        "model.family=gpt",
+        "model.num_kv_heads=4",
+    ],
     "O3, weights in BF16": [O3, "precision.weights=compute", "precision.traffic.weights=compute"],
 }
 
@@ -163,7 +169,12 @@ def test_a_skipped_step_changes_nothing() -> None:
     assert trainer.optimizer.states._host._queues.copied == copied  # type: ignore[union-attr]
 
 
-WAITS: tuple[tuple[Queue, Queue], ...] = (("compute", "in"), ("out", "compute"), ("in", "out"), ("in", "compute"))
+WAITS: tuple[tuple[Queue, Queue], ...] = (
+    ("compute", "in"),
+    ("out", "compute"),
+    ("in", "out"),
+    ("in", "compute"),
+)
 
 
 @pytest.mark.parametrize("forget", WAITS, ids="-".join)
