@@ -53,8 +53,8 @@ def _native(config: AllSections) -> Iterator[LayoutProblem]:
         )
     if config.optimizer.offload == "nvme":
         yield LayoutProblem(
-            "optimizer.offload: nvme keeps states on a disk and is DeepSpeed's; write optimizer.offload: cpu for "
-            "host memory, or engine: deepspeed",
+            "optimizer.offload: nvme keeps states on a disk and is DeepSpeed's; write engine: deepspeed, or "
+            "optimizer.offload: cpu for host memory",
             ("optimizer.offload", "engine"),
         )
 

@@ -26,8 +26,8 @@ def stored_bytes(trainer: BaseTrainer) -> StoredBytes:
     linears = {f"{path}.weight": linear for path, linear in trainer.model.linears().items()}
     planned = {fqn for fqn, linear in linears.items() if trainer.outline.specs[fqn].in_fp8_plan}
     everything = {fqn for fqn, _ in trainer.model.named_parameters()}
-    footprints = (_footprint(trainer, linears, fqns) for fqns in (planned, set(linears), everything))
-    return StoredBytes(*footprints, slots=trainer.optimizer.states.slot_bytes)
+    plan, hidden, model = (_footprint(trainer, linears, fqns) for fqns in (planned, set(linears), everything))
+    return StoredBytes(plan, hidden, model, trainer.optimizer.states.slot_bytes)
 
 
 def _footprint(trainer: Trainer, linears: Mapping[str, Linear], fqns: Collection[str]) -> Footprint:

@@ -96,5 +96,5 @@ class StoredBytes:
         host = self.model.on_host
         if not host:
             return ""
-        device = format_bytes(self.model.total - host + self.slots)
-        return f": {format_bytes(host)} in host memory, {device} on the device with {format_bytes(self.slots)} of slots"
+        device, slots = format_bytes(self.model.total - host + self.slots), format_bytes(self.slots)
+        return f": {format_bytes(host)} in host memory, {device} on the device with {slots} of slots"

@@ -201,8 +201,8 @@ class FusedPass:
             count_flushed: count values that were stored as zero and were not.
 
         Returns:
-            (amax of each new weight that a target takes, FP32 scalars on the device, likewise; count by role,
-            device integers, of all parameters that were updated). They join :attr:`partials`.
+            (amax of each new weight that a target takes, FP32 scalars on the device, likewise; count by
+            role, device integers, of all parameters that were updated). They join :attr:`partials`.
         """
         found: dict[Signature, list[tuple[str, int, StoredGradient]]] = {}
         for name in steps:

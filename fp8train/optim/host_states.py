@@ -215,9 +215,8 @@ class HostStates:
             state = self._make(fqn, rows, device=self._device, take=device.take)
             load.states[fqn if rows is None else f"{fqn}[{rows[0]}:{rows[1]}]"] = state
             for role, storage in state.storages.items():
-                tensors = list(
-                    zip(self.home[fqn].storages[role].tensors().values(), storage.tensors().values())
-                )
+                homes = self.home[fqn].storages[role].tensors()
+                tensors = list(zip(homes.values(), storage.tensors().values(), strict=True))
                 if role == "master" and state.bytes_in_parameter:
                     del tensors[0]  # has the same memory on both sides
                 for home, at_work in tensors:

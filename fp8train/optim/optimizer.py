@@ -20,8 +20,8 @@ The update uses the new moments before they are rounded, as FP8-LM's own code do
 the *next* step remembers, not what this one does.
 
 Which parameters get the plan's formats is said in :mod:`fp8train.optim.parameter_state`. A rank may keep a
-part of a parameter, or nothing of it; scales that span parts are agreed on. States may live in host memory and
-come a few at a time (:mod:`fp8train.optim.host_states`). Nothing here waits for the device.
+part of a parameter, or nothing of it; scales that span parts are agreed on. States may live in host memory,
+and then come a few at a time (:mod:`fp8train.optim.host_states`). Nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from fp8train.update_rules.rule import MatrixRule, Rule
 class OptimizerStates(Mapping[str, ParameterState]):
     """The states that this rank keeps, by FQN of the parameter.
 
-    They may live in host memory (:mod:`fp8train.optim.host_states`). So what computes with their values does it
-    while :meth:`visit` shows them; what is stored may be read and filled any time (:meth:`tensors`).
+    They may live in host memory (:mod:`fp8train.optim.host_states`). So what computes with their values does
+    it while :meth:`visit` shows them; what is stored may be read and filled any time (:meth:`tensors`).
 
     Attributes:
         plan: formats of the matrices in the FP8 plan.
@@ -67,9 +67,16 @@ class OptimizerStates(Mapping[str, ParameterState]):
             region, start = regions.get(fqn) or Region.of(spec), 0
             if rows is not None:
                 parameter, (region, start) = parameter[slice(*rows)], region.rows(*rows)
-            owner, target = rule_of(rule, spec), weight_targets.get(fqn)
             state = allocate(
-                parameter, spec, region, owner, plan, target, device=device, chunk=chunk, take=take
+                parameter,
+                spec,
+                region,
+                rule_of(rule, spec),
+                plan,
+                weight_targets.get(fqn),
+                device=device,
+                chunk=chunk,
+                take=take,
             )
             return replace(state, start=start)
 
@@ -111,8 +118,8 @@ class OptimizerStates(Mapping[str, ParameterState]):
     def visit(
         self, fqns: Collection[str], roles: Collection[str] | None = None, *, write: bool
     ) -> Iterator[Present]:
-        """Show the states of some parameters where arithmetic may read and write them: all at once, or a few at
-        a time where they live in host memory. Ranks that agree on amaxes see parameters in the same order.
+        """Show the states of some parameters where arithmetic may read and write them: all at once, or a few
+        at a time where they live in host memory. Ranks that agree on amaxes see parameters in the same order.
 
         Args:
             fqns: which; also ones whose states other ranks keep.

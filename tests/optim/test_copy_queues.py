@@ -1,5 +1,5 @@
-"""What :class:`~fp8train.optim.copy_queues.CudaCopies` asks of torch, where there is no CUDA; that copies which
-are late are found out; and which states travel together."""
+"""What :class:`~fp8train.optim.copy_queues.CudaCopies` asks of torch, where there is no CUDA; that copies
+which are late are found out; and which states travel together."""
 
 from __future__ import annotations
 

@@ -181,9 +181,8 @@ WAITS: tuple[tuple[Queue, Queue], ...] = (
 def test_each_wait_is_needed(forget: tuple[Queue, Queue]) -> None:
     """Without it two uses of memory are in no order."""
     with pytest.raises(Race):
-        trainer = trainer_of([O2], LateQueues(forget=forget))
-        train(trainer, 0, 1)
-        trainer.optimizer.publish()
+        train(trainer_of([O2], LateQueues(forget=forget)), 0, 1)
+    train(trainer_of([O2], LateQueues()), 0, 1)
 
 
 @pytest.mark.parametrize("forget", WAITS[::2], ids="-".join)
