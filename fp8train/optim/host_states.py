@@ -18,6 +18,10 @@ same bits. What waits for what:
 
 The host waits for nothing but where it reads or writes states itself: checkpoints.
 
+Between visits slots are filled ahead, with what came next in the step before. That hides little of a step that
+updates everything at the end, but much where ``train.gradient_release`` updates bucket by bucket: copies then
+run beside backward. A guess that turns out wrong is overwritten.
+
 Time is that of the bus. With B bytes of states per parameter, a step of P parameters takes P · B / bandwidth
 if both directions run at once. A weight that exists in FP8 only is cast from its master while that is on the
 device; when ``train.gradient_release`` asks for that at the end, masters come a second time.
@@ -149,6 +153,14 @@ class _Load:
     copies: list[_Copy] = field(default_factory=list)
 
 
+class _Request(NamedTuple):
+    """What of a load comes to its slot: parameters, and roles (None: all)."""
+
+    load: int
+    fqns: frozenset[str]
+    roles: frozenset[str] | None
+
+
 class HostStates:
     """The states of a rank in host memory, and slots on the device.
 
@@ -191,6 +203,9 @@ class HostStates:
         self.at_work = {name: state for load in self._loads for name, state in load.states.items()}
         made = self._queues.mark("compute")
         self._free, self._ready = [made] * SLOTS, [made] * SLOTS
+        self._fetched: list[_Request | None] = [None] * SLOTS
+        self._last: _Request | None = None
+        self._after: dict[_Request, _Request] = {}
 
     def _plan(self, fqns: tuple[str, ...], kept: Collection[str], most: int) -> Iterator[_Planned]:
         own = [fqn for fqn in fqns if fqn in kept]
@@ -229,43 +244,69 @@ class HostStates:
     ) -> Iterator[Present]:
         """Bring states to the device, a load at a time; see
         :meth:`fp8train.optim.states.OptimizerStates.visit`."""
-        wanted = frozenset(fqns)
-        coming = deque(load for load in self._loads if not wanted.isdisjoint(load.fqns))
-        here: deque[_Load] = deque()
+        wanted, chosen = frozenset(fqns), None if roles is None else frozenset(roles)
+        coming = deque(
+            _Request(number, found, chosen)
+            for number, load in enumerate(self._loads)
+            if (found := wanted.intersection(load.fqns))
+        )
+        here: deque[_Request] = deque()
         while coming or here:
-            while coming and all(load.slot != coming[0].slot for load in here):
+            while coming and all(self._slot(request) != self._slot(coming[0]) for request in here):
                 here.append(coming.popleft())
-                self._fetch(here[-1], wanted, roles)
-            load = here[0]
+                self._fetch(here[-1])
+            request = here[0]
+            load = self._loads[request.load]
             self._queues.wait("compute", self._ready[load.slot])
             states = {name: state for name, state in load.states.items() if state.fqn in wanted}
             yield Present(tuple(fqn for fqn in load.fqns if fqn in wanted), states)
-            self._leave(here.popleft(), wanted, roles, write=write)
+            self._leave(here.popleft(), write=write)
+        self._fetch_ahead()
 
-    def _fetch(self, load: _Load, wanted: Collection[str], roles: Collection[str] | None) -> None:
-        self._queues.wait("in", self._free[load.slot])
-        copies = _chosen(load, wanted, roles)
+    def _slot(self, request: _Request) -> int:
+        return self._loads[request.load].slot
+
+    def _copies(self, request: _Request) -> list[_Copy]:
+        return [
+            copy
+            for copy in self._loads[request.load].copies
+            if copy.fqn in request.fqns and (request.roles is None or copy.role in request.roles)
+        ]
+
+    def _fetch(self, request: _Request) -> None:
+        slot = self._slot(request)
+        if self._fetched[slot] == request:
+            return
+        self._queues.wait("in", self._free[slot])
+        copies = self._copies(request)
         self._queues.copy("in", [copy.device for copy in copies], [copy.host for copy in copies])
-        self._ready[load.slot] = self._queues.mark("in")
+        self._ready[slot], self._fetched[slot] = self._queues.mark("in"), request
 
-    def _leave(
-        self, load: _Load, wanted: Collection[str], roles: Collection[str] | None, *, write: bool
-    ) -> None:
-        done = self._queues.mark("compute")
+    def _leave(self, request: _Request, *, write: bool) -> None:
+        slot, done = self._slot(request), self._queues.mark("compute")
         if write:
             self._queues.wait("out", done)
-            copies = _chosen(load, wanted, roles)
+            copies = self._copies(request)
             self._queues.copy("out", [copy.host for copy in copies], [copy.device for copy in copies])
             done = self._queues.mark("out")
-        self._free[load.slot] = done
+        self._free[slot], self._fetched[slot] = done, None
+        if self._last is not None:
+            self._after[self._last] = request
+        self._last = request
+
+    def _fetch_ahead(self) -> None:
+        """Fill the slots with what came next the last time."""
+        request, filled = self._last, set[int]()
+        while request is not None and (request := self._after.get(request)) is not None:
+            if self._slot(request) in filled:
+                return
+            filled.add(self._slot(request))
+            self._fetch(request)
 
     def settle(self) -> None:
         """Wait until the host's memory has all states, and may be written to."""
         self._queues.settle()
-
-
-def _chosen(load: _Load, wanted: Collection[str], roles: Collection[str] | None) -> list[_Copy]:
-    return [copy for copy in load.copies if copy.fqn in wanted and (roles is None or copy.role in roles)]
+        self._fetched = [None] * SLOTS  # what is in slots may be old by the next visit
 
 
 def _rows_of_pieces(state: ParameterState) -> int | None:

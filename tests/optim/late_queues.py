@@ -64,7 +64,7 @@ class LateQueues:
         self._done, self._asked = dict.fromkeys(QUEUES, 0), dict.fromkeys(QUEUES, 0)
         self._clocks: dict[Queue, dict[str, int]] = {queue: dict.fromkeys(QUEUES, 0) for queue in QUEUES}
         self._uses: list[_Use] = []
-        self._arriving: deque[tuple[int, Sequence[Tensor]]] = deque()
+        self._arriving: dict[int, Sequence[Tensor]] = {}
         self._held: list[Tensor] = []
         self._memory: list[Tensor] = []  # so that addresses stay what they are
         self.host_bytes = self.device_bytes = 0
@@ -89,7 +89,7 @@ class LateQueues:
         self._entries[queue].append((targets, sources))
         self._asked[queue] += 1
         if queue == "in":
-            self._arriving.append((self._asked[queue], targets))
+            self._arriving[self._asked[queue]] = targets
 
     def mark(self, queue: Queue) -> Mark:
         if queue == "compute":
@@ -120,11 +120,9 @@ class LateQueues:
 
     def _receive(self, queue: Queue, mark: Mark) -> None:
         """What the caller computes with from now on."""
-        while queue == "compute" and mark.queue == "in" and self._arriving:
-            if self._arriving[0][0] > mark.place:
-                break
-            self._held += self._arriving.popleft()[1]
         if queue == "compute":
+            if mark.queue == "in":
+                self._held += self._arriving.pop(mark.place, ())
             self._used(queue, self._held, writes=True)
 
     def _run(self, queue: Queue, place: int) -> None:

@@ -145,6 +145,28 @@ def test_gradients_may_be_released_as_well(name: str) -> None:
     assert len(offloaded.store.lasting) < len(offloaded.store.buckets)
 
 
+def test_states_of_the_next_bucket_are_on_their_way() -> None:
+    """From the second step on, when the order of buckets is known; after a checkpoint anew."""
+    released = [*ONE_MICRO_BATCH, "train.gradient_release=true", SMALL, *CASES["O3"]]
+    trainer = trainer_of(released, LateQueues())
+    host, update, found = trainer.optimizer.states._host, trainer.optimizer.update, []
+    assert host is not None
+
+    def looking(grad: Any, fqns: Any) -> None:
+        first = next(load for load in host._loads if not set(fqns).isdisjoint(load.fqns))
+        fetched = host._fetched[first.slot]
+        found.append(fetched is not None and host._loads[fetched.load] is first)
+        update(grad, fqns)
+
+    trainer.optimizer.update = looking  # type: ignore[method-assign]
+    for step in range(3):
+        found.clear()
+        train(trainer, step, step + 1)
+        assert all(found[1:]) if step else not any(found), found
+        assert len(found) == len(trainer.store.buckets)
+        trainer.state_tensors()
+
+
 def test_sampled_statistics_are_the_same() -> None:
     found = []
     for trainer in both([O2, "logging.cast_statistics_interval=1", "precision.guard.action=report"]):
@@ -194,12 +216,18 @@ def test_a_slot_that_is_used_too_early_gives_other_bits(forget: tuple[Queue, Que
     assert bits(early) != bits(plain)
 
 
+def copied_by(load: Any) -> int:
+    return sum(copy.host.nbytes for copy in load.copies)
+
+
 def test_a_step_copies_each_state_once_in_each_direction() -> None:
     """The device has slots alone, three of the largest load; masters in BF16 parameters do not travel."""
     for name in ("O2, lean", "O1, remainder", "O0, masters in parameters"):
         queues = LateQueues(check=False)
         trainer = trainer_of(CASES[name], queues)
         states, fqns = trainer.optimizer.states, list(trainer.outline.specs)
+        host = states._host
+        assert host is not None
         stored = sum(states.stored_bytes(in_plan_only=False).values()) - states.bytes_in_parameters(fqns)
         train(trainer, 0, 1)
         states.tensors()
@@ -207,7 +235,9 @@ def test_a_step_copies_each_state_once_in_each_direction() -> None:
         train(trainer, 1, 2)
         states.tensors()
         moved = {queue: queues.copied[queue] - before[queue] for queue in before}
-        assert moved == {"compute": 0, "in": stored, "out": stored}
+        assert moved["out"] == stored and moved["compute"] == 0
+        # Which of the next step's loads are there already.
+        assert moved["in"] - stored == min(stored, sum(copied_by(host._loads[slot]) for slot in range(SLOTS)))
         # Rounded up to multiples of 256 bytes; a matrix of 4096 elements may not be cut.
         assert stored <= queues.host_bytes < stored + 256 * 8 * len(states)
         assert queues.device_bytes == states.slot_bytes <= SLOTS * (4 * 4096 + 2048)
