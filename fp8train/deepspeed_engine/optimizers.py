@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,9 @@ from fp8train.optim.flat_optimizer import FlatOptimizer
 from fp8train.optim.parameter_state import in_plan
 from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.registry import rule_named
+
+_Settings = tuple[tuple[str, Any], ...]
+"""Of a group of parameters, as items."""
 
 
 class Client(ABC):
@@ -50,7 +53,7 @@ class FlatClient(Client):
         }
         plain = StateFormats() if rule.has_second_moment else StateFormats(exp_avg_sq=None)
 
-        def settings_of(spec: ParamSpec) -> tuple[tuple[str, Any], ...]:
+        def settings_of(spec: ParamSpec) -> _Settings:
             formats = config.state_formats if in_plan(spec) else plain
             return (("formats", formats), ("decay", spec.decay), ("lr_mult", spec.lr_mult))
 
@@ -81,7 +84,7 @@ class CpuAdamClient(Client):
 
         settings = config.optimizer
 
-        def settings_of(spec: ParamSpec) -> tuple[tuple[str, Any], ...]:
+        def settings_of(spec: ParamSpec) -> _Settings:
             decay = settings.weight_decay if spec.decay is not None else 0.0
             lr = settings.lr * spec.lr_mult
             return (("lr", lr), ("peak_lr", lr), ("weight_decay", decay))
@@ -110,9 +113,11 @@ def make_client(config: Config, built: BuiltModel) -> Client:
     return (FlatClient if config.optimizer.offload == "none" else CpuAdamClient)(config, built)
 
 
-def _grouped(built: BuiltModel, settings_of: Any) -> dict[Hashable, list[nn.Parameter]]:
+def _grouped(
+    built: BuiltModel, settings_of: Callable[[ParamSpec], _Settings]
+) -> dict[_Settings, list[nn.Parameter]]:
     """Parameters by the settings of their group."""
-    found: dict[Hashable, list[nn.Parameter]] = {}
+    found: dict[_Settings, list[nn.Parameter]] = {}
     for fqn, parameter in built.model.named_parameters():
         found.setdefault(settings_of(built.model.specs[fqn]), []).append(parameter)
     return found

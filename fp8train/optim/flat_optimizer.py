@@ -68,9 +68,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         chunk: int | None = None,
     ) -> None:
         """Args: ``params``: parameters or groups of them, which others may replace before the first step;
-        ``rule``: works on elements; ``seed``: of stochastic rounding; ``grad_multiplier``: of every
-        gradient; ``chunk``: most elements that are
-        decoded at once.
+        ``rule``: works on elements; ``seed``: of stochastic rounding; ``grad_multiplier``: of every gradient;
+        ``chunk``: most elements that are decoded at once.
 
         Raises:
             ValueError: the rule needs whole matrices; formats that a flat vector cannot have.
@@ -174,7 +173,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         assert grad is not None
         for start, stop in self._spans(parameter, storages):
             load = _loader(storages, start, stop)
-            gradient = grad[start:stop].float() * self.grad_multiplier
+            gradient = grad[start:stop].float()
+            if self.grad_multiplier != 1.0:
+                gradient = gradient * self.grad_multiplier
             for role, values in self.rule.new_values(scalars, gradient, load):
                 _store(storages[role], start, values, keys[role])
 
