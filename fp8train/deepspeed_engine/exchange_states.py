@@ -76,8 +76,8 @@ class Partitions:
                 parameter.ds_tensor.data[: len(part)].copy_(part)
 
     def publish(self, updates: int) -> None:
-        """End a series of :meth:`write`: the next update is number ``updates + 1``, and the model's weights are
-        those of the masters."""
+        """End a series of :meth:`write`: the next update is number ``updates + 1``, and the model's weights
+        are those of the masters."""
         if self._ours is not None:
             self._ours.finish_moments()
             for flat in self._flats():

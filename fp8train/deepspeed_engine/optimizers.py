@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed is given: ours over flat vectors, or its CPUAdam where states are offloaded."""
+"""The optimizer that DeepSpeed is given: ours over flat vectors, or its CPUAdam for offloaded states."""
 
 from __future__ import annotations
 
