@@ -85,6 +85,7 @@ class Partitions:
         if hasattr(self._zero, "update_lp_params"):
             self._zero.update_lp_params()
         elif small := self._zero.persistent_parameters:  # ZeRO-3 leaves these whole on every rank
+            small[0].partition(small)  # whole ones would not be gathered again
             small[0].all_gather(small)
 
     def _flats(self) -> list[Tensor]:

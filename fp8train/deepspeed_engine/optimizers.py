@@ -92,11 +92,15 @@ class CpuAdamClient(Client):
         groups = [
             {**dict(own), "params": parameters} for own, parameters in _grouped(built, settings_of).items()
         ]
+        self._settings = settings
         betas = settings.beta1, settings.beta2
         self.optimizer = DeepSpeedCPUAdam(groups, betas=betas, eps=settings.eps, adamw_mode=True)
 
     def begin(self, updates: int, lr_factor: float) -> None:
-        """See :class:`Client`."""
+        """See :class:`Client`. DeepSpeed's kernel multiplies powers of the betas from step to step; a resumed
+        run has them from the count of steps. So that both have the same bits, every step has."""
+        adam, s = self.optimizer, self._settings
+        adam.ds_opt_adam.create_adam(adam.opt_id, s.lr, s.beta1, s.beta2, s.eps, 0.0, True, False)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
         for state in self.optimizer.state.values():
