@@ -211,8 +211,9 @@ class FlatOptimizer(torch.optim.Optimizer):
     def set_moment(self, parameter: Tensor, role: str, start: int, values: Tensor) -> None:
         """Encode new values of a moment, rounded to nearest, from element ``start`` on: FP32 [count].
 
-        Ranges may come in any order and cut blocks: a block is encoded from all values that it was given, until
-        :meth:`finish_moments`. Values that :meth:`moment` gave of the same blocks are stored as they were.
+        Ranges may come in any order and cut blocks: a block is encoded from all values that it was given,
+        until :meth:`finish_moments`. Values that :meth:`moment` gave of the same blocks are stored as they
+        were.
         """
         kept = self._ranges[parameter]
         storage = kept.storages[role]
