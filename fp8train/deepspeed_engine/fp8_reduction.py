@@ -11,8 +11,8 @@ A gradient is cast once for each reduction: once a step with ZeRO-1, once a micr
 begins where a parameter's part in a partition does, not with a row.
 
 DeepSpeed makes its optimizer itself, so an engine adopts it: :meth:`Fp8ReducingZeroOptimizer.adopt` in
-``_configure_zero_optimizer`` of an engine's subclass, or on ``engine.optimizer`` before the first backward. The
-hooks that DeepSpeed made in its constructor look methods up when they run.
+``_configure_zero_optimizer`` of an engine's subclass, or on ``engine.optimizer`` before the first backward.
+The hooks that DeepSpeed made in its constructor look methods up when they run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fp8train.comm.owned_slices import OwnedSlice, sum_to_owners
 from fp8train.precision.number_formats import Format
 
 _Entry = tuple[frozenset[int], Tensor, Tensor | None]
-"""Of DeepSpeed: the ranks that keep a slice, the slice of the bucket, and where its average is added instead."""
+"""Of DeepSpeed: the ranks that keep a slice, the slice of the bucket, and where else its average is added."""
 
 
 class Fp8ReducingZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
@@ -65,8 +65,8 @@ class Fp8ReducingZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         """
         if type(optimizer) is not DeepSpeedZeroOptimizer:
             raise ValueError(
-                f"gradients in FP8 need DeepSpeed's optimizer of ZeRO-1 or 2, not a {type(optimizer).__name__}; "
-                "write parallel.zero: 1 or 2, or gradients in high precision"
+                "gradients in FP8 need DeepSpeed's optimizer of ZeRO-1 or 2, not a "
+                f"{type(optimizer).__name__}; write parallel.zero: 1 or 2, or gradients in high precision"
             )
         needed = {
             "zero_optimization.contiguous_gradients": optimizer.contiguous_gradients,

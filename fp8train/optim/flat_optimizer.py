@@ -58,10 +58,18 @@ class FlatOptimizer(torch.optim.Optimizer):
       :meth:`schedule` sets both.
     """
 
-    def __init__(self, params: Any, rule: Rule, *, seed: int, chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        params: Any,
+        rule: Rule,
+        *,
+        seed: int,
+        grad_multiplier: float = 1.0,
+        chunk: int | None = None,
+    ) -> None:
         """Args: ``params``: parameters or groups of them, which others may replace before the first step;
-        ``rule``: works on elements; ``seed``: of stochastic rounding; ``chunk``: most elements that are
-        decoded at once.
+        ``rule``: works on elements; ``seed``: of stochastic rounding; ``grad_multiplier``: of every gradient;
+        ``chunk``: most elements that are decoded at once.
 
         Raises:
             ValueError: the rule needs whole matrices; formats that a flat vector cannot have.
@@ -71,6 +79,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 f"{rule.name} updates whole matrices, and a flat partition has none; take another rule"
             )
         self.rule, self._seed, self._chunk = rule, seed, chunk
+        self.grad_multiplier = grad_multiplier
         self._ranges: dict[Tensor, _Range] = {}
         second = StateFormat() if rule.has_second_moment else None
         defaults = {
@@ -164,7 +173,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         assert grad is not None
         for start, stop in self._spans(parameter, storages):
             load = _loader(storages, start, stop)
-            for role, values in self.rule.new_values(scalars, grad[start:stop].float(), load):
+            gradient = grad[start:stop].float()
+            if self.grad_multiplier != 1.0:
+                gradient = gradient * self.grad_multiplier
+            for role, values in self.rule.new_values(scalars, gradient, load):
                 _store(storages[role], start, values, keys[role])
 
     def _key(self, kept: _Range, role: str, fmt: StateFormat) -> int | None:
