@@ -40,6 +40,8 @@ class Fp8ReducingZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     """
 
     reduced: CountedGroup
+    _bucket: tuple[Tensor, list[int], list[bool]] | None
+    """While it is averaged: the bucket, where its parameters end, and which are in the plan."""
 
     @classmethod
     def adopt(
