@@ -223,8 +223,9 @@ class FlatOptimizer(torch.optim.Optimizer):
     def set_moment(self, parameter: Tensor, role: str, start: int, values: Tensor) -> None:
         """Encode new values of a moment, rounded to nearest, from element ``start`` on: FP32 [count].
 
-        Ranges may come in any order and cut blocks: a block is encoded from all values that it was given, until
-        :meth:`finish_moments`. Values that :meth:`moment` gave of the same blocks are stored as they were.
+        Ranges may come in any order and cut blocks: a block is encoded from all values that it was given,
+        until :meth:`finish_moments`. Values that :meth:`moment` gave of the same blocks are stored as they
+        were.
         """
         kept = self._ranges[parameter]
         storage = kept.storages[role]
@@ -232,10 +233,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         first, last = -(-start // block) * block, stop // block * block  # whole blocks between
         if first < last:
             storage.restore(first, last, values[first - start : last - start].clone())
+            for key in [key for key in kept.edges if key[0] == role and first <= key[1] * block < last]:
+                del kept.edges[key]
         for number in {start // block, (stop - 1) // block} if len(values) else ():
             begin, end = number * block, min((number + 1) * block, storage.place.numel)
             if first <= begin < last:
-                kept.edges.pop((role, number), None)
                 continue
             edge = kept.edges.setdefault((role, number), storage.load(begin, end).clone())
             low, high = max(start, begin), min(stop, end)
