@@ -156,8 +156,8 @@ class Decoder(nn.Module):
         return self.head.weight
 
     def borrowed_weights(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """(module, parameter) wherever a module's forward reads a parameter that another one owns. Who gathers
-        parameters module by module, as ZeRO-3 does, has to know
+        """(module, parameter) wherever a module's forward reads a parameter that another one owns. Who
+        gathers parameters module by module, as ZeRO-3 does, has to know
         (``deepspeed.zero.register_external_parameter``); all others are read by the module that owns them."""
         head = self.head if self.part.ends else None
         return [(head, head.weight)] if isinstance(head, TiedHead) else []
