@@ -211,6 +211,27 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/step/test_gradient_release.py", "-k", "ragged"),
     ),
     Mutant(
+        "states in host memory: a slot is filled before it is empty",
+        "fp8train/optim/host_states.py",
+        'self._queues.wait("in", self._free[slot])',
+        "pass",
+        ("tests/step/test_offload.py", "-k", "bits_of_one and O3"),
+    ),
+    Mutant(
+        "states in host memory: what was fetched ahead outlives a checkpoint that is loaded",
+        "fp8train/optim/host_states.py",
+        "self._fetched = [None] * SLOTS  # what is in slots may be old by the next visit",
+        "pass",
+        ("tests/step/test_offload.py", "-k", "loaded_states"),
+    ),
+    Mutant(
+        "states in host memory: rows of a piece read another's gradient",
+        "fp8train/optim/optimizer.py",
+        "return PartOfGradient(whole, start) if start else whole",
+        "return whole",
+        ("tests/step/test_offload.py", "-k", "bits_of_one and O0"),
+    ),
+    Mutant(
         "a step without targets is applied",
         "fp8train/step/non_finite.py",
         "math.isfinite(value) and count > 0",

@@ -169,3 +169,16 @@ def test_refused_changes_cannot_be_accepted() -> None:
 def test_contradictions(overrides: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         tiny_config(overrides)
+
+
+def test_where_optimizer_states_rest_is_free() -> None:
+    """Bits are the same, so it is no change of the training; disks are DeepSpeed's."""
+    plain, offloaded = (
+        resolve_mapping(minimal(), [f"optimizer.offload={place}"]).config for place in ("none", "cpu")
+    )
+    (change,) = changes(to_plain(plain), offloaded)
+    assert (change.key, change.kind) == ("optimizer.offload", "free")
+    with pytest.raises(
+        ConfigError, match="optimizer.offload: nvme keeps states on a disk and is DeepSpeed's"
+    ):
+        resolve_mapping(minimal(), ["optimizer.offload=nvme"])
