@@ -81,7 +81,24 @@ class DeepSpeedTrainer(BaseTrainer):
         self._partitions = Partitions(self.engine, dict(self.model.named_parameters()), self.client.ours)
         if self.stage == 3:
             self.monitors.whole = self._whole
+        self._reduce_in_fp8()
         self.push(roles=(MASTER,))
+
+    def _reduce_in_fp8(self) -> None:
+        """Have gradients of the FP8 plan travel in FP8, if the configuration says so."""
+        gradients, fp8 = self.config.precision.gradient.value(), self.built.fp8
+        if gradients.format is None or fp8 is None:
+            return
+        from fp8train.deepspeed_engine.fp8_reduction import Fp8ReducingZeroOptimizer
+
+        linears = self.model.linears()
+        Fp8ReducingZeroOptimizer.adopt(
+            self.engine.optimizer,
+            [linears[path].weight for path in fp8.converted],
+            fmt=gradients.format,
+            block=gradients.fp8.block,
+            group=self.processes.replicas,
+        )
 
     def _checkpointed_states(self) -> Optimizer:
         """States of this rank's rows, FP32 on the CPU: what a checkpoint is made of."""
