@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from fp8train.config.linear_names import linear_paths, weights_in_fp8
 from fp8train.config.schema import Config
+from fp8train.live.deepspeed_bytes import partitioned_bytes
 from fp8train.live.stored_bytes import Footprint, StoredBytes
 from fp8train.models.part import ModelPart
 from fp8train.models.shapes import Shape, held, local_shape, parameter_shapes, split_dim
@@ -104,6 +105,10 @@ class RankBytes:
 
     def largest(self) -> StoredBytes:
         """Count what the rank stores that stores most."""
+        if self.config.engine == "deepspeed":
+            return partitioned_bytes(
+                self.config, self.shapes, linears=self._matrices, planned=self.in_plan, dp=self._dp
+            )
         return max(map(self._of, self._model_parts()), key=lambda stored: stored.model.total)
 
     def transposed(self) -> int:
