@@ -13,6 +13,8 @@ from fp8train.numerics.cast import quantize
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from fp8train.precision.operand_cast import QuantSpec
 from fp8train.step.targets import inputs_and_targets
+from fp8train.optim.copy_queues import copy_queues
+from fp8train.optim.host_states import Offload
 from fp8train.step.trainer import Trainer
 from tests.kernels.gpu.same import same
 from tests.training.tiny import VOCAB, batches, tiny_config
@@ -84,6 +86,30 @@ def test_released_gradients_give_the_same_bits(level: str) -> None:
 
     try:
         assert run("true") == run("false")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("release", ["false", "true"])
+@pytest.mark.parametrize("level", ["O0", "O2", "O3"])
+def test_states_in_host_memory_give_the_same_bits(level: str, release: str) -> None:
+    """With slots so small that all of them are in use at once."""
+    settings = [f"precision.level={level}", "run.deterministic=true", "optimizer.clip_grad_norm=0"]
+    settings += ["train.micro_batch_size=8", "model.num_layers=4", f"train.gradient_release={release}"]
+    settings += ["model.hidden_size=128", "model.ffn_hidden_size=256"]
+
+    def run(place: str) -> tuple[list[float], bytes]:
+        config = tiny_config([*settings, f"optimizer.offload={place}"])
+        offload = Offload(copy_queues(on_cuda().device), slot_bytes=1 << 16)
+        trainer = Trainer(config, on_cuda(), vocab_size=VOCAB, offload=offload)
+        data = batches(config, on_cuda())
+        losses = [float(trainer.step(i, data.batch(i)).loss) for i in range(5)]
+        states = trainer.optimizer.states.tensors().values()
+        assert place == "none" or all(t.is_pinned() for t in states), "host memory is not page-locked"
+        return losses, b"".join(t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for t in states)
+
+    try:
+        assert run("cpu") == run("none")
     finally:
         torch.use_deterministic_algorithms(False)
 
