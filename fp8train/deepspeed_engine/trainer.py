@@ -126,8 +126,8 @@ class DeepSpeedTrainer(BaseTrainer):
         if any(problems):
             raise ConfigError(
                 f"engine: deepspeed: {next(filter(None, problems))}\nit is compiled at first use, "
-                "with g++ and ninja, and libaio for nvme (apt-get install g++ libaio-dev); mend that, or write "
-                "optimizer.offload=none and deepspeed.offload_param=none"
+                "with g++ and ninja, and libaio for nvme (apt-get install g++ libaio-dev); mend that, or "
+                "write optimizer.offload=none and deepspeed.offload_param=none"
             )
 
     def _checkpointed_states(self) -> Optimizer:

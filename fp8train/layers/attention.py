@@ -126,8 +126,11 @@ class Attention(nn.Module):
         """
         weight = self.qkv.dequantized_weight(torch.float32)
         heads = weight.view(self.num_kv_heads, -1, self.head_dim, weight.shape[1])[:, :-2].flatten(0, 1)
-        squared = torch.linalg.eigvalsh(heads @ heads.transpose(1, 2))[:, -1]
-        return squared.clamp(min=0).sqrt() * self.qkv.alphas.output
+        gram = heads @ heads.transpose(1, 2)
+        finite = gram.isfinite().all(dim=2).all(dim=1)  # others have no norm, and eigenvalues raise
+        squared = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0.0))[:, -1]
+        norms = squared.clamp(min=0).sqrt() * self.qkv.alphas.output
+        return torch.where(finite, norms, torch.nan)
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None

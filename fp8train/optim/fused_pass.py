@@ -151,8 +151,8 @@ class FusedPass:
 
     Attributes:
         partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on the
-            device whose largest is the amax of its new weight, as the model got it: of the stored master where
-            a target takes it.
+            device whose largest is the amax of its new weight, as the model got it: of the stored master
+            where a target takes it.
     """
 
     def __init__(self, states: Mapping[str, ParameterState], update: Update) -> None:

@@ -18,9 +18,9 @@ same bits. What waits for what:
 
 The host waits for nothing but where it reads or writes states itself: checkpoints.
 
-Between visits slots are filled ahead, with what came next in the step before. That hides little of a step that
-updates everything at the end, but much where ``train.gradient_release`` updates bucket by bucket: copies then
-run beside backward. A guess that turns out wrong is overwritten.
+Between visits slots are filled ahead, with what came next in the step before. That hides little of a step
+that updates everything at the end, but much where ``train.gradient_release`` updates bucket by bucket: copies
+then run beside backward. A guess that turns out wrong is overwritten.
 
 Time is that of the bus. With B bytes of states per parameter, a step of P parameters takes P · B / bandwidth
 if both directions run at once. A weight that exists in FP8 only is cast from its master while that is on the
