@@ -16,7 +16,10 @@ from fp8train.config.schema import Config
 from fp8train.kernels.attention import AttentionBackend, AttentionCall, activate, choose_attention_backend
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.kernels.norm_backend import AUTO, NormBackend, choose_norm_backend
+from fp8train.kernels.runs_on import RunsOn, on_cuda
 from fp8train.layers.fp8_head import Fp8Head
+from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.layers.wire import wire
 from fp8train.models.decoder import Decoder
 from fp8train.models.fp8_plan import PlanReport, plan_fp8
@@ -37,12 +40,14 @@ class BuiltModel:
         model: on its device, parameters uninitialised; perhaps a part of the model.
         fp8: what is in FP8, of the whole model; None if nothing was asked to be.
         attention: what computes attention.
+        norm: what computes norms.
         compiles: whether blocks that are not fused functions are to be compiled, once they are connected.
     """
 
     model: Decoder
     fp8: PlanReport | None
     attention: AttentionBackend
+    norm: NormBackend = AUTO
     compiles: bool = False
 
 
@@ -76,6 +81,7 @@ def build_model(
     parallel: TensorParallel | None = None,
     context: ContextParallel | None = None,
     forward_only: bool = False,
+    runs_on: RunsOn = on_cuda,
 ) -> BuiltModel:
     """Construct the decoder, or a part of it. The FP8 plan is that of the whole model either way, and
     awaits :func:`fp8train.models.connect.connect_linears`. ``run.deterministic`` holds from here on, for the
@@ -89,9 +95,12 @@ def build_model(
         parallel: ranks among which matrices are cut.
         context: ranks with the other tokens of each sequence.
         forward_only: FP8 weights come from a checkpoint and nothing trains them.
+        runs_on: where the kernels of other packages run.
 
     Raises:
-        ValueError: the device cannot multiply in FP8, or has no attention of the kind that is asked for.
+        ValueError: the device cannot multiply in FP8, or has no attention or norms of the kind that is asked
+            for.
+        RuntimeError: a package whose kernels are asked for does not load.
     """
     if config.run.deterministic:
         use_deterministic_kernels()
@@ -102,17 +111,33 @@ def build_model(
         report = plan_fp8(config, backend, forward_only=forward_only)
         if gemm.head == "fp8" and model.part.ends:
             model.fp8_head = Fp8Head(choose_gemm_backend(device, model.dtype), wire("column", parallel))
-    attention = attention_backend(config, device)
+    attention, norm = attention_backend(config, device, runs_on), norm_backend(config, device, runs_on)
     activate(attention)
+    for module in model.modules():
+        if isinstance(module, RMSNorm | LayerNorm):
+            module.use(norm)
     for block in model.held_blocks():
-        block.attention.kernels = attention.kernels
+        block.attention.use(attention)
         if gemm.smooth_swiglu != "off" and report is not None and block.mlp.down.name in report.plans:
             block.mlp.use_smooth_swiglu(gemm.smooth_swiglu)
-    return BuiltModel(model, report, attention, compiles=config.train.compile == "block")
+    return BuiltModel(model, report, attention, norm, compiles=config.train.compile == "block")
 
 
-def attention_backend(config: Config, device: torch.device) -> AttentionBackend:
-    """What computes attention on ``device``.
+def norm_backend(config: Config, device: torch.device, runs_on: RunsOn = on_cuda) -> NormBackend:
+    """What computes norms on ``device``; ``runs_on`` as for :func:`build_model`.
+
+    Raises:
+        ValueError: not what ``kernels.norm`` says.
+        RuntimeError: its package does not load.
+    """
+    dtype = COMPUTE_DTYPES[config.precision.compute]
+    return choose_norm_backend(device, dtype, wanted=config.kernels.norm, runs_on=runs_on)
+
+
+def attention_backend(
+    config: Config, device: torch.device, runs_on: RunsOn = on_cuda
+) -> AttentionBackend:
+    """What computes attention on ``device``; ``runs_on`` as for :func:`build_model`.
 
     Raises:
         ValueError: not what ``run.attention_backend`` says.

@@ -172,7 +172,7 @@ class FusedPass:
         before one as far as states tell."""
         fused = sum(fqn not in self._left_out for fqn in self._stored)
         launches = f" in {self._launches} launches" if self._launches else ""
-        line = f"optimizer step: {fused} parameters fused{launches}"
+        line = f"{fused} parameters fused{launches}"
         reasons = Counter(self._left_out.values())
         listed = ", ".join(f"{count} with {why}" for why, count in sorted(reasons.items()))
         return f"{line}; in chunks: {listed}" if listed else line

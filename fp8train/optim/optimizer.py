@@ -14,7 +14,8 @@ logical index. Where a state has one scale per tensor, a first pass computes the
 their amax.
 
 On a GPU most parameters skip the chunks: one kernel updates many of them at once, and reads and writes each
-byte once (:mod:`fp8train.optim.fused_pass`).
+byte once (:mod:`fp8train.optim.fused_pass`). Those with FP32 states may be another package's to update
+(:mod:`fp8train.optim.adam_pass`).
 
 The update uses the new moments before they are rounded, as FP8-LM's own code does: rounding then costs what
 the *next* step remembers, not what this one does.
@@ -32,9 +33,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fp8train.kernels.multi_tensor import MultiTensor
 from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.stochastic import stream_key
+from fp8train.optim.adam_pass import AdamPass
 from fp8train.optim.agreement import Agreement
 from fp8train.optim.fused_pass import FusedPass, StepOf, Update, default_update
 from fp8train.optim.gradient import GradientReader
@@ -89,6 +92,7 @@ class Optimizer:
         device: torch.device | None = None,
         chunk: int | None = None,
         update: Update | None = None,
+        multi_tensor: MultiTensor | None = None,
     ) -> None:
         """Allocate states. Moments start at zero, and so do master weights until
         :meth:`OptimizerStates.seed_master` or a checkpoint fills them, except those that live in the
@@ -111,6 +115,7 @@ class Optimizer:
                 there a launch costs more than memory.
             update: the kernel of :mod:`fp8train.optim.fused_pass`, or its reference; default: the kernel
                 where ``device`` has it, else nothing: all parameters are updated in chunks.
+            multi_tensor: kernels that update the parameters with FP32 states before anyone else does.
 
         Raises:
             ValueError: the plan and the rule do not match; a region cuts a block, or a matrix that the rule
@@ -136,13 +141,18 @@ class Optimizer:
         self._publisher = Publisher(self.states, targets, self.agreement)
         self._flushed: dict[str, Tensor] = {}
         self._running: _Running | None = None
+        self._adam = None if multi_tensor is None else AdamPass(self.states, multi_tensor)
+        taken = {} if self._adam is None else self._adam.states
+        others = {fqn: state for fqn, state in self.states.items() if fqn not in taken}
         update = update or default_update(where)
-        self._fused = None if update is None else FusedPass(self.states, update)
+        self._fused = None if update is None else FusedPass(others, update)
 
     def describe_pass(self) -> str:
-        """Say in one line how parameters are updated: which in one launch of many, which in chunks, and
-        why."""
-        return "optimizer step: in chunks" if self._fused is None else self._fused.describe()
+        """Say in one line how parameters are updated: which by whose kernel, which in chunks, and why."""
+        own = "in chunks" if self._fused is None else self._fused.describe()
+        if self._adam is None:
+            return f"optimizer step: {own}"
+        return f"optimizer step: {self._adam.describe()}; the others: {own}"
 
     def weight_amax(self) -> Mapping[str, Tensor]:
         """Return, of each parameter that the last step updated in one launch of many, FP32 numbers on the
@@ -233,8 +243,10 @@ class Optimizer:
             fqn: self._update_of(state, running.step, running.lr_factor) for fqn, state in states.items()
         }
         # What a kernel can update as a whole, if there is one.
-        self._update_fused(updates, grad, running)
-        done = self.weight_amax()
+        by_adam = self._update_by_adam(updates, grad, running)
+        others = {fqn: one for fqn, one in updates.items() if fqn not in by_adam}
+        self._update_fused(others, grad, running)
+        done = self.weight_amax().keys() | by_adam
         # First pass, only for states with one scale per tensor: the amax of their new values.
         self._announce_all(updates, grad, running.multiplier)
         # The pass that stores: parameter by parameter, chunk by chunk.
@@ -268,6 +280,21 @@ class Optimizer:
         lr = self.rule.settings.lr * lr_factor * state.spec.lr_mult
         rounded = any(not fmt.is_exact for role, fmt in state.formats.items() if role != "master")
         return StepScalars(step, lr, self._decay(state.spec, lr, lr_factor), rounded)
+
+    def _update_by_adam(
+        self,
+        updates: Mapping[str, StepScalars],
+        grad: Callable[[str], GradientReader],
+        running: _Running,
+    ) -> set[str]:
+        """FQNs of what another package's kernel has updated."""
+        if self._adam is None:
+            return set()
+        updated = self._adam.step(grad, updates, running.multiplier)
+        for state in (self.states[fqn] for fqn in updated):
+            if state.target is not None:
+                running.amaxes[state.fqn] = self._publisher.whole(state)
+        return set(updated)
 
     def _update_fused(
         self,

@@ -33,6 +33,7 @@ from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline, check_release
+from fp8train.kernels.runs_on import RunsOn, on_cuda
 from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel, build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
@@ -89,9 +90,10 @@ class Trainer:
         vocab_size: int,
         ignore_after: int | None = None,
         recorder: Recorder | None = None,
+        runs_on: RunsOn = on_cuda,
     ) -> None:
         """Build everything and fill in the values of step 0. ``recorder``: in place of CUDA's, where
-        ``run.cuda_graphs`` asks for one."""
+        ``run.cuda_graphs`` asks for one; ``runs_on``: where the kernels of other packages run."""
         self.config, self.processes, self.ignore_after = config, processes, ignore_after
         placement = place_stages(config, processes, vocab_size)
         self.built: BuiltModel = build_model(
@@ -101,6 +103,7 @@ class Trainer:
             part=None if placement is None else part_of(placement.held),
             parallel=tensor_parallel(config, processes),
             context=None if processes.cp.size == 1 else ContextParallel(processes.cp),
+            runs_on=runs_on,
         )
         self.model = self.built.model
         in_parts = placement is not None or processes.tp.size > 1
@@ -123,6 +126,7 @@ class Trainer:
             owners=owners,
             contributions=contributions,
             recorder=self.monitors.recorder,
+            runs_on=runs_on,
         )
         self.pipeline: Pipeline | None = None
         if placement is None:
@@ -141,7 +145,9 @@ class Trainer:
         self.parts = make_fp8_parts(self.built, recorder=self.monitors.recorder)
         self.scales = self.parts.scales
         self.sharding = self._connect(owners)
-        self.optimizer = make_run_optimizer(config, self.built, processes, self.parts.resident, self.sharding)
+        self.optimizer = make_run_optimizer(
+            config, self.built, processes, self.parts.resident, self.sharding, runs_on=runs_on
+        )
         self._scale_events = self._watch_scales()
         self.recorded: RecordedStep | None = None
         if config.run.cuda_graphs:
