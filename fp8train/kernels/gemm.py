@@ -55,7 +55,6 @@ from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.scale_blocks import Granularity
 
-
 WantedGemm = Literal["auto", "te", "te_native"]
 """``kernels.gemm``."""
 
@@ -167,7 +166,7 @@ def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype
     if not taken:
         raise ValueError(
             f"kernels.gemm: te has no kernel for {names}, with results in {out_dtype}, {_device(device)} and "
-            f"CUDA {cuda[0]}.{cuda[1]}; set kernels.gemm=auto, or a recipe with scales of tensors or of blocks"
+            f"CUDA {cuda[0]}.{cuda[1]}; set kernels.gemm=auto, or a recipe with scales of tensors or blocks"
         )
     reason = f"Transformer Engine's GEMM, {_device(device)}"
     if rule := te_gemm.shape_rule(taken.values()):

@@ -3,7 +3,7 @@
 Each call is checked for what the real one needs (layouts, types, shapes and strides of codes and scales), and
 computes in float64 from the bytes that it was handed: codes by the bits of their format, scales as what
 decoding multiplies by. Nothing of fp8train is used here. :func:`install` puts it into ``sys.modules`` for one
-test; parts that other tests need add themselves in :data:`PARTS`.
+test, with the parts that it needs: functions that say what goes into which module.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def decode(data: Tensor, dtype: DType) -> Tensor:
     code = data.to(torch.int64)
     exponent = (code & 0x7F) >> mantissa_bits
     mantissa = (code & ((1 << mantissa_bits) - 1)).double() / 2**mantissa_bits
-    value = torch.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    value = torch.where(
+        exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias)
+    )
     if dtype == DType.kFloat8E4M3:
         value[(code & 0x7F) == 0x7F] = torch.nan
     else:
@@ -75,15 +77,21 @@ class Recorder:
 Part = Callable[[Recorder], dict[str, dict[str, Any]]]
 """Gives what to put into which module, ``{"pytorch.tensor": {"Float8Quantizer": ...}}``."""
 
-PARTS: list[Part] = []
+
+def _constants(recorder: Recorder) -> dict[str, dict[str, Any]]:
+    return {
+        "": {"__version__": "2.20.2"},
+        "pytorch": {"DType": DType},
+        "pytorch.constants": {"TE_DType": TE_DType},
+    }
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9, 0)) -> Recorder:
+def install(monkeypatch: pytest.MonkeyPatch, *parts: Part, capability: tuple[int, int] = (9, 0)) -> Recorder:
     """Put the fake into ``sys.modules`` until the test ends, on a device of this compute capability."""
     recorder = Recorder()
     recorder.capability = capability
     modules: dict[str, ModuleType] = {}
-    for part in PARTS:
+    for part in (_constants, *parts):
         for path, members in part(recorder).items():
             names = ["transformer_engine", *(path.split(".") if path else [])]
             for depth in range(1, len(names) + 1):
@@ -101,10 +109,3 @@ def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "fake device")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return recorder
-
-
-def _constants(recorder: Recorder) -> dict[str, dict[str, Any]]:
-    return {"": {"__version__": "2.20.2"}, "pytorch": {"DType": DType}, "pytorch.constants": {"TE_DType": TE_DType}}
-
-
-PARTS.append(_constants)

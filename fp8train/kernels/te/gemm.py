@@ -10,14 +10,14 @@ multiplies in FP8, and the "row-wise" data of TE's storages (K last, scales alon
     tensor          Float8TensorStorage             [1]
     block_1x128     Float8BlockwiseQTensorStorage   [K / 128, R padded to 4], FP32: columns of ours
     block_128x128   the same, is_2D_scaled          [R / 128 rounded up, K / 128 padded to 4], FP32
-    mx_1x32         MXFP8TensorStorage              [R padded to 128, K / 32 padded to 4], E8M0, in the order
-                                                    of the tensor cores (:func:`fp8train.kernels.scaling.mx_scales`)
+    mx_1x32         MXFP8TensorStorage              [R padded to 128, K / 32 padded to 4], E8M0, tiles of
+                                                    :func:`fp8train.kernels.scaling.mx_scales`
 
 What TE multiplies (:func:`multiplies`, from ``cublaslt_gemm.cu`` and ``extensions/gemm.cpp``): tensor by
 tensor from compute capability 8.9; 1x128 with 1x128 or 128x128 from 9.0 and CUDA 12.9, never 128x128 with
-itself; on 10.x by reading blocks of 128 as four of MXFP8, so with powers of two only; MXFP8 on 10.x. There are
-no scales of rows. Shapes are in :func:`fits`: TE takes a short block along K in its own tests of K = 64 alone,
-so that we leave those to others. ``alpha`` is the GEMM's own.
+itself; on 10.x by reading blocks of 128 as four of MXFP8, so with powers of two only; MXFP8 on 10.x and 11.x.
+There are no scales of rows. Shapes are in :func:`fits`: of short blocks along K TE's own tests have K = 64
+alone, so those are left to others. ``alpha`` is the GEMM's own.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def shape_rule(pairs: Iterable[Kinds]) -> str:
     kinds = {kind for pair in pairs for kind in pair}
     blocks = [OPERAND_BLOCK[kind] for kind in kinds if kind in OPERAND_BLOCK]
     rules = [f"K is a multiple of {max(blocks)}"] if blocks else []
-    return " and ".join([*rules, *(["1x128 operands have a multiple of 8 rows"] if "block_1x128" in kinds else [])])
+    return " and ".join(
+        [*rules, *(["1x128 operands have a multiple of 8 rows"] if "block_1x128" in kinds else [])]
+    )
 
 
 def storage(codes: Tensor, scale_inv: Tensor, kind: Granularity) -> object:
