@@ -13,7 +13,18 @@ ROOT = Path(__file__).parents[1]
 
 # A package may import only those before it (and itself).
 ORDER = [
-    *("files", "precision", "update_rules", "config", "numerics", "kernels", "comm", "layers", "models"),
+    *(
+        "files",
+        "precision",
+        "update_rules",
+        "config",
+        "extensions",
+        "numerics",
+        "kernels",
+        "comm",
+        "layers",
+        "models",
+    ),
     *("parallel", "optim", "data", "checkpoint", "inference", "huggingface", "run_dir", "step"),
     *("evaluation", "live", "training", "launch", "planning", "reporting", "cli"),
 ]

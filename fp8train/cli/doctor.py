@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from fp8train import __version__, kernels
+from fp8train.extensions.catalogue import EXTENSIONS, Extension, Find, find, has_module
+from fp8train.extensions.gpus import Gpu, visible_gpus
 from fp8train.kernels.attention import AttentionCall, choose_attention_backend
 from fp8train.kernels.fused_op import OPERATIONS, has_triton
 from fp8train.live.console import format_bytes
@@ -274,8 +276,6 @@ def _collectives() -> Iterator[Finding]:
 def _optional_libraries() -> Iterator[Finding]:
     for module, package, use in (
         ("triton", "triton", "fused kernels, torch.compile on CUDA"),
-        ("transformer_engine", "transformer-engine", "optional kernels"),
-        ("deepspeed", "deepspeed", "optional engine"),
         ("tensorboard", "tensorboard", "logging.tensorboard"),
         ("wandb", "wandb", "logging.wandb"),
         ("transformers", "transformers", "extra hf: comparison with its models"),
@@ -284,18 +284,29 @@ def _optional_libraries() -> Iterator[Finding]:
             yield Finding(module, "missing", f"not installed; needed only for {use}")
         else:
             yield Finding(module, "ok", f"{_version(package)} ({use})")
-    yield _apex()
+    for extension in EXTENSIONS:
+        yield extension_finding(extension, visible_gpus())
 
 
-def _apex() -> Finding:
-    """NVIDIA's apex by its compiled extension: the package named apex on PyPI is another project."""
-    if importlib.util.find_spec("amp_C") is not None:
-        return Finding("NVIDIA apex", "ok", "extension amp_C found (optional kernels)")
-    if importlib.util.find_spec("apex") is not None:
-        return Finding(
-            "NVIDIA apex", "missing", "a package apex is installed, but not NVIDIA's extensions (amp_C)"
-        )
-    return Finding("NVIDIA apex", "missing", "not installed; optional kernels, built from NVIDIA's sources")
+def extension_finding(extension: Extension, gpus: list[Gpu] | None, has: Find = has_module) -> Finding:
+    """What an optional package would do here: the settings that ask for it, or why they would be refused."""
+    found = find(extension, has=has)
+    if found.lacking is not None:
+        return Finding(extension.name, "missing", f"{found.lacking}; {extension.install}")
+    able: list[str] = []
+    unable: list[str] = []
+    for offer in extension.offers:
+        setting = f"{offer.key}={'|'.join(offer.values)} ({offer.does})"
+        lacking = find(extension, *offer.modules, has=has).lacking
+        if lacking is None and offer.capability is not None:
+            least = min((gpu.capability for gpu in gpus or ()), default=None)
+            if least is None:
+                lacking = "needs a CUDA device"
+            elif least < offer.capability:
+                lacking = f"needs compute capability {offer.capability[0]}.{offer.capability[1]}"
+        (able if lacking is None else unable).append(setting if lacking is None else f"{setting}: {lacking}")
+    told = "; ".join(([f"for {', '.join(able)}"] if able else []) + [f"not for {one}" for one in unable])
+    return Finding(extension.name, "ok" if able else "limited", f"{found.version or 'found'}: {told}")
 
 
 def _version(package: str) -> str:

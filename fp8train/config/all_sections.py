@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
+from fp8train.config.deepspeed_schema import DeepSpeedConfig
+from fp8train.config.kernel_schema import KernelsConfig
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
@@ -41,35 +43,12 @@ class RunConfig(Section):
     deterministic: bool = False
     """Refuse kernels whose result depends on timing (``torch.use_deterministic_algorithms``). CPU runs are
     always reproducible; on CUDA this costs speed."""
-    attention_backend: Literal["auto", "flash3", "cudnn", "flash2", "math"] = "auto"
-    """What computes attention: FlashAttention 3 (compute capability 9.0, package ``flash_attn_3``), cuDNN,
-    which is not deterministic, FlashAttention 2, or plain matrix products. ``auto`` takes the first of them
-    that the device has; the other names are honoured or refused. On a CPU: ``auto`` or ``math``."""
     cuda_graphs: bool = False
     """Record forward and backward of a step as a CUDA graph, and replay it: one launch instead of thousands,
     for models whose kernels are shorter than a launch. Gradients of data-parallel ranks are then reduced
     after backward, not during it."""
     overwrite: bool = False
     """Delete what an earlier run left in the run directory instead of refusing to start."""
-
-    @model_validator(mode="after")
-    def _attention(self) -> RunConfig:
-        backend = self.attention_backend
-        if self.device == "cpu" and backend not in ("auto", "math"):
-            raise contradiction(
-                f"run.attention_backend: {backend} is for CUDA devices, but run.device is cpu; write "
-                "run.attention_backend: auto",
-                "attention_backend",
-                "device",
-            )
-        if self.deterministic and backend == "cudnn":
-            raise contradiction(
-                "run.attention_backend: cudnn has a backward pass that is not deterministic, but "
-                "run.deterministic is true; write run.attention_backend: auto, or run.deterministic: false",
-                "attention_backend",
-                "deterministic",
-            )
-        return self
 
     @model_validator(mode="after")
     def _graphs(self) -> RunConfig:
@@ -114,6 +93,8 @@ class AllSections(Section):
 
     run: RunConfig = RunConfig()
     """Where and how the run lives."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """Who keeps gradients and optimizer states: this package, or DeepSpeed around its model."""
     model: ModelConfig
     """The decoder."""
     data: DataConfig
@@ -124,6 +105,10 @@ class AllSections(Section):
     """Number formats."""
     parallel: ParallelConfig = ParallelConfig()
     """Process layout."""
+    kernels: KernelsConfig = KernelsConfig()
+    """Whose kernels compute what."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """DeepSpeed's settings."""
     optimizer: OptimizerConfig
     """Update rule and its numbers."""
     schedule: ScheduleConfig = ScheduleConfig()

@@ -22,14 +22,15 @@ from fp8train.config.batch_sizes import BatchSizes
 from fp8train.config.errors import ConfigError
 from fp8train.config.ownership import look_at, why_unread
 from fp8train.config.schema import Config, to_plain
+from fp8train.config.stored import as_now
 
 Kind = Literal["free", "meaning", "refused"]
 
 NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "checkpoint", "logging")
 """Sections and keys about this attempt, not about the run."""
 FREE = (
-    *("run.device", "run.threads", "run.deterministic", "run.attention_backend", "run.cuda_graphs"),
-    "parallel",
+    *("run.device", "run.threads", "run.deterministic", "run.cuda_graphs"),
+    *("engine", "kernels", "deepspeed", "parallel"),
     "model.init_std",
     *(f"data.{key}" for key in ("prefix", "blend", "valid_prefix", "split", "tokenizer", "shuffle_seed")),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.gradient_release"),
@@ -73,6 +74,7 @@ def changes(saved: Mapping[str, Any], now: Config) -> list[Change]:
         now: of this run.
     """
     found, plain = [], to_plain(now)
+    saved = as_now(saved)
     looks = look_at(saved), look_at(plain)
     for key, before, value in _differing(Config, saved, plain, ""):
         if is_in(key, NOT_COMPARED) or (

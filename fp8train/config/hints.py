@@ -16,6 +16,7 @@ from fp8train.config.scalars import ScalarError, parse_plain, shorten
 _ELSEWHERE: dict[str, str] = {
     "adam_beta1": "optimizer.beta1",
     "adam_beta2": "optimizer.beta2",
+    "attention_backend": "kernels.attention",
     "attention_heads": "model.num_heads",
     "batch_size": "train.global_batch_size",
     "block_size": "data.seq_length",

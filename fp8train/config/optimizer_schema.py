@@ -53,6 +53,9 @@ class OptimizerConfig(Section):
     one, is that of the gradients of effective weights, multipliers included, so that 1.0 means the same in
     every parametrisation: ``docs/recipes.md``."""
 
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer states rest: ``cpu``: host memory; ``nvme``, with ``engine: deepspeed``: a disk."""
+
 
 class ScheduleConfig(Section):
     """Learning rate over steps."""

@@ -207,8 +207,23 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(_below("precision.guard", "lock", "budget"), Is("precision.guard.action", ("bf16",))),
     Rule(("parallel.pipeline",), NotBelow("parallel.pp", 2, 2)),
-    Rule(("parallel.zero",), SeveralReplicas(), neutral=("none",)),
-    Rule(("parallel.zero_partition",), AllOf((Is("parallel.zero", (1,)), SeveralReplicas()))),
+    Rule(
+        ("parallel.zero",),
+        AnyOf(
+            (Is("engine", ("deepspeed",)), SeveralReplicas())
+        ),  # which splits and offloads for one rank too
+        neutral=("none",),
+    ),
+    Rule(
+        ("parallel.zero_partition",),
+        AllOf((Is("engine", ("native",)), Is("parallel.zero", (1,)), SeveralReplicas())),
+    ),
+    Rule(("deepspeed",), Is("engine", ("deepspeed",)), hidden=True, neutral=("none",)),
+    Rule(
+        ("deepspeed.nvme_path",),
+        AnyOf((Is("deepspeed.offload_param", ("nvme",)), Is("optimizer.offload", ("nvme",)))),
+    ),
+    Rule(("kernels.gemm", "kernels.quantize"), _FP8_GEMMS, neutral=("auto",)),
     Rule(("optimizer.eps",), _read_by_rule("eps")),
     Rule(("optimizer.decay_rule",), IsNot("optimizer.weight_decay", 0, 0.1)),
     Rule(("schedule.decay_fraction",), Is("schedule.kind", ("wsd",))),
@@ -235,11 +250,12 @@ ALWAYS: tuple[str, ...] = (
     *_below("parametrization", "kind", "residual", "attention_mult", "activation_mult", "loss_mult"),
     *_below("precision", "level", "compute", "activations", "gemm.fp8", "gradient.bucket_mib"),
     *_below("parallel", "dp", "tp", "cp", "pp"),
-    *_below("optimizer", "name", "lr", "beta1", "beta2", "weight_decay", "clip_grad_norm"),
+    *_below("optimizer", "name", "lr", "beta1", "beta2", "weight_decay", "clip_grad_norm", "offload"),
     *_below("schedule", "kind", "warmup_steps", "warmup_fraction"),
     *_below("train", "steps", "tokens", "global_batch_size", "batch_size_ramp", "micro_batch_size"),
     *_below("train", "activation_checkpointing", "compile", "consistency_interval", "eval_interval"),
     *_below("train", "gradient_release"),
+    *("engine", "kernels.attention", "kernels.norm", "kernels.optimizer", "kernels.multi_tensor"),
     *_below("checkpoint", "interval", "save_at_end", "keep_last", "verify", "resume", "accept_changes"),
     *_below("checkpoint", "reshard", "init_from"),
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),

@@ -55,9 +55,10 @@ class ParallelConfig(Section):
     """Pipeline-parallel ranks: each holds some of the blocks."""
     pipeline: PipelineConfig = PipelineConfig()
     """How blocks become stages."""
-    zero: Literal["none", 1] = "none"
+    zero: Literal["none", 1, 2, 3] = "none"
     """``1``: optimizer states are split over the data-parallel ranks; gradients are reduced to their owners
-    and new weights gathered from them."""
+    and new weights gathered from them. With ``engine: deepspeed`` also ``2``: gradients are split too, and
+    ``3``: so are parameters."""
     zero_partition: Literal["rows", "whole_tensor"] = "rows"
     """``rows``: every matrix is split, balanced at any number of ranks. ``whole_tensor``: tensors go to ranks
     whole, the largest first to the least loaded (FP8-LM, algorithm 1)."""

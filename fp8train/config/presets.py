@@ -1,5 +1,5 @@
 """Values that one key chooses for others: ``model.family``, ``precision.level``, ``.recipe``,
-``.profile``, ``.state.plan``, ``parametrization.kind``.
+``.profile``, ``.state.plan``, ``parametrization.kind``, ``engine``.
 
 A preset is data, not code: a table from a choice to the dotted keys it fills. :data:`PRESETS` lists the
 tables in the order in which they are laid over each other (the later wins), and whatever a person writes wins
@@ -188,6 +188,16 @@ _PARAMETRIZATIONS: dict[str, Values] = {
     },
 }
 
+_ENGINES: dict[str, Values] = {
+    "native": {},
+    # Its engine keeps master weights, in FP32, and writes the model's weights from them.
+    "deepspeed": {
+        "precision.weights": "compute",
+        "precision.state.master.format": "fp32",
+        **_traffic("compute"),
+    },
+}
+
 PRESETS: tuple[PresetTable, ...] = (
     PresetTable("model.family", _FAMILIES),
     PresetTable("precision.level", _LEVELS, default="O0"),
@@ -197,6 +207,7 @@ PRESETS: tuple[PresetTable, ...] = (
     PresetTable("precision.profile", _PROFILES, default="default"),
     PresetTable("precision.state.plan", _STATE_PLANS, default="default"),
     PresetTable("parametrization.kind", _PARAMETRIZATIONS, default="standard"),
+    PresetTable("engine", _ENGINES, default="native"),
 )
 """All tables, in the order in which they win: a later one overrides an earlier one, explicit values override
 all."""

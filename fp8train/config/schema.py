@@ -21,6 +21,7 @@ from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
 from fp8train.config.all_sections import AllSections
+from fp8train.config.engine_rules import engine_problems
 from fp8train.config.layout import layout_problems
 from fp8train.config.linear_names import exclusion_problems
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP
@@ -41,6 +42,7 @@ class Config(AllSections):
             self._evaluation,
             self._keep_best,
             self._attention,
+            self._kernels,
             self._cuda_graphs,
             self._saved_activations,
             self._guard,
@@ -50,7 +52,7 @@ class Config(AllSections):
                 check()
             except PydanticCustomError as error:
                 found.append(error)
-        problems = [*exclusion_problems(self), *layout_problems(self)]
+        problems = [*exclusion_problems(self), *layout_problems(self), *engine_problems(self)]
         found += [contradiction(problem.message, *problem.keys) for problem in problems]
         if found:
             raise contradictions(found)
@@ -121,7 +123,7 @@ class Config(AllSections):
             )
 
     def _attention(self) -> None:
-        backend, compute = self.run.attention_backend, self.precision.compute
+        backend, compute = self.kernels.attention, self.precision.compute
         in_bf16 = compute == "bf16" and not self.model.attention_in_fp32
         if backend in ("auto", "math") or in_bf16:
             return
@@ -129,11 +131,47 @@ class Config(AllSections):
             ("model.attention_in_fp32", "true") if compute == "bf16" else ("precision.compute", compute)
         )
         raise contradiction(
-            f"run.attention_backend: {backend} computes in BF16, but {key} is {value}; write "
-            "run.attention_backend: auto",
-            "run.attention_backend",
+            f"kernels.attention: {backend} computes in BF16, but {key} is {value}; write "
+            "kernels.attention: auto",
+            "kernels.attention",
             key,
         )
+
+    def _kernels(self) -> None:
+        """Kernels of other packages are for CUDA devices, in BF16 or FP32."""
+        kernels, found = self.kernels, []
+        device, compute = self.run.device, self.precision.compute
+        for name, value in kernels.model_dump().items():
+            if value == "auto" or (name, value) == ("attention", "math"):
+                continue
+            key = f"kernels.{name}"
+            if device == "cpu":
+                found.append(
+                    contradiction(
+                        f"{key}: {value} is for CUDA devices, but run.device is cpu; write {key}: auto",
+                        key,
+                        "run.device",
+                    )
+                )
+            if compute == "fp64" and name != "attention":
+                found.append(
+                    contradiction(
+                        f"{key}: {value} knows no FP64, but precision.compute is fp64; write {key}: auto",
+                        key,
+                        "precision.compute",
+                    )
+                )
+        if self.run.deterministic and kernels.attention == "cudnn":
+            found.append(
+                contradiction(
+                    "kernels.attention: cudnn has a backward pass that is not deterministic, but "
+                    "run.deterministic is true; write kernels.attention: auto, or run.deterministic: false",
+                    "kernels.attention",
+                    "run.deterministic",
+                )
+            )
+        if found:
+            raise contradictions(found)
 
     def _cuda_graphs(self) -> None:
         """What a graph of forward and backward cannot hold, or was never recorded with."""

@@ -19,6 +19,7 @@ from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, read_meta
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.config.schema import Config
+from fp8train.config.stored import stored_config
 from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.tokenizer import Tokenizer
 from fp8train.inference.errors import InferenceError
@@ -161,7 +162,7 @@ def _description(checkpoint: Path, meta: dict[str, Any]) -> tuple[Config, int]:
             f"{checkpoint}: not a checkpoint of a training run: no {' or '.join(missing)} in it"
         )
     try:
-        return Config.model_validate(meta["config"]), int(meta["vocab_size"])
+        return stored_config(meta["config"]), int(meta["vocab_size"])
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

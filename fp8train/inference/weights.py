@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 
+from fp8train.config.kernel_schema import KernelsConfig
 from fp8train.config.schema import Config
 from fp8train.inference.stored_states import StoredStates
 from fp8train.models.build import BuiltModel, build_model
@@ -42,12 +43,12 @@ def inference_config(config: Config, compute: Literal["bf16", "fp32"] | None) ->
     # Every generated token has another length, and nothing is kept for backward: neither setting would help.
     train = config.train.model_copy(update={"compile": "off", "activation_checkpointing": "none"})
     # The device is another one than in training, perhaps; tokens that follow others need a mask.
-    run = config.run.model_copy(update={"attention_backend": "auto"})
+    kernels = KernelsConfig()
     precision = config.precision
     if compute is not None:
         gemm = precision.gemm.model_copy(update={"fp8": False})
         precision = precision.model_copy(update={"compute": compute, "gemm": gemm})
-    return config.model_copy(update={"run": run, "train": train, "precision": precision})
+    return config.model_copy(update={"kernels": kernels, "train": train, "precision": precision})
 
 
 @torch.no_grad()

@@ -104,14 +104,13 @@ def choose_attention_backend(
     if device.type == "cpu":
         if wanted not in ("auto", "math"):
             raise ValueError(
-                f"`attention_backend`: {wanted} is for CUDA devices, and this is a CPU; write "
-                "`attention_backend`=auto"
+                f"`attention`: {wanted} is for CUDA devices, and this is a CPU; write `attention`=auto"
             )
         reason = "CPU: torch's own choice" if wanted == "auto" else "as the configuration says"
         return AttentionBackend("torch" if wanted == "auto" else wanted, reason, named)
     if wanted != "auto":
         if (refusal := why_not(wanted, device, call, deterministic=deterministic)) is not None:
-            raise ValueError(f"`attention_backend`: {wanted}: {refusal}; write `attention_backend`=auto")
+            raise ValueError(f"`attention`: {wanted}: {refusal}; write `attention`=auto")
         return AttentionBackend(wanted, "as the configuration says", named)
     refused = {kernel: why_not(kernel, device, call, deterministic=deterministic) for kernel in _IN_TORCH}
     usable = [kernel for kernel, refusal in refused.items() if refusal is None]
@@ -175,7 +174,7 @@ def activate(backend: AttentionBackend) -> None:
         first = str(error).partition("\n")[0]
         raise ValueError(
             f"FlashAttention 3 ({_PACKAGE}) does not load: {first}; mend or remove the package flash_attn_3, "
-            "or write `attention_backend`=cudnn"
+            "or write `attention`=cudnn"
         ) from None
 
 

@@ -115,15 +115,14 @@ def attention_backend(config: Config, device: torch.device) -> AttentionBackend:
     """What computes attention on ``device``.
 
     Raises:
-        ValueError: not what ``run.attention_backend`` says.
+        ValueError: not what ``kernels.attention`` says.
     """
     model, dtype = config.model, COMPUTE_DTYPES[config.precision.compute]
     if model.attention_in_fp32 and dtype == torch.bfloat16:
         dtype = torch.float32
     call = AttentionCall(dtype, model.num_heads, model.num_kv_heads, model.head_dim)
-    run = config.run
     return choose_attention_backend(
-        device, call, wanted=run.attention_backend, deterministic=run.deterministic
+        device, call, wanted=config.kernels.attention, deterministic=config.run.deterministic
     )
 
 

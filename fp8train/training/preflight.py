@@ -1,10 +1,11 @@
 """What can be known to be wrong before a process joins others: the one check of ``fp8train train`` and of the
 launch scripts.
 
-The world size, the data with its tokenizer, the run directory, and the settings and the data position of the
-checkpoint that a run continues from. What it opens, training goes on with, so the check costs nothing twice;
-and it needs no torch, so that a launcher answers within a second. What remains for the run itself: the model,
-the devices, the tensors of a checkpoint and another job that uses the directory.
+The packages that it asks for, the world size, the data with its tokenizer, the run directory, and the
+settings and the data position of the checkpoint that a run continues from. What it opens, training goes on
+with, so the check costs nothing twice; and it needs no torch, so that a launcher answers within a second.
+What remains for the run itself: the model, the devices, the tensors of a checkpoint and another job that uses
+the directory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.schema import Config
 from fp8train.config.world import check_world, model_ranks
 from fp8train.data.loading import Data, open_data
+from fp8train.extensions.check import check_extensions
 from fp8train.run_dir.claim import check_claim
 
 
@@ -41,6 +43,7 @@ def preflight(resolved: ResolvedConfig, world: World) -> Data:
         UserError: anything the user can mend. Nothing was written.
     """
     config = resolved.config
+    check_extensions(config)
     dp, _ = check_world(config, world.size, origins=resolved.origins)
     checkpoint = _look_at_run(config) if world.rank == 0 and world.supervised else None
     data = open_data(

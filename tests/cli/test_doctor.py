@@ -1,6 +1,5 @@
 """The doctor: what it says about this machine, and that it notices what is broken."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from fp8train.cli.doctor import (
     fused_kernels_finding,
     table,
 )
+from fp8train.extensions.catalogue import APEX
+from fp8train.extensions.gpus import Gpu
 from fp8train.kernels.attention import AttentionBackend
 from fp8train.kernels.fused_op import OPERATIONS
 
@@ -69,16 +70,24 @@ def test_a_refused_product_is_reported_not_raised(monkeypatch: pytest.MonkeyPatc
     assert finding == Finding("FP8 matmul cpu", "broken", "no kernel")
 
 
-def test_the_other_apex_is_not_taken_for_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").touch()
-    importlib.invalidate_caches()
-    assert module._apex().status == "missing"
-    assert "not NVIDIA's extensions" in module._apex().explanation
-    (tmp_path / "amp_C.py").touch()
-    importlib.invalidate_caches()
-    assert module._apex().status == "ok"
+def test_optional_packages_are_listed_with_what_they_would_do_here() -> None:
+    def found_with(*modules: str, gpus: list[Gpu] | None = None) -> Finding:
+        return module.extension_finding(APEX, gpus, has=lambda name: name in modules)
+
+    assert "is not installed" in found_with().explanation
+    other = found_with("apex")
+    assert other.status == "missing" and "its amp_C is not installed" in other.explanation
+    no_gpu = found_with("apex", "amp_C", "fused_layer_norm_cuda")
+    assert (
+        no_gpu.status == "limited" and "kernels.norm=apex (norms): needs a CUDA device" in no_gpu.explanation
+    )
+    hopper = [Gpu("NVIDIA H100", (9, 0))]
+    partly = found_with("apex", "amp_C", gpus=hopper)
+    assert partly.status == "ok"
+    assert "for kernels.optimizer=apex (AdamW of FP32 states)" in partly.explanation
+    assert (
+        "not for kernels.norm=apex (norms): is not complete: its fused_layer_norm_cuda" in partly.explanation
+    )
 
 
 def test_cpu_flags(tmp_path: Path) -> None:

@@ -301,9 +301,9 @@ def test_value(name: str, tmp_path: Path) -> None:
 
 CONTRADICTIONS = {
     "attention_of_gpus_on_a_cpu": (
-        MINIMAL + "run: {device: cpu, attention_backend: flash3}\n",
-        "run.yaml:15: run.attention_backend, run.device: run.attention_backend: flash3 is for CUDA "
-        "devices, but run.device is cpu; write run.attention_backend: auto",
+        MINIMAL + "run: {device: cpu}\nkernels: {attention: flash3}\n",
+        "run.yaml:16: kernels.attention, run.device: kernels.attention: flash3 is for CUDA devices, but "
+        "run.device is cpu; write kernels.attention: auto (run.device: run.yaml:15)",
     ),
     "graphs_on_a_cpu": (
         MINIMAL + "run: {device: cpu, cuda_graphs: true}\n",
@@ -311,22 +311,21 @@ CONTRADICTIONS = {
         "is cpu; write run.cuda_graphs: false",
     ),
     "attention_that_depends_on_timing": (
-        MINIMAL + "run: {attention_backend: cudnn, deterministic: true}\n",
-        "run.yaml:15: run.attention_backend, run.deterministic: run.attention_backend: cudnn has a backward "
-        "pass that is not deterministic, but run.deterministic is true; write run.attention_backend: auto, "
-        "or run.deterministic: false",
+        MINIMAL + "run: {deterministic: true}\nkernels: {attention: cudnn}\n",
+        "run.yaml:16: kernels.attention, run.deterministic: kernels.attention: cudnn has a backward pass "
+        "that is not deterministic, but run.deterministic is true; write kernels.attention: auto, or "
+        "run.deterministic: false (run.deterministic: run.yaml:15)",
     ),
     "attention_in_fp32_by_a_kernel_for_bf16": (
-        with_line("model", "attention_in_fp32: true") + "run: {attention_backend: flash2}\n",
-        "run.yaml:16: run.attention_backend, model.attention_in_fp32: run.attention_backend: flash2 computes "
-        "in BF16, but model.attention_in_fp32 is true; write run.attention_backend: auto "
+        with_line("model", "attention_in_fp32: true") + "kernels: {attention: flash2}\n",
+        "run.yaml:16: kernels.attention, model.attention_in_fp32: kernels.attention: flash2 computes in "
+        "BF16, but model.attention_in_fp32 is true; write kernels.attention: auto "
         "(model.attention_in_fp32: run.yaml:2)",
     ),
     "fp64_by_a_kernel_for_bf16": (
-        MINIMAL + "run: {attention_backend: cudnn}\nprecision: {compute: fp64}\n",
-        "run.yaml:15: run.attention_backend, precision.compute: run.attention_backend: cudnn computes in "
-        "BF16, but precision.compute is fp64; write run.attention_backend: auto (precision.compute: "
-        "run.yaml:16)",
+        MINIMAL + "kernels: {attention: cudnn}\nprecision: {compute: fp64}\n",
+        "run.yaml:15: kernels.attention, precision.compute: kernels.attention: cudnn computes in BF16, but "
+        "precision.compute is fp64; write kernels.attention: auto (precision.compute: run.yaml:16)",
     ),
     "steps_and_tokens": (
         with_line("train", "tokens: 1000"),

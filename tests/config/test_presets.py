@@ -313,6 +313,7 @@ def test_later_tables_win() -> None:
         "precision.profile",
         "precision.state.plan",
         "parametrization.kind",
+        "engine",
     ]
     assert [table.key for table in PRESETS] == keys
 

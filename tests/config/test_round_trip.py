@@ -55,7 +55,9 @@ def test_dump_loads_to_the_same_config(name: str, tmp_path: Path) -> None:
 
 def test_dump_is_complete_where_fp8_is_on(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL), ["precision.level=O2"]).config
-    assert parse_text(dump_yaml(config), "x").plain() == json.loads(config.model_dump_json())
+    everything = json.loads(config.model_dump_json())
+    assert set(everything.pop("deepspeed").values()) <= {None, "none"}  # of another engine
+    assert parse_text(dump_yaml(config), "x").plain() == everything
 
 
 def test_dump_quotes_what_other_readers_misread() -> None:
@@ -96,15 +98,17 @@ def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     assert rows["model.head_dim"] == ["16", "derived from model.hidden_size / model.num_heads"]
     assert "precision.gemm.output.x.format" not in rows
     assert "\x1b" not in text
-    assert text.splitlines()[-1] == "# 120 settings without effect are not shown: precision.gemm.fp8 is false"
+    hidden = "# 123 settings without effect are not shown: precision.gemm.fp8 is false; engine is native"
+    assert text.splitlines()[-1] == hidden
     fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]), {})
     assert "precision.gemm.grad_input.grad_output.format" in fp8
     assert "precision.gradient.fp8.block" not in fp8
     assert "not shown: precision.gradient.format is high_precision; " in fp8.splitlines()[-1]
-    assert "not shown" not in explain(load_config(path, ["precision.level=O2"]), {})
+    all_in_fp8 = explain(load_config(path, ["precision.level=O2"]), {})
+    assert all_in_fp8.splitlines()[-1].endswith("are not shown: engine is native")
     exact = explain(load_config(path, ["precision.level=O1"]), {}).splitlines()[-1]
     bound = "precision.state.exp_avg.format is fp32 and precision.state.exp_avg_sq.format is fp32"
-    assert exact == f"# 1 setting without effect is not shown: {bound}"
+    assert exact == f"# 4 settings without effect are not shown: {bound}; engine is native"
 
 
 def test_reference_lists_every_key_with_its_documentation() -> None:

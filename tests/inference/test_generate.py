@@ -182,8 +182,8 @@ def write_run(
     """What training leaves: a run directory with one checkpoint of random weights. Returns the masters."""
     run.mkdir(parents=True)
     masters: dict[str, torch.Tensor] = {}
-    here = run_config.run.model_copy(update={"attention_backend": "auto"})
-    built = build_model(run_config.model_copy(update={"run": here}), vocab_size=VOCAB, device=CPU)
+    here = run_config.kernels.model_copy(update={"attention": "auto"})
+    built = build_model(run_config.model_copy(update={"kernels": here}), vocab_size=VOCAB, device=CPU)
     model = built.model
     wide = torch.float64 if run_config.precision.compute == "fp64" else torch.float32
     initialise(model, 1, lambda fqn, value: masters.__setitem__(fqn, value.to(wide)))
@@ -206,8 +206,8 @@ def llama(**precision: Any) -> Config:
     model = {**FAMILIES["llama"], "init_std": 0.3, "max_seq_len": 48}
     train = {"compile": "block", "activation_checkpointing": "full"}
     # What training on a GPU asked for is nothing to whoever reads the run elsewhere.
-    run = {"attention_backend": "auto" if "compute" in precision else "flash2"}
-    return tiny_config(model, precision={"compute": "bf16", **precision}, train=train, run=run)
+    kernels = {"attention": "auto" if "compute" in precision else "flash2"}
+    return tiny_config(model, precision={"compute": "bf16", **precision}, train=train, kernels=kernels)
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32", "fp64"])

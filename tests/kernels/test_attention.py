@@ -54,7 +54,7 @@ def test_a_named_backend_is_the_only_one_or_refused(monkeypatch: pytest.MonkeyPa
     backend = choose_attention_backend(CUDA, CALL, wanted="flash2")
     assert str(backend) == "flash2 [as the configuration says]"
     assert backend.kernels == (FLASH,)
-    with pytest.raises(ValueError, match="`attention_backend`: cudnn: not here; write `attention_backend`=a"):
+    with pytest.raises(ValueError, match="`attention`: cudnn: not here; write `attention`=a"):
         choose_attention_backend(CUDA, CALL, wanted="cudnn")
 
 

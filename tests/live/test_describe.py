@@ -176,7 +176,7 @@ def test_the_header_says_what_is_fp8_and_what_is_not() -> None:
     plain = describe_precision(trainer_of())
     assert "FP8: off" in plain
     assert "attention: torch [CPU: torch's own choice]" in plain
-    named = describe_precision(trainer_of("run.attention_backend=math"))
+    named = describe_precision(trainer_of("kernels.attention=math"))
     assert "attention: math [as the configuration says]" in named
 
 

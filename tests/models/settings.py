@@ -35,12 +35,14 @@ def tiny_config(
     precision: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
+    kernels: dict[str, Any] | None = None,
     parametrization: dict[str, Any] | None = None,
 ) -> Config:
     """A run of a tiny decoder; ``model`` needs ``family`` and overrides the sizes above."""
     settings = {**_SIZES, **model}
     mapping = {
         "run": run or {},
+        "kernels": kernels or {},
         "model": settings,
         "parametrization": parametrization or {},
         "data": {"prefix": "unused", "seq_length": settings["max_seq_len"]},

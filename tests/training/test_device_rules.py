@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
             "cpu",
             "cuda_graphs: true is for CUDA devices, and this is a CPU; set",
         ),
-        (["run.attention_backend=flash2"], "cpu", "`attention_backend`: flash2 is for CUDA devices"),
+        (["kernels.attention=flash2"], "cpu", "`attention`: flash2 is for CUDA devices"),
     ],
 )
 def test_what_the_device_cannot_do(

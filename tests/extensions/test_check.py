@@ -1,0 +1,210 @@
+"""What is asked for and is not here is refused at once, in one message, and nothing is left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8train.config.errors import ConfigError
+from fp8train.extensions import catalogue
+from fp8train.extensions.catalogue import APEX, DEEPSPEED, EXTENSIONS, TRANSFORMER_ENGINE, find, has_module
+from fp8train.extensions.check import asked_for, check_extensions
+from fp8train.extensions.gpus import Gpu, visible_gpus
+from tests.training.launching import write_config
+from tests.training.tiny import tiny_config
+
+HOPPER, AMPERE = Gpu("NVIDIA H100", (9, 0)), Gpu("NVIDIA A100", (8, 0))
+TE_MODULES = {"transformer_engine", "transformer_engine_torch"}
+APEX_MODULES = {"apex", "amp_C", "fused_layer_norm_cuda"}
+
+
+def refusal(overrides: Sequence[str], modules: set[str], gpus: list[Gpu] | None = None) -> str:
+    """What a run is told; empty if nothing."""
+    try:
+        check_extensions(tiny_config(list(overrides)), has=lambda name: name in modules, gpus=gpus)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Versions of distributions, as the test likes them."""
+    found: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name in found:
+            return found[name]
+        raise catalogue.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(catalogue.importlib.metadata, "version", version)
+    return found
+
+
+def test_nothing_is_asked_for_by_default() -> None:
+    assert list(asked_for(tiny_config())) == []
+    assert refusal([], set()) == ""
+
+
+def test_what_is_absent() -> None:
+    told = refusal(["kernels.norm=apex", "kernels.attention=te"], set(), [HOPPER])
+    first, second = told.splitlines()
+    assert first.startswith("kernels.attention: te: Transformer Engine is not installed; pip install")
+    assert second.startswith("kernels.norm: apex: NVIDIA apex is not installed; build NVIDIA's sources")
+    assert second.endswith("or write kernels.norm=auto")
+    assert refusal(["engine=deepspeed"], set()).endswith("or write engine=native")
+
+
+def test_the_other_apex_is_not_nvidias() -> None:
+    """PyPI's package of that name is a web toolkit."""
+    assert "is not complete: its amp_C is not installed" in refusal(["kernels.optimizer=apex"], {"apex"})
+    assert refusal(["kernels.optimizer=apex", "run.device=cuda"], {"apex", "amp_C"}, [HOPPER]) == ""
+    told = refusal(["kernels.norm=apex"], {"apex", "amp_C"}, [HOPPER])
+    assert "its fused_layer_norm_cuda is not installed" in told
+
+
+def test_sources_without_their_library_are_no_transformer_engine() -> None:
+    told = refusal(["kernels.norm=te"], {"transformer_engine"}, [HOPPER])
+    assert "is not complete: its transformer_engine_torch is not installed" in told
+
+
+@pytest.mark.parametrize(
+    ("version", "good"),
+    [("2.9.0", True), ("2.20.2+cu13", True), ("1.13.0", False), ("2.8", False), ("3.0", False)],
+)
+def test_versions(versions: dict[str, str], version: str, good: bool) -> None:
+    versions["transformer_engine"] = version
+    found = find(TRANSFORMER_ENGINE, has=lambda name: name in TE_MODULES)
+    assert found.version == version
+    assert (found.lacking is None) == good
+    if not good:
+        assert found.lacking == f"{version} is not supported; supported are 2.9 and newer, below 3"
+
+
+def test_what_has_no_gpu() -> None:
+    told = refusal(["kernels.norm=apex"], APEX_MODULES, None)
+    assert told.startswith("kernels.norm: apex: NVIDIA apex needs a CUDA device, and this run has none")
+    assert refusal(["run.device=cpu"], set(), [AMPERE]) == ""
+
+
+def test_fp8_before_ada() -> None:
+    fp8 = ["precision.level=O2", "run.device=cuda"]
+    told = refusal(fp8, set(), [HOPPER, AMPERE])
+    assert told == (
+        "precision.gemm.fp8: FP8 GEMMs need compute capability 8.9 or newer, and there is NVIDIA A100 "
+        "(compute capability 8.0); write precision.gemm.fp8=false or run.device=cpu"
+    )
+    assert refusal(fp8, set(), [HOPPER]) == ""
+    assert refusal(["precision.level=O2", "run.device=cpu"], set(), [AMPERE]) == ""
+
+
+def test_every_offer_is_of_a_setting_that_there_is() -> None:
+    from fp8train.config.keys import key_table
+
+    for extension in EXTENSIONS:
+        for offer in extension.offers:
+            legal = key_table().keys[offer.key].fragment["enum"]
+            assert set(offer.values) <= set(legal), offer
+
+
+def test_every_setting_that_asks_for_a_package_has_an_offer() -> None:
+    from fp8train.config.keys import key_table
+
+    offered = {(offer.key, value) for one in EXTENSIONS for offer in one.offers for value in offer.values}
+    for key in key_table().children(("kernels",)):
+        for value in key.fragment["enum"]:
+            ours = value in ("auto", "flash3", "cudnn", "flash2", "math")
+            assert ours != ((key.name, value) in offered), (key.name, value)
+
+
+class FakeNvml:
+    """NVIDIA's library with these GPUs."""
+
+    def __init__(self, *gpus: Gpu, broken: bool = False) -> None:
+        self.gpus, self.broken, self.open = gpus, broken, 0
+
+    def nvmlInit_v2(self) -> int:
+        self.open += 1
+        return 9 if self.broken else 0
+
+    def nvmlShutdown(self) -> int:
+        self.open -= 1
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: ctypes.c_uint, handle: Any) -> int:
+        handle._obj.value = index.value + 1
+        return 0
+
+    def nvmlDeviceGetName(self, handle: ctypes.c_void_p, name: Any, size: ctypes.c_uint) -> int:
+        assert size.value == len(name)
+        name.value = self.gpus[handle.value - 1].name.encode()
+        return 0
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> int:
+        major._obj.value, minor._obj.value = self.gpus[handle.value - 1].capability
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, [HOPPER, AMPERE]),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, [AMPERE]),
+        ({"CUDA_VISIBLE_DEVICES": "1, 0"}, [AMPERE, HOPPER]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, []),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, [HOPPER, AMPERE]),
+    ],
+)
+def test_gpus_by_nvidias_library(environment: dict[str, str], expected: list[Gpu]) -> None:
+    library = FakeNvml(HOPPER, AMPERE)
+    assert visible_gpus(environment, lambda name: library) == expected
+    assert library.open == 0
+
+
+def test_no_library_and_one_that_does_not_answer() -> None:
+    def absent(name: str) -> Any:
+        raise OSError(name)
+
+    assert visible_gpus({}, absent) is None
+    assert visible_gpus({}, lambda name: FakeNvml(broken=True)) is None
+
+
+@pytest.mark.parametrize("override", ["engine=deepspeed", "kernels.norm=apex", "kernels.gemm=te"])
+@pytest.mark.skipif(
+    has_module(DEEPSPEED.modules[0]) or has_module(APEX.modules[0]), reason="the packages are installed here"
+)
+def test_a_command_says_so_within_two_seconds_and_leaves_nothing(tmp_path: Path, override: str) -> None:
+    """Measured in its own process, as a user waits for it; by processor time, for tests share machines."""
+    fp8 = ["precision.level=O1"] if override == "kernels.gemm=te" else []
+    config = write_config(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "fp8train",
+        "train",
+        str(config),
+        f"run.dir={tmp_path}/runs",
+        *fp8,
+        override,
+    ]
+    before, began = os.times(), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "is not installed" in done.stderr
+    assert used < 2, f"{used:.1f} s of processor time, {time.perf_counter() - began:.1f} s in all"
+    assert not (tmp_path / "runs").exists()
