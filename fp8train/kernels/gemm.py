@@ -15,6 +15,10 @@ by its scales before the product, which is exact for powers of two: in BF16 too,
 (:mod:`fp8train.kernels.scaling`); where there is none, the operands are decoded on the device, and
 :attr:`GemmBackend.reason` says for which. None of the kernels for rows and blocks has been run on a GPU yet.
 
+* ``te``: Transformer Engine's GEMM on the same operands (:mod:`fp8train.kernels.te.gemm`), if asked for; what
+  it does not multiply goes to ``scaled_mm``.
+* ``te_native``: nothing multiplies here; linears are Transformer Engine's own
+  (:mod:`fp8train.kernels.te.native`).
 * ``simulation``: NVFP4 (:mod:`fp8train.numerics.nvfp4`), whose payloads are values in the compute type
   already: multiplied in FP32, and rounded once.
 * ``fast13`` and the like, for checks alone: :func:`emulation`.
@@ -27,8 +31,9 @@ E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardwa
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,9 +50,13 @@ from fp8train.kernels.scaling import (
     scaled_mm_of_arrays,
     shape_rule,
 )
+from fp8train.kernels.te import gemm as te_gemm
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.scale_blocks import Granularity
+
+WantedGemm = Literal["auto", "te", "te_native"]
+"""``kernels.gemm``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,10 @@ def emulation(bits: int = FRACTION_BITS, *, fast: bool = True) -> GemmBackend:
 
 
 def choose_gemm_backend(
-    device: torch.device, compute_dtype: torch.dtype, quant: LinearQuant | None = None
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    quant: LinearQuant | None = None,
+    wanted: WantedGemm = "auto",
 ) -> GemmBackend:
     """The implementation for ``device``, chosen once when a model is built.
 
@@ -78,12 +90,18 @@ def choose_gemm_backend(
         device: where GEMMs run.
         compute_dtype: of their results.
         quant: of the operands, for the reason to tell which GEMMs have no kernel; None: one scale per tensor.
+        wanted: ``auto``, or who is to multiply.
 
     Raises:
         ValueError: a CUDA device without FP8 tensor cores (compute capability below 8.9) was asked for BF16
-            FP8 training.
+            FP8 training, or Transformer Engine for what it cannot do here.
     """
-    if quant is not None and quant.is_nvfp4:
+    nvfp4 = quant is not None and quant.is_nvfp4
+    if wanted != "auto":
+        _check_te(device, compute_dtype, wanted, nvfp4=nvfp4)
+    if wanted == "te_native":
+        return GemmBackend("te_native", f"Transformer Engine's own linears, {_device(device)}")
+    if nvfp4:
         return GemmBackend(
             "simulation",
             "NVFP4 simulation: operands rounded to FP4 values, held in the compute dtype, multiplied in high "
@@ -102,17 +120,73 @@ def choose_gemm_backend(
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; "
             "write `fp8`=false or `device`=cpu"
         )
-    reason = f"FP8 tensor cores, compute capability {capability[0]}.{capability[1]}"
+    if wanted == "te":
+        return _te_backend(device, LinearQuant() if quant is None else quant, compute_dtype)
+    reason = f"FP8 tensor cores, {_device(device)}"
     if quant is not None:
         reason += _without_kernel(quant, capability, cuda_version(), compute_dtype)
     return GemmBackend("scaled_mm", reason)
 
 
+def _device(device: torch.device) -> str:
+    return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _check_te(device: torch.device, dtype: torch.dtype, wanted: WantedGemm, *, nvfp4: bool) -> None:
+    """What of a device or type rules Transformer Engine out, whatever the operands."""
+    if device.type != "cuda":
+        problem = f"needs an NVIDIA GPU, and this is a {device.type.upper()}"
+    elif dtype == torch.float64:
+        problem = "multiplies to BF16 or FP32, and the compute type is FP64"
+    elif nvfp4 and wanted == "te":
+        problem = (
+            "cannot multiply what the simulation of NVFP4 makes: values in the compute type, not packed FP4 "
+            "codes and their scales; te_native has Transformer Engine's own NVFP4"
+        )
+    else:
+        return
+    raise ValueError(f"kernels.gemm: {wanted} {problem}; set kernels.gemm=auto")
+
+
+def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype) -> GemmBackend:
+    """Transformer Engine's GEMMs, and what the reason says of those that go to torch's scaled matmul.
+
+    Raises:
+        ValueError: it multiplies none of them.
+    """
+    capability, cuda, specs = torch.cuda.get_device_capability(device), cuda_version(), quant.operands()
+
+    def known(a: str, b: str) -> bool:
+        kinds = specs[a].granularity, specs[b].granularity
+        pow2 = specs[a].power_of_two and specs[b].power_of_two
+        return te_gemm.multiplies(kinds, capability, cuda, out_dtype, power_of_two=pow2)
+
+    taken, left = _sorted_gemms(quant, known)
+    names = ", ".join(f"{gemm} ({a} x {b})" for gemm, (a, b) in left.items())
+    if not taken:
+        raise ValueError(
+            f"kernels.gemm: te has no kernel for {names}, with results in {out_dtype}, {_device(device)} and "
+            f"CUDA {cuda[0]}.{cuda[1]}; set kernels.gemm=auto, or a recipe with scales of tensors or blocks"
+        )
+    reason = f"Transformer Engine's GEMM, {_device(device)}"
+    if rule := te_gemm.shape_rule(taken.values()):
+        reason += f"; of {', '.join(taken)} where {rule}"
+    if left:
+        reason += f"; not for {names}: torch's scaled matmul"
+        reason += _without_kernel(quant, capability, cuda, out_dtype, only=tuple(left))
+    return GemmBackend("te", reason)
+
+
 def _without_kernel(
-    quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int], out_dtype: torch.dtype
+    quant: LinearQuant,
+    capability: tuple[int, int],
+    cuda: tuple[int, int],
+    out_dtype: torch.dtype,
+    only: tuple[str, ...] = tuple(GEMMS),
 ) -> str:
-    """What the reason says of GEMMs that have no kernel, and of shapes that theirs do not take."""
-    native, decoded = gemms_by_kernel(quant, capability, cuda, out_dtype)
+    """What the reason says of those GEMMs that have no kernel, and of shapes that theirs do not take."""
+    sorted_gemms = gemms_by_kernel(quant, capability, cuda, out_dtype)
+    native, decoded = ({gemm: kinds[gemm] for gemm in only if gemm in kinds} for kinds in sorted_gemms)
     said = ""
     if decoded:
         names = ", ".join(f"{gemm} ({a} x {b})" for gemm, (a, b) in decoded.items())
@@ -130,7 +204,7 @@ GranularityPairs = dict[str, tuple[Granularity, Granularity]]
 def gemms_by_kernel(
     quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int], out_dtype: torch.dtype
 ) -> tuple[GranularityPairs, GranularityPairs]:
-    """Sort a linear's GEMMs in FP8 into those that have a kernel on a device, and those that have none.
+    """Sort a linear's GEMMs in FP8 into those that torch has a kernel for on a device, and the others.
 
     Args:
         quant: of the operands.
@@ -139,14 +213,23 @@ def gemms_by_kernel(
         out_dtype: of the products.
     """
     specs = quant.operands()
-    native: GranularityPairs = {}
-    decoded: GranularityPairs = {}
+
+    def known(a: str, b: str) -> bool:
+        kinds = specs[a].granularity, specs[b].granularity
+        return native_pair(*kinds, capability, cuda, out_dtype, dtype_of(specs[b].format))
+
+    return _sorted_gemms(quant, known)
+
+
+def _sorted_gemms(
+    quant: LinearQuant, known: Callable[[str, str], bool]
+) -> tuple[GranularityPairs, GranularityPairs]:
+    specs = quant.operands()
+    found: tuple[GranularityPairs, GranularityPairs] = {}, {}
     for gemm, (a, b) in GEMMS.items():
-        pair = (specs[a].granularity, specs[b].granularity)
         if quant.in_fp8(gemm):
-            known = native_pair(*pair, capability, cuda, out_dtype, dtype_of(specs[b].format))
-            (native if known else decoded)[gemm] = pair
-    return native, decoded
+            found[not known(a, b)][gemm] = (specs[a].granularity, specs[b].granularity)
+    return found
 
 
 def check_operands(a: Tensor, b: Tensor) -> None:
@@ -234,6 +317,16 @@ def _has_kernel(
     return known and fits_kernel(*kinds, a.shape[0], a.shape[1], b.shape[1])
 
 
+def _te_multiplies(a: Tensor, b: Tensor, kinds: te_gemm.Kinds, pow2: bool, out_dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine multiplies these operands on their device; one scale each: it does where it
+    was chosen."""
+    if kinds == ("tensor", "tensor"):
+        return True
+    capability = torch.cuda.get_device_capability(a.device)
+    known = te_gemm.multiplies(kinds, capability, cuda_version(), out_dtype, power_of_two=pow2)
+    return known and te_gemm.fits(kinds, a.shape[0], a.shape[1], b.shape[1])
+
+
 def _fp8_gemm(
     a: Tensor,
     b: Tensor,
@@ -254,7 +347,17 @@ def _fp8_gemm(
         # a weight that was decoded once, for many products
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     check_operands(a, b)
-    if backend != "scaled_mm" or not _has_kernel(a, b, scale_inv_a, scale_inv_b, out_dtype):
+    if backend == "te":
+        kinds = granularity_of(scale_inv_a, a.shape, 1), granularity_of(scale_inv_b, b.shape, 0)
+        if _te_multiplies(a, b, kinds, pow2, out_dtype):
+            return te_gemm.multiply(
+                *(a, b, scale_inv_a, scale_inv_b, kinds),
+                alpha=alpha,
+                out_dtype=out_dtype,
+                fast_accumulation=fast_accumulation,
+            )
+    gpu = backend in ("scaled_mm", "te")
+    if not gpu or not _has_kernel(a, b, scale_inv_a, scale_inv_b, out_dtype):
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     column_major_b = b.t().contiguous().t()
     outside = alpha != 1.0 and granularity_of(scale_inv_a, a.shape, 1) == "mx_1x32"  # E8M0 holds no alpha
@@ -301,7 +404,7 @@ def fp8_gemm(
         power_of_two: all scales are powers of two (a faster exact path exists).
         out_dtype: BF16, FP32 or FP64.
         backend: name from :func:`choose_gemm_backend`.
-        fast_accumulation: only for ``scaled_mm``.
+        fast_accumulation: only for ``scaled_mm`` and ``te``.
 
     Returns:
         [M, N] in ``out_dtype``.

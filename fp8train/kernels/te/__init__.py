@@ -1,7 +1,7 @@
 """NVIDIA Transformer Engine, called from here and nowhere else; optional, and imported at its first use.
 
-Written from its Python sources, 2.12 to 2.20, whose names and arguments ``tests/kernels/te`` reads again. None
-of it has run on a GPU yet.
+Written from its sources, 2.12 to 2.20, whose names and arguments ``tests/kernels/te`` reads again. None of it
+has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def te(module: str) -> Any:
     """
     try:
         return import_module(f"transformer_engine.{module}")
-    except Exception as error:  # a missing library shows as ImportError, OSError, RuntimeError, AssertionError
+    except (
+        Exception
+    ) as error:  # a missing library shows as ImportError, OSError, RuntimeError, AssertionError
         raise RuntimeError(
             f"Transformer Engine cannot be imported ({type(error).__name__}: {error}); install it with "
             "`pip install --no-build-isolation 'transformer-engine[pytorch]>=2.12,<3'`, or write auto where "
