@@ -37,8 +37,7 @@ from fp8train.kernels.matmul import widens
 from fp8train.kernels.runs_on import RunsOn, on_cuda
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention of whole sequences: queries [B, heads, S, D], keys and values [B, groups, S, D] -> [B, heads, S, D].
-"""
+"""Of whole sequences: queries [B, heads, S, D], keys and values [B, groups, S, D] -> [B, heads, S, D]."""
 Kernel = Literal["flash3", "cudnn", "flash2", "math"]
 """Fastest first."""
 

@@ -18,8 +18,8 @@ from fp8train.kernels.runs_on import RunsOn, on_cuda
 
 @dataclass(frozen=True)
 class AdamNumbers:
-    """One AdamW step's numbers: ``lr`` with schedule and multipliers; a step removes ``lr * weight_decay`` of a
-    weight."""
+    """One AdamW step's numbers: ``lr`` with schedule and multipliers; a step removes ``lr * weight_decay`` of
+    a weight."""
 
     lr: float
     beta1: float

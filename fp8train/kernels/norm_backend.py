@@ -80,7 +80,9 @@ def choose_norm_backend(
         raise ValueError(f"`norm`: {wanted} {refusal}; write `norm`=auto")
     if dtype not in _DTYPES:
         kind = str(dtype).removeprefix("torch.")
-        raise ValueError(f"`norm`: {wanted} computes in bfloat16 and float32, not in {kind}; write `norm`=auto")
+        raise ValueError(
+            f"`norm`: {wanted} computes in bfloat16 and float32, not in {kind}; write `norm`=auto"
+        )
     if device.type == "meta":
         return NormBackend(wanted, "meta device: shapes only")
     package = importlib.import_module(f"fp8train.kernels.{wanted}.norm")

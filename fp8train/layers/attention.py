@@ -183,11 +183,12 @@ class Attention(nn.Module):
         if self.causal is not None and not cached:
             mixed = self.causal(query, key, value)
         else:
+            masked = not fresh and length > 1
             mixed = scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                attn_mask=None if fresh or length == 1 else _continued_mask(length, key.shape[2], query.device),
+                attn_mask=_continued_mask(length, key.shape[2], query.device) if masked else None,
                 is_causal=fresh and length > 1,
                 enable_gqa=self.num_heads > self.num_kv_heads,
                 scale=self.logits_scale,

@@ -83,9 +83,7 @@ def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ki
     return _FusedNorm.apply(flat, weight, bias, eps, kind).view(x.shape)
 
 
-def _by(
-    function: NormFunction, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _by(function: NormFunction, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return function(flat, weight, bias, eps).view(x.shape)
 

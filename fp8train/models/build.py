@@ -134,9 +134,7 @@ def norm_backend(config: Config, device: torch.device, runs_on: RunsOn = on_cuda
     return choose_norm_backend(device, dtype, wanted=config.kernels.norm, runs_on=runs_on)
 
 
-def attention_backend(
-    config: Config, device: torch.device, runs_on: RunsOn = on_cuda
-) -> AttentionBackend:
+def attention_backend(config: Config, device: torch.device, runs_on: RunsOn = on_cuda) -> AttentionBackend:
     """What computes attention on ``device``; ``runs_on`` as for :func:`build_model`.
 
     Raises:
@@ -147,7 +145,11 @@ def attention_backend(
         dtype = torch.float32
     call = AttentionCall(dtype, model.num_heads, model.num_kv_heads, model.head_dim)
     return choose_attention_backend(
-        device, call, wanted=config.kernels.attention, deterministic=config.run.deterministic
+        device,
+        call,
+        wanted=config.kernels.attention,
+        deterministic=config.run.deterministic,
+        runs_on=runs_on,
     )
 
 

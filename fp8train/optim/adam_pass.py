@@ -1,13 +1,13 @@
 """The AdamW pass over parameters with FP32 states, by the multi-tensor kernel of another package.
 
-:class:`~fp8train.optim.optimizer.Optimizer` hands over the parameters whose master weight and moments are FP32
-and whose rule is AdamW; the kernel updates all that share their numbers in a few launches. Other states (FP8,
-BF16, two halves) are left to :mod:`fp8train.optim.fused_pass` or to chunks.
+:class:`~fp8train.optim.optimizer.Optimizer` hands over the parameters whose master weight and moments are
+FP32 and whose rule is AdamW; the kernel updates all that share their numbers in a few launches. Other states
+(FP8, BF16, two halves) are left to :mod:`fp8train.optim.fused_pass` or to chunks.
 
-The kernel reads FP32 gradients in place and overwrites them, times the multiplier: after the step nobody reads
-them. BF16 ones are widened by the package's own cast, FP8 ones decoded, :data:`_WIDENED` elements at a time.
-New weights are copied into the parameters in one launch of many; a weight target is told the amax of its
-master, as after a pass in chunks.
+The kernel reads FP32 gradients in place and overwrites them, times the multiplier: after the step nobody
+reads them. BF16 ones are widened by the package's own cast, FP8 ones decoded, :data:`_WIDENED` elements at a
+time. New weights are copied into the parameters in one launch of many; a weight target is told the amax of
+its master, as after a pass in chunks.
 
 A decay is a share d of the weight, whatever the rule that made it; the kernel removes η·λ, so λ = d/η. Where
 η is 0 and d is not, the decay is a multiplication before.

@@ -1,8 +1,8 @@
 """NVIDIA apex, called from here and nowhere else; optional, and imported at its first use.
 
-apex is found by its extension modules, ``amp_C`` and ``fused_layer_norm_cuda``, never by its name: the package
-``apex`` on PyPI is another project. We call those modules themselves. Its Python classes around them keep
-weights and states of their own, and ``multi_tensor_applier`` adds nothing but the chunk size.
+apex is found by its extension modules, ``amp_C`` and ``fused_layer_norm_cuda``, never by its name: the
+package ``apex`` on PyPI is another project. We call those modules themselves. Its Python classes around them
+keep weights and states of their own, and ``multi_tensor_applier`` adds nothing but the chunk size.
 
 Signatures are those of apex's sources of July 2026 (commit 6424da3, ``csrc/amp_C_frontend.cpp`` and
 ``csrc/layer_norm_cuda.cpp``), unchanged since September 2023. They were read; none has run on a GPU yet.

@@ -2,23 +2,23 @@
 
 One launch serves up to 110 tensors (a list of them), 36 (four lists) and 320 chunks of 65,536 elements. Each
 call takes a flag: AdamW does nothing where it is 1, norms and casts set it to 1 where a number is not finite.
-So each call here has a flag of its own, zero before it. The kernels lose launches that end in an empty tensor;
-there must be none.
+So each call here has a flag of its own, zero before it. The kernels lose launches that end in an empty
+tensor; there must be none.
 
-**AdamW** is ``multi_tensor_adam_capturable``: of the kernels behind ``apex.optimizers.FusedAdam`` the one that
-reads learning rate, step and the gradient's multiplier from the device, so that clipping waits for nothing. In
-FP32, with β, ε and λ rounded to FP32::
+**AdamW** is ``multi_tensor_adam_capturable``: of the kernels behind ``apex.optimizers.FusedAdam`` the one
+that reads learning rate, step and the gradient's multiplier from the device, so that clipping waits for
+nothing. In FP32, with β, ε and λ rounded to FP32::
 
     g <- g·multiplier    m <- β1·m + (1-β1)·g    v <- β2·v + (1-β2)·g²
     w <- w - η·(m/(1-β1^t) / (sqrt(v/(1-β2^t)) + ε) + λ·w)
 
 It writes g back as well. 1-β^t is a difference in FP32 of a power of the rounded β: relative to it the error
-is at most about ``2^-24/(1-β)``, 6·10^-5 at 0.999 and 10^-6 at 0.95. v grows by the same rounded 1-β2, so that
-most of it cancels, in the first step all.
+is at most about ``2^-24/(1-β)``, 6·10^-5 at 0.999 and 10^-6 at 0.95. v grows by the same rounded 1-β2, so
+that most of it cancels, in the first step all.
 
 **Norms** are FP32 sums of squares: 32 numbers and 4 sums one after the other in a thread, 512 threads in 9
-levels, then the chunks of a tensor, 512 at a time, in 9 more. With c chunks the relative error of a norm is at
-most ``(57 + c/512)·2^-25``, 1.8·10^-6 up to 33 million elements; a sum of squares beyond 3.4·10^38 is
+levels, then the chunks of a tensor, 512 at a time, in 9 more. With c chunks the relative error of a norm is
+at most ``(57 + c/512)·2^-25``, 1.8·10^-6 up to 33 million elements; a sum of squares beyond 3.4·10^38 is
 infinite. torch's kernel on GPUs, which it replaces, adds in FP32 too.
 """
 

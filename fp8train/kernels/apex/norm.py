@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm by NVIDIA apex's extension ``fused_layer_norm_cuda``.
 
 It takes x [.., H] and vectors of one type, BF16 or FP32, keeps statistics in FP32, and has variants without
-vectors. A LayerNorm with a weight needs a bias: zeros stand in, whose gradient is dropped. (There are variants
-whose vectors have another type than x, and the result that of the vectors; ours never differ.)
+vectors. A LayerNorm with a weight needs a bias: zeros stand in, whose gradient is dropped. (There are
+variants whose vectors have another type than x, and the result that of the vectors; ours never differ.)
 
 ``memory_efficient`` would keep the result for backward in the place of x, and find x by a division by the
 weight: inexact where a weight is near zero. It saves memory where the result is kept anyway, as a BF16
@@ -105,9 +105,7 @@ class _LayerNorm(torch.autograd.Function):
         x, mean, inverse_std, weight, bias = ctx.saved_tensors
         grad, shape, grad_weight, grad_bias = grads[0].contiguous(), [x.shape[-1]], None, None
         if weight is None:
-            grad_x = ctx.extension.backward(
-                grad, mean, inverse_std, x, shape, ctx.eps, _MEMORY_EFFICIENT
-            )
+            grad_x = ctx.extension.backward(grad, mean, inverse_std, x, shape, ctx.eps, _MEMORY_EFFICIENT)
         else:
             grad_x, grad_weight, grad_bias = ctx.extension.backward_affine(
                 grad, mean, inverse_std, x, shape, weight, bias, ctx.eps, _MEMORY_EFFICIENT

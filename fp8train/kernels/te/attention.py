@@ -4,9 +4,9 @@ That module has no parameters: it chooses, call by call, between cuDNN's fused a
 ``flash_attn`` is installed, and matrix products with a softmax between, whose scores are S x S in memory.
 :func:`why_not` asks for its choice beforehand and refuses the last, which ``math`` is for.
 
-* **Layout.** Ours is [B, heads, S, D]; TE's ``bshd`` is [B, S, heads, D], its result [B, S, heads·D]. TE guesses
-  how three tensors share memory from their addresses and strides, and refuses what it does not know, so each
-  is handed over contiguous, in memory of its own.
+* **Layout.** Ours is [B, heads, S, D]; TE's ``bshd`` is [B, S, heads, D], its result [B, S, heads·D]. TE
+  guesses how three tensors share memory from their addresses and strides, and refuses what it does not know,
+  so each is handed over contiguous, in memory of its own.
 * **Scale** of the logits is ours, given when the module is made.
 * **GQA** by ``num_gqa_groups``; keys and values are not repeated.
 * **Determinism.** TE reads ``torch.are_deterministic_algorithms_enabled()`` when the module is made.
@@ -45,7 +45,7 @@ def why_not(
     if dtype != torch.bfloat16:
         return f"its fused kernels compute in bfloat16, not in {str(dtype).removeprefix('torch.')}"
     if head_dim % _HEAD_MULTIPLE or head_dim > _WIDEST_HEAD:
-        return f"heads are a multiple of {_HEAD_MULTIPLE} elements, at most {_WIDEST_HEAD}; these have {head_dim}"
+        return f"heads of {head_dim}: its kernels take multiples of {_HEAD_MULTIPLE} up to {_WIDEST_HEAD}"
     utils = te("pytorch.attention.dot_product_attention.utils")
     by_flash, _, by_cudnn, *_ = utils.get_attention_backend(
         utils.AttentionParams(
@@ -68,12 +68,12 @@ def why_not(
     if by_flash or by_cudnn:
         return None
     kind = "deterministic " if deterministic else ""
-    return f"it has no {kind}fused kernel here for heads of {head_dim}; NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 tells why"
+    return f"no {kind}fused kernel here for heads of {head_dim} (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 tells why)"
 
 
 class TeAttention:
-    """Causal attention of whole sequences. Not a module of torch: it has no state of ours, and TE's class would
-    add an entry to checkpoints."""
+    """Causal attention of whole sequences. Not a module of torch: it has no state of ours, and TE's class
+    would add an entry to checkpoints."""
 
     def __init__(
         self, *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, deterministic: bool

@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm by Transformer Engine.
 
 Its modules (``transformer_engine.pytorch.RMSNorm``) hold weights of their own and go through a scheduler of
-fusible operations; we call the four functions of ``transformer_engine_torch`` that those end in, with our
-weights: one launch forward and two backward (gradients, and the sum of their parts of the weight's).
+fusible operations; we call the four functions of its extension that those end in, with our weights: one
+launch forward and two backward (gradients, and the sum of their parts of the weight's).
 
 What they take: x [T, H] and vectors [H] of one type, BF16 or FP32; statistics and sums in FP32. The weight is
 used as it is (``zero_centered_gamma`` is false, which would add 1). There is no norm without a weight, so a
@@ -12,7 +12,6 @@ vector of ones stands in, whose gradient is dropped; LayerNorm alone may lack it
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +38,7 @@ def norms() -> tuple[NormFunction, NormFunction]:
     Raises:
         RuntimeError: Transformer Engine cannot be imported.
     """
-    dtypes = te("pytorch.constants").TE_DType  # importing it loads the extension
-    functions = _Functions(import_module("transformer_engine_torch"), dtypes)
+    functions = _Functions(te("pytorch.cpp_extensions"), te("pytorch.constants").TE_DType)
     return partial(_rms, functions), partial(_layer, functions)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues, StoredGradient
 from fp8train.parallel.gradients.receivers import Places
 
-
 Norms = Callable[[Sequence[Tensor]], Tensor]
 """Euclidean norm of each of many flat tensors in high precision: FP32 [tensors], or wider."""
 
