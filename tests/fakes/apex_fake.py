@@ -87,7 +87,7 @@ class AmpC(ModuleType):
         _all_in(sources, *FLOATS)
         _all_in(targets, *FLOATS)
         for source, target in zip(sources, targets, strict=True):
-            target.copy_(source.double() * _float(scale))
+            target.data.copy_(source.double() * _float(scale))
             if not source.isfinite().all():
                 flag.fill_(1)
 
@@ -136,7 +136,7 @@ class AmpC(ModuleType):
             return
         for g, p, m, v in zip(*lists, strict=True):
             grad, weight = g.double() * scale, p.double()
-            g.copy_(grad)
+            g.data.copy_(grad)  # through addresses: no version of a tensor moves on
             if _integer(mode) == 0:
                 grad = grad + decay * weight
             first = beta1 * m.double() + (1 - beta1) * grad
@@ -144,9 +144,9 @@ class AmpC(ModuleType):
             update = first / correction1 / ((second / correction2).sqrt() + epsilon)
             if mode == 1:
                 update = update + decay * weight
-            p.copy_(weight - rate * update)
-            m.copy_(first)
-            v.copy_(second)
+            p.data.copy_(weight - rate * update)
+            m.data.copy_(first)
+            v.data.copy_(second)
 
 
 def _input(x: Tensor, normalized_shape: list[int], eps: float, *vectors: Tensor) -> None:
