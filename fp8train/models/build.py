@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.config.kernel_schema import GemmKernel
 from fp8train.config.linear_names import weights_in_fp8
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
@@ -98,10 +99,12 @@ def build_model(
     model = _decoder(config, vocab_size, device, part, parallel, context)
     gemm, report = config.precision.gemm, None
     if (quant := gemm.value()) is not None:
-        backend = choose_gemm_backend(device, model.dtype, quant)
+        backend = choose_gemm_backend(device, model.dtype, quant, config.kernels.gemm)
         report = plan_fp8(config, backend, forward_only=forward_only)
         if gemm.head == "fp8" and model.part.ends:
-            model.fp8_head = Fp8Head(choose_gemm_backend(device, model.dtype), wire("column", parallel))
+            wanted: GemmKernel = "te" if config.kernels.gemm == "te" else "auto"
+            head = choose_gemm_backend(device, model.dtype, wanted=wanted)
+            model.fp8_head = Fp8Head(head, wire("column", parallel))
     attention = attention_backend(config, device)
     activate(attention)
     for block in model.held_blocks():
