@@ -56,6 +56,7 @@ from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.scale_blocks import Granularity
 
+
 @dataclass(frozen=True)
 class GemmBackend:
     """Which implementation multiplies FP8 operands on this device, and why it was chosen."""

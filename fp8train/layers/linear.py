@@ -151,7 +151,8 @@ class Linear(nn.Module):
         slots = slots_by_use(self.name, plan, scale_state, record=True)
         site = None if recorder is None else (recorder, f"{self.name}/w")
         kind, weight = FP8_WEIGHTS[plan.holding], self.weight
-        return kind(plan.quant, weight.shape, weight.device, wire=self.wire, slots=slots, site=site)
+        where = weight.shape, weight.device
+        return kind(plan.quant, *where, wire=self.wire, slots=slots, site=site, caster=plan.caster)
 
     def connect(
         self,
@@ -345,9 +346,11 @@ class Linear(nn.Module):
     @property
     def fuses(self) -> bool:
         """Whether this linear, once connected, can be a part of a fused function: not with a bias, ranks that
-        hold other parts, or other granularities of scales."""
+        hold other parts, other granularities of scales, or casts by others."""
         plan, alone = self.plan, self.bias is None and self.wire.kind == "none"
-        casts_alike = plan is None or (not self.casts_in_forward and fusable(plan.quant))
+        casts_alike = plan is None or (
+            not self.casts_in_forward and plan.caster is None and fusable(plan.quant)
+        )
         return alone and casts_alike and self.weight.dtype != torch.float64
 
     def fused(self, *, keeps_input: bool = True) -> FusedLinear | None:

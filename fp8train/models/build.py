@@ -17,6 +17,7 @@ from fp8train.config.schema import Config
 from fp8train.kernels.attention import AttentionBackend, AttentionCall, activate, choose_attention_backend
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.kernels.te.quantize import TeCaster
 from fp8train.layers.fp8_head import Fp8Head
 from fp8train.layers.wire import wire
 from fp8train.models.decoder import Decoder
@@ -100,7 +101,8 @@ def build_model(
     gemm, report = config.precision.gemm, None
     if (quant := gemm.value()) is not None:
         backend = choose_gemm_backend(device, model.dtype, quant, config.kernels.gemm)
-        report = plan_fp8(config, backend, forward_only=forward_only)
+        caster = TeCaster() if config.kernels.quantize == "te" else None
+        report = plan_fp8(config, backend, caster=caster, forward_only=forward_only)
         if gemm.head == "fp8" and model.part.ends:
             wanted: GemmKernel = "te" if config.kernels.gemm == "te" else "auto"
             head = choose_gemm_backend(device, model.dtype, wanted=wanted)

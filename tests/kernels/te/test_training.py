@@ -1,4 +1,4 @@
-"""Training steps with ``kernels.gemm: te`` on the fake: what stands on top of the products does not notice."""
+"""Training steps with ``kernels.gemm: te`` on the fake: what stands on top of products does not notice."""
 
 from __future__ import annotations
 
