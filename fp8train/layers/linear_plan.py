@@ -11,10 +11,11 @@ from fp8train.layers.wire import Wire
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
 
-Holding = Literal["cached", "in_forward", "resident", "loaded"]
+Holding = Literal["cached", "in_forward", "at_use", "resident", "loaded"]
 """How a linear in FP8 has its weight: in the compute type with FP8 copies of it, cast when it changed; in the
-compute type alone, cast in every forward times factors per column; in FP8 alone, written by the optimizer; in
-FP8 alone, cast once from a checkpoint, for a model without backward."""
+compute type alone, cast in every forward times factors per column; in the compute type, and that only while
+its module runs, cast in every forward and again in backward; in FP8 alone, written by the optimizer; in FP8
+alone, cast once from a checkpoint, for a model without backward."""
 
 
 @dataclass(frozen=True)

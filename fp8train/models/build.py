@@ -78,6 +78,7 @@ def build_model(
     parallel: TensorParallel | None = None,
     context: ContextParallel | None = None,
     forward_only: bool = False,
+    partitioned: bool = False,
 ) -> BuiltModel:
     """Construct the decoder, or a part of it. The FP8 plan is that of the whole model either way, and
     awaits :func:`fp8train.models.connect.connect_linears`. ``run.deterministic`` holds from here on, for the
@@ -91,6 +92,9 @@ def build_model(
         parallel: ranks among which matrices are cut.
         context: ranks with the other tokens of each sequence.
         forward_only: FP8 weights come from a checkpoint and nothing trains them.
+        partitioned: parameters have values only while the modules that own or borrow them run
+            (:meth:`~fp8train.models.decoder.Decoder.borrowed_weights`), as under ZeRO-3: nothing is kept that
+            is made of them, and nothing but their modules reads them.
 
     Raises:
         ValueError: the device cannot multiply in FP8, or has no attention of the kind that is asked for.
@@ -102,15 +106,17 @@ def build_model(
     if (quant := gemm.value()) is not None:
         backend = choose_gemm_backend(device, model.dtype, quant, config.kernels.gemm)
         caster = TeCaster() if config.kernels.quantize == "te" else None
-        report = plan_fp8(config, backend, caster=caster, forward_only=forward_only)
+        report = plan_fp8(config, backend, caster=caster, forward_only=forward_only, partitioned=partitioned)
         if gemm.head == "fp8" and model.part.ends:
             wanted: GemmKernel = "te" if config.kernels.gemm == "te" else "auto"
             head = choose_gemm_backend(device, model.dtype, wanted=wanted)
             model.fp8_head = Fp8Head(head, wire("column", parallel))
+            model.fp8_head.keeps = not partitioned
     attention = attention_backend(config, device)
     activate(attention)
     for block in model.held_blocks():
         block.attention.kernels = attention.kernels
+        block.one_by_one = partitioned
         if gemm.smooth_swiglu != "off" and report is not None and block.mlp.down.name in report.plans:
             block.mlp.use_smooth_swiglu(gemm.smooth_swiglu)
     return BuiltModel(model, report, attention, compiles=config.train.compile == "block")
