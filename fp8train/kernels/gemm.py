@@ -33,12 +33,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fp8train.config.kernel_schema import GemmKernel
 from fp8train.kernels.decode import decode_gemm
 from fp8train.kernels.fast_accumulation import FRACTION_BITS, accumulate
 from fp8train.kernels.padding import ALIGNMENT
@@ -54,9 +55,6 @@ from fp8train.kernels.te import gemm as te_gemm
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.scale_blocks import Granularity
-
-WantedGemm = Literal["auto", "te", "te_native"]
-"""``kernels.gemm``."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def choose_gemm_backend(
     device: torch.device,
     compute_dtype: torch.dtype,
     quant: LinearQuant | None = None,
-    wanted: WantedGemm = "auto",
+    wanted: GemmKernel = "auto",
 ) -> GemmBackend:
     """The implementation for ``device``, chosen once when a model is built.
 
@@ -132,7 +130,7 @@ def _device(device: torch.device) -> str:
     return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
 
 
-def _check_te(device: torch.device, dtype: torch.dtype, wanted: WantedGemm, *, nvfp4: bool) -> None:
+def _check_te(device: torch.device, dtype: torch.dtype, wanted: GemmKernel, *, nvfp4: bool) -> None:
     """What of a device or type rules Transformer Engine out, whatever the operands."""
     if device.type != "cuda":
         problem = f"needs an NVIDIA GPU, and this is a {device.type.upper()}"

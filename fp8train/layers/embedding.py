@@ -1,7 +1,12 @@
-"""Token and learned-position embeddings, and the output head's weight."""
+"""Token and learned-position embeddings, and the output head's weight.
+
+A module reads its weight in its own forward and nowhere else: who gathers parameters module by module
+(ZeRO-3) has its values there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,9 +88,41 @@ class _Table(nn.Module):
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""What is made of hidden [.., H] and a head's weight [V, H]."""
+
+
 class OutputHead(_Table):
-    """Weight [padded vocabulary, H] of an untied output head; :mod:`fp8train.layers.loss` multiplies
-    with it."""
+    """An output head with a weight of its own, [padded vocabulary, H]."""
+
+    def forward(self, hidden: Tensor, multiply: Multiply) -> Tensor:
+        """``multiply(hidden, weight)``: the loss, or logits; :mod:`fp8train.layers.loss` has both."""
+        return multiply(hidden, self.weight)
+
+
+class TiedHead(nn.Module):
+    """An output head whose weight is that of the token embedding."""
+
+    def __init__(self, table: Embedding) -> None:
+        super().__init__()
+        self._table = (table,)  # not a submodule: parameters have one name
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[padded vocabulary, H], the embedding's."""
+        return self._table[0].weight
+
+    def forward(self, hidden: Tensor, multiply: Multiply) -> Tensor:
+        """As :class:`OutputHead`."""
+        return multiply(hidden, self.weight)
+
+
+class Positions(_Table):
+    """Learned vectors of positions."""
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """Those of consecutive positions: [stop - start, size]."""
+        return self.weight[start:stop]
 
 
 class Embedding(_Table):

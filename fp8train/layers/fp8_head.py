@@ -43,12 +43,17 @@ GRADIENT = QuantSpec(E5M2, scale_source="constant", constant_exponent=15)
 
 
 class Fp8Head:
-    """How a model's head multiplies in FP8, and the codes of its weight."""
+    """How a model's head multiplies in FP8, and the codes of its weight.
+
+    Attributes:
+        keeps: the codes, until the weight changes. Not where the weight has values only while the head runs,
+            at addresses that say nothing: it is cast in every forward.
+    """
 
     def __init__(self, backend: GemmBackend, wire: Wire = UNSPLIT) -> None:
         """Args: ``backend``: how GEMMs run; ``wire``: of a column-parallel linear, which the head is where
         the vocabulary is cut: names who else has parts of an operand."""
-        self.backend, self._wire = backend, wire
+        self.backend, self._wire, self.keeps = backend, wire, True
         self._key: tuple[int, int] | None = None
         self._weight: Layouts | None = None
 
@@ -56,10 +61,13 @@ class Fp8Head:
     def weight(self, weight: Tensor) -> Layouts:
         """Codes of this rank's rows [V, H], padded to multiples of 16; cast if the weight has changed."""
         key = (weight.data_ptr(), weight._version)
-        if self._weight is None or self._key != key:
-            agree = self._wire.agreement("w", OPERAND, 1)
-            self._weight, self._key = quantize_layouts(weight, OPERAND, agree=agree, contracted=1), key
-        return self._weight
+        if self._weight is not None and self._key == key:
+            return self._weight
+        agree = self._wire.agreement("w", OPERAND, 1)
+        codes = quantize_layouts(weight, OPERAND, agree=agree, contracted=1)
+        if self.keeps:
+            self._weight, self._key = codes, key
+        return codes
 
     def forget(self) -> None:
         """Free the codes, and make the next :meth:`weight` cast again."""

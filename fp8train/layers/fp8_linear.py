@@ -2,7 +2,8 @@
 
 Each operand of each GEMM is quantised as its :class:`~fp8train.precision.operand_cast.QuantSpec` says, and
 backward keeps FP8 payloads, not BF16 inputs: half the activation memory. The weight arrives quantised, once
-per optimizer step (:mod:`fp8train.layers.fp8_weight`).
+per optimizer step (:mod:`fp8train.layers.fp8_weight`), or is cast here
+(:mod:`fp8train.layers.weight_in_forward`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fp8train.kernels.matmul import matmul
 from fp8train.kernels.padding import Operand, padded
 from fp8train.layers.fp8_operand import (
     Layouts,
+    Measured,
     quantize_kept,
     quantize_layouts,
     quantize_matrix,
@@ -30,6 +32,7 @@ from fp8train.layers.grad_weight_op import (
     contribute_grad_weight_fp8,
 )
 from fp8train.layers.linear_plan import Fp8Plan, LinearCall
+from fp8train.layers.weight_in_forward import cast_again, cast_at_use, cast_in_forward
 from fp8train.layers.wire import OperandName
 from fp8train.numerics.cast import uncast
 from fp8train.numerics.granularity import expand_scales
@@ -75,10 +78,10 @@ def fp8_linear(
 
     Args:
         x: [T, K] in the compute dtype.
-        weight: [N, K]; tells autograd where the gradient belongs. Its values are not read unless backward
-            keeps them in high precision.
+        weight: [N, K]; tells autograd where the gradient belongs. Its values are not read unless they are
+            cast here, or backward keeps them in high precision.
         operands: the quantised weight of the output and the grad_input GEMM; None for the second if backward
-            casts ``weight``, for both with ``columns``.
+            casts ``weight``, for both if forward casts it.
         sink_slot: where the weight gradient goes; None returns it to autograd.
         slots: delayed scales of the casts.
         rows: where statistics of the casts go.
@@ -110,11 +113,16 @@ class _Fp8Linear(torch.autograd.Function):
     ) -> Tensor:
         assert call.plan is not None
         quant, wire = call.plan.quant, call.wire
-        # Operand w [N, K]: codes and scale that the layer's Fp8Weight made once for the step and owns. Only a
-        # weight with factors per column is cast here.
-        if columns is not None:
-            w_forward, w_backward = _scaled_weight(weight, columns, slots, rows.w, call)
-        assert w_forward is not None
+        # Operand w [N, K]: codes and scale that the layer's Fp8Weight made once for the step and owns, or
+        # those of a weight that is cast here.
+        measured: Measured | None = None
+        if w_forward is None:
+            values = weight.detach() if columns is None else weight.detach() * columns
+            w_slots = slots.output_w, slots.grad_input_w
+            if call.plan.holding == "at_use":
+                w_forward, measured = cast_at_use(values, w_slots, rows.w, call)
+            else:
+                w_forward, w_backward = cast_in_forward(values, w_slots, rows.w, call)
         # Operand x [T, K], cast here for a GEMM that sums over K, and what GEMM grad_weight gets of it, which
         # sums over T.
         x_operand, tokens, kept_x = _input_operands(x, slots, rows.x, call)
@@ -128,9 +136,11 @@ class _Fp8Linear(torch.autograd.Function):
             x.dtype,
             fast_accumulation=quant.fast_accumulation,
         )[:tokens, : weight.shape[0]]
-        # Kept for GEMM grad_input, which sums over N: codes of the Fp8Weight, not copied, or the weight.
+        # Kept for GEMM grad_input, which sums over N: codes of the Fp8Weight, not copied, or the weight, as
+        # the parameter that it is: whoever takes its values away between forward and backward brings them
+        # back there.
         kept_w = (weight, None) if w_backward is None else w_backward
-        ctx.save_for_backward(*kept_x, *kept_w, columns)
+        ctx.save_for_backward(*kept_x, *kept_w, columns, *(measured or (None, None)))
         # Not saved: other micro-batches change what these hold.
         ctx.buffer, ctx.sink_slot, ctx.slots, ctx.grad_row = buffer, sink_slot, slots, rows.grad_output
         ctx.call, ctx.shape, ctx.weight_shape = call, (tokens, x.shape[1]), weight.shape
@@ -140,7 +150,7 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_scale_inv, w, w_scale_inv, columns = ctx.saved_tensors
+        x, x_scale_inv, w, w_scale_inv, columns, *measured = ctx.saved_tensors
         call: LinearCall = ctx.call
         slots: CastSlots = ctx.slots
         assert call.plan is not None
@@ -161,7 +171,11 @@ class _Fp8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if columns is not None and w_scale_inv is None:
                 w = w * columns
-            # Operand w [N, K]: the forward's codes or their second copy; keep_w may have it cast again here.
+            # Operand w [N, K]: the forward's codes or their second copy, kept or made again; keep_w may have
+            # them, or the values, cast anew here.
+            if call.plan.holding == "at_use" and quant.keep_w != "bf16":
+                known = None if measured[0] is None else Measured(*measured)
+                w, w_scale_inv = cast_again(w, known, (slots.output_w, slots.grad_input_w), call)
             w_operand = _backward_operand("w", w, w_scale_inv, slots, call)
             # GEMM grad_input: grad_output [T, N] · w [N, K] -> [T, K].
             specs = (quant.grad_input_grad_output, quant.grad_input_w)
@@ -209,28 +223,9 @@ def _input_operands(
         row,
         agreements,
         trains=call.trains,
+        caster=call.plan.caster,
     )
     return both.rows, source.shape[0], (x, None) if keep == "bf16" else both.columns
-
-
-def _scaled_weight(
-    weight: Tensor, columns: Tensor, slots: CastSlots, row: Tensor | None, call: LinearCall
-) -> tuple[Operand, Operand | None]:
-    """The operands of ``weight · columns`` for both GEMMs, as :mod:`fp8train.layers.fp8_weight` makes those
-    of a weight that is cast once a step."""
-    assert call.plan is not None
-    quant, wire = call.plan.quant, call.wire
-    specs = quant.output_w, quant.grad_input_w
-    both = quantize_kept(
-        weight.detach() * columns,
-        quant.keep_w,
-        specs,
-        (slots.output_w, slots.grad_input_w),
-        row,
-        (wire.agreement("w", specs[0], 1), wire.agreement("w", specs[1], 0)),
-        trains=call.trains,
-    )
-    return both.rows, None if quant.keep_w == "bf16" else both.columns
 
 
 def _quantize(
@@ -258,8 +253,12 @@ def _cast_columns(
     contracted: int,
 ) -> Operand:
     """Quantise x or w for a backward GEMM, which sums over its rows: column-major where GPUs want that."""
+    assert call.plan is not None
     agree = call.wire.agreement(operand, spec, contracted)
-    return quantize_layouts(x, spec, slot, None, agree, contracted=contracted, rows=False).columns
+    caster = call.plan.caster
+    return quantize_layouts(
+        x, spec, slot, None, agree, contracted=contracted, rows=False, caster=caster
+    ).columns
 
 
 def _scales_travel(spec: QuantSpec, contracted: int) -> bool:
@@ -287,7 +286,8 @@ def _grad_operands(
     spec, other = quant.grad_input_grad_output, quant.grad_weight_grad_output
     if all(needed) and quant.grad_weight_fp8 and not wire.grad_output_in_fp8:
         agreements = wire.agreement("grad_output", spec, 1), wire.agreement("grad_output", other, 0)
-        if (both := quantize_twice(grad_output, (spec, other), row, agreements)) is not None:
+        both = quantize_twice(grad_output, (spec, other), row, agreements, call.plan.caster)
+        if both is not None:
             return both
     columns = quant.shares_grad_output and quant.grad_weight_fp8 and needed[1]
     wanted = {"rows": needed[0] or not columns, "columns": columns}
@@ -309,11 +309,16 @@ def _grad_operand(
     columns: bool,
 ) -> Layouts:
     """Quantise the output gradient; a row-parallel linear's part is gathered in FP8 if traffic says so."""
+    assert call.plan is not None
     wire = call.wire
     if not wire.grad_output_in_fp8:
         agree = wire.agreement("grad_output", spec, contracted)
         return quantize_layouts(
-            grad_output, spec, slot, row, agree, contracted=contracted, rows=rows, columns=columns
+            *(grad_output, spec, slot, row, agree),
+            contracted=contracted,
+            rows=rows,
+            columns=columns,
+            caster=call.plan.caster,
         )
     payload, scale_inv = _quantize("grad_output", grad_output, spec, slot, call, row, contracted=contracted)
     payload = wire.gather_grad_output(payload, call.batch)()

@@ -40,7 +40,7 @@ from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.formats import dtype_of
-from fp8train.numerics.scale_state import ScaleState
+from fp8train.numerics.scale_state import ScaleSlot, ScaleState
 from fp8train.numerics.statistics import CastRecorder
 
 __all__ = ["Alphas", "Fp8Plan", "Linear", "SinkSlot"]
@@ -131,13 +131,14 @@ class Linear(nn.Module):
         self._fp8_weight: Fp8Weight | None = None
         self._arrived: Callable[[], None] | None = None
         self._rows = StatisticsRows()
+        self._quiet: dict[str, ScaleSlot] = {}
         self._slots = self._recording_slots = CastSlots()
 
     def make_fp8_weight(
         self, plan: Fp8Plan, *, scale_state: ScaleState | None, recorder: CastRecorder | None
     ) -> Fp8Weight | None:
         """The FP8 copies for :meth:`connect`, which come first because optimizer and ZeRO write into their
-        memory. Changes nothing here. None if the plan casts the weight in forward.
+        memory. Changes nothing here. None if every forward casts the weight.
 
         Args:
             plan: as for :meth:`connect`, and so are the others.
@@ -146,12 +147,13 @@ class Linear(nn.Module):
             ValueError: the weight is to be resident, but the plan keeps it in BF16 for backward, or gives its
                 rows or blocks scales of their own.
         """
-        if plan.holding == "in_forward":
+        if plan.holding not in FP8_WEIGHTS:
             return None
         slots = slots_by_use(self.name, plan, scale_state, record=True)
         site = None if recorder is None else (recorder, f"{self.name}/w")
         kind, weight = FP8_WEIGHTS[plan.holding], self.weight
-        return kind(plan.quant, weight.shape, weight.device, wire=self.wire, slots=slots, site=site)
+        where = weight.shape, weight.device
+        return kind(plan.quant, *where, wire=self.wire, slots=slots, site=site, caster=plan.caster)
 
     def connect(
         self,
@@ -191,6 +193,7 @@ class Linear(nn.Module):
             self._drop_values()
         # Forward passes rows and slots as tensors. By its name each linear would get a compiled graph of its
         # own.
+        self._quiet = quiet
         self._slots, self._recording_slots = cast_slots(quiet), cast_slots(recording)
         if recorder is not None:
             self._rows = StatisticsRows(
@@ -201,8 +204,8 @@ class Linear(nn.Module):
 
     @property
     def casts_in_forward(self) -> bool:
-        """Whether every forward casts the weight, times factors per column."""
-        return self.plan is not None and self.plan.holding == "in_forward"
+        """Whether every forward casts the weight, and nothing keeps it in FP8."""
+        return self.plan is not None and self.plan.holding not in FP8_WEIGHTS
 
     @property
     def fp8_weight_is_resident(self) -> bool:
@@ -294,7 +297,7 @@ class Linear(nn.Module):
             self._fp8_weight.record_statistics(self.weight)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Decode the weight: the values that the output GEMM multiplies.
+        """Decode the weight: the values that the output GEMM multiplies; without factors per column.
 
         Args:
             dtype: of the result; by default the compute dtype.
@@ -302,6 +305,13 @@ class Linear(nn.Module):
         Returns:
             [out_features, in_features].
         """
+        if self.plan is not None and self.plan.holding == "at_use":
+            copy = CachedFp8Weight(
+                self.plan.quant, self.weight.shape, self.weight.device, wire=self.wire, slots=self._quiet
+            )
+            with torch.no_grad():
+                copy.refresh(self.weight)
+            return copy.dequantized(dtype or self.weight.dtype)
         if self._fp8_weight is None:
             return self.weight.detach().to(dtype or self.weight.dtype)
         self.quantize_weight()
@@ -311,11 +321,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """Shapes: x [.., in_features] -> [.., out_features]. With tensor parallelism x is [B, S,
         in_features], where column-parallel linears take a part of S and row-parallel ones return a part of
-        it. ``columns``, powers of two [in_features] that the weight is multiplied by before its cast, are
-        given where ``casts_in_forward``, and nowhere else."""
-        assert (columns is not None) == (self.casts_in_forward and not self.leaves_fp8), (
-            f"{self.name}: columns belong to a weight that is cast in forward"
-        )
+        it. ``columns``: powers of two [in_features] that the weight is multiplied by before its cast; only
+        where ``casts_in_forward``, and always for a weight that is held ``in_forward``."""
+        assert self._takes(columns), f"{self.name}: columns belong to a weight that is cast in forward"
         if not torch.compiler.is_compiling():
             self.quantize_weight()
             self.await_weight()
@@ -329,7 +337,7 @@ class Linear(nn.Module):
             y = _HighPrecisionLinear.apply(flat, self.weight, buffer, index, call)
         else:
             w_forward, w_backward = self._w_forward, self._w_backward if trains else None
-            assert w_forward is not None or columns is not None, (
+            assert w_forward is not None or self.casts_in_forward, (
                 f"{self.name}: no FP8 weight; call quantize_weight() before a compiled forward, or write the "
                 "weight if it is resident in FP8"
             )
@@ -342,12 +350,19 @@ class Linear(nn.Module):
         shape = x.shape[:-1] if self.wire.kind == "none" else (batch, -1)
         return y.view(*shape, self.out_features)
 
+    def _takes(self, columns: Tensor | None) -> bool:
+        if columns is not None:
+            return self.casts_in_forward and not self.leaves_fp8
+        return self.plan is None or self.plan.holding != "in_forward" or self.leaves_fp8
+
     @property
     def fuses(self) -> bool:
         """Whether this linear, once connected, can be a part of a fused function: not with a bias, ranks that
-        hold other parts, or other granularities of scales."""
+        hold other parts, other granularities of scales, or casts by others."""
         plan, alone = self.plan, self.bias is None and self.wire.kind == "none"
-        casts_alike = plan is None or (not self.casts_in_forward and fusable(plan.quant))
+        casts_alike = plan is None or (
+            not self.casts_in_forward and plan.caster is None and fusable(plan.quant)
+        )
         return alone and casts_alike and self.weight.dtype != torch.float64
 
     def fused(self, *, keeps_input: bool = True) -> FusedLinear | None:

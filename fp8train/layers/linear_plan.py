@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8train.kernels.gemm import GemmBackend
+from fp8train.layers.fp8_operand import Caster
 from fp8train.layers.wire import Wire
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
 
-Holding = Literal["cached", "in_forward", "resident", "loaded"]
+Holding = Literal["cached", "in_forward", "at_use", "resident", "loaded"]
 """How a linear in FP8 has its weight: in the compute type with FP8 copies of it, cast when it changed; in the
-compute type alone, cast in every forward times factors per column; in FP8 alone, written by the optimizer; in
-FP8 alone, cast once from a checkpoint, for a model without backward."""
+compute type alone, cast in every forward times factors per column; in the compute type, and that only while
+its module runs, cast in every forward and again in backward; in FP8 alone, written by the optimizer; in FP8
+alone, cast once from a checkpoint, for a model without backward."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,13 @@ class Alphas:
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """How one linear runs in FP8: the quantisation of its operands, the GEMM implementation, and how it has
-    its weight."""
+    """How one linear runs in FP8: the quantisation of its operands, the GEMM implementation, how it has its
+    weight, and who casts in place of our own functions."""
 
     quant: LinearQuant
     backend: GemmBackend
     holding: Holding = "cached"
+    caster: Caster | None = None
 
 
 def scale_slots(name: str, plan: Fp8Plan) -> dict[str, QuantSpec]:

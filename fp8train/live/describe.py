@@ -14,13 +14,15 @@ from fp8train.live.stored_bytes import Footprint, StoredBytes
 from fp8train.models.decoder import Decoder
 from fp8train.optim.decay_loss import explain_lost_decay
 from fp8train.optim.parameter_state import in_plan
+from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.recorded import WARM_UP
 from fp8train.step.trainer import Trainer
 from fp8train.update_rules.registry import rule_named
 
 
-def stored_bytes(trainer: Trainer) -> StoredBytes:
+def stored_bytes(trainer: BaseTrainer) -> StoredBytes:
     """Count the bytes that ``trainer`` has allocated."""
+    assert isinstance(trainer, Trainer)
     linears = {f"{path}.weight": linear for path, linear in trainer.model.linears().items()}
     planned = {fqn for fqn, linear in linears.items() if trainer.outline.specs[fqn].in_fp8_plan}
     everything = {fqn for fqn, _ in trainer.model.named_parameters()}
@@ -54,7 +56,7 @@ def _footprint(trainer: Trainer, linears: Mapping[str, Linear], fqns: Collection
     return Footprint(sum(p.numel() for p in parameters.values()), values, {**scales, **of_their_scales})
 
 
-def describe_layout(trainer: Trainer) -> str:
+def describe_layout(trainer: BaseTrainer) -> str:
     """The process layout and the parameters of each rank; every rank calls it."""
     processes, parallel = trainer.processes, trainer.config.parallel
     own = torch.tensor([sum(p.numel() for p in trainer.model.parameters())], device=processes.device)
@@ -63,13 +65,13 @@ def describe_layout(trainer: Trainer) -> str:
     low, high = format_count(int(counts.min())), format_count(int(counts.max()))
     each = low if low == high else f"{low} to {high}"
     line = f"{processes.describe()}; {each} parameters per rank"
-    if trainer.sharding is None:
+    if not isinstance(trainer, Trainer) or trainer.sharding is None:
         return line
     states = sum(parameter.numel() for parameter in trainer.sharding.parameters.values())
     return f"{line}, optimizer states of {format_count(states)} (ZeRO-1 by {parallel.zero_partition})"
 
 
-def describe_precision(trainer: Trainer) -> list[str]:
+def describe_precision(trainer: BaseTrainer) -> list[str]:
     """Lines for the header: exactly what is FP8 and what is not."""
     config, built = trainer.config, trainer.built
     precision = config.precision
@@ -88,27 +90,36 @@ def describe_precision(trainer: Trainer) -> list[str]:
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
         lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
-    if trainer.store.released is not None:
+    if isinstance(trainer, Trainer) and trainer.store.released is not None:
         buckets, places = len(trainer.store.buckets), len(trainer.store.lasting)
         lines.append(f"gradients released during backward: {buckets} buckets in the memory of {places}")
     lines.append(f"attention: {built.attention}")
     if built.compiles:
         lines.append(f"compile: {_compiled(trainer.model)}")
+    if isinstance(trainer, Trainer):
+        lines += _execution(trainer)
+    stored = stored_bytes(trainer)
+    whose = "memory" if not _in_stages(trainer) else "memory of this rank's stages"
+    return [*lines, f"{whose}: {stored}", f"all in: {stored.all_in()}"]
+
+
+def _in_stages(trainer: BaseTrainer) -> bool:
+    return isinstance(trainer, Trainer) and trainer.pipeline is not None
+
+
+def _execution(trainer: Trainer) -> list[str]:
+    """How this package's own engine runs a step."""
+    lines = []
     if trainer.recorded is not None:
         lines.append(f"forward and backward: CUDA graphs, after {WARM_UP} steps without")
     if trainer.processes.device.type != "cpu":
         lines.append(trainer.optimizer.describe_pass())
-    stored = stored_bytes(trainer)
-    if trainer.pipeline is None:
-        lines.append(f"memory: {stored}")
-    else:
+    if trainer.pipeline is not None:
         lines.append(f"pipeline: {trainer.pipeline.placement.describe()}")
-        lines.append(f"memory of this rank's stages: {stored}")
-    lines.append(f"all in: {stored.all_in()}")
     return lines
 
 
-def precision_warnings(trainer: Trainer) -> list[str]:
+def precision_warnings(trainer: BaseTrainer) -> list[str]:
     """What a person should know before they spend the time: decay that rounding takes back."""
     optimizer, specs = trainer.optimizer, trainer.outline.specs.values()
     decays = [optimizer.peak_decay(spec) for spec in specs if in_plan(spec)]
@@ -143,14 +154,14 @@ def _weights(config: Config) -> str:
     )
 
 
-def _gradients(trainer: Trainer) -> str:
+def _gradients(trainer: BaseTrainer) -> str:
     gradient = trainer.config.precision.gradient
     if gradient.format == "high_precision":
         return "in high precision"
     fp8 = gradient.fp8
     if fp8.reduce == "exact":
         return f"{gradient.format} (one scale per tensor) of each micro-batch, added as integers"
-    if fp8.reduce in ("bf16", "fp32") and trainer.sharding is not None:
+    if fp8.reduce in ("bf16", "fp32") and isinstance(trainer, Trainer) and trainer.sharding is not None:
         return f"accumulated in {fp8.accumulate} and reduced in {fp8.reduce} to their owners, not cast"
     scales = "one scale per tensor" if fp8.reduce == "shared_scale" else f"blocks of up to {fp8.block}"
     return f"{gradient.format} ({scales}), accumulated in {fp8.accumulate}, reduced by {fp8.reduce}"

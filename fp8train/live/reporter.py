@@ -30,9 +30,9 @@ from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.metrics import metrics_record, strict
+from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.result import StepResult
 from fp8train.step.scale_events import SHOWN, event_metrics
-from fp8train.step.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 class Reporter:
     """Reports a run. Use as a context manager: it closes the trackers."""
 
-    def __init__(self, run_dir: RunDir, data: Data, trainer: Trainer, console: Console) -> None:
+    def __init__(self, run_dir: RunDir, data: Data, trainer: BaseTrainer, console: Console) -> None:
         """Report what ``trainer`` does with ``data``, in ``run_dir`` and on the console."""
         self.config, self.processes = config, processes = trainer.config, trainer.processes
         self.run_dir, self.data, self.trainer, self.console = run_dir, data, trainer, console

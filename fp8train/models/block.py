@@ -54,6 +54,10 @@ class Block(nn.Module):
 
     With norm placement ``branch_end`` the norm closes the branch instead: ``a·x + b·norm(attention(x))``.
     What a, b and the multipliers inside are is the parametrisation's choice.
+
+    Attributes:
+        one_by_one: its layers run as modules even where fused functions could take their place
+            (:mod:`fp8train.models.fused_block`): who gathers weights module by module must see them run.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Block(nn.Module):
         around = from_fp8_input if fp8_saved else inner
         model, attention = parametrization.model, parametrization.attention()
         alphas = {name: parametrization.linear(*fans) for name, fans in linear_dimensions(model).items()}
+        self.one_by_one = False
         self.attention_residual = parametrization.residual(2 * index)
         self.mlp_residual = parametrization.residual(2 * index + 1)
         self.pre_norm = model.norm_placement == "pre"

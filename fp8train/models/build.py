@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
+from fp8train.config.kernel_schema import GemmKernel
 from fp8train.config.linear_names import weights_in_fp8
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
@@ -18,6 +19,7 @@ from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.kernels.norm_backend import AUTO, NormBackend, choose_norm_backend
 from fp8train.kernels.runs_on import RunsOn, on_cuda
+from fp8train.kernels.te.quantize import TeCaster
 from fp8train.layers.fp8_head import Fp8Head
 from fp8train.layers.norm import LayerNorm, RMSNorm
 from fp8train.layers.wire import wire
@@ -81,6 +83,7 @@ def build_model(
     parallel: TensorParallel | None = None,
     context: ContextParallel | None = None,
     forward_only: bool = False,
+    partitioned: bool = False,
     runs_on: RunsOn = on_cuda,
 ) -> BuiltModel:
     """Construct the decoder, or a part of it. The FP8 plan is that of the whole model either way, and
@@ -95,6 +98,9 @@ def build_model(
         parallel: ranks among which matrices are cut.
         context: ranks with the other tokens of each sequence.
         forward_only: FP8 weights come from a checkpoint and nothing trains them.
+        partitioned: parameters have values only while the modules that own or borrow them run
+            (:meth:`~fp8train.models.decoder.Decoder.borrowed_weights`), as under ZeRO-3: nothing is kept that
+            is made of them, and nothing but their modules reads them.
         runs_on: where the kernels of other packages run.
 
     Raises:
@@ -107,10 +113,14 @@ def build_model(
     model = _decoder(config, vocab_size, device, part, parallel, context)
     gemm, report = config.precision.gemm, None
     if (quant := gemm.value()) is not None:
-        backend = choose_gemm_backend(device, model.dtype, quant)
-        report = plan_fp8(config, backend, forward_only=forward_only)
+        backend = choose_gemm_backend(device, model.dtype, quant, config.kernels.gemm)
+        caster = TeCaster() if config.kernels.quantize == "te" else None
+        report = plan_fp8(config, backend, caster=caster, forward_only=forward_only, partitioned=partitioned)
         if gemm.head == "fp8" and model.part.ends:
-            model.fp8_head = Fp8Head(choose_gemm_backend(device, model.dtype), wire("column", parallel))
+            wanted: GemmKernel = "te" if config.kernels.gemm == "te" else "auto"
+            head = choose_gemm_backend(device, model.dtype, wanted=wanted)
+            model.fp8_head = Fp8Head(head, wire("column", parallel))
+            model.fp8_head.keeps = not partitioned
     attention, norm = attention_backend(config, device, runs_on), norm_backend(config, device, runs_on)
     activate(attention)
     for module in model.modules():
@@ -118,6 +128,7 @@ def build_model(
             module.use(norm)
     for block in model.held_blocks():
         block.attention.use(attention)
+        block.one_by_one = partitioned
         if gemm.smooth_swiglu != "off" and report is not None and block.mlp.down.name in report.plans:
             block.mlp.use_smooth_swiglu(gemm.smooth_swiglu)
     return BuiltModel(model, report, attention, norm, compiles=config.train.compile == "block")

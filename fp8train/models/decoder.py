@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.optimizer_schema import DecayRule
 from fp8train.layers.attention import KVCache
-from fp8train.layers.embedding import Embedding, OutputHead
+from fp8train.layers.embedding import Embedding, OutputHead, Positions, TiedHead
 from fp8train.layers.factors import scale, scale_backward
 from fp8train.layers.fp8_head import Fp8Head
 from fp8train.layers.gradient_amax import GradientAmax
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
         if part.begins or (part.ends and config.tie_embeddings):
             self.embedding = Embedding(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
         if part.begins and config.positions == "learned":
-            self.positions = Embedding(config.max_seq_len, config.hidden_size, dtype=dtype, device=device)
+            self.positions = Positions(config.max_seq_len, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleDict(
             {
                 str(i): Block(
@@ -117,8 +118,11 @@ class Decoder(nn.Module):
         )
         if part.ends:
             self.final_norm = make_norm(parametrization, dtype, device)
-        if part.ends and not config.tie_embeddings:
-            self.head = OutputHead(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
+            self.head = (
+                TiedHead(self.embedding)
+                if config.tie_embeddings
+                else OutputHead(rows, config.hidden_size, dtype=dtype, device=device, parallel=split)
+            )
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.specs: dict[str, ParamSpec] = {
             fqn: replace(self._spec(fqn, parameter, decay_rule), in_fp8_plan=fqn in in_fp8_plan)
@@ -149,7 +153,14 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The weight that makes logits, [padded vocabulary, H]: the embedding's where they are tied."""
-        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        return self.head.weight
+
+    def borrowed_weights(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """(module, parameter) wherever a module's forward reads a parameter that another one owns. Who gathers
+        parameters module by module, as ZeRO-3 does, has to know
+        (``deepspeed.zero.register_external_parameter``); all others are read by the module that owns them."""
+        head = self.head if self.part.ends else None
+        return [(head, head.weight)] if isinstance(head, TiedHead) else []
 
     def prepare(self) -> None:
         """Make the operands of weights that changed since the last forward, outside any compiled region."""
@@ -191,7 +202,7 @@ class Decoder(nn.Module):
         if self.config.positions != "learned":
             return x
         start += 0 if self.parallel is None else self.parallel.rank * x.shape[1]
-        positions = self.positions.weight[start : start + x.shape[1]]
+        positions = self.positions(start, start + x.shape[1])
         positions = scale_backward(positions, factors.lookup_grad(self.config.max_seq_len))
         return scale(x + positions, factors.embedding_sum())
 
@@ -234,15 +245,16 @@ class Decoder(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats of final normalised states [B, S, H]; see :meth:`forward`."""
-        return linear_cross_entropy(
-            hidden,
-            self.head_weight,
-            targets,
+        multiply = partial(
+            linear_cross_entropy,
+            targets=targets,
             vocab_size=self.vocab_size,
             parallel=self.parallel,
             alphas=self.parametrization.head(),
             fp8=self.fp8_head,
         )
+        loss: Tensor = self.head(hidden, multiply)
+        return loss
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats. Shapes: int64 [B, S] each; target -100 is left out. Returns
@@ -253,8 +265,9 @@ class Decoder(nn.Module):
         """Compute logits of every position, [B, S, vocab_size] in the compute dtype, from int64 [B, S]."""
         assert self.parallel is None, "logits of a model that is cut over ranks"
         alpha = self.parametrization.head().output
-        hidden = self.hidden(tokens, caches)
-        return logits(hidden, self.head_weight, vocab_size=self.vocab_size, alpha=alpha, fp8=self.fp8_head)
+        multiply = partial(logits, vocab_size=self.vocab_size, alpha=alpha, fp8=self.fp8_head)
+        found: Tensor = self.head(self.hidden(tokens, caches), multiply)
+        return found
 
     def make_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Make one empty key/value cache per block, for generation."""

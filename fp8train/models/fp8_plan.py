@@ -16,6 +16,7 @@ from fp8train.config.linear_names import coverage, linears_in_fp8, reasons_to_sk
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm import GemmBackend
+from fp8train.layers.fp8_operand import Caster
 from fp8train.layers.linear_plan import Fp8Plan, Holding
 
 
@@ -51,27 +52,44 @@ class PlanReport:
         return coverage(self.reasons)
 
 
-def plan_fp8(config: Config, backend: GemmBackend, *, forward_only: bool = False) -> PlanReport:
+def plan_fp8(
+    config: Config,
+    backend: GemmBackend,
+    *,
+    caster: Caster | None = None,
+    forward_only: bool = False,
+    partitioned: bool = False,
+) -> PlanReport:
     """Decide how each linear that ``precision.gemm`` selects has its weight.
 
     Args:
         config: with ``precision.gemm.fp8: true``.
         backend: how FP8 GEMMs run here.
+        caster: who casts operands in place of our own functions.
         forward_only: the weights come from a checkpoint and nothing trains them.
+        partitioned: parameters have values only while their modules run, as under ZeRO-3.
     """
     precision, quant = config.precision, config.precision.gemm.value()
     assert quant is not None
     reasons = reasons_to_skip(config.model, precision.gemm)
     plans = {
-        path: Fp8Plan(quant, backend, _holding(path, precision, forward_only=forward_only))
+        path: Fp8Plan(
+            quant,
+            backend,
+            _holding(path, precision, forward_only=forward_only, partitioned=partitioned),
+            caster,
+        )
         for path in linears_in_fp8(config)
     }
     assert plans, "the configuration knows which linears are left (config/linear_names.py)"
     return PlanReport(plans, reasons, backend)
 
 
-def _holding(path: str, precision: PrecisionConfig, *, forward_only: bool) -> Holding:
+def _holding(path: str, precision: PrecisionConfig, *, forward_only: bool, partitioned: bool) -> Holding:
     """Smooth-SwiGLU's factors of channels are those of a micro-batch, so its weights are cast with them."""
+    if partitioned:
+        assert precision.weights != "fp8", "an FP8 weight that the optimizer writes is whole on every rank"
+        return "at_use"
     if precision.gemm.smooth_swiglu == "channel" and path.endswith(".mlp.down"):
         return "in_forward"
     if forward_only:

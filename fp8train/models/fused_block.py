@@ -78,7 +78,7 @@ class FusedBlock:
 def can_fuse(block: Block) -> bool:
     """Whether fused functions compute this block on its device, once its linears are connected: on every step
     whose casts are not sampled."""
-    on_gpu = fused_op.fuses(block.attention.qkv.weight)
+    on_gpu = not block.one_by_one and fused_op.fuses(block.attention.qkv.weight)
     return on_gpu and _is_plain(block) and all(linear.fuses for linear in block.linears)
 
 

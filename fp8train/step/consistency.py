@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.config.errors import UserError
-from fp8train.step.trainer import Trainer
+from fp8train.step.base_trainer import BaseTrainer
 
 _MULTIPLIER = 6364136223846793005  # Knuth's MMIX generator; odd, so no factor of 2^64 is lost
 _CHUNK = 1 << 20
@@ -40,12 +40,12 @@ def fingerprint(x: Tensor) -> Tensor:
     return total
 
 
-def replicated_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def replicated_tensors(trainer: BaseTrainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(what data- and context-parallel ranks share, what tensor-parallel ranks share too), by name."""
     model, linears = trainer.model, trainer.model.linears()
     shared: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
-    for fqn, parameter in model.named_parameters():
+    for fqn, parameter in trainer.replicated_parameters():
         linear = linears.get(fqn.removesuffix(".weight"))
         tensor = parameter if linear is None or not linear.fp8_weight_is_resident else linear.fp8_codes()
         shared[fqn] = tensor
@@ -60,7 +60,7 @@ def replicated_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, T
     return shared, whole
 
 
-def check_replicas(trainer: Trainer) -> None:
+def check_replicas(trainer: BaseTrainer) -> None:
     """Compare; every rank calls it, outside a step.
 
     Raises:

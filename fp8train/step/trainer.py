@@ -28,14 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline, check_release
 from fp8train.kernels.runs_on import RunsOn, on_cuda
-from fp8train.layers.loss import IGNORE
-from fp8train.models.build import BuiltModel, build_model, initialise, outline
+from fp8train.models.build import build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier
 from fp8train.optim.schedule import lr_factor
@@ -45,11 +43,10 @@ from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, StagePlacement
 from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.parallel.zero import Partition
 from fp8train.step.assemble import all_reduce_max, make_gradient_buckets, make_run_optimizer, tensor_parallel
-from fp8train.step.monitors import Monitors
+from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.non_finite import norm_and_whether_applied
 from fp8train.step.recorded import CudaGraphs, RecordedStep, Recorder
 from fp8train.step.result import StepResult
-from fp8train.step.scale_events import ScaleEvents
 from fp8train.step.sharding import Sharding, make_gather, make_partition
 from fp8train.step.targets import inputs_and_targets
 
@@ -64,21 +61,14 @@ def place_stages(config: Config, processes: Processes, vocab_size: int) -> Stage
     return StagePlacement(stages, config.parallel.pipeline.schedule, pp=pp.size, rank=pp.rank)
 
 
-class Trainer:
-    """Model, gradient store and optimizer of one process.
+class Trainer(BaseTrainer):
+    """Model, gradient store and optimizer of one process, all of it this package's.
 
     Attributes:
-        built: the model, or what this rank's pipeline stages hold of it, and its FP8 plan.
-        outline: the whole model, without storage where this rank holds a part.
         pipeline: None with one stage.
         gradients: how gradients are stored and reduced, and the scale state of that.
         store: gradients.
-        parts: recorder, scale state and FP8 weights of the linears.
         sharding: this rank's share of the optimizer; None without ZeRO.
-        optimizer: master weights and moments.
-        scales: state of delayed scales; None if there are none.
-        updates: optimizer steps applied (skipped ones do not count).
-        monitors: what is watched, and the guard.
         recorded: forward and backward as CUDA graphs; None runs them eagerly.
     """
 
@@ -94,9 +84,8 @@ class Trainer:
     ) -> None:
         """Build everything and fill in the values of step 0. ``recorder``: in place of CUDA's, where
         ``run.cuda_graphs`` asks for one; ``runs_on``: where the kernels of other packages run."""
-        self.config, self.processes, self.ignore_after = config, processes, ignore_after
         placement = place_stages(config, processes, vocab_size)
-        self.built: BuiltModel = build_model(
+        built = build_model(
             config,
             vocab_size=vocab_size,
             device=processes.device,
@@ -105,18 +94,10 @@ class Trainer:
             context=None if processes.cp.size == 1 else ContextParallel(processes.cp),
             runs_on=runs_on,
         )
-        self.model = self.built.model
         in_parts = placement is not None or processes.tp.size > 1
-        self.outline = outline(config, vocab_size) if in_parts else self.model
-        rule = self.model.parametrization
-        self._unscale = 1 / rule.gradient_scale if rule.true_gradients else 1.0
-        weights = [rule.norm_weight(spec) for spec in self.outline.specs.values()]
-        self._norm_weights: Tensor | None = None  # all 1: nothing to multiply
-        if any(weight != 1.0 for weight in weights):
-            self._norm_weights = torch.tensor(weights, dtype=torch.float64, device=processes.device)
-        self.updates = 0
+        whole = outline(config, vocab_size) if in_parts else built.model
+        super().__init__(config, processes, built, whole, ignore_after=ignore_after)
         contributions = accumulation_steps(config, processes.dp.size)
-        self.monitors = Monitors(config, processes, self.built)
         owners = make_partition(config, processes, self.built)
         self.gradients = make_gradient_buckets(
             config,
@@ -167,16 +148,6 @@ class Trainer:
         gather = make_gather(self.config, self.processes, self.built, owners, resident)
         connect_linears(self.built, self.parts, sink_slot=self.store.sink_slot, arrived=gather.wait)
         return Sharding(self.processes, self.built, owners, gather, resident)
-
-    def _watch_scales(self) -> ScaleEvents | None:
-        fp8, quant = self.built.fp8, self.config.precision.gemm.value()
-        if fp8 is None or quant is None:
-            return None
-        delayed = [use for use, spec in quant.casts().items() if spec.scale_source == "delayed"]
-        slots = [f"{path}/{use}" for path in fp8.converted for use in delayed]
-        if not slots:
-            return None
-        return ScaleEvents(slots, self.scales, self.processes.pp, self.processes.device)
 
     def _make_pipeline(self, placement: StagePlacement) -> tuple[GradientStore, Pipeline]:
         store = GradientStore(
@@ -316,12 +287,6 @@ class Trainer:
             self.pipeline.add_tied_gradients()
         return total
 
-    def _forget_casts(self) -> None:
-        for linear in self.model.linears().values():
-            linear.forget_casts()
-        if self.model.fp8_head is not None:
-            self.model.fp8_head.forget()
-
     def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for x, y in zip(inputs, targets, strict=True):
@@ -332,86 +297,32 @@ class Trainer:
 
     @torch.no_grad()
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Forward only, with the training numerics: int64 [A, B, S] each, on the device. Returns nats as an
-        FP64 scalar; zero on ranks without the last pipeline stage."""
+        """As every trainer's; the pipeline runs its own schedule."""
         if self.pipeline is not None:
             return self.pipeline.evaluate(inputs, targets)
-        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        for x, y in zip(inputs, targets, strict=True):
-            total += self.model(x, y)
-        return total
+        return super().summed_loss(inputs, targets)
 
-    def _part(self, tokens: Tensor) -> Tensor:
-        """This rank's tokens of each sequence, on its device."""
-        context = self.model.context
-        return (tokens if context is None else context.part(tokens)).to(
-            self.processes.device, non_blocking=True
-        )
-
-    def _global_token_count(self, targets: Tensor) -> Tensor | int:
-        """Target tokens of the whole global batch; known without communication unless some are left out, and
-        then an FP64 scalar, perhaps zero."""
-        if self.ignore_after is None and self.config.data.kind == "pretrain":
-            return targets.numel() * self.processes.replicas.size
-        count = (targets != IGNORE).sum().double()
-        self.processes.replicas.all_reduce(count, purpose="loss")()
-        return count
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of a checkpoint: master weights, moments and scale state. The model's own weights are
-        the masters' rounding."""
-        return self.optimizer.states.tensors() | self.scale_tensors()
+    @property
+    def keeps_residuals(self) -> bool:
+        """Whether gradients leave residuals of error feedback; never on a stage without a linear in FP8."""
+        return self.gradients.fp8 is not None and self.gradients.fp8.error_feedback
 
     def scale_tensors(self) -> dict[str, Tensor]:
-        """The scale state among :meth:`state_tensors`: that of gradients and that of delayed scales."""
-        scales = {} if self.scales is None else self.scales.state_tensors()
-        return {**self.gradients.scales.state_tensors(), **scales}
-
-    def checkpoint_tensors(self) -> dict[str, Tensor | LogicalTensor]:
-        """:meth:`state_tensors`, with the place of those that are parts of a logical tensor."""
-        parts = {
-            name: LogicalTensor(tensor, shape, offset)
-            for name, (tensor, shape, offset) in self.optimizer.states.logical_tensors().items()
-            if tuple(tensor.shape) != shape
-        }
-        return {**self.state_tensors(), **parts}
+        """The scale state of gradients, and that of delayed scales."""
+        return {**self.gradients.scales.state_tensors(), **super().scale_tensors()}
 
     def rank_tensors(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint that belong to this rank alone; usually none."""
+        """Residuals of error feedback, where gradients leave any."""
         return self.gradients.rank_tensors()
 
     def state_meta(self) -> dict[str, Any]:
         """Host state for a checkpoint, as JSON values."""
-        return {
-            "updates": self.updates,
-            **self.monitors.state(),
-            **self.optimizer.state_meta(),
-            **self.gradients.state_meta(),
-        }
+        return {**super().state_meta(), **self.gradients.state_meta()}
 
     def check_meta(self, meta: dict[str, Any], accepted: Callable[[str], bool] = lambda key: False) -> None:
-        """Check that training can go on from a checkpoint with this host state.
-
-        Args:
-            meta: the checkpoint's :meth:`state_meta`.
-            accepted: settings that the user changes knowingly.
-
-        Raises:
-            ValueError: another update rule, or other settings that ``exact`` depends on.
-        """
-        self.check_rule(meta)
+        """As every trainer's; ``exact`` depends on more settings."""
+        super().check_meta(meta, accepted)
         self.gradients.check_meta(meta, accepted)
-
-    def check_rule(self, meta: Mapping[str, Any]) -> None:
-        """Check that a checkpoint's optimizer states are of this run's update rule.
-
-        Raises:
-            ValueError: another update rule.
-        """
-        try:
-            self.optimizer.check_state_meta(meta)
-        except ValueError as error:
-            raise ValueError(f"optimizer.name: {error}") from None
 
     def restored(self, meta: Mapping[str, Any]) -> None:
         """Finish loading after :meth:`state_tensors` were filled in place. ``meta``: with ``updates``, which
@@ -423,14 +334,8 @@ class Trainer:
         self._publish()
 
     def precision_metrics(self) -> dict[str, float]:
-        """State of the reduction and of the guard for the log; waits for the device. Collective over the
-        pipeline's ranks."""
-        return self.gradients.scales.metrics(self.processes.pp) | self.monitors.guard_metrics()
-
-    def new_scale_events(self) -> dict[str, dict[str, int]] | None:
-        """Amaxes since the last call that gave no delayed scale, by slot; None without delayed scales. Waits
-        for the device; collective over the pipeline's ranks."""
-        return None if self._scale_events is None else self._scale_events.take()
+        """State of the reduction and of the guard for the log."""
+        return self.gradients.scales.metrics(self.processes.pp) | super().precision_metrics()
 
     def sent_bytes(self) -> dict[str, int]:
         """Bytes this rank has sent since the start, by collective and purpose, over all axes."""

@@ -31,7 +31,7 @@ def check_device(config: Config, device: torch.device) -> None:
     precision = config.precision
     try:
         if (quant := precision.gemm.value()) is not None:
-            choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant)
+            choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant, config.kernels.gemm)
         if precision.gradient.format != "high_precision":
             _check_gradients(config, device)
         attention_backend(config, device)

@@ -9,7 +9,7 @@ from fp8train.config.schema import Config
 from fp8train.data.loading import Data
 from fp8train.live.reporter import Reporter
 from fp8train.run_dir.directory import RunDir
-from fp8train.step.trainer import Trainer
+from fp8train.step.base_trainer import BaseTrainer
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ReadyRun:
     """Where it writes."""
     data: Data
     """What it reads."""
-    trainer: Trainer
+    trainer: BaseTrainer
     """What it trains."""
     reporter: Reporter
     """What it tells, and to whom."""

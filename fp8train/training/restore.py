@@ -19,7 +19,7 @@ from fp8train.checkpoint.load import OpenCheckpoint
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.config.schema import to_plain
 from fp8train.optim.checkpoint_states import Part, Recast, announce, plan_load, recast, state_names
-from fp8train.step.trainer import Trainer
+from fp8train.step.base_trainer import BaseTrainer
 
 ROLES = ("master", "exp_avg", "exp_avg_sq")
 _DELAYED = "scale_state/"
@@ -57,7 +57,7 @@ class _Finding:
 
 
 def restore(
-    trainer: Trainer,
+    trainer: BaseTrainer,
     opened: OpenCheckpoint,
     *,
     roles: tuple[str, ...],
@@ -65,7 +65,7 @@ def restore(
     reshard: Literal["refuse", "requantise"],
     rank_state: Mapping[str, Tensor] | None = None,
 ) -> Restored:
-    """Fill ``trainer`` in place; :meth:`Trainer.restored` must follow. Collective over all ranks.
+    """Fill ``trainer`` in place; :meth:`BaseTrainer.restored` must follow. Collective over all ranks.
 
     Args:
         trainer: of the run.
@@ -114,7 +114,7 @@ def _roots(meta: Mapping[str, Any]) -> dict[str, bool]:
     return {role: bool((states.get(role) or {}).get("sqrt", False)) for role in ROLES}
 
 
-def _same_scales(trainer: Trainer, opened: OpenCheckpoint) -> dict[str, Tensor]:
+def _same_scales(trainer: BaseTrainer, opened: OpenCheckpoint) -> dict[str, Tensor]:
     """Scale state that the checkpoint has and that means the same here."""
     stored = opened.tensors
     saved, now = _operands(opened.meta.get("config", {})), _operands(to_plain(trainer.config))

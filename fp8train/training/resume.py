@@ -19,7 +19,7 @@ from fp8train.config.changes import is_in, listed
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.parallel.gradients.gradient_buckets import RESIDUAL_PREFIX
-from fp8train.step.trainer import Trainer
+from fp8train.step.base_trainer import BaseTrainer
 from fp8train.training.preflight import settings_changes
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.restore import restore
@@ -73,7 +73,7 @@ def resume(run: ReadyRun, path: Path) -> int:
     return step
 
 
-def _check_trainer(trainer: Trainer, meta: dict[str, Any], path: Path) -> None:
+def _check_trainer(trainer: BaseTrainer, meta: dict[str, Any], path: Path) -> None:
     try:
         trainer.check_meta(meta, lambda key: is_in(key, trainer.config.checkpoint.accept_changes))
     except ValueError as error:
@@ -88,7 +88,7 @@ def _rank_state(opened: OpenCheckpoint, config: Config) -> dict[str, Tensor] | N
     return opened.rank_state() if same else None
 
 
-def _restore_own(own: Mapping[str, Tensor] | None, opened: OpenCheckpoint, trainer: Trainer) -> list[str]:
+def _restore_own(own: Mapping[str, Tensor] | None, opened: OpenCheckpoint, trainer: BaseTrainer) -> list[str]:
     """Put back what is this rank's alone; what starts anew or is lost instead, in words."""
     residuals = trainer.rank_tensors()
     saved = any(name.startswith(RESIDUAL_PREFIX) for name in opened.rank_state_names())
@@ -96,8 +96,7 @@ def _restore_own(own: Mapping[str, Tensor] | None, opened: OpenCheckpoint, train
         lost = ", residuals of error feedback" if saved or residuals else ""
         return [f"another layout: random states{lost} start anew (weights and data order do not need them)"]
     restore_rng(dict(own), trainer.processes.device)
-    fp8 = trainer.gradients.fp8
-    if fp8 is None or not fp8.error_feedback:  # not: none here, for a stage may have no linear in FP8
+    if not trainer.keeps_residuals:  # not: none here, for a stage may have no linear in FP8
         return ["residuals of error feedback are dropped: this run has none"] if saved else []
     fits = all(name in own and own[name].shape == tensor.shape for name, tensor in residuals.items())
     if not fits or len(residuals) != sum(name.startswith(RESIDUAL_PREFIX) for name in own):

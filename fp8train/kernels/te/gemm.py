@@ -100,17 +100,25 @@ def storage(codes: Tensor, scale_inv: Tensor, kind: Granularity) -> object:
     data = codes.view(torch.uint8)
     if kind == "tensor":
         return classes.Float8TensorStorage(data=data, fp8_scale_inv=scale_inv.reshape(1), fp8_dtype=dtype)
-    one_way = {"rowwise_data": data, "columnwise_data": None, "columnwise_scale_inv": None, "quantizer": None}
     if kind == "mx_1x32":
         rows, columns = codes.shape[0], codes.shape[1] // 32
-        scales = mx_scales(scale_inv).view(torch.uint8).view(rows + -rows % 128, columns + -columns % 4)
+        scales = mx_scales(scale_inv).view(torch.uint8)
         return classes.MXFP8TensorStorage(
-            **one_way, rowwise_scale_inv=scales, fp8_dtype=dtype, with_gemm_swizzled_scales=True
+            rowwise_data=data,
+            rowwise_scale_inv=scales.view(rows + -rows % 128, columns + -columns % 4),
+            columnwise_data=None,
+            columnwise_scale_inv=None,
+            fp8_dtype=dtype,
+            quantizer=None,
+            with_gemm_swizzled_scales=True,
         )
     return classes.Float8BlockwiseQTensorStorage(
-        **one_way,
+        rowwise_data=data,
         rowwise_scale_inv=block_scales(scale_inv, kind).t(),
+        columnwise_data=None,
+        columnwise_scale_inv=None,
         fp8_dtype=dtype,
+        quantizer=None,
         is_2D_scaled=kind == "block_128x128",
     )
 

@@ -1,0 +1,67 @@
+"""Training steps with ``kernels.gemm: te`` on the fake: what stands on top of products does not notice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8train.kernels.gemm import GemmBackend
+from fp8train.models import build
+from fp8train.step.trainer import Trainer
+from tests.fakes import te_gemm_fake
+from tests.fakes.transformer_engine_fake import install
+from tests.training.tiny import VOCAB, alone, batches, tiny_config
+
+STEPS = 3
+
+
+def trained(*overrides: str) -> tuple[list[float], Trainer]:
+    config = tiny_config(["precision.compute=fp32", "train.global_batch_size=2", *overrides])
+    trainer = Trainer(config, alone(), vocab_size=VOCAB)
+    data = batches(config, alone())
+    return [float(trainer.step(i, data.batch(i)).loss) for i in range(STEPS)], trainer
+
+
+SETTINGS = {
+    "O1": ["precision.level=O1"],
+    "O2": ["precision.level=O2"],
+    "O3": ["precision.level=O3"],
+    "delayed": ["precision.level=O2", "precision.recipe=te_delayed"],
+    "FP32 scales": ["precision.level=O1", "precision.recipe=te_current"],
+    "alphas": ["precision.level=O1", "precision.recipe=mus"],
+    "compiled": ["precision.level=O1", "train.compile=block", "model.num_layers=1"],
+    "head": ["precision.level=O1", "precision.gemm.head=fp8"],
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_equals_the_decode_backend(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, reference = trained(*settings)
+    recorder = install(monkeypatch, te_gemm_fake.fake)
+    monkeypatch.setattr(build, "choose_gemm_backend", lambda *args, **kw: GemmBackend("te", "fake"))
+    got, trainer = trained(*settings)
+    assert got == pytest.approx(expected, rel=2e-3)
+    assert got[-1] < got[0]
+    assert trainer.built.fp8 is not None
+    per_batch = 3 * len(trainer.built.fp8.converted)  # output, grad_input, grad_weight
+    if "precision.gemm.head=fp8" not in settings:
+        assert len(recorder.calls) == per_batch * 2 * STEPS
+    for (name, one), other in zip(
+        trainer.model.named_parameters(), reference.model.parameters(), strict=True
+    ):
+        if torch.isfinite(one).all():  # not of a weight that exists in FP8 alone
+            difference = (one - other).abs().max()
+            assert difference <= 0.02 * other.abs().max() + 2e-3, name
+
+
+def test_a_wrong_scale_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison's bound is below what one operand's inverted scale does."""
+    expected, _ = trained("precision.level=O1")
+    install(monkeypatch, te_gemm_fake.fake)
+    monkeypatch.setattr(build, "choose_gemm_backend", lambda *args, **kw: GemmBackend("te", "fake"))
+    real = te_gemm_fake.Float8TensorStorage.rowwise
+    monkeypatch.setattr(
+        te_gemm_fake.Float8TensorStorage, "rowwise", lambda self: (real(self)[0], 1 / real(self)[1])
+    )
+    got, _ = trained("precision.level=O1")
+    assert got != pytest.approx(expected, rel=2e-3)
