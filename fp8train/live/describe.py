@@ -94,6 +94,10 @@ def describe_precision(trainer: BaseTrainer) -> list[str]:
         buckets, places = len(trainer.store.buckets), len(trainer.store.lasting)
         lines.append(f"gradients released during backward: {buckets} buckets in the memory of {places}")
     lines.append(f"attention: {built.attention}")
+    if built.norm.name != "auto":
+        lines.append(f"norms: {built.norm}")
+    if config.kernels.multi_tensor != "auto":
+        lines.append(f"norms of gradients: {config.kernels.multi_tensor}, in FP32; of FP8 gradients our own")
     if built.compiles:
         lines.append(f"compile: {_compiled(trainer.model)}")
     if isinstance(trainer, Trainer):

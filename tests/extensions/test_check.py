@@ -78,7 +78,7 @@ def test_sources_without_their_library_are_no_transformer_engine() -> None:
 
 @pytest.mark.parametrize(
     ("version", "good"),
-    [("2.9.0", True), ("2.20.2+cu13", True), ("1.13.0", False), ("2.8", False), ("3.0", False)],
+    [("2.12.0", True), ("2.20.2+cu13", True), ("1.13.0", False), ("2.11", False), ("3.0", False)],
 )
 def test_versions(versions: dict[str, str], version: str, good: bool) -> None:
     versions["transformer_engine"] = version
@@ -86,7 +86,7 @@ def test_versions(versions: dict[str, str], version: str, good: bool) -> None:
     assert found.version == version
     assert (found.lacking is None) == good
     if not good:
-        assert found.lacking == f"{version} is not supported; supported are 2.9 and newer, below 3"
+        assert found.lacking == f"{version} is not supported; supported are 2.12 and newer, below 3"
 
 
 def test_what_has_no_gpu() -> None:
