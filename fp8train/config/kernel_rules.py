@@ -1,7 +1,6 @@
-"""What attention, norms, AdamW and gradient norms of other packages allow beside them, as far as the file alone
-shows. Casts and products are in :mod:`fp8train.config.te_rules`; devices and versions are checked elsewhere
-(:mod:`fp8train.extensions.check`), and so are the shapes of attention.
-"""
+"""What attention, norms, AdamW and gradient norms of other packages allow beside them, as far as the file
+alone shows. Casts and products are in :mod:`fp8train.config.te_rules`; devices and versions are checked
+elsewhere (:mod:`fp8train.extensions.check`), and so are the shapes of attention."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ torch's own choice.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,10 +33,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fp8train.kernels.matmul import widens
-from fp8train.kernels.runs_on import RunsOn, on_cuda
+from fp8train.kernels.package_kernels import CausalAttention, RunsOn, on_cuda
 
-CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of whole sequences: queries [B, heads, S, D], keys and values [B, groups, S, D] -> [B, heads, S, D]."""
 Kernel = Literal["flash3", "cudnn", "flash2", "math"]
 """Fastest first."""
 

@@ -15,18 +15,11 @@ functions cast to FP8, and add the residual stream, within the pass of a norm.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fp8train.kernels.runs_on import RunsOn, on_cuda
-
-NormFunction = Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
-"""``(x [T, H] contiguous, weight [H] or None for 1, bias [H] or None for 0, eps) -> y [T, H]`` in x's dtype,
-which is the weight's too; differentiable in all three tensors. An RMSNorm has no bias."""
+from fp8train.kernels.package_kernels import NormFunction, RunsOn, on_cuda
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -85,6 +78,9 @@ def choose_norm_backend(
         )
     if device.type == "meta":
         return NormBackend(wanted, "meta device: shapes only")
-    package = importlib.import_module(f"fp8train.kernels.{wanted}.norm")
-    rms, layer = package.norms()
+    if wanted == "te":
+        from fp8train.kernels.te.norm import norms
+    else:
+        from fp8train.kernels.apex.norm import norms
+    rms, layer = norms()
     return NormBackend(wanted, "as the configuration says; no block runs as fused functions", rms, layer)

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
-from fp8train.kernels.attention import AttentionBackend, CausalAttention, scaled_dot_product_attention
+from fp8train.kernels.attention import AttentionBackend, scaled_dot_product_attention
+from fp8train.kernels.package_kernels import CausalAttention
 from fp8train.layers.factors import Factors, scale_backward, scale_forward
 from fp8train.layers.linear import Alphas, Linear
 from fp8train.layers.qkv import split_heads

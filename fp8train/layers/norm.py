@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8train.kernels import fused_op
-from fp8train.kernels.norm_backend import AUTO, NormBackend, NormFunction
+from fp8train.kernels.norm_backend import AUTO, NormBackend
 from fp8train.kernels.norms import Kind, norm_backward, residual_norm
+from fp8train.kernels.package_kernels import NormFunction
 from fp8train.layers.factors import scale_backward
 from fp8train.layers.row_chunks import row_chunks
 

@@ -18,7 +18,7 @@ from fp8train.kernels.attention import AttentionBackend, AttentionCall, activate
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.kernels.norm_backend import AUTO, NormBackend, choose_norm_backend
-from fp8train.kernels.runs_on import RunsOn, on_cuda
+from fp8train.kernels.package_kernels import RunsOn, on_cuda
 from fp8train.kernels.te.quantize import TeCaster
 from fp8train.layers.fp8_head import Fp8Head
 from fp8train.layers.norm import LayerNorm, RMSNorm

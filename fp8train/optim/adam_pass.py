@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fp8train.kernels.multi_tensor import AdamNumbers, MultiTensor
+from fp8train.kernels.package_kernels import AdamNumbers, MultiTensor
 from fp8train.optim.gradient import GradientReader
 from fp8train.optim.parameter_state import ParameterState
 from fp8train.optim.state_storage import Stored

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp8train.kernels.multi_tensor import MultiTensor
+from fp8train.kernels.package_kernels import MultiTensor
 from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.stochastic import stream_key

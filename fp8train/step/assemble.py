@@ -16,7 +16,7 @@ from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.kernels.multi_tensor import choose_multi_tensor
-from fp8train.kernels.runs_on import RunsOn, on_cuda
+from fp8train.kernels.package_kernels import RunsOn, on_cuda
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import BuiltModel
 from fp8train.models.decoder import Decoder

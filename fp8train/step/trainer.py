@@ -32,7 +32,7 @@ from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline, check_release
-from fp8train.kernels.runs_on import RunsOn, on_cuda
+from fp8train.kernels.package_kernels import RunsOn, on_cuda
 from fp8train.models.build import build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier

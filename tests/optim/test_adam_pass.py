@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8train.kernels.multi_tensor import AdamNumbers, MultiTensor, choose_multi_tensor
+from fp8train.kernels.multi_tensor import choose_multi_tensor
 from fp8train.kernels.optimizer_update import optimizer_update
+from fp8train.kernels.package_kernels import AdamNumbers, MultiTensor
 from fp8train.optim.gradient import TensorGradient
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.bucket import Bucket

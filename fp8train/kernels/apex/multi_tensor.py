@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.apex import apex
-from fp8train.kernels.multi_tensor import AdamNumbers
+from fp8train.kernels.package_kernels import AdamNumbers
 
 _CHUNK = 2048 * 32
 """Elements of a thread block's work, as ``apex.multi_tensor_apply`` has it."""
@@ -43,7 +43,7 @@ _PER_TENSOR = True
 
 
 class ApexMultiTensor:
-    """apex's kernels on one device (a :class:`~fp8train.kernels.multi_tensor.MultiTensor`)."""
+    """apex's kernels on one device (a :class:`~fp8train.kernels.package_kernels.MultiTensor`)."""
 
     name = "apex's FusedAdam"
     most_elements = 2**31 - 1  # the kernels count in 32 bits

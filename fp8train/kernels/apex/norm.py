@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fp8train.kernels.apex import apex
-from fp8train.kernels.norm_backend import NormFunction
+from fp8train.kernels.package_kernels import NormFunction
 
 _MEMORY_EFFICIENT = False
 _MOST_ELEMENTS = 2**31

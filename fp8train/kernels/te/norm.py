@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fp8train.kernels.norm_backend import NormFunction
+from fp8train.kernels.package_kernels import NormFunction
 from fp8train.kernels.te import te
 
 _SM_MARGIN = 0

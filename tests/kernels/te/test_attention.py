@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp8train.kernels.attention import AttentionCall, CausalAttention, choose_attention_backend
+from fp8train.kernels.attention import AttentionCall, choose_attention_backend
+from fp8train.kernels.package_kernels import CausalAttention
 from fp8train.layers.attention import Attention, KVCache
 from tests.fakes import te_layers_fake
 from tests.fakes.transformer_engine_fake import install
