@@ -10,7 +10,10 @@ from typing import Any
 from fp8train.config.all_sections import AllSections
 from fp8train.config.layout import LayoutProblem
 from fp8train.precision.linear_gemms import LinearQuant
-from fp8train.precision.transformer_engine import mismatch, native_recipe
+from fp8train.precision.transformer_engine import NativeRecipe, mismatch, native_recipe
+
+_FAST = ("DelayedScaling", "Float8CurrentScaling")
+"""Its recipes whose output GEMMs accumulate fast."""
 
 Refusal = tuple[bool, str, Any, str, str]
 """Whether it holds, the key, its value, what to write there, and why."""
@@ -35,6 +38,7 @@ def te_problems(config: AllSections) -> Iterator[LayoutProblem]:
         recipe = native_recipe(quant)
         yield from _recipe("kernels.gemm: te_native", recipe if isinstance(recipe, str) else None)
         if not isinstance(recipe, str):
+            yield from _refused("kernels.gemm: te_native", _accumulation(config, recipe))
             yield from _sizes(config, recipe.multiple)
 
 
@@ -85,8 +89,6 @@ def _against_native(config: AllSections) -> Iterator[Refusal]:
     yield weights != "compute", "precision.weights", weights, "compute", rest
     yield gemm.head != "compute", "precision.gemm.head", gemm.head, "compute", own
     yield gemm.smooth_swiglu != "off", "precision.gemm.smooth_swiglu", gemm.smooth_swiglu, "off", own
-    fast = gemm.fast_accumulation
-    yield fast, "precision.gemm.fast_accumulation", fast, "false", "is what its recipes decide themselves"
     quantize, guard = config.kernels.quantize, precision.guard.action
     yield quantize != "auto", "kernels.quantize", quantize, "auto", "makes operands of ours"
     watched = "watches casts, and its linears tell nothing of theirs"
@@ -99,6 +101,12 @@ def _against_native(config: AllSections) -> Iterator[Refusal]:
     yield run.cuda_graphs, "run.cuda_graphs", run.cuda_graphs, "false", "was never recorded with them"
     engine = config.engine
     yield engine != "native", "engine", engine, "native", "finds no gradients of its linears"
+
+
+def _accumulation(config: AllSections, recipe: NativeRecipe) -> Iterator[Refusal]:
+    fast, always = config.precision.gemm.fast_accumulation, recipe.name in _FAST
+    reason = f"is not what its {recipe.name} does in forward"
+    yield always and not fast, "precision.gemm.fast_accumulation", fast, "true", reason
 
 
 def _sizes(config: AllSections, multiple: int) -> Iterator[LayoutProblem]:

@@ -55,6 +55,7 @@ from fp8train.kernels.te import gemm as te_gemm
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.scale_blocks import Granularity
+from fp8train.precision.transformer_engine import NativeRecipe, native_recipe
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def choose_gemm_backend(
     if wanted != "auto":
         _check_te(device, compute_dtype, wanted, nvfp4=nvfp4)
     if wanted == "te_native":
-        return GemmBackend("te_native", f"Transformer Engine's own linears, {_device(device)}")
+        return _native_backend(device, LinearQuant() if quant is None else quant)
     if nvfp4:
         return GemmBackend(
             "simulation",
@@ -144,6 +145,20 @@ def _check_te(device: torch.device, dtype: torch.dtype, wanted: GemmKernel, *, n
     else:
         return
     raise ValueError(f"kernels.gemm: {wanted} {problem}; set kernels.gemm=auto")
+
+
+def _native_backend(device: torch.device, quant: LinearQuant) -> GemmBackend:
+    """Transformer Engine's own linears.
+
+    Raises:
+        ValueError: it has no recipe for this, or the device is too old for it.
+    """
+    recipe, capability = native_recipe(quant), torch.cuda.get_device_capability(device)
+    problem = recipe if isinstance(recipe, str) else recipe.unfit(capability)
+    if problem is not None:
+        raise ValueError(f"kernels.gemm: te_native: {problem}; set kernels.gemm=auto")
+    assert isinstance(recipe, NativeRecipe)
+    return GemmBackend("te_native", f"Transformer Engine's own linears, {recipe.name}, {_device(device)}")
 
 
 def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype) -> GemmBackend:

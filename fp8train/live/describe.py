@@ -93,7 +93,8 @@ def describe_precision(trainer: BaseTrainer) -> list[str]:
         lines.append("FP8: off")
     else:
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
-        lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
+        casts = "" if config.kernels.quantize == "auto" else ", cast by Transformer Engine's quantisers"
+        lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{casts}{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
     if isinstance(trainer, Trainer) and trainer.store.released is not None:
         buckets, places = len(trainer.store.buckets), len(trainer.store.lasting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import choose_gemm_backend
 from fp8train.kernels.norm_backend import AUTO, NormBackend, choose_norm_backend
 from fp8train.kernels.package_kernels import RunsOn, on_cuda
+from fp8train.kernels.te.native import autocast, make_recipe
 from fp8train.kernels.te.quantize import TeCaster
 from fp8train.layers.fp8_head import Fp8Head
 from fp8train.layers.norm import LayerNorm, RMSNorm
@@ -30,6 +32,7 @@ from fp8train.models.param_spec import initial_values
 from fp8train.models.parametrization import Batch, Parametrization
 from fp8train.models.part import ModelPart
 from fp8train.models.unit_scaling import UnitMaximalUpdate, UnitScaling
+from fp8train.precision.transformer_engine import native_recipe
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -116,6 +119,10 @@ def build_model(
         backend = choose_gemm_backend(device, model.dtype, quant, config.kernels.gemm)
         caster = TeCaster() if config.kernels.quantize == "te" else None
         report = plan_fp8(config, backend, caster=caster, forward_only=forward_only, partitioned=partitioned)
+        if report.native:
+            recipe = native_recipe(quant)
+            assert not isinstance(recipe, str), "the configuration refuses what has no recipe"
+            model.gemm_context = partial(autocast, make_recipe(recipe))
         if gemm.head == "fp8" and model.part.ends:
             wanted: GemmKernel = "te" if config.kernels.gemm == "te" else "auto"
             head = choose_gemm_backend(device, model.dtype, wanted=wanted)

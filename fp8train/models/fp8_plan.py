@@ -28,15 +28,17 @@ class PlanReport:
         plans: how each linear in FP8 runs, by module path.
         reasons: why a linear is in high precision, None of those in FP8; by module path, the head included.
         backend: how FP8 GEMMs run here.
+        native: module paths of the linears that are Transformer Engine's own; they have no plan of ours.
     """
 
     plans: Mapping[str, Fp8Plan]
     reasons: Mapping[str, str | None]
     backend: GemmBackend
+    native: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[str, ...]:
-        """Module paths of the linears that run in FP8, in order."""
+        """Module paths of the linears that run in FP8 by a plan, in order."""
         return tuple(self.plans)
 
     @property
@@ -72,6 +74,8 @@ def plan_fp8(
     precision, quant = config.precision, config.precision.gemm.value()
     assert quant is not None
     reasons = reasons_to_skip(config.model, precision.gemm)
+    if backend.name == "te_native":
+        return PlanReport({}, reasons, backend, tuple(linears_in_fp8(config)))
     plans = {
         path: Fp8Plan(
             quant,

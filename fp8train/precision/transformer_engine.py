@@ -39,12 +39,30 @@ class NativeRecipe:
         options: of its constructor, with ``fp8_format`` by name.
         power_of_two: what its ``QParams`` say of scales; None where there is nothing to say.
         multiple: what sizes of matrices have to be multiples of.
+        least: compute capability that it needs.
+        below: the first that it does not run on; None: none known.
     """
 
     name: str
     options: Mapping[str, int | str] = field(default_factory=dict)
     power_of_two: bool | None = None
     multiple: int = 16
+    least: tuple[int, int] = (8, 9)
+    below: tuple[int, int] | None = None
+
+    def unfit(self, capability: tuple[int, int]) -> str | None:
+        """Why a GPU of this compute capability does not run it; None if it does."""
+        if self.least <= capability and (self.below is None or capability < self.below):
+            return None
+        newer = "" if self.below is None else f" and below {_text(self.below)}"
+        return (
+            f"{self.name} needs compute capability {_text(self.least)} or newer{newer}, and this GPU has "
+            f"{_text(capability)}"
+        )
+
+
+def _text(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def native_recipe(quant: LinearQuant) -> NativeRecipe | str:
@@ -61,7 +79,7 @@ def native_recipe(quant: LinearQuant) -> NativeRecipe | str:
         plain = not x.hadamard and x.granularity == "nv_1x16" and w.granularity == "nv_16x16"
         both = quant.grad_weight_x.hadamard and quant.grad_weight_grad_output.hadamard
         if plain and both and grad.rounding == "stochastic":
-            return NativeRecipe("NVFP4BlockScaling")
+            return NativeRecipe("NVFP4BlockScaling", least=(10, 0))
         return "its NVFP4 has 1x16 and 16x16, a Hadamard transform, and stochastic gradients"
     if any(one != other for one, other in pairs):
         return "operands of backward GEMMs are cast in another way than those of forward, and its are not"
@@ -76,11 +94,18 @@ def native_recipe(quant: LinearQuant) -> NativeRecipe | str:
     if x.scale_source != "current" or x.margin:
         return f"it has no scales like {x}"
     if kinds == ("tensor", "tensor", "tensor"):
-        return NativeRecipe("Float8CurrentScaling", options, x.power_of_two)
+        return NativeRecipe(
+            "Float8CurrentScaling", options | {"use_power_2_scales": x.power_of_two}, x.power_of_two
+        )
     if kinds == ("block_1x128", "block_128x128", "block_1x128"):
-        return NativeRecipe("Float8BlockScaling", options, x.power_of_two)
+        return NativeRecipe(
+            "Float8BlockScaling",
+            options | {"use_f32_scales": not x.power_of_two},
+            x.power_of_two,
+            least=(9, 0),
+        )
     if kinds == ("mx_1x32", "mx_1x32", "mx_1x32"):
-        return NativeRecipe("MXFP8BlockScaling", options, multiple=32)
+        return NativeRecipe("MXFP8BlockScaling", options, multiple=32, least=(10, 0), below=(12, 0))
     return f"it has no scales of {', '.join(dict.fromkeys(kinds))} together"
 
 

@@ -10,7 +10,7 @@ That module has no parameters: it chooses, call by call, between cuDNN's fused a
 * **Scale** of the logits is ours, given when the module is made.
 * **GQA** by ``num_gqa_groups``; keys and values are not repeated.
 * **Determinism.** TE reads ``torch.are_deterministic_algorithms_enabled()`` when the module is made.
-* **FP8** attention is off: it exists under TE's own autocast only.
+* **FP8** attention is off: it needs TE's own autocast and a recipe with ``fp8_dpa``, which ours never have.
 
 BF16 alone: TE computes FP32 only with scores in memory. Heads of up to 256 elements, a multiple of 8.
 """
