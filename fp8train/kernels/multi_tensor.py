@@ -32,7 +32,7 @@ def choose_multi_tensor(
     if wanted == "auto":
         return None
     if (refusal := runs_on(device)) is not None:
-        raise ValueError(f"kernels.{key}: {wanted} {refusal}; write kernels.{key}: auto")
+        raise ValueError(f"`{key}`: {wanted} {refusal}; write `{key}`=auto")
     if device.type == "meta":
         return None
     from fp8train.kernels.apex.multi_tensor import ApexMultiTensor

@@ -27,7 +27,7 @@ _MOST_ELEMENTS = 2**31
 
 
 def norms() -> tuple[NormFunction, NormFunction]:
-    """(RMSNorm, LayerNorm).
+    """Import the package, and return (RMSNorm, LayerNorm).
 
     Raises:
         RuntimeError: apex is not here, does not load, or is too old.

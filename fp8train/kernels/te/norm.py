@@ -33,7 +33,7 @@ class _Functions(NamedTuple):
 
 
 def norms() -> tuple[NormFunction, NormFunction]:
-    """(RMSNorm, LayerNorm).
+    """Import the package, and return (RMSNorm, LayerNorm).
 
     Raises:
         RuntimeError: Transformer Engine cannot be imported.
