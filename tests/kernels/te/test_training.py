@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8train.kernels.gemm import GemmBackend
+from fp8train.kernels.gemm_choice import GemmBackend
 from fp8train.models import build
 from fp8train.step.trainer import Trainer
 from tests.fakes import te_gemm_fake, te_quantizer_fake
