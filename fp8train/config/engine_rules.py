@@ -61,6 +61,8 @@ def _refusals(config: AllSections) -> Iterator[_Refusal]:
 
 def _layout(config: AllSections) -> Iterator[_Refusal]:
     parallel = config.parallel
+    reason = "leaves DeepSpeed nothing to do that this package does not"
+    yield _Refusal(parallel.zero == "none", "parallel.zero", "none", "1, 2 or 3", reason)
     for axis in ("tp", "cp", "pp"):
         size = getattr(parallel, axis)
         reason = "cuts the model, and only data-parallel ranks are wired to it"
@@ -117,14 +119,14 @@ def _formats(config: AllSections) -> Iterator[_Refusal]:
     if gradient.format == "high_precision":
         return
     yield _Refusal(
-        zero not in (1, 2),
+        zero == 3,
         "precision.gradient.format",
         gradient.format,
         "high_precision",
-        f"travels in FP8, but DeepSpeed reduces gradients itself with parallel.zero: {zero}",
+        "travels in FP8, but DeepSpeed's ZeRO-3 reduces gradients itself",
     )
     yield _Refusal(
-        zero in (1, 2) and gradient.fp8.reduce != "exchange",
+        zero != 3 and gradient.fp8.reduce != "exchange",
         "precision.gradient.fp8.reduce",
         gradient.fp8.reduce,
         "exchange",
@@ -154,7 +156,7 @@ def _formats(config: AllSections) -> Iterator[_Refusal]:
 
 
 def _execution(config: AllSections) -> Iterator[_Refusal]:
-    train, run, optimizer, zero = config.train, config.run, config.optimizer, config.parallel.zero
+    train, run, optimizer = config.train, config.run, config.optimizer
     ours = "is our optimizer's, and DeepSpeed has its own"
     yield _Refusal(train.gradient_release, "train.gradient_release", True, "false", ours)
     yield _Refusal(run.cuda_graphs, "run.cuda_graphs", True, "false", "cannot record DeepSpeed's hooks")
@@ -195,11 +197,4 @@ def _execution(config: AllSections) -> Iterator[_Refusal]:
     )
     yield _Refusal(
         kind != "standard", "parametrization.kind", kind, "standard", "scales gradients, " + reason
-    )
-    yield _Refusal(
-        zero == "none",
-        "optimizer.offload",
-        optimizer.offload,
-        "none",
-        "needs ZeRO: write parallel.zero 1 to 3",
     )

@@ -104,7 +104,7 @@ DEEPSPEED = Extension(
     name="DeepSpeed",
     modules=("deepspeed",),
     distribution="deepspeed",
-    least="0.18",
+    least="0.19",
     below="0.20",
     install="launch/setup.sh deepspeed, or pip install wheel setuptools ninja and then "
     "pip install --no-build-isolation 'fp8train[deepspeed]'",

@@ -8,7 +8,9 @@ import torch
 
 from fp8train.config.precision_schema import StateFormatConfig
 from fp8train.config.schema import Config
+from fp8train.deepspeed_engine.trainer import DeepSpeedTrainer
 from fp8train.layers.linear import Linear
+from fp8train.live import describe_deepspeed
 from fp8train.live.console import format_count
 from fp8train.live.stored_bytes import Footprint, StoredBytes
 from fp8train.models.decoder import Decoder
@@ -22,6 +24,8 @@ from fp8train.update_rules.registry import rule_named
 
 def stored_bytes(trainer: BaseTrainer) -> StoredBytes:
     """Count the bytes that ``trainer`` has allocated."""
+    if isinstance(trainer, DeepSpeedTrainer):
+        return describe_deepspeed.stored_bytes(trainer)
     assert isinstance(trainer, Trainer)
     linears = {f"{path}.weight": linear for path, linear in trainer.model.linears().items()}
     planned = {fqn for fqn, linear in linears.items() if trainer.outline.specs[fqn].in_fp8_plan}
@@ -59,7 +63,8 @@ def _footprint(trainer: Trainer, linears: Mapping[str, Linear], fqns: Collection
 def describe_layout(trainer: BaseTrainer) -> str:
     """The process layout and the parameters of each rank; every rank calls it."""
     processes, parallel = trainer.processes, trainer.config.parallel
-    own = torch.tensor([sum(p.numel() for p in trainer.model.parameters())], device=processes.device)
+    held = trainer.model if isinstance(trainer, Trainer) else trainer.outline
+    own = torch.tensor([sum(p.numel() for p in held.parameters())], device=processes.device)
     counts = own.new_empty(processes.everyone.size, 1)
     processes.everyone.all_gather(counts, own, purpose="setup")()
     low, high = format_count(int(counts.min())), format_count(int(counts.max()))
@@ -99,6 +104,8 @@ def describe_precision(trainer: BaseTrainer) -> list[str]:
         lines.append(f"compile: {_compiled(trainer.model)}")
     if isinstance(trainer, Trainer):
         lines += _execution(trainer)
+    if isinstance(trainer, DeepSpeedTrainer):
+        lines += describe_deepspeed.describe_engine(trainer)
     stored = stored_bytes(trainer)
     whose = "memory" if not _in_stages(trainer) else "memory of this rank's stages"
     return [*lines, f"{whose}: {stored}", f"all in: {stored.all_in()}"]

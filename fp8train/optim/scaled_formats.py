@@ -187,10 +187,15 @@ class ExpandedStorage(_BlockedStorage):
         """Decode elements ``start .. stop``: take the root of each code's magnitude and multiply by its
         block's amax. FP32 [stop - start], a new tensor."""
         span = self._span(start, stop)
-        codes = self._blocks(_decode(self._flat[start:stop])).mul_(1.0 / self.format.max)
-        root = (_POWER_UNIT / self._flat_power[span].float()).unsqueeze(-1)
-        magnitude = codes.abs().log2_().mul_(root).exp2_().mul_(self._flat_amax[span].unsqueeze(-1))
-        return self._flatten(torch.copysign(magnitude, codes, out=magnitude), stop - start)
+        codes = self._blocks(_decode(self._flat[start:stop]))
+        return self._flatten(self._values(codes, self._flat_amax[span], self._flat_power[span]), stop - start)
+
+    def _values(self, codes: Tensor, amax: Tensor, power: Tensor) -> Tensor:
+        """Decode blocks of codes, FP32, which are overwritten."""
+        codes = codes.mul_(1.0 / self.format.max)
+        root = (_POWER_UNIT / power.float()).unsqueeze(-1)
+        magnitude = codes.abs().log2_().mul_(root).exp2_().mul_(amax.unsqueeze(-1))
+        return torch.copysign(magnitude, codes, out=magnitude)
 
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
         """Stretch each block's magnitudes over the range of the format and cast them: to nearest, or
@@ -198,18 +203,53 @@ class ExpandedStorage(_BlockedStorage):
         blocks = self._blocks(values.float())
         magnitude = blocks.abs()
         amax, power = self._describe(magnitude)
+        bits = None if key is None else self._bits(key, start, stop)
+        payload = self._encode(blocks, amax, power, bits, magnitude)
+        self._write(start, stop, self._flatten(payload, stop - start))
+        span = self._span(start, stop)
+        self._flat_amax[span], self._flat_power[span] = amax, power
+
+    def _encode(
+        self,
+        blocks: Tensor,
+        amax: Tensor,
+        power: Tensor,
+        bits: Tensor | None = None,
+        magnitude: Tensor | None = None,
+    ) -> Tensor:
+        """Codes of blocks; ``magnitude``: theirs, to be overwritten."""
+        magnitude = blocks.abs() if magnitude is None else magnitude
         exponent = (power.float() / _POWER_UNIT).unsqueeze(-1)
         # log2(0) is -inf and exp2 takes it back to 0
         magnitude.div_(amax.unsqueeze(-1)).log2_().mul_(exponent).exp2_().mul_(self.format.max)
         torch.copysign(magnitude, blocks, out=magnitude)
         one = torch.ones((), device=magnitude.device)
-        if key is None:
-            payload = cast(magnitude, self.format, one)
-        else:
-            payload = cast_stochastic(magnitude, self.format, one, self._bits(key, start, stop))
-        self._write(start, stop, self._flatten(payload, stop - start))
+        if bits is None:
+            return cast(magnitude, self.format, one)
+        return cast_stochastic(magnitude, self.format, one, bits)
+
+    def _meets(self, blocks: Tensor, amax: Tensor, power: Tensor) -> Tensor:
+        """Which blocks come back as they are from codes with this exponent."""
+        return (self._values(_decode(self._encode(blocks, amax, power)), amax, power) == blocks).all(dim=-1)
+
+    def restore(self, start: int, stop: int, values: Tensor) -> None:
+        """:meth:`store` decoded values. The smallest one of a block tells its exponent but roughly, so blocks
+        whose values are not met try the exponents around it."""
+        blocks = self._blocks(values.float())
         span = self._span(start, stop)
-        self._flat_amax[span], self._flat_power[span] = amax, power
+        amax, guess = self._describe(blocks.abs())
+        best = guess.clone()
+        found = torch.zeros(len(blocks), dtype=torch.bool, device=blocks.device)
+        for step in range(_MAX_POWER - _MIN_POWER + 1):
+            for power in (guess.int() + step, guess.int() - step):
+                power = power.clamp(_MIN_POWER, _MAX_POWER).to(torch.uint8)
+                met = ~found & self._meets(blocks, amax, power)
+                best[met], found = power[met], found | met
+            if bool(found.all()):
+                break
+        payload = self._encode(blocks, amax, best)
+        self._write(start, stop, self._flatten(payload, stop - start))
+        self._flat_amax[span], self._flat_power[span] = amax, best
 
     def _describe(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         """(c FP32, 16·k uint8) of blocks; a block of zeros has c = 1."""
@@ -248,6 +288,10 @@ class RootStorage(Storage):
     def store(self, start: int, stop: int, values: Tensor, key: int | None) -> None:
         """Store the roots of new values, which must not be negative."""
         self.inner.store(start, stop, values.sqrt(), key)
+
+    def restore(self, start: int, stop: int, values: Tensor) -> None:
+        """Restore the roots of decoded values."""
+        self.inner.restore(start, stop, values.sqrt())
 
     def end(self) -> None:
         """Tell the storage of the roots that every element was stored."""

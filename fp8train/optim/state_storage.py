@@ -118,6 +118,12 @@ class Storage(ABC):
                 nearest.
         """
 
+    def restore(self, start: int, stop: int, values: Tensor) -> None:
+        """:meth:`store` decoded values of a checkpoint, to nearest. Values that :meth:`load` gave of these
+        very blocks are found again to the bit: a power-of-two scale that moves loses nothing.
+        """
+        self.store(start, stop, values, None)
+
     def begin(self, amax: Tensor) -> None:
         """Announce new values of this largest magnitude (FP32 scalar); ``two_pass`` only."""
         raise AssertionError(f"{type(self).__name__} stores in one pass")

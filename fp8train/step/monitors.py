@@ -6,7 +6,8 @@ collective; all wait for the device and are called on the steps that are sampled
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ class Monitors:
         recorder: FP8 cast statistics; None without FP8 or with statistics off.
         guard: which linears are out of FP8 for a while; None if it is off.
         pipeline: whose ranks hold the rest of the model; None with one stage. Set once it is built.
+        whole: a context in which parameters have their values outside of their modules.
     """
 
     def __init__(self, config: Config, processes: Processes, built: BuiltModel) -> None:
         """``built``: the model, whose linears are connected to the recorder later."""
         self.config, self.processes, self.built = config, processes, built
         self.pipeline: Pipeline | None = None
+        self.whole: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.recorder = self._make_recorder()
         self.guard: Guard | None = None
         if config.precision.guard.action != "off" and built.fp8 is not None:
@@ -136,7 +139,8 @@ class Monitors:
     def attention_metrics(self) -> dict[str, float]:
         """``train/query_norm_max``: the largest spectral norm of a query head's projection in the model;
         waits for the device. Collective over all ranks."""
-        norms = [block.attention.query_norms().max() for block in self.built.model.held_blocks()]
+        with self.whole():
+            norms = [block.attention.query_norms().max() for block in self.built.model.held_blocks()]
         largest = torch.stack(norms).max()
         self.processes.everyone.all_reduce(largest, purpose="statistics", op=torch.distributed.ReduceOp.MAX)()
         return {"train/query_norm_max": float(largest)}

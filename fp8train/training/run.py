@@ -35,12 +35,14 @@ from fp8train.config.environment import World
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
+from fp8train.deepspeed_engine.trainer import DeepSpeedTrainer
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
 from fp8train.run_dir.claim import recorded_step
 from fp8train.run_dir.directory import RunDir, read_failure
 from fp8train.run_dir.provenance import describe_environment
+from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.trainer import Trainer
 from fp8train.training.device_rules import check_device
 from fp8train.training.initialise import initialise_from
@@ -268,10 +270,13 @@ def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
     return source
 
 
-def _build(config: Config, procs: Processes, data: Data) -> Trainer:
+def _build(config: Config, procs: Processes, data: Data) -> BaseTrainer:
     ignore_after = data.eod_id if config.data.mask_end_of_document else None
+    kind: type[Trainer] | type[DeepSpeedTrainer] = Trainer
+    if config.engine == "deepspeed":
+        kind = DeepSpeedTrainer
     try:
-        return Trainer(config, procs, vocab_size=data.vocab_size, ignore_after=ignore_after)
+        return kind(config, procs, vocab_size=data.vocab_size, ignore_after=ignore_after)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
