@@ -25,7 +25,17 @@ ORDER = [
         "layers",
         "models",
     ),
-    *("parallel", "optim", "data", "checkpoint", "inference", "huggingface", "run_dir", "step", "deepspeed_engine"),
+    *(
+        "parallel",
+        "optim",
+        "data",
+        "checkpoint",
+        "inference",
+        "huggingface",
+        "run_dir",
+        "step",
+        "deepspeed_engine",
+    ),
     *("evaluation", "live", "training", "launch", "planning", "reporting", "cli"),
 ]
 

@@ -8,7 +8,7 @@ send ``n·(N-1)/N``: a rank keeps its own part.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -65,6 +65,35 @@ class CountedGroup:
             return lambda: None
         self.sent[f"all_to_all/{purpose}"] += tensor.nbytes * (self.size - 1) // self.size
         return dist.all_to_all_single(output, tensor, group=self.group, async_op=True).wait
+
+    def all_to_all_parts(
+        self,
+        output: Tensor,
+        tensor: Tensor,
+        *,
+        received: Sequence[int],
+        sent: Sequence[int],
+        purpose: str,
+    ) -> Callable[[], None]:
+        """:meth:`all_to_all` of parts of different sizes.
+
+        Args:
+            output: uint8 [sum of ``received``], contiguous; the parts of ranks one after the other.
+            tensor: uint8 [sum of ``sent``], contiguous; must not be touched before the wait returned.
+            received: elements that come from each rank.
+            sent: elements that go to each rank.
+            purpose: name in the byte counters.
+
+        Returns:
+            A function that waits for the result.
+        """
+        if self.group is None or self.size == 1:
+            output.copy_(tensor)
+            return lambda: None
+        self.sent[f"all_to_all/{purpose}"] += (sum(sent) - sent[self.rank]) * tensor.element_size()
+        return dist.all_to_all_single(
+            output, tensor, list(received), list(sent), group=self.group, async_op=True
+        ).wait
 
     def all_gather(self, output: Tensor, tensor: Tensor, *, purpose: str) -> Callable[[], None]:
         """Start an all-gather: every rank gets all ranks' ``tensor``, in rank order.

@@ -1,7 +1,7 @@
 """The ``deepspeed`` section: what DeepSpeed is told besides what follows from the other sections.
 
-See :mod:`fp8train.config.schema` for how sections work, and :mod:`fp8train.deepspeed_engine.settings` for the JSON
-that is made of it.
+See :mod:`fp8train.config.schema` for how sections work, and :mod:`fp8train.deepspeed_engine.settings` for the
+JSON that is made of it.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ class Partitions:
                 parameter.ds_tensor.data[: len(part)].copy_(part)
 
     def publish(self, updates: int) -> None:
-        """End a series of :meth:`write`: the next update is number ``updates + 1``, and the model's weights are
-        those of the masters."""
+        """End a series of :meth:`write`: the next update is number ``updates + 1``, and the model's weights
+        are those of the masters."""
         if self._ours is not None:
             self._ours.finish_moments()
             for flat in self._flats():
@@ -85,6 +85,7 @@ class Partitions:
         if hasattr(self._zero, "update_lp_params"):
             self._zero.update_lp_params()
         elif small := self._zero.persistent_parameters:  # ZeRO-3 leaves these whole on every rank
+            small[0].partition(small)  # whole ones would not be gathered again
             small[0].all_gather(small)
 
     def _flats(self) -> list[Tensor]:

@@ -1,9 +1,9 @@
-"""The optimizer that DeepSpeed is given: ours over flat vectors, or its CPUAdam where states are offloaded."""
+"""The optimizer that DeepSpeed is given: ours over flat vectors, or its CPUAdam for offloaded states."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,9 @@ from fp8train.optim.flat_optimizer import FlatOptimizer
 from fp8train.optim.parameter_state import in_plan
 from fp8train.precision.state_formats import StateFormats
 from fp8train.update_rules.registry import rule_named
+
+_Settings = tuple[tuple[str, Any], ...]
+"""Of a group of parameters, as items."""
 
 
 class Client(ABC):
@@ -50,7 +53,7 @@ class FlatClient(Client):
         }
         plain = StateFormats() if rule.has_second_moment else StateFormats(exp_avg_sq=None)
 
-        def settings_of(spec: ParamSpec) -> tuple[tuple[str, Any], ...]:
+        def settings_of(spec: ParamSpec) -> _Settings:
             formats = config.state_formats if in_plan(spec) else plain
             return (("formats", formats), ("decay", spec.decay), ("lr_mult", spec.lr_mult))
 
@@ -81,7 +84,7 @@ class CpuAdamClient(Client):
 
         settings = config.optimizer
 
-        def settings_of(spec: ParamSpec) -> tuple[tuple[str, Any], ...]:
+        def settings_of(spec: ParamSpec) -> _Settings:
             decay = settings.weight_decay if spec.decay is not None else 0.0
             lr = settings.lr * spec.lr_mult
             return (("lr", lr), ("peak_lr", lr), ("weight_decay", decay))
@@ -89,11 +92,15 @@ class CpuAdamClient(Client):
         groups = [
             {**dict(own), "params": parameters} for own, parameters in _grouped(built, settings_of).items()
         ]
+        self._settings = settings
         betas = settings.beta1, settings.beta2
         self.optimizer = DeepSpeedCPUAdam(groups, betas=betas, eps=settings.eps, adamw_mode=True)
 
     def begin(self, updates: int, lr_factor: float) -> None:
-        """See :class:`Client`."""
+        """See :class:`Client`. DeepSpeed's kernel multiplies powers of the betas from step to step; a resumed
+        run has them from the count of steps. So that both have the same bits, every step has."""
+        adam, s = self.optimizer, self._settings
+        adam.ds_opt_adam.create_adam(adam.opt_id, s.lr, s.beta1, s.beta2, s.eps, 0.0, True, False)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
         for state in self.optimizer.state.values():
@@ -110,9 +117,11 @@ def make_client(config: Config, built: BuiltModel) -> Client:
     return (FlatClient if config.optimizer.offload == "none" else CpuAdamClient)(config, built)
 
 
-def _grouped(built: BuiltModel, settings_of: Any) -> dict[Hashable, list[nn.Parameter]]:
+def _grouped(
+    built: BuiltModel, settings_of: Callable[[ParamSpec], _Settings]
+) -> dict[_Settings, list[nn.Parameter]]:
     """Parameters by the settings of their group."""
-    found: dict[Hashable, list[nn.Parameter]] = {}
+    found: dict[_Settings, list[nn.Parameter]] = {}
     for fqn, parameter in built.model.named_parameters():
         found.setdefault(settings_of(built.model.specs[fqn]), []).append(parameter)
     return found

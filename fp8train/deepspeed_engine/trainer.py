@@ -17,6 +17,7 @@ import atexit
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -224,12 +225,13 @@ class DeepSpeedTrainer(BaseTrainer):
 
 
 def _library() -> Any:
-    """DeepSpeed, imported quietly: it logs its own settings at length."""
+    """DeepSpeed, imported quietly: what it says of itself is in the header."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives of torch by names that newer versions of torch are about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
 
 

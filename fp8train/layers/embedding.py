@@ -113,7 +113,7 @@ class TiedHead(nn.Module):
         return self._table[0].weight
 
     def forward(self, hidden: Tensor, multiply: Multiply) -> Tensor:
-        """As :class:`OutputHead`."""
+        """Make the loss, or logits, of ``hidden`` and the weight: ``multiply(hidden, weight)``."""
         return multiply(hidden, self.weight)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fp8train.kernels.gemm import GemmBackend
+from fp8train.kernels.gemm_choice import GemmBackend
 from fp8train.layers.fp8_operand import Caster
 from fp8train.layers.wire import Wire
 from fp8train.precision.linear_gemms import LinearQuant

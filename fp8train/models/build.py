@@ -17,7 +17,7 @@ from fp8train.config.model_schema import ModelConfig
 from fp8train.config.schema import Config
 from fp8train.kernels.attention import AttentionBackend, AttentionCall, activate, choose_attention_backend
 from fp8train.kernels.deterministic import use_deterministic_kernels
-from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.kernels.norm_backend import AUTO, NormBackend, choose_norm_backend
 from fp8train.kernels.package_kernels import RunsOn, on_cuda
 from fp8train.kernels.te.native import autocast, make_recipe

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fp8train.config.linear_names import coverage, linears_in_fp8, reasons_to_skip
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.schema import Config
-from fp8train.kernels.gemm import GemmBackend
+from fp8train.kernels.gemm_choice import GemmBackend
 from fp8train.layers.fp8_operand import Caster
 from fp8train.layers.linear_plan import Fp8Plan, Holding
 

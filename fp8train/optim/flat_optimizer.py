@@ -68,9 +68,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         chunk: int | None = None,
     ) -> None:
         """Args: ``params``: parameters or groups of them, which others may replace before the first step;
-        ``rule``: works on elements; ``seed``: of stochastic rounding; ``grad_multiplier``: of every
-        gradient; ``chunk``: most elements that are
-        decoded at once.
+        ``rule``: works on elements; ``seed``: of stochastic rounding; ``grad_multiplier``: of every gradient;
+        ``chunk``: most elements that are decoded at once.
 
         Raises:
             ValueError: the rule needs whole matrices; formats that a flat vector cannot have.
@@ -174,7 +173,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         assert grad is not None
         for start, stop in self._spans(parameter, storages):
             load = _loader(storages, start, stop)
-            gradient = grad[start:stop].float() * self.grad_multiplier
+            gradient = grad[start:stop].float()
+            if self.grad_multiplier != 1.0:
+                gradient = gradient * self.grad_multiplier
             for role, values in self.rule.new_values(scalars, gradient, load):
                 _store(storages[role], start, values, keys[role])
 
@@ -222,8 +223,9 @@ class FlatOptimizer(torch.optim.Optimizer):
     def set_moment(self, parameter: Tensor, role: str, start: int, values: Tensor) -> None:
         """Encode new values of a moment, rounded to nearest, from element ``start`` on: FP32 [count].
 
-        Ranges may come in any order and cut blocks: a block is encoded from all values that it was given, until
-        :meth:`finish_moments`. Values that :meth:`moment` gave of the same blocks are stored as they were.
+        Ranges may come in any order and cut blocks: a block is encoded from all values that it was given,
+        until :meth:`finish_moments`. Values that :meth:`moment` gave of the same blocks are stored as they
+        were.
         """
         kept = self._ranges[parameter]
         storage = kept.storages[role]
@@ -231,10 +233,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         first, last = -(-start // block) * block, stop // block * block  # whole blocks between
         if first < last:
             storage.restore(first, last, values[first - start : last - start].clone())
+            for key in [key for key in kept.edges if key[0] == role and first <= key[1] * block < last]:
+                del kept.edges[key]
         for number in {start // block, (stop - 1) // block} if len(values) else ():
             begin, end = number * block, min((number + 1) * block, storage.place.numel)
             if first <= begin < last:
-                kept.edges.pop((role, number), None)
                 continue
             edge = kept.edges.setdefault((role, number), storage.load(begin, end).clone())
             low, high = max(start, begin), min(stop, end)

@@ -119,8 +119,8 @@ class Storage(ABC):
         """
 
     def restore(self, start: int, stop: int, values: Tensor) -> None:
-        """:meth:`store` decoded values of a checkpoint, to nearest. Values that :meth:`load` gave of these very
-        blocks are found again to the bit: a power-of-two scale that moves loses nothing.
+        """:meth:`store` decoded values of a checkpoint, to nearest. Values that :meth:`load` gave of these
+        very blocks are found again to the bit: a power-of-two scale that moves loses nothing.
         """
         self.store(start, stop, values, None)
 

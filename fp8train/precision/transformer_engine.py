@@ -1,4 +1,4 @@
-"""What of our quantisation Transformer Engine means by its own: its quantisers for single casts, and its
+"""What of our quantisation Transformer Engine does too: its quantisers for single casts, its GEMMs, and its
 recipes for whole linears. Its names alone; nothing of it is imported.
 """
 
@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fp8train.precision.linear_gemms import LinearQuant
+from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
+from fp8train.precision.scale_blocks import Granularity
 
 
 def mismatch(spec: QuantSpec) -> str | None:
@@ -28,6 +29,45 @@ def mismatch(spec: QuantSpec) -> str | None:
     if spec.scale_source == "current" and spec.margin:
         return f"has a margin of {spec.margin}, and its scales from a tensor's own amax have none"
     return None
+
+
+_BLOCKS = (
+    ("block_1x128", "block_1x128"),
+    ("block_1x128", "block_128x128"),
+    ("block_128x128", "block_1x128"),
+)
+
+
+def has_gemm(
+    kinds: tuple[Granularity, Granularity], capability: tuple[int, int], *, power_of_two: bool
+) -> bool:
+    """Whether it multiplies operands that share scales like this, on a GPU of this compute capability.
+
+    Args:
+        kinds: what shares a scale in operands A and B.
+        capability: of the device.
+        power_of_two: whether all scales are powers of two.
+    """
+    blackwell = (10, 0) <= capability < (12, 0)
+    if kinds == ("tensor", "tensor"):
+        return capability >= (8, 9)
+    if kinds in _BLOCKS:  # on Blackwell read as blocks of MXFP8
+        return capability[0] == 9 or (blackwell and power_of_two)
+    return kinds == ("mx_1x32", "mx_1x32") and blackwell
+
+
+def gemms(quant: LinearQuant, capability: tuple[int, int]) -> dict[str, bool]:
+    """Whether :func:`has_gemm`, for each of a linear's GEMMs in FP8."""
+    specs = quant.operands()
+    return {
+        gemm: has_gemm(
+            (specs[a].granularity, specs[b].granularity),
+            capability,
+            power_of_two=specs[a].power_of_two and specs[b].power_of_two,
+        )
+        for gemm, (a, b) in GEMMS.items()
+        if quant.in_fp8(gemm)
+    }
 
 
 @dataclass(frozen=True)

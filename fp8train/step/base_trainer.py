@@ -1,9 +1,9 @@
 """What a trainer is to the loop, to checkpoints and to the log, whoever keeps gradients and optimizer states.
 
 The engines: :class:`fp8train.step.trainer.Trainer`, this package's own, and
-:class:`fp8train.deepspeed_engine.trainer.DeepSpeedTrainer`. Both hold a model with its FP8 parts and what is watched
-of it, count the target tokens of a step, and show checkpoints the same logical tensors, so that a run can go
-on with the other engine.
+:class:`fp8train.deepspeed_engine.trainer.DeepSpeedTrainer`. Both hold a model with its FP8 parts and what is
+watched of it, count the target tokens of a step, and show checkpoints the same logical tensors, so that a run
+can go on with the other engine.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from fp8train.comm.fp8_all_reduce import check_native
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
-from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.kernels.multi_tensor import choose_multi_tensor
 from fp8train.models.build import COMPUTE_DTYPES, attention_backend, norm_backend
 

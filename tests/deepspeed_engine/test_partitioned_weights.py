@@ -47,8 +47,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
 }
 PERSISTENT = {"channels, saved in FP8": 64}
-"""Elements up to which a parameter stays whole. Norms that keep FP8 codes of their input run again in backward,
-inside another function's, where DeepSpeed does not expect a module: their vectors must stay."""
+"""Elements up to which a parameter stays whole. Norms that keep FP8 codes of their input run again in
+backward, inside another function's, where DeepSpeed does not expect a module: their vectors must stay."""
 STEPS, MICRO, LR = 2, 2, 0.25
 
 

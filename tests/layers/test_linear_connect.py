@@ -47,13 +47,13 @@ def parts(quant: LinearQuant, holding: Holding = "cached", **changes: Any) -> di
     return {"plan": plan, "weight": made, "scale_state": state, **changes}
 
 
-@pytest.mark.parametrize("weight", [None, "cached", "in_forward", "resident", "loaded"])
+@pytest.mark.parametrize("weight", [None, "cached", "in_forward", "at_use", "resident", "loaded"])
 def test_what_fits_is_connected_and_a_second_time_refused(weight: Holding | None) -> None:
     layer = make()
     arguments = {} if weight is None else parts(LinearQuant(), weight)
     layer.connect(**arguments)
     assert layer.plan == arguments.get("plan")
-    assert layer.casts_in_forward is (weight == "in_forward")
+    assert layer.casts_in_forward is (weight in ("in_forward", "at_use"))
     assert layer.fp8_weight_is_resident is (weight in ("resident", "loaded"))
     for again in ({}, arguments, {"sink_slot": slot()}):
         with pytest.raises(AssertionError, match=r"layers\.0\.mlp\.up is connected already; .* once"):

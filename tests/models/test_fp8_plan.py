@@ -10,7 +10,7 @@ import torch
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.layers.linear_plan import Alphas
-from fp8train.models.build import BuiltModel, build_model
+from fp8train.models.build import BuiltModel, build_model, initialise
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from tests.models.settings import FAMILIES, VOCAB_SIZE, random_tokens, tiny_config, tiny_model
 
@@ -167,3 +167,33 @@ def test_linears_know_their_path_and_multipliers(family: str, kind: str) -> None
         if kind == "mus":
             assert linear.alphas.output == linear.in_features**-0.5
         assert (linear.alphas == Alphas()) is (kind == "standard")
+
+
+@pytest.mark.parametrize("smooth", ["off", "channel"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_partitioned_weights_are_cast_at_use(smooth: str, tied: bool) -> None:
+    """Nothing is kept of them in FP8, no block reads weights of modules that do not run, and what reads
+    another module's weight is told."""
+    precision = {"gemm": {"fp8": True, "smooth_swiglu": smooth, "head": "fp8"}, "weights": "compute"}
+    family = FAMILIES["llama"] | {"tie_embeddings": tied}
+    config = tiny_config(family, precision=precision)
+    losses = []
+    for partitioned in (False, True):
+        built = build_model(
+            config, vocab_size=VOCAB_SIZE, device=torch.device("cpu"), partitioned=partitioned
+        )
+        assert built.fp8 is not None
+        parts = make_fp8_parts(built)
+        connect_linears(built, parts)
+        initialise(built.model, 1)
+        tokens = torch.arange(16).view(2, 8) % VOCAB_SIZE
+        loss = built.model(tokens, tokens)
+        loss.backward()
+        losses.append((loss.detach(), *(p.grad for p in built.model.parameters())))
+    assert {plan.holding for plan in built.fp8.plans.values()} == {"at_use"} and not parts.weights
+    assert all(block.one_by_one for block in built.model.held_blocks())
+    assert built.model.fp8_head is not None and built.model.fp8_head.nbytes == 0
+    borrowed = [(built.model.head, built.model.embedding.weight)] if tied else []
+    assert [(m, id(p)) for m, p in built.model.borrowed_weights()] == [(m, id(p)) for m, p in borrowed]
+    for ours, theirs in zip(*losses, strict=True):
+        assert torch.equal(ours, theirs)

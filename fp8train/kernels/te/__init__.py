@@ -1,6 +1,6 @@
 """NVIDIA Transformer Engine, called from here and nowhere else; optional, and imported at its first use.
 
-Written from its sources, 2.12 to 2.20, whose names and arguments ``tests/kernels/te`` reads again. None of it
+Written from its sources, 2.14 to 2.20, whose names and arguments ``tests/kernels/te`` reads again. None of it
 has run on a GPU yet.
 """
 
@@ -23,6 +23,6 @@ def te(module: str) -> Any:
     ) as error:  # a missing library shows as ImportError, OSError, RuntimeError, AssertionError
         raise RuntimeError(
             f"Transformer Engine cannot be imported ({type(error).__name__}: {error}); install it with "
-            "`pip install --no-build-isolation 'transformer-engine[pytorch]>=2.12,<3'`, or write auto where "
+            "`pip install --no-build-isolation 'transformer-engine[pytorch]>=2.14,<3'`, or write auto where "
             "the section `kernels` says te or te_native"
         ) from error

@@ -30,15 +30,11 @@ from torch import Tensor
 from fp8train.kernels.scaling import block_scales, mx_scales
 from fp8train.kernels.te import te
 from fp8train.precision.scale_blocks import OPERAND_BLOCK, Granularity
+from fp8train.precision.transformer_engine import has_gemm
 
 Kinds = tuple[Granularity, Granularity]
 """What shares a scale in operands A and B."""
 
-_BLOCKS: set[Kinds] = {
-    ("block_1x128", "block_1x128"),
-    ("block_1x128", "block_128x128"),
-    ("block_128x128", "block_1x128"),
-}
 _RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -59,14 +55,8 @@ def multiplies(
         out_dtype: of the product.
         power_of_two: whether all scales are powers of two.
     """
-    if out_dtype not in _RESULTS:
-        return False
-    if kinds == ("tensor", "tensor"):
-        return capability >= (8, 9)
-    blackwell = (10, 0) <= capability < (12, 0)
-    if kinds in _BLOCKS:
-        return cuda >= (12, 9) and (capability[0] == 9 or (blackwell and power_of_two))
-    return kinds == ("mx_1x32", "mx_1x32") and blackwell and cuda >= (12, 8)
+    built = (12, 9) if "block_1x128" in kinds else (12, 8) if "mx_1x32" in kinds else (0, 0)
+    return out_dtype in _RESULTS and cuda >= built and has_gemm(kinds, capability, power_of_two=power_of_two)
 
 
 def fits(kinds: Kinds, m: int, k: int, n: int) -> bool:

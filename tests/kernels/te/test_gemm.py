@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm
+from fp8train.kernels.gemm import fp8_gemm
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.kernels.te import gemm as te_gemm
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.granularity import expand_scales

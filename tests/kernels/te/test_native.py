@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8train.config.errors import ConfigError
-from fp8train.kernels.gemm import GemmBackend, choose_gemm_backend
+from fp8train.kernels.gemm_choice import GemmBackend, choose_gemm_backend
 from fp8train.kernels.te import native
 from fp8train.models import build
 from fp8train.precision.transformer_engine import NativeRecipe, native_recipe

@@ -41,7 +41,7 @@ def recorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return install(monkeypatch, te_gemm_fake.fake, te_quantizer_fake.fake, capability=request.param)
 
 
-def assert_same(got: Layouts, expected: Layouts, *, scales: bool = True) -> None:
+def assert_same(got: Layouts, expected: Layouts) -> None:
     """Codes bit by bit, in both layouts; scales where they multiply anything but zeros."""
     for one, other in zip(got, expected, strict=True):
         assert one[0].dtype == other[0].dtype and one[0].shape == other[0].shape
