@@ -1,8 +1,8 @@
 """Every name that we use of Transformer Engine, and every call that we make to it, against its own sources.
 
 Calls are found in our modules (``te("pytorch.tensor").Float8Quantizer(...)``, directly or through a
-variable), so that one that is added is checked too. What TE's Python passes on to its C++ extension, which is
-not in the wheel, is TE's own: we call nothing of that.
+variable), so that one that is added is checked too. Norms alone call its C++ extension, which is not in the
+wheel: :mod:`tests.kernels.te.test_sources_of_layers` compares them with TE's own calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from tests.kernels.te.sources import INSTALL, Sources, find_sources
 
 OURS = Path(__file__).parents[3] / "fp8train" / "kernels" / "te"
-FILES = ("gemm.py", "quantize.py", "native.py")
+FILES = ("gemm.py", "quantize.py", "native.py", "attention.py")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ def test_uses_are_found() -> None:
         *("general_gemm", "Float8TensorStorage", "MXFP8TensorStorage", "Float8BlockwiseQTensorStorage"),
         *("Float8Quantizer", "Float8CurrentScalingQuantizer", "Float8BlockQuantizer", "MXFP8Quantizer"),
         *("TE_DType", "Linear", "autocast", "Format", "QParams"),
+        *("DotProductAttention", "AttentionParams", "get_attention_backend"),
     }
 
 
