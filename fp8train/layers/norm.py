@@ -89,6 +89,11 @@ def _by(function: NormFunction, x: Tensor, weight: Tensor | None, bias: Tensor |
     return function(flat, weight, bias, eps).view(x.shape)
 
 
+def _named(backend: NormBackend) -> str:
+    """Whose it is, for ``print(model)``; our own is not said."""
+    return "" if backend.fuses else f", by {backend.name}"
+
+
 class RMSNorm(nn.Module):
     """RMS normalisation, ``x / sqrt(mean(x²) + eps) · weight`` over the last dim (Zhang & Sennrich 2019).
 
@@ -130,7 +135,7 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Size, eps and gain, for ``print(model)``."""
-        return f"{self.size}, eps={self.eps}, gain={self.weight is not None}"
+        return f"{self.size}, eps={self.eps}, gain={self.weight is not None}{_named(self.backend)}"
 
 
 class LayerNorm(nn.Module):
@@ -189,4 +194,5 @@ class LayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Size, eps, gain and bias, for ``print(model)``."""
-        return f"{self.size}, eps={self.eps}, gain={self.weight is not None}, bias={self.bias is not None}"
+        parts = f"gain={self.weight is not None}, bias={self.bias is not None}"
+        return f"{self.size}, eps={self.eps}, {parts}{_named(self.backend)}"

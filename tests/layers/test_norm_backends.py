@@ -102,6 +102,7 @@ def test_values_and_gradients(
     x, upstream = inputs(dtype, 3, 20)
     got = run(norm, x, upstream)
     assert len(calls) == 2 and all(tensor.dtype == dtype for tensor in got)
+    assert f"by {name}" in repr(norm)
     unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
     assert worst(got, exact(norm, x, upstream, options.get("gain_grad", 1.0))) <= unit
     # And our own, of the same maths, within its roundings.

@@ -216,6 +216,9 @@ def test_norms_are_those_of_fp64(calls: list[str]) -> None:
     assert got.dtype == torch.float32 and torch.allclose(got.double(), exact, rtol=2.0**-24, atol=0)
     assert calls == ["multi_tensor_l2norm"] * 2
     assert kernels().norms([torch.empty(0)]).tolist() == [0.0]
+    small = kernels()
+    small.most_elements = 1000  # type: ignore[misc]
+    assert torch.allclose(small.norms(tensors).double(), exact, rtol=1e-6, atol=0)
     tensors[1][3] = torch.inf
     assert kernels().norms(tensors).isfinite().tolist() == [True, False, True, True, True]
 

@@ -82,10 +82,15 @@ class ApexMultiTensor:
         torch.autograd.graph.increment_version([tensor for tensors in lists for tensor in tensors])
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """FP32 [tensors], as the module says; 0 of empty ones, which no kernel gets."""
+        """FP32 [tensors], as the module says; 0 of empty ones, which no kernel gets. Torch's of those that
+        are too large."""
         found = [torch.zeros((), dtype=torch.float32, device=self._device)] * len(tensors)
+        large = [i for i, tensor in enumerate(tensors) if tensor.numel() > self.most_elements]
+        for i in large:
+            found[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float32)
         for dtype in {tensor.dtype for tensor in tensors}:
-            held = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype and tensor.numel()]
+            fits = (i for i, tensor in enumerate(tensors) if tensor.dtype == dtype and tensor.numel())
+            held = [i for i in fits if i not in large]
             if not held:
                 continue
             _, norms = self._amp_c.multi_tensor_l2norm(
