@@ -51,6 +51,12 @@ def _native(config: AllSections) -> Iterator[LayoutProblem]:
             "DeepSpeed's; write engine: deepspeed, or parallel.zero: 1",
             ("parallel.zero", "engine"),
         )
+    if config.optimizer.offload == "nvme":
+        yield LayoutProblem(
+            "optimizer.offload: nvme keeps states on a disk and is DeepSpeed's; write engine: deepspeed, or "
+            "optimizer.offload: cpu for host memory",
+            ("optimizer.offload", "engine"),
+        )
 
 
 def _refusals(config: AllSections) -> Iterator[_Refusal]:

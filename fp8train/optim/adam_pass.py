@@ -48,20 +48,22 @@ class AdamPass:
     """Updates parameters in place, all of one rate and decay in a few launches.
 
     Attributes:
-        states: of the parameters that it updates, by FQN.
+        states: of the parameters that it updates, or pieces of them, by names of their own.
     """
 
     def __init__(self, states: Mapping[str, ParameterState], kernels: MultiTensor) -> None:
-        """Args: ``states``: of this rank; ``kernels``: on their device."""
-        kept = {fqn: state for fqn, state in states.items() if state.numel}
-        why = {fqn: left_out_because(state, kernels.most_elements) for fqn, state in kept.items()}
-        self.states = {fqn: states[fqn] for fqn, reason in why.items() if reason is None}
-        self._left_out = Counter(reason for reason in why.values() if reason is not None)
+        """Args: ``states``: of this rank, by names of their own; ``kernels``: on their device."""
+        kept = {name: state for name, state in states.items() if state.numel}
+        why = {name: left_out_because(state, kernels.most_elements) for name, state in kept.items()}
+        self.states = {name: kept[name] for name, reason in why.items() if reason is None}
+        left_out = {kept[name].fqn: reason for name, reason in why.items() if reason is not None}
+        self._left_out = Counter(left_out.values())
         self._kernels = kernels
 
     def describe(self) -> str:
         """How many parameters it updates, and why not the others."""
-        line = f"{len(self.states)} parameters by {self._kernels.name}"
+        count = len({state.fqn for state in self.states.values()})
+        line = f"{count} parameters by {self._kernels.name}"
         listed = ", ".join(f"{count} with {why}" for why, count in sorted(self._left_out.items()))
         return f"{line}, not {listed}" if listed else line
 
@@ -74,53 +76,53 @@ class AdamPass:
         """Update what it can of some parameters, and write the weights that are no targets.
 
         Args:
-            grad: reader of a gradient by FQN.
-            steps: the step's numbers of those, by FQN.
+            grad: reader of a gradient by the name of its states.
+            steps: the step's numbers of those, likewise.
             multiplier: device scalar that multiplies every gradient.
 
         Returns:
-            FQNs of what it updated.
+            Names of what it updated.
         """
-        updated = [fqn for fqn in self.states if fqn in steps]
+        updated = [name for name in self.states if name in steps]
         groups: dict[tuple[AdamNumbers, float], list[str]] = {}
-        for fqn in updated:
-            numbers = _numbers(self.states[fqn], steps[fqn])
-            before = 0.0 if numbers.weight_decay else steps[fqn].decay
-            groups.setdefault((numbers, before), []).append(fqn)
-        for (numbers, before), fqns in groups.items():
-            for batch in self._batches(fqns, grad):
+        for name in updated:
+            numbers = _numbers(self.states[name], steps[name])
+            before = 0.0 if numbers.weight_decay else steps[name].decay
+            groups.setdefault((numbers, before), []).append(name)
+        for (numbers, before), names in groups.items():
+            for batch in self._batches(names, grad):
                 self._launch(batch, grad, numbers, before, multiplier)
         return updated
 
-    def _batches(self, fqns: Sequence[str], grad: Callable[[str], GradientReader]) -> Iterator[list[str]]:
+    def _batches(self, names: Sequence[str], grad: Callable[[str], GradientReader]) -> Iterator[list[str]]:
         """Cut where widened gradients would take too much memory."""
         batch: list[str] = []
         widened = 0
-        for fqn in fqns:
-            numel = self.states[fqn].numel
-            values = _values(grad(fqn), numel)
+        for name in names:
+            numel = self.states[name].numel
+            values = _values(grad(name), numel)
             own = 0 if values is not None and values.dtype == torch.float32 else numel
             if widened and widened + own > _WIDENED:
                 yield batch
                 batch, widened = [], 0
-            batch.append(fqn)
+            batch.append(name)
             widened += own
         yield batch
 
     def _launch(
         self,
-        fqns: Sequence[str],
+        names: Sequence[str],
         grad: Callable[[str], GradientReader],
         numbers: AdamNumbers,
         decay: float,
         multiplier: Tensor,
     ) -> None:
         """``decay``: the share of the weights to remove before."""
-        states = [self.states[fqn] for fqn in fqns]
+        states = [self.states[name] for name in names]
         masters, exp_avgs, exp_avg_sqs = ([_memory(state, role) for state in states] for role in ROLES)
         if decay:
             torch._foreach_mul_(masters, 1 - decay)
-        gradients = self._widened([(grad(state.fqn), state.numel) for state in states])
+        gradients = self._widened([(grad(name), self.states[name].numel) for name in names])
         self._kernels.adam(gradients, masters, exp_avgs, exp_avg_sqs, numbers, multiplier)
         copied = [(state.weight, master) for state, master in zip(states, masters, strict=True)]
         weights = [weight for weight, _ in copied if weight is not None]

@@ -21,6 +21,8 @@ from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import BuiltModel
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.optim.copy_queues import copy_queues
+from fp8train.optim.host_states import Offload
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.recorder import GradientRecorder
@@ -152,11 +154,13 @@ def make_run_optimizer(
     processes: Processes,
     resident: Mapping[str, ResidentFp8Weight],
     sharding: Sharding | None = None,
+    offload: Offload | None = None,
     *,
     runs_on: RunsOn = on_cuda,
 ) -> Optimizer:
-    """The optimizer of a model; it writes the ``resident`` FP8 weights itself. ``runs_on``: where the kernels
-    of other packages run.
+    """The optimizer of a model; it writes the ``resident`` FP8 weights itself. ``offload``: in place of what
+    the device has, where ``optimizer.offload`` asks for it; ``runs_on``: where the kernels of other packages
+    run.
 
     Raises:
         ConfigError: state formats that do not fit, or a kernel that does not run here.
@@ -169,6 +173,11 @@ def make_run_optimizer(
     group = processes.tp
     if sharding is not None:
         parameters, group = sharding.parameters, processes.stage
+    if config.optimizer.offload == "none":
+        offload = None
+    elif offload is None:
+        shards = 1 if sharding is None else processes.replicas.size
+        offload = Offload(copy_queues(processes.device), shards=shards)
     try:
         return Optimizer(
             rule_named(config.optimizer.name).of(hyperparameters),
@@ -183,6 +192,7 @@ def make_run_optimizer(
             multi_tensor=choose_multi_tensor(
                 processes.device, key="optimizer", wanted=config.kernels.optimizer, runs_on=runs_on
             ),
+            offload=offload,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

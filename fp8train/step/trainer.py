@@ -36,6 +36,7 @@ from fp8train.kernels.package_kernels import RunsOn, on_cuda
 from fp8train.models.build import build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier
+from fp8train.optim.host_states import Offload
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.store import GradientStore
@@ -81,9 +82,11 @@ class Trainer(BaseTrainer):
         ignore_after: int | None = None,
         recorder: Recorder | None = None,
         runs_on: RunsOn = on_cuda,
+        offload: Offload | None = None,
     ) -> None:
         """Build everything and fill in the values of step 0. ``recorder``: in place of CUDA's, where
-        ``run.cuda_graphs`` asks for one; ``runs_on``: where the kernels of other packages run."""
+        ``run.cuda_graphs`` asks for one; ``runs_on``: where the kernels of other packages run; ``offload``:
+        in place of the device's, where ``optimizer.offload`` does."""
         placement = place_stages(config, processes, vocab_size)
         built = build_model(
             config,
@@ -127,13 +130,14 @@ class Trainer(BaseTrainer):
         self.scales = self.parts.scales
         self.sharding = self._connect(owners)
         self.optimizer = make_run_optimizer(
-            config, self.built, processes, self.parts.resident, self.sharding, runs_on=runs_on
+            config, self.built, processes, self.parts.resident, self.sharding, offload, runs_on=runs_on
         )
         self._scale_events = self._watch_scales()
         self.recorded: RecordedStep | None = None
         if config.run.cuda_graphs:
             recorder = recorder or CudaGraphs(processes.device)
             self.recorded = RecordedStep(recorder, self._one_after_the_other, self._forget_casts)
+        if config.run.cuda_graphs or self.optimizer.states.in_host_memory:  # later the master is elsewhere
             for weight in self.parts.resident.values():
                 weight.cast_at_once()
         initialise(self.model, config.run.seed, self.optimizer.states.seed_master)

@@ -11,9 +11,11 @@ import torch
 from fp8train.config.errors import ConfigError
 from fp8train.live.describe import describe_precision
 from fp8train.models.fused_block import can_fuse
+from fp8train.optim.host_states import Offload
 from fp8train.step.trainer import Trainer
 from tests.fakes import apex_fake, exact_norm, te_layers_fake
 from tests.fakes.transformer_engine_fake import install
+from tests.optim.late_queues import LateQueues
 from tests.training.tiny import VOCAB, alone, batches, tiny_config
 
 STEPS = 3
@@ -130,6 +132,25 @@ def test_gradients_that_are_released_are_judged_by_its_norms(calls: list[str]) -
     got, trainer = trained([*release, *BY["all"]])
     assert_follows(got, expected)
     assert calls.count("multi_tensor_l2norm") == STEPS * len(trainer.store.buckets)
+
+
+@pytest.mark.parametrize("level", [[], ["precision.level=O2"]], ids=["O0", "O2"])
+def test_states_in_host_memory(level: list[str], calls: list[str]) -> None:
+    """The same bits, though states come in pieces, each updated while it is there."""
+    overrides = [*LLAMA, *level, "kernels.optimizer=apex"]
+    weights = []
+    for offload in (None, Offload(LateQueues(), 8192)):
+        more = [] if offload is None else ["optimizer.offload=cpu"]
+        config = tiny_config([*overrides, *more])
+        trainer = Trainer(config, alone(), vocab_size=VOCAB, runs_on=anywhere, offload=offload)
+        data = batches(config, alone())
+        for i in range(STEPS):
+            trainer.step(i, data.batch(i))
+        weights.append(trainer.state_tensors())
+        assert "parameters by apex's FusedAdam" in trainer.optimizer.describe_pass()
+    for name, expected in weights[0].items():
+        same = torch.equal(weights[1][name].view(torch.uint8), expected.contiguous().view(torch.uint8))
+        assert same, name
 
 
 def test_saved_inputs_in_fp8(calls: list[str]) -> None:
