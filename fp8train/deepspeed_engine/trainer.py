@@ -125,9 +125,9 @@ class DeepSpeedTrainer(BaseTrainer):
         problems = Ranks(self.processes.control).each(lambda: problem)
         if any(problems):
             raise ConfigError(
-                f"engine: deepspeed: operator {next(filter(None, problems))}\nit is compiled at first "
-                "use, with g++ and ninja, and libaio for nvme (apt-get install g++ libaio-dev); mend that, or "
-                "write optimizer.offload=none and deepspeed.offload_param=none"
+                f"engine: deepspeed: {next(filter(None, problems))}\nit is compiled at first use, "
+                "with g++ and ninja, and libaio for nvme (apt-get install g++ libaio-dev); mend that, or write "
+                "optimizer.offload=none and deepspeed.offload_param=none"
             )
 
     def _checkpointed_states(self) -> Optimizer:
