@@ -95,7 +95,7 @@ def _check_te(device: torch.device, dtype: torch.dtype, wanted: GemmKernel, *, n
         )
     else:
         return
-    raise ValueError(f"kernels.gemm: {wanted} {problem}; set kernels.gemm=auto")
+    raise ValueError(f"`gemm`: {wanted} {problem}; set `gemm`=auto")
 
 
 def _native_backend(device: torch.device, quant: LinearQuant) -> GemmBackend:
@@ -107,7 +107,7 @@ def _native_backend(device: torch.device, quant: LinearQuant) -> GemmBackend:
     recipe, capability = native_recipe(quant), torch.cuda.get_device_capability(device)
     problem = recipe if isinstance(recipe, str) else recipe.unfit(capability)
     if problem is not None:
-        raise ValueError(f"kernels.gemm: te_native: {problem}; set kernels.gemm=auto")
+        raise ValueError(f"`gemm`: te_native: {problem}; set `gemm`=auto")
     assert isinstance(recipe, NativeRecipe)
     return GemmBackend("te_native", f"Transformer Engine's own linears, {recipe.name}, {_device(device)}")
 
@@ -129,8 +129,8 @@ def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype
     names = ", ".join(f"{gemm} ({a} x {b})" for gemm, (a, b) in left.items())
     if not taken:
         raise ValueError(
-            f"kernels.gemm: te has no kernel for {names}, with results in {out_dtype}, {_device(device)} and "
-            f"CUDA {cuda[0]}.{cuda[1]}; set kernels.gemm=auto, or a recipe with scales of tensors or blocks"
+            f"`gemm`: te has no kernel for {names}, with results in {out_dtype}, {_device(device)} and "
+            f"CUDA {cuda[0]}.{cuda[1]}; set `gemm`=auto, or a recipe with scales of tensors or blocks"
         )
     reason = f"Transformer Engine's GEMM, {_device(device)}"
     if rule := te_gemm.shape_rule(taken.values()):
