@@ -14,6 +14,7 @@ import torch
 from fp8train.config.kernel_schema import GemmKernel
 from fp8train.kernels.scaling import cuda_version, native_pair, shape_rule
 from fp8train.kernels.te import gemm as te_gemm
+from fp8train.kernels.te import te
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.scale_blocks import Granularity
@@ -102,13 +103,14 @@ def _native_backend(device: torch.device, quant: LinearQuant) -> GemmBackend:
     """Transformer Engine's own linears.
 
     Raises:
-        ValueError: it has no recipe for this, or the device is too old for it.
+        ValueError: it has no recipe for this, the device is too old for it, or it cannot be imported.
     """
     recipe, capability = native_recipe(quant), torch.cuda.get_device_capability(device)
     problem = recipe if isinstance(recipe, str) else recipe.unfit(capability)
     if problem is not None:
         raise ValueError(f"`gemm`: te_native: {problem}; set `gemm`=auto")
     assert isinstance(recipe, NativeRecipe)
+    te("pytorch")  # a package that is there and broken is told now
     return GemmBackend("te_native", f"Transformer Engine's own linears, {recipe.name}, {_device(device)}")
 
 
@@ -116,7 +118,7 @@ def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype
     """Transformer Engine's GEMMs, and what the reason says of those that go to torch's scaled matmul.
 
     Raises:
-        ValueError: it multiplies none of them.
+        ValueError: it multiplies none of them, or cannot be imported.
     """
     capability, cuda, specs = torch.cuda.get_device_capability(device), cuda_version(), quant.operands()
 
@@ -138,6 +140,7 @@ def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype
     if left:
         reason += f"; not for {names}: torch's scaled matmul"
         reason += _without_kernel(quant, capability, cuda, out_dtype, only=tuple(left))
+    te("pytorch.cpp_extensions")  # as above
     return GemmBackend("te", reason)
 
 

@@ -11,6 +11,7 @@ from fp8train.comm.fp8_all_reduce import check_native
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm_choice import choose_gemm_backend
+from fp8train.kernels.te.quantize import TeCaster
 from fp8train.models.build import COMPUTE_DTYPES, attention_backend
 
 
@@ -19,7 +20,8 @@ def check_device(config: Config, device: torch.device) -> None:
 
     Raises:
         ConfigError: ``exact`` without what fixes its bits here, NCCL's FP8 sum where there is none, FP8 GEMMs
-            on a GPU without them, attention by a kernel that is not here, CUDA graphs without CUDA.
+            on a GPU without them, attention by a kernel that is not here, Transformer Engine that cannot be
+            imported, CUDA graphs without CUDA.
     """
     if config.run.cuda_graphs and device.type != "cuda":
         raise ConfigError(
@@ -30,6 +32,8 @@ def check_device(config: Config, device: torch.device) -> None:
     try:
         if (quant := precision.gemm.value()) is not None:
             choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant, config.kernels.gemm)
+            if config.kernels.quantize == "te":
+                TeCaster()
         if precision.gradient.format != "high_precision":
             _check_gradients(config, device)
         attention_backend(config, device)
