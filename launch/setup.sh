@@ -7,7 +7,8 @@ usage() {
     cat <<'TEXT'
 usage: launch/setup.sh [EXTRA...]
 
-Creates .venv (Python >= 3.11) and installs fp8train with the given extras (dev, hf, eval), editable.
+Creates .venv (Python >= 3.11) and installs fp8train with the given extras (dev, hf, eval, deepspeed, te),
+editable. deepspeed and te are built beside the torch that is installed; te wants CUDA.
 Without an NVIDIA GPU, torch is pinned by constraints/cpu.txt. A second call with nothing to do returns at once.
 
 environment:
@@ -53,7 +54,7 @@ case "${1:-}" in
 esac
 for extra in "$@"; do
     case "$extra" in
-    dev | hf | eval) ;;
+    dev | hf | eval | deepspeed | te) ;;
     *)
         usage >&2
         fail "unknown extra '$extra'"
@@ -86,7 +87,20 @@ if [ "$#" -gt 0 ]; then
     target=".[${label//-/,}]"
 fi
 echo "setup: installing fp8train $target into $venv (a minute or two, once)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${constraints[@]}" --editable "$target" ||
+pip_install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${constraints[@]}" "$@"
+}
+# Packages whose build looks at the torch that is there: what builds them comes first, then torch.
+isolation=()
+case " $* " in
+*" deepspeed "* | *" te "*)
+    if ! pip_install wheel "setuptools>=77" ninja || ! pip_install --editable .; then
+        fail "pip could not install the dependencies"
+    fi
+    isolation=(--no-build-isolation)
+    ;;
+esac
+pip_install "${isolation[@]}" --editable "$target" ||
     fail "pip could not install the dependencies; its messages are above" "a repeated call starts where this one stopped"
 rm -f "$venv"/.installed-*
 echo "$wanted" >"$venv/.installed-$label"

@@ -38,6 +38,14 @@ if [ ! -e "$te_sources" ]; then
     mkdir -p "$te_sources"
 fi
 
+# Only for the tests of engine: deepspeed; likewise. It compiles one small operator when it is first used.
+if [ ! -e "$FP8TRAIN_VENV/.deepspeed" ]; then
+    { "$FP8TRAIN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check wheel "setuptools>=77" ninja &&
+        "$FP8TRAIN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed==0.19.8; } ||
+        echo "test: DeepSpeed could not be installed; the tests of engine: deepspeed will be skipped" >&2
+    touch "$FP8TRAIN_VENV/.deepspeed"
+fi
+
 status=0
 if [ "${FP8TRAIN_SKIP_LINT:-0}" != 1 ]; then
     tools/lint.sh || status=$?

@@ -22,7 +22,7 @@ from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
 from fp8train.config.train_schema import TrainConfig
-from fp8train.precision.state_formats import StateFormats
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.registry import rule_named
 
 
@@ -129,6 +129,14 @@ class AllSections(Section):
             formats = replace(formats, **fitted)
         has_second = rule_named(self.optimizer.name).has_second_moment
         return formats if has_second else replace(formats, exp_avg_sq=None)
+
+    @property
+    def stored_formats(self) -> StateFormats:
+        """How a checkpoint of the run holds those states: DeepSpeed's are decoded for it."""
+        formats = self.state_formats
+        if self.engine == "native":
+            return formats
+        return StateFormats(exp_avg_sq=None if formats.exp_avg_sq is None else StateFormat())
 
     @property
     def total_steps(self) -> int:

@@ -34,7 +34,7 @@ FREE = (
     "model.init_std",
     *(f"data.{key}" for key in ("prefix", "blend", "valid_prefix", "split", "tokenizer", "shuffle_seed")),
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.gradient_release"),
-    *("train.consistency_interval", "train.eval_interval", "train.eval_batches"),
+    *("train.consistency_interval", "train.eval_interval", "train.eval_batches", "optimizer.offload"),
     *("precision.gradient.bucket_mib", "precision.gradient.fp8.node_size", "precision.guard"),
     "precision.gemm.fast_accumulation",  # of a device's kernel; runs that began before it was the default
 )

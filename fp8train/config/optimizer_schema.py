@@ -52,9 +52,11 @@ class OptimizerConfig(Section):
     """Clip the global gradient norm to this; 0 = never (the default of ``umup``). The norm, also the logged
     one, is that of the gradients of effective weights, multipliers included, so that 1.0 means the same in
     every parametrisation: ``docs/recipes.md``."""
-
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer states rest: ``cpu``: host memory; ``nvme``, with ``engine: deepspeed``: a disk."""
+    """Where master weights and moments rest between steps. ``none``: on the device; ``cpu``: in page-locked
+    host memory, from where they come for each step, a few at a time, and go back while the next ones come:
+    the same bits, for their bytes over the bus in both directions (with ``engine: deepspeed``: updated on the
+    host); ``nvme``, with ``engine: deepspeed``: a disk."""
 
 
 class ScheduleConfig(Section):

@@ -28,7 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.checkpoint.logical import LogicalTensor
+from fp8train.checkpoint.ranks import Ranks
 from fp8train.comm.processes import Processes
+from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps
 from fp8train.deepspeed_engine.exchange_states import MASTER, Partitions
@@ -74,6 +76,7 @@ class DeepSpeedTrainer(BaseTrainer):
         self._scale_events = self._watch_scales()
         self.optimizer = self._checkpointed_states()
         initialise(self.model, config.run.seed, self.optimizer.states.seed_master)
+        self._build_operators()
         self.client = make_client(config, built)
         self.engine = self._make_engine(config)
         for module, parameter in self.model.borrowed_weights():
@@ -81,7 +84,51 @@ class DeepSpeedTrainer(BaseTrainer):
         self._partitions = Partitions(self.engine, dict(self.model.named_parameters()), self.client.ours)
         if self.stage == 3:
             self.monitors.whole = self._whole
+        self._reduce_in_fp8()
         self.push(roles=(MASTER,))
+
+    def _reduce_in_fp8(self) -> None:
+        """Have gradients of the FP8 plan travel in FP8, if the configuration says so."""
+        gradients, fp8 = self.config.precision.gradient.value(), self.built.fp8
+        if gradients.format is None or fp8 is None:
+            return
+        from fp8train.deepspeed_engine.fp8_reduction import Fp8ReducingZeroOptimizer
+
+        linears = self.model.linears()
+        Fp8ReducingZeroOptimizer.adopt(
+            self.engine.optimizer,
+            [linears[path].weight for path in fp8.converted],
+            fmt=gradients.format,
+            block=gradients.fp8.block,
+            group=self.processes.replicas,
+        )
+
+    def _build_operators(self) -> None:
+        """Compile DeepSpeed's operators on one rank of each node, if they are not there; the others wait, for
+        they would otherwise load what is half written."""
+        names = {self.config.optimizer.offload, self.config.deepspeed.offload_param} - {"none"}
+        if not names:
+            return
+        _library()
+        from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+        builders = [CPUAdamBuilder()] if self.config.optimizer.offload != "none" else []
+        builders += [AsyncIOBuilder()] if "nvme" in names else []
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        problem = None
+        if first:
+            try:
+                for builder in builders:
+                    builder.load(verbose=False)
+            except (RuntimeError, ImportError, OSError) as error:  # no compiler, no libaio
+                problem = f"{builder.name}: {str(error).strip().splitlines()[-1]}"
+        problems = Ranks(self.processes.control).each(lambda: problem)
+        if any(problems):
+            raise ConfigError(
+                f"engine: deepspeed: {next(filter(None, problems))}\nit is compiled at first use, "
+                "with g++ and ninja, and libaio for nvme (apt-get install g++ libaio-dev); mend that, or write "
+                "optimizer.offload=none and deepspeed.offload_param=none"
+            )
 
     def _checkpointed_states(self) -> Optimizer:
         """States of this rank's rows, FP32 on the CPU: what a checkpoint is made of."""

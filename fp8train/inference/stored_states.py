@@ -33,7 +33,7 @@ class StoredStates:
     def __init__(self, config: Config, vocab_size: int, checkpoint: Path) -> None:
         self.config, self.model = config, outline(config, vocab_size)
         self.opened = open_checkpoint(checkpoint, group=None, verify="size")
-        self.formats = config.state_formats.formats()
+        self.formats = config.stored_formats.formats()
         self._described = self.opened.tensors
 
     def read(self, fqn: str, role: str = "master") -> Tensor:

@@ -30,7 +30,8 @@ def stored_bytes(trainer: BaseTrainer) -> StoredBytes:
     linears = {f"{path}.weight": linear for path, linear in trainer.model.linears().items()}
     planned = {fqn for fqn, linear in linears.items() if trainer.outline.specs[fqn].in_fp8_plan}
     everything = {fqn for fqn, _ in trainer.model.named_parameters()}
-    return StoredBytes(*(_footprint(trainer, linears, fqns) for fqns in (planned, set(linears), everything)))
+    plan, hidden, model = (_footprint(trainer, linears, fqns) for fqns in (planned, set(linears), everything))
+    return StoredBytes(plan, hidden, model, trainer.optimizer.states.slot_bytes)
 
 
 def _footprint(trainer: Trainer, linears: Mapping[str, Linear], fqns: Collection[str]) -> Footprint:
@@ -57,7 +58,10 @@ def _footprint(trainer: Trainer, linears: Mapping[str, Linear], fqns: Collection
     for role, nbytes in of_states.items():
         values[role] = nbytes - of_their_scales[role]
     values["master"] -= states.bytes_in_parameters(fqns)
-    return Footprint(sum(p.numel() for p in parameters.values()), values, {**scales, **of_their_scales})
+    on_host = sum(of_states.values()) - states.bytes_in_parameters(fqns) if states.in_host_memory else 0
+    return Footprint(
+        sum(p.numel() for p in parameters.values()), values, {**scales, **of_their_scales}, on_host
+    )
 
 
 def describe_layout(trainer: BaseTrainer) -> str:

@@ -24,11 +24,13 @@ class Footprint:
         values: bytes by what they are for: ``weight``, ``gradient``, ``accumulator``, then the optimizer's
             roles. A master that lives in the parameter counts once, as weight.
         scales: bytes of scales, likewise.
+        on_host: what of both is in host memory (``optimizer.offload``).
     """
 
     parameters: int
     values: dict[str, int]
     scales: dict[str, int]
+    on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -43,7 +45,8 @@ class Footprint:
         """Everything per parameter, scales apart; what takes nothing is left out."""
         each = {**self.values, "scales": sum(self.scales.values())}
         listed = ", ".join(f"{name} {count / self.parameters:.3f}" for name, count in each.items() if count)
-        return f"{self.total / self.parameters:.3f} ({listed})"
+        host = f"; {self.on_host / self.parameters:.3f} of it in host memory" if self.on_host else ""
+        return f"{self.total / self.parameters:.3f} ({listed}{host})"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class StoredBytes:
         plan: of the matrices in the FP8 plan; no parameters without FP8 GEMMs.
         linears: of the matrices of all hidden linears.
         model: of all parameters.
+        slots: device memory beside that, for states that are in host memory between steps.
     """
 
     plan: Footprint
     linears: Footprint
     model: Footprint
+    slots: int = 0
 
     def per_parameter(self) -> dict[str, float]:
         """``{what: bytes}`` per parameter of the hidden linears, with ``total`` over gradient and states."""
@@ -83,5 +88,13 @@ class StoredBytes:
         return (
             f"{shares['total']:.2f} bytes per parameter of the hidden linears ({states}) "
             f"+ compute copy {shares['compute_copy']:.2f} + accumulator {shares['accumulator']:.2f}; "
-            f"whole model {format_bytes(self.model.total)}"
+            f"whole model {format_bytes(self.model.total)}{self._places()}"
         )
+
+    def _places(self) -> str:
+        """What of the whole model is not on the device, and what that costs there."""
+        host = self.model.on_host
+        if not host:
+            return ""
+        device, slots = format_bytes(self.model.total - host + self.slots), format_bytes(self.slots)
+        return f": {format_bytes(host)} in host memory, {device} on the device with {slots} of slots"

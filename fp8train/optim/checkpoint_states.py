@@ -244,8 +244,8 @@ def announce(states: OptimizerStates, recasts: list[Recast], read: Read) -> dict
     and FQN. The ranks that hold other parts must agree on them (:mod:`fp8train.optim.agreement`)."""
     found: dict[str, dict[str, Tensor]] = {}
     for one in recasts:
-        state = states[one.fqn]
-        if state.storages[one.role].two_pass:
+        if states[one.fqn].storages[one.role].two_pass:
+            state = states.at_work[one.fqn]  # as one scale spans it, it does not come in pieces
             stored = StoredState(one.role, state.spec, state.region, one.stored, read)
             amaxes = [amax_of(values) for _, _, values in _pieces(stored, state, one.role)]
             found.setdefault(one.role, {})[one.fqn] = torch.stack(amaxes).amax()
@@ -268,12 +268,13 @@ def recast(
         amaxes: by role and FQN, of whole tensors; of the states that :func:`announce` told.
     """
     for one in recasts:
-        state = states[one.fqn]
-        target = state.storages[one.role]
-        stored = StoredState(one.role, state.spec, state.region, one.stored, read)
-        if target.two_pass:
-            target.begin(amaxes[one.role][one.fqn])
-        for start, stop, values in _pieces(stored, state, one.role):
-            target.store(start, stop, values, None)
-        if target.two_pass:
-            target.end()
+        for _, present in states.visit([one.fqn], (one.role,), write=True):
+            for state in present.values():
+                stored = StoredState(one.role, state.spec, state.region, one.stored, read)
+                target = state.storages[one.role]
+                if target.two_pass:
+                    target.begin(amaxes[one.role][one.fqn])
+                for start, stop, values in _pieces(stored, state, one.role):
+                    target.store(start, stop, values, None)
+                if target.two_pass:
+                    target.end()

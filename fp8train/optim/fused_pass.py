@@ -82,6 +82,7 @@ class StepOf:
 
 @dataclass(frozen=True)
 class _Member:
+    name: str
     state: ParameterState
     stored: Mapping[str, Stored]
     row: int
@@ -92,7 +93,7 @@ class _Group:
 
     def __init__(self, signature: Signature, members: Sequence[_Member], device: torch.device) -> None:
         self.signature, self.members = signature, members
-        self.fqns = [member.state.fqn for member in members]
+        self.names = [member.name for member in members]
         states = [[member.stored.get(role) for member in members] for role in ROLES]
         self.memory = [
             [tensor for tensor in tensors if tensor is not None]
@@ -149,12 +150,14 @@ class FusedPass:
     """Updates parameters in place, all of one signature in one launch.
 
     Attributes:
-        partials: of each parameter that the step has updated: FP32 numbers on the device whose largest
-            is the amax of its new weight, as the model got it: of the stored master where a target takes it.
+        partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on the
+            device whose largest is the amax of its new weight, as the model got it: of the stored master where
+            a target takes it.
     """
 
     def __init__(self, states: Mapping[str, ParameterState], update: Update) -> None:
-        """Args: ``states``: of this rank; ``update``: the kernel, or its reference."""
+        """Args: ``states``: of this rank, by names of their own; ``update``: the kernel, or its
+        reference."""
         self._update = update
         self._left_out = {fqn: why for fqn, state in states.items() if (why := left_out_because(state))}
         self._stored = {
@@ -170,7 +173,7 @@ class FusedPass:
     def describe(self) -> str:
         """Which parameters are updated in one launch of many, which in chunks, and why; of the last step, or
         before one as far as states tell."""
-        fused = sum(fqn not in self._left_out for fqn in self._stored)
+        fused = len({state.fqn for name, state in self._states.items() if name not in self._left_out})
         launches = f" in {self._launches} launches" if self._launches else ""
         line = f"optimizer step: {fused} parameters fused{launches}"
         reasons = Counter(self._left_out.values())
@@ -192,48 +195,49 @@ class FusedPass:
         """Update what the kernel can of some parameters.
 
         Args:
-            grad: reader of a gradient by FQN.
-            steps: the step's numbers of those, by FQN.
+            grad: reader of a gradient by the name of its states.
+            steps: the step's numbers of those, likewise.
             multiplier: device scalar that multiplies every gradient.
             count_flushed: count values that were stored as zero and were not.
 
         Returns:
-            (amax of each new weight that a target takes, FP32 scalars on the device, by FQN; count by role,
-            device integers, of all parameters that were updated). They join :attr:`partials`.
+            (amax of each new weight that a target takes, FP32 scalars on the device, likewise; count by
+            role, device integers, of all parameters that were updated). They join :attr:`partials`.
         """
         found: dict[Signature, list[tuple[str, int, StoredGradient]]] = {}
-        for fqn, state in self._states.items():
-            if fqn not in steps:
+        for name in steps:
+            if (state := self._states.get(name)) is None:
                 continue
-            gradient = grad(fqn).stored(state.numel)
+            gradient = grad(name).stored(state.numel)
             why = _gradient_left_out_because(state, gradient)
             if why is None:
-                self._left_out.pop(fqn, None)
+                self._left_out.pop(name, None)
                 assert gradient is not None
-                signature, row = self._signature(state, gradient, count_flushed)
-                found.setdefault(signature, []).append((fqn, row, gradient))
+                signature, row = self._signature(name, state, gradient, count_flushed)
+                found.setdefault(signature, []).append((name, row, gradient))
             else:
-                self._left_out[fqn] = why
+                self._left_out[name] = why
         amaxes: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
         self._launches += len(found)
         for signature, members in found.items():
-            group = self._group(signature, [(fqn, row) for fqn, row, _ in members])
+            group = self._group(signature, [(name, row) for name, row, _ in members])
             gradients = [gradient for _, _, gradient in members]
-            partials, flushed = self._launch(group, gradients, [steps[fqn] for fqn in group.fqns], multiplier)
-            self.partials |= dict(zip(group.fqns, partials.unbind(), strict=True))
+            of_group = [steps[name] for name in group.names]
+            partials, flushed = self._launch(group, gradients, of_group, multiplier)
+            self.partials |= dict(zip(group.names, partials.unbind(), strict=True))
             if any(member.state.target is not None for member in group.members):
-                amaxes |= dict(zip(group.fqns, partials.amax(dim=1).unbind(), strict=True))
+                amaxes |= dict(zip(group.names, partials.amax(dim=1).unbind(), strict=True))
             if count_flushed:
                 for role, count in zip(ROLES, flushed.sum(dim=1).unbind(), strict=True):
                     counts[role] = counts[role] + count if role in counts else count
         return amaxes, counts
 
     def _signature(
-        self, state: ParameterState, gradient: StoredGradient, count: bool
+        self, name: str, state: ParameterState, gradient: StoredGradient, count: bool
     ) -> tuple[Signature, int]:
         """A parameter's signature, and elements of a row that blocks cut."""
-        stored, place = self._stored[state.fqn], state.master.place
+        stored, place = self._stored[name], state.master.place
         block, row = _FLAT_BLOCK, place.numel
         if scaled := _scaled(state):
             block, row = state.storages[scaled[0]].place.block, place.row
@@ -267,11 +271,11 @@ class FusedPass:
         return signature, row
 
     def _group(self, signature: Signature, members: Sequence[tuple[str, int]]) -> _Group:
-        key = signature, tuple(fqn for fqn, _ in members)
+        key = signature, tuple(name for name, _ in members)
         if key not in self._groups:
             self._groups[key] = _Group(
                 signature,
-                [_Member(self._states[fqn], self._stored[fqn], row) for fqn, row in members],
+                [_Member(name, self._states[name], self._stored[name], row) for name, row in members],
                 self._states[members[0][0]].master.place.device,
             )
         return self._groups[key]

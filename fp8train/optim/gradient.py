@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp8train.parallel.gradients.held import GradientReader, StoredGradient
 
-__all__ = ["GradientReader", "TensorGradient"]
+__all__ = ["GradientReader", "PartOfGradient", "TensorGradient"]
 
 
 class TensorGradient:
@@ -27,3 +27,23 @@ class TensorGradient:
     def stored(self, count: int) -> StoredGradient | None:
         """The first ``count`` elements of FP32 and BF16 gradients."""
         return StoredGradient.of_values(self._flat[:count])
+
+
+class PartOfGradient:
+    """Whole rows of a gradient, seen from the first of them on."""
+
+    def __init__(self, reader: GradientReader, start: int) -> None:
+        """Args: ``reader``: of the gradient; ``start``: the first element of the rows."""
+        self._reader, self._start = reader, start
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Return elements ``start .. stop`` of the rows."""
+        return self._reader.chunk(self._start + start, self._start + stop)
+
+    def stored(self, count: int) -> StoredGradient | None:
+        """The first ``count`` elements: what lies behind the rows before, which have as many blocks each."""
+        if not count or (stored := self._reader.stored(self._start + count)) is None:
+            return None
+        before = len(stored.values) * self._start // (self._start + count)
+        scales = None if stored.scales is None else stored.scales[before:]
+        return StoredGradient(stored.values[before:], scales)

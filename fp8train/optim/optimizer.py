@@ -20,8 +20,8 @@ The update uses the new moments before they are rounded, as FP8-LM's own code do
 the *next* step remembers, not what this one does.
 
 Which parameters get the plan's formats is said in :mod:`fp8train.optim.parameter_state`. A rank may keep a
-part of a parameter, or nothing of it; scales that span parts are agreed on. Nothing here waits for the
-device.
+part of a parameter, or nothing of it; scales that span parts are agreed on. States may live in host memory,
+and then come a few at a time (:mod:`fp8train.optim.host_states`). Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from fp8train.numerics.cast import amax_of
 from fp8train.numerics.stochastic import stream_key
 from fp8train.optim.agreement import Agreement
 from fp8train.optim.fused_pass import FusedPass, StepOf, Update, default_update
-from fp8train.optim.gradient import GradientReader
-from fp8train.optim.parameter_state import ParameterState, Region
+from fp8train.optim.gradient import GradientReader, PartOfGradient
+from fp8train.optim.host_states import Offload, Present
+from fp8train.optim.parameter_state import ParameterState, Region, in_plan
 from fp8train.optim.publishing import Publisher, zero_amax
 from fp8train.optim.states import OptimizerStates
 from fp8train.optim.weight_target import WeightTarget
@@ -58,6 +59,7 @@ class _Running:
         multiplier: device scalar that multiplies every gradient.
         updated: what :meth:`Optimizer.update` was called for, whoever keeps its states.
         amaxes: of new masters on this rank that have weight targets, by FQN.
+        at_once: whether weight targets take new masters when they are stored, not at the end.
     """
 
     step: int
@@ -65,6 +67,7 @@ class _Running:
     multiplier: Tensor
     updated: set[str] = field(default_factory=set)
     amaxes: dict[str, Tensor] = field(default_factory=dict)
+    at_once: bool = False
 
 
 class Optimizer:
@@ -89,6 +92,7 @@ class Optimizer:
         device: torch.device | None = None,
         chunk: int | None = None,
         update: Update | None = None,
+        offload: Offload | None = None,
     ) -> None:
         """Allocate states. Moments start at zero, and so do master weights until
         :meth:`OptimizerStates.seed_master` or a checkpoint fills them, except those that live in the
@@ -111,12 +115,13 @@ class Optimizer:
                 there a launch costs more than memory.
             update: the kernel of :mod:`fp8train.optim.fused_pass`, or its reference; default: the kernel
                 where ``device`` has it, else nothing: all parameters are updated in chunks.
+            offload: keeps states in host memory.
 
         Raises:
             ValueError: the plan and the rule do not match; a region cuts a block, or a matrix that the rule
                 needs whole.
         """
-        self.rule, self._seed = rule, seed
+        self.rule, self._seed, self._specs = rule, seed, specs
         targets = dict(weight_targets or {})
         assert targets.keys() <= specs.keys(), "a weight target of an unknown parameter"
         where = device or next((parameter.device for parameter in parameters.values()), None)
@@ -129,15 +134,16 @@ class Optimizer:
             plan,
             weight_targets=targets,
             regions=regions or {},
-            device=device,
+            device=device if offload is None else where,
             chunk=chunk,
+            offload=offload,
         )
         self.agreement = Agreement(specs, agree, where)
-        self._publisher = Publisher(self.states, targets, self.agreement)
+        self._publisher = Publisher(targets, self.agreement)
         self._flushed: dict[str, Tensor] = {}
         self._running: _Running | None = None
         update = update or default_update(where)
-        self._fused = None if update is None else FusedPass(self.states, update)
+        self._fused = None if update is None else FusedPass(self.states.at_work, update)
 
     def describe_pass(self) -> str:
         """Say in one line how parameters are updated: which in one launch of many, which in chunks, and
@@ -150,10 +156,12 @@ class Optimizer:
         again."""
         return {} if self._fused is None else self._fused.partials
 
+    @torch.no_grad()
     def publish(self) -> None:
         """Write the master weights into the model: rounded to the parameters' dtype, or to the weight
         targets."""
-        self._publisher.publish()
+        for present in self.states.visit(self.agreement.fqns, ("master",), write=False):
+            self._publisher.publish(present)
 
     def state_meta(self) -> dict[str, str]:
         """Host state of a checkpoint: which rule and formats its tensors belong to."""
@@ -196,6 +204,7 @@ class Optimizer:
         self.begin(
             step=step, lr_factor=lr_factor, grad_multiplier=grad_multiplier, count_flushed=count_flushed
         )
+        self._begun().at_once = self.states.in_host_memory  # else masters would have to come a second time
         self.update(grad, self.agreement.fqns)
         self.end()
 
@@ -228,28 +237,47 @@ class Optimizer:
         running = self._begun()
         assert running.updated.isdisjoint(fqns), "a parameter is updated once a step"
         running.updated.update(fqns)
-        states = {fqn: self.states[fqn] for fqn in fqns if fqn in self.states}
-        updates = {
-            fqn: self._update_of(state, running.step, running.lr_factor) for fqn, state in states.items()
-        }
-        # What a kernel can update as a whole, if there is one.
-        self._update_fused(updates, grad, running)
-        done = self.weight_amax()
-        # First pass, only for states with one scale per tensor: the amax of their new values.
-        self._announce_all(updates, grad, running.multiplier)
-        # The pass that stores: parameter by parameter, chunk by chunk.
-        for fqn, state in states.items():
-            if fqn not in done:
-                multiplier = running.multiplier.to(state.work)
-                running.amaxes[fqn] = self._update(state, grad(fqn), updates[fqn], multiplier)
+        for present in self.states.visit(fqns, write=True):
+            self._update_present(present, grad, running)
+            if running.at_once:
+                self._publisher.write_targets(running.amaxes, present)
 
     @torch.no_grad()
     def end(self) -> None:
         """End the step: weights resident in FP8 are cast from the stored masters of what was updated, with
         one scale on all ranks. Collective where there are several."""
         running = self._begun()
-        self._publisher.write_targets(running.amaxes, running.updated)
+        if not running.at_once:
+            waiting = self._publisher.targets.keys() & running.updated
+            in_order = [fqn for fqn in self.agreement.fqns if fqn in waiting]
+            for present in self.states.visit(in_order, ("master",), write=False):
+                self._publisher.write_targets(running.amaxes, present)
         self._running = None
+
+    def _update_present(
+        self, present: Present, grad: Callable[[str], GradientReader], running: _Running
+    ) -> None:
+        """Update what is on the device now."""
+        states = present.states
+        updates = {
+            name: self._update_of(state, running.step, running.lr_factor) for name, state in states.items()
+        }
+
+        def reader(name: str) -> GradientReader:
+            whole, start = grad(states[name].fqn), states[name].start
+            return PartOfGradient(whole, start) if start else whole
+
+        # What a kernel can update as a whole, if there is one.
+        self._update_fused(states, updates, reader, running)
+        done = self.weight_amax()
+        # First pass, only for states with one scale per tensor: the amax of their new values.
+        if any(in_plan(self._specs[fqn]) for fqn in present.fqns):
+            self._announce_all(states, updates, reader, running.multiplier)
+        # The pass that stores: parameter by parameter, chunk by chunk.
+        for name, state in states.items():
+            if name not in done:
+                multiplier = running.multiplier.to(state.work)
+                running.amaxes[name] = self._update(state, reader(name), updates[name], multiplier)
 
     def _begun(self) -> _Running:
         assert self._running is not None, "no step has begun"
@@ -258,7 +286,8 @@ class Optimizer:
     def _zero_counts(self) -> dict[str, Tensor]:
         """Of elements that each lossy role flushes; nothing without a parameter that has the plan's
         formats."""
-        device = next((state.master.place.device for state in self.states.values() if state.in_plan), None)
+        at_work = self.states.at_work.values()
+        device = next((state.master.place.device for state in at_work if state.in_plan), None)
         if device is None:
             return {}
         lossy = [role for role, fmt in self.states.plan.formats().items() if not fmt.is_exact]
@@ -271,6 +300,7 @@ class Optimizer:
 
     def _update_fused(
         self,
+        states: Mapping[str, ParameterState],
         updates: Mapping[str, StepScalars],
         grad: Callable[[str], GradientReader],
         running: _Running,
@@ -278,10 +308,10 @@ class Optimizer:
         if self._fused is None:
             return
         steps = {
-            fqn: StepOf(
-                one, {role: self._key(self.states[fqn], role, one.step) for role in self.states[fqn].storages}
+            name: StepOf(
+                one, {role: self._key(states[name], role, one.step) for role in states[name].storages}
             )
-            for fqn, one in updates.items()
+            for name, one in updates.items()
         }
         amaxes, counts = self._fused.step(grad, steps, running.multiplier, count_flushed=bool(self._flushed))
         running.amaxes |= amaxes
@@ -320,14 +350,14 @@ class Optimizer:
 
     def _announce_all(
         self,
+        states: Mapping[str, ParameterState],
         updates: Mapping[str, StepScalars],
         grad: Callable[[str], GradientReader],
         multiplier: Tensor,
     ) -> None:
         """The first of two passes: tell storages with one scale per tensor what is coming."""
         found: dict[str, dict[str, Tensor]] = {}
-        for fqn in updates:
-            state = self.states[fqn]
+        for fqn, state in states.items():
             if any(storage.two_pass for storage in state.storages.values()):
                 for role, amax in self._announced(
                     state, grad(fqn), updates[fqn], multiplier.to(state.work)
@@ -336,7 +366,7 @@ class Optimizer:
         for role in (name for name, fmt in self.states.plan.formats().items() if fmt.two_pass):
             agreed = self.agreement.agreed(found.get(role, {}))
             for fqn in found.get(role, {}):
-                self.states[fqn].storages[role].begin(agreed[fqn])
+                states[fqn].storages[role].begin(agreed[fqn])
 
     def _announced(
         self, state: ParameterState, reader: GradientReader, scalars: StepScalars, multiplier: Tensor

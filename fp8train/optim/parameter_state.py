@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
 from fp8train.optim.make_storage import make_master_storage, make_storage
-from fp8train.optim.state_storage import StatePlace, Storage
+from fp8train.optim.state_storage import StatePlace, Storage, Take
 from fp8train.optim.weight_target import WeightTarget
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.rule import MatrixRule, Rule
@@ -36,6 +36,11 @@ class Region:
         """The part of a parameter that a tensor-parallel rank holds, from its spec."""
         return cls(spec.local_shape, spec.offset)
 
+    def rows(self, first: int, last: int) -> tuple[Region, int]:
+        """Rows ``first .. last`` of it, and their first element in it."""
+        part = Region((last - first, *self.shape[1:]), (self.offset[0] + first, *self.offset[1:]))
+        return part, first * math.prod(self.shape[1:])
+
 
 @dataclass(frozen=True)
 class ParameterState:
@@ -54,6 +59,8 @@ class ParameterState:
         in_plan: whether the plan's formats apply.
         work: type of the arithmetic.
         chunk: elements per step of the pass; all of them under a matrix rule.
+        start: first element in what this rank keeps of the parameter; 0 unless these states are a piece of
+            those (:mod:`fp8train.optim.host_states`).
     """
 
     fqn: str
@@ -67,6 +74,7 @@ class ParameterState:
     in_plan: bool
     work: torch.dtype
     chunk: int
+    start: int = 0
 
     @property
     def master(self) -> Storage:
@@ -112,8 +120,11 @@ def rule_of(rule: Rule, spec: ParamSpec) -> Rule:
     return rule if hidden or not isinstance(rule, MatrixRule) else rule.others
 
 
-def place_of(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.device) -> StatePlace:
-    """Describe where a state of this format lies in memory and within the logical tensor.
+def place_of(
+    spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.device, take: Take | None = None
+) -> StatePlace:
+    """Describe where a state of this format lies in memory and within the logical tensor; ``take`` as of
+    :class:`StatePlace`.
 
     Raises:
         ValueError: the region cuts a block.
@@ -126,7 +137,7 @@ def place_of(spec: ParamSpec, region: Region, fmt: StateFormat, device: torch.de
         )
     strides = [math.prod(spec.global_shape[dim + 1 :]) for dim in range(len(spec.global_shape))]
     first = sum(start * stride for start, stride in zip(region.offset, strides, strict=True))
-    return StatePlace(region.shape, block, first, device, spec.global_shape[-1])
+    return StatePlace(region.shape, block, first, device, spec.global_shape[-1], take)
 
 
 def logical_tensors(
@@ -155,6 +166,7 @@ def allocate(
     *,
     device: torch.device | None,
     chunk: int,
+    take: Take | None = None,
 ) -> ParameterState:
     """States of one parameter, zero but for a master that lives in the parameter.
 
@@ -167,6 +179,7 @@ def allocate(
         target: takes new weights instead of ``parameter``.
         device: of the states; default: the parameter's.
         chunk: most elements of a chunk.
+        take: gives memory for them; None allocates it.
 
     Raises:
         ValueError: the region cuts a block, or a matrix that the rule needs whole.
@@ -183,7 +196,7 @@ def allocate(
     formats = {role: plan.formats()[role] if planned else _FP32 for role in rule.roles()}
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     where = parameter.device if device is None else device
-    places = {role: place_of(spec, region, fmt, where) for role, fmt in formats.items()}
+    places = {role: place_of(spec, region, fmt, where, take) for role, fmt in formats.items()}
     memory = None if target is not None else parameter.detach()
     storages = {
         role: make_master_storage(fmt, places[role], wide=wide, weight=memory)

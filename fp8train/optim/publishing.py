@@ -6,7 +6,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,28 +15,27 @@ from fp8train.kernels.fused_op import fuses
 from fp8train.kernels.stored_weight import StoredWeight
 from fp8train.numerics.cast import amax_of
 from fp8train.optim.agreement import Agreement
+from fp8train.optim.host_states import Present
 from fp8train.optim.parameter_state import ParameterState
 from fp8train.optim.weight_target import WeightTarget
 
 
 class Publisher:
-    """Writes the master weights of a rank into the model."""
+    """Writes the master weights of a rank into the model.
 
-    def __init__(
-        self,
-        states: Mapping[str, ParameterState],
-        targets: Mapping[str, WeightTarget],
-        agreement: Agreement,
-    ) -> None:
-        """Args: ``states``: of this rank; ``targets``: takers of new weights, also of parameters whose states
-        other ranks keep: those are told the amax, not the values; ``agreement``: on scales of whole
-        tensors."""
-        self._states, self._targets, self._agreement = states, targets, agreement
+    Attributes:
+        targets: takers of new weights.
+    """
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Write all master weights: rounded to the parameters' dtype, or to the weight targets."""
-        self.write_targets({fqn: self.whole(state) for fqn, state in self._states.items()}, self._targets)
+    def __init__(self, targets: Mapping[str, WeightTarget], agreement: Agreement) -> None:
+        """Args: ``targets``: takers of new weights, also of parameters whose states other ranks keep: those
+        are told the amax, not the values; ``agreement``: on scales of whole tensors."""
+        self.targets, self._agreement = targets, agreement
+
+    def publish(self, present: Present) -> None:
+        """Write the master weights that are on the device: rounded to the parameters' dtype, or to the weight
+        targets."""
+        self.write_targets({name: self.whole(state) for name, state in present.states.items()}, present)
 
     def whole(self, state: ParameterState) -> Tensor:
         """Write the stored master into the parameter; returns its amax if it has a target instead."""
@@ -54,15 +53,15 @@ class Publisher:
             state.weight[start:stop].copy_(state.master.load(start, stop))
         return amax
 
-    def write_targets(self, amaxes: Mapping[str, Tensor], fqns: Collection[str]) -> None:
-        """Cast stored masters into their weight targets, with one scale on all ranks; ``amaxes`` of this
-        rank's parts, by FQN; ``fqns``: those that are new, the same on all ranks."""
-        targets = {fqn: target for fqn, target in self._targets.items() if fqn in fqns}
+    def write_targets(self, amaxes: Mapping[str, Tensor], present: Present) -> None:
+        """Cast stored masters that are on the device into their weight targets, with one scale on all ranks;
+        ``amaxes`` of this rank's parts, by FQN."""
+        targets = {fqn: self.targets[fqn] for fqn in present.fqns if fqn in self.targets}
         if not targets:
             return
         agreed = self._agreement.agreed({fqn: amaxes[fqn] for fqn in targets if fqn in amaxes})
         for fqn, target in targets.items():
-            state = self._states.get(fqn)
+            state = present.states.get(fqn)
             weight = None if state is None else _stored_weight(state, agreed[fqn])
             if weight is not None and target.take(0, weight):
                 continue

@@ -61,7 +61,7 @@ class _ScaledStorage(Storage):
     def __init__(self, place: StatePlace, fmt: Format) -> None:
         super().__init__(place)
         self.format = fmt
-        self.payload = torch.zeros(place.shape, dtype=dtype_of(fmt), device=place.device)
+        self.payload = place.new(place.shape, dtype_of(fmt))
         self._flat = self.payload.view(-1)
 
     def _write(self, start: int, stop: int, payload: Tensor) -> None:
@@ -98,7 +98,7 @@ class BlockStorage(_BlockedStorage):
 
     def __init__(self, place: StatePlace, fmt: Format) -> None:
         super().__init__(place, fmt)
-        self.scale = torch.full(place.scale_shape, _SCALE_ONE, dtype=torch.uint8, device=place.device)
+        self.scale = place.new(place.scale_shape, torch.uint8, _SCALE_ONE)
         self._flat_scale = self.scale.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
@@ -136,7 +136,7 @@ class TensorStorage(_ScaledStorage):
 
     def __init__(self, place: StatePlace, fmt: Format) -> None:
         super().__init__(place, fmt)
-        self.scale_inv = torch.ones((), dtype=torch.float32, device=place.device)
+        self.scale_inv = place.new((), torch.float32, 1)
         self._new_exponent = torch.zeros((), dtype=torch.int32, device=place.device)
 
     def load(self, start: int, stop: int) -> Tensor:
@@ -177,9 +177,8 @@ class ExpandedStorage(_BlockedStorage):
 
     def __init__(self, place: StatePlace, fmt: Format) -> None:
         super().__init__(place, fmt)
-        shape, device = place.scale_shape, place.device
-        self.amax = torch.ones(shape, dtype=torch.float32, device=device)
-        self.power = torch.full(shape, _POWER_UNIT, dtype=torch.uint8, device=device)
+        self.amax = place.new(place.scale_shape, torch.float32, 1)
+        self.power = place.new(place.scale_shape, torch.uint8, _POWER_UNIT)
         self._flat_amax, self._flat_power = self.amax.view(-1), self.power.view(-1)
         self._range = math.log2(fmt.max**2 / 2)
 

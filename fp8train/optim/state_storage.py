@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ SCALE_SUFFIXES = (".scale", ".scale_inv", ".amax", ".power")
 """Of what a checkpoint holds of a state, those that describe scales of blocks or tensors."""
 
 
+Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Gives memory for a tensor of a shape and dtype; its content is undefined."""
+
+
 @dataclass(frozen=True)
 class StatePlace:
     """The shape of a local state and its place in the logical one, in blocks.
@@ -32,6 +37,7 @@ class StatePlace:
         offset: logical row-major index of the first local element; random bits are drawn by logical index.
         logical_row: elements of a logical row; default: as local ones.
         device: where it lives.
+        take: gives the memory, on ``device``; None allocates it.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +45,15 @@ class StatePlace:
     offset: int
     device: torch.device
     logical_row: int | None = None
+    take: Take | None = None
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, value: float = 0) -> Tensor:
+        """Memory of the state, filled with ``value``."""
+        if self.take is None:
+            memory = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            memory = self.take(shape, dtype)
+        return memory.fill_(value)
 
     @property
     def numel(self) -> int:

@@ -7,21 +7,29 @@ matrices whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.cast import amax_of
-from fp8train.optim.parameter_state import ParameterState, Region, allocate, rule_of
+from fp8train.optim import offload_plan
+from fp8train.optim.host_states import HostStates, Offload, Present, Rows
+from fp8train.optim.parameter_state import ParameterState, Region, allocate, in_plan, rule_of
+from fp8train.optim.state_storage import Take
 from fp8train.optim.weight_target import WeightTarget
-from fp8train.precision.state_formats import StateFormats
+from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.rule import MatrixRule, Rule
 
 
 class OptimizerStates(Mapping[str, ParameterState]):
     """The states that this rank keeps, by FQN of the parameter.
+
+    They may live in host memory (:mod:`fp8train.optim.host_states`). So what computes with their values does
+    it while :meth:`visit` shows them; what is stored may be read and filled any time (:meth:`tensors`).
 
     Attributes:
         plan: formats of the matrices in the FP8 plan.
@@ -39,6 +47,7 @@ class OptimizerStates(Mapping[str, ParameterState]):
         regions: Mapping[str, Region],
         device: torch.device | None,
         chunk: int,
+        offload: Offload | None,
     ) -> None:
         """Allocate; see :class:`~fp8train.optim.optimizer.Optimizer` for the arguments.
 
@@ -50,19 +59,36 @@ class OptimizerStates(Mapping[str, ParameterState]):
         if (plan.exp_avg_sq is not None) != rule.has_second_moment:
             keeps = "a" if rule.has_second_moment else "no"
             raise ValueError(f"{rule.name} keeps {keeps} second moment, but its format is {plan.exp_avg_sq}")
-        self._kept = {
-            fqn: allocate(
+
+        def make(
+            fqn: str, rows: Rows | None, *, device: torch.device | None, take: Take | None
+        ) -> ParameterState:
+            parameter, spec = parameters[fqn], specs[fqn]
+            region, start = regions.get(fqn) or Region.of(spec), 0
+            if rows is not None:
+                parameter, (region, start) = parameter[slice(*rows)], region.rows(*rows)
+            state = allocate(
                 parameter,
-                specs[fqn],
-                regions.get(fqn) or Region.of(specs[fqn]),
-                rule_of(rule, specs[fqn]),
+                spec,
+                region,
+                rule_of(rule, spec),
                 plan,
                 weight_targets.get(fqn),
                 device=device,
                 chunk=chunk,
+                take=take,
             )
-            for fqn, parameter in parameters.items()
-        }
+            return replace(state, start=start)
+
+        self._host: HostStates | None = None
+        if offload is None:
+            self._kept = {fqn: make(fqn, None, device=device, take=None) for fqn in parameters}
+        else:
+            assert device is not None, "states in host memory need a device to visit"
+            sizes = {fqn: _bytes(plan, rule, spec) / offload.shards for fqn, spec in specs.items()}
+            loads = offload_plan.loads(sizes, offload.slot_bytes)
+            self._host = HostStates(make, parameters, loads, offload, device)
+            self._kept = self._host.home
 
     def __getitem__(self, fqn: str) -> ParameterState:
         return self._kept[fqn]
@@ -72,6 +98,38 @@ class OptimizerStates(Mapping[str, ParameterState]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether they live there, and not on the device that the step runs on."""
+        return self._host is not None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device memory that states in host memory visit."""
+        return 0 if self._host is None else self._host.slot_bytes
+
+    @property
+    def at_work(self) -> Mapping[str, ParameterState]:
+        """The states as :meth:`visit` shows them, by the names that they have there. Addresses never change;
+        values are to be read and written during the visit alone."""
+        return self._kept if self._host is None else self._host.at_work
+
+    def visit(
+        self, fqns: Collection[str], roles: Collection[str] | None = None, *, write: bool
+    ) -> Iterator[Present]:
+        """Show the states of some parameters where arithmetic may read and write them: all at once, or a few
+        at a time where they live in host memory. Ranks that agree on amaxes see parameters in the same order.
+
+        Args:
+            fqns: which; also ones whose states other ranks keep.
+            roles: states that matter; None: all.
+            write: whether they change; else changes may be lost.
+        """
+        if self._host is not None:
+            return self._host.visit(fqns, roles, write=write)
+        kept = {fqn: self._kept[fqn] for fqn in fqns if fqn in self._kept}
+        return iter([Present(tuple(fqns), kept)])
 
     @torch.no_grad()
     def seed_master(self, fqn: str, value: Tensor) -> None:
@@ -84,19 +142,9 @@ class OptimizerStates(Mapping[str, ParameterState]):
             value: of the logical shape, any float dtype and device; this rank takes its part. Ignored where
                 other ranks keep the states.
         """
-        if fqn not in self._kept:
-            return
-        state = self._kept[fqn]
-        part = value
-        for dim, (start, size) in enumerate(zip(state.region.offset, state.region.shape, strict=True)):
-            part = part.narrow(dim, start, size)
-        flat = part.to(state.master.place.device, state.work).reshape(-1)
-        if state.master.two_pass:
-            state.master.begin(amax_of(value).to(flat.device))
-        for start, stop in state.spans():
-            state.master.store(start, stop, flat[start:stop], None)
-        if state.master.two_pass:
-            state.master.end()
+        for _, states in self.visit([fqn], ("master",), write=True):
+            for state in states.values():
+                _seed(state, value)
 
     def master(self, fqn: str) -> Tensor:
         """The master weight as FP32 (FP64 in FP64 runs), of the parameter's shape."""
@@ -104,17 +152,25 @@ class OptimizerStates(Mapping[str, ParameterState]):
 
     def decoded(self, fqn: str, role: str) -> Tensor:
         """The values of one of a parameter's states, decoded as a whole: for tests and reports."""
-        storage = self._kept[fqn].storages[role]
-        return storage.load(0, storage.place.numel).view(storage.place.shape)
+        pieces = [
+            values.clone() if self.in_host_memory else values  # as slots are used again
+            for _, states in self.visit([fqn], (role,), write=False)
+            for state in states.values()
+            for values in [state.storages[role].load(0, state.numel)]
+        ]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole.view(self._kept[fqn].region.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs, as stored: ``master/``, ``exp_avg/`` and ``exp_avg_sq/`` + FQN, followed
         by ``.payload``, ``.scale`` and the like for formats of several tensors. Loading fills them in place
-        and publishes the weights."""
+        and publishes the weights. Good until the next visit that writes."""
         return {name: tensor for name, (tensor, _, _) in self.logical_tensors().items()}
 
     def logical_tensors(self) -> dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
         """:meth:`tensors` with the shape of each logical tensor and this part's place in it."""
+        if self._host is not None:
+            self._host.settle()
         return {
             name: (tensor, shape, offset)
             for state in self._kept.values()
@@ -157,6 +213,27 @@ class OptimizerStates(Mapping[str, ParameterState]):
 
     def _in_plan(self) -> list[str]:
         return [fqn for fqn, state in self._kept.items() if state.in_plan]
+
+
+def _seed(state: ParameterState, value: Tensor) -> None:
+    """Store the state's part of a logical value as its master."""
+    part = value
+    for dim, (start, size) in enumerate(zip(state.region.offset, state.region.shape, strict=True)):
+        part = part.narrow(dim, start, size)
+    flat = part.to(state.master.place.device, state.work).reshape(-1)
+    if state.master.two_pass:
+        state.master.begin(amax_of(value).to(flat.device))
+    for start, stop in state.spans():
+        state.master.store(start, stop, flat[start:stop], None)
+    if state.master.two_pass:
+        state.master.end()
+
+
+def _bytes(plan: StateFormats, rule: Rule, spec: ParamSpec) -> int:
+    """Bytes of the states of what one rank holds of a parameter, without scales."""
+    formats, roles = plan.formats(), rule_of(rule, spec).roles()
+    each = [formats[role] if in_plan(spec) else StateFormat() for role in roles]
+    return math.prod(spec.local_shape) * sum(map(offload_plan.element_bytes, each))
 
 
 def _roles(rule: Rule) -> tuple[str, ...]:

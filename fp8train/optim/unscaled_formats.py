@@ -22,7 +22,7 @@ class WideStorage(Storage):
     def __init__(self, place: StatePlace, dtype: torch.dtype, memory: Tensor | None = None) -> None:
         """Zeros, or ``memory`` of the place's shape and this dtype."""
         super().__init__(place)
-        self.tensor = torch.zeros(place.shape, dtype=dtype, device=place.device) if memory is None else memory
+        self.tensor = place.new(place.shape, dtype) if memory is None else memory
         self._flat = self.tensor.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
@@ -50,7 +50,7 @@ class BFloat16Storage(Storage):
 
     def __init__(self, place: StatePlace) -> None:
         super().__init__(place)
-        self.tensor = torch.zeros(place.shape, dtype=torch.bfloat16, device=place.device)
+        self.tensor = place.new(place.shape, torch.bfloat16)
         self._flat = self.tensor.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:
@@ -79,10 +79,8 @@ class RemainderStorage(Storage):
     def __init__(self, place: StatePlace, memory: Tensor | None = None) -> None:
         """Zeros, or the value of the BF16 parameter ``memory`` of the place's shape."""
         super().__init__(place)
-        if memory is None:
-            memory = torch.zeros(place.shape, dtype=torch.bfloat16, device=place.device)
-        self.high = memory
-        self.low = torch.zeros(place.shape, dtype=torch.int16, device=place.device)
+        self.high = place.new(place.shape, torch.bfloat16) if memory is None else memory
+        self.low = place.new(place.shape, torch.int16)
         self._flat_high, self._flat_low = self.high.view(-1).view(torch.int16), self.low.view(-1)
 
     def load(self, start: int, stop: int) -> Tensor:

@@ -9,6 +9,8 @@ Of every parameter that a rank holds (its pipeline stages, its tensor-parallel p
                   lives in the parameter, what is not there
     weight        the parameter in the compute type, its FP8 copies, or both
 
+States may be in host memory, and then take *slots* on the device.
+
 On a GPU backward reads FP8 weights transposed, a byte more per parameter (:meth:`RankBytes.transposed`).
 Left out, for it is small: what messages are padded with (less than a block for each rank and bucket), and
 scale state. Activations and temporaries are not stored between steps.
@@ -17,14 +19,24 @@ scale state. Activations and temporaries are not stored between steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fp8train.config.linear_names import linear_paths, weights_in_fp8
 from fp8train.config.schema import Config
+from fp8train.live.deepspeed_bytes import partitioned_bytes
 from fp8train.live.stored_bytes import Footprint, StoredBytes
 from fp8train.models.part import ModelPart
 from fp8train.models.shapes import Shape, held, local_shape, parameter_shapes, split_dim
+from fp8train.optim.offload_plan import (
+    SLOT_BYTES,
+    aligned,
+    element_bytes,
+    loads,
+    pieces,
+    slot_sizes,
+    unit_of_rows,
+)
 from fp8train.parallel.gradients.bucket_plan import (
     Contributor,
     PlannedBucket,
@@ -93,6 +105,10 @@ class RankBytes:
 
     def largest(self) -> StoredBytes:
         """Count what the rank stores that stores most."""
+        if self.config.engine == "deepspeed":
+            return partitioned_bytes(
+                self.config, self.shapes, linears=self._matrices, planned=self.in_plan, dp=self._dp
+            )
         return max(map(self._of, self._model_parts()), key=lambda stored: stored.model.total)
 
     def transposed(self) -> int:
@@ -131,18 +147,22 @@ class RankBytes:
             gradients = [
                 found if part.fqn in kept else {} for part, found in zip(parts, gradients, strict=True)
             ]
+        rows_of = {
+            part.fqn: part.shape[0] if owners is None else len(owners.owners[part.fqn][rank])
+            for part in parts
+        }
         counts = []
         for part, gradient in zip(parts, gradients, strict=True):
-            rows = part.shape[0] if owners is None else len(owners.owners[part.fqn][rank])
             weight = self._weight(part)
             if part.fqn == self._head_fqn and (codes := self._codes_of_head(model_part)):
                 weight = weight[0] + codes, weight[1] + 4
             kinds = {"weight": weight, **gradient}
-            counts.append((part, {**kinds, **dict(self._states(part, rows))}))
+            counts.append((part, {**kinds, **dict(self._states(part, rows_of[part.fqn]))}))
         return StoredBytes(
             plan=self._sum((part, count) for part, count in counts if part.in_plan),
             linears=self._sum((part, count) for part, count in counts if part.linear),
             model=self._sum(counts),
+            slots=self._slots(parts, rows_of, shards=1 if owners is None else owners.ranks),
         )
 
     def _sum(self, counts: Iterable[tuple[Part, Counts]]) -> Footprint:
@@ -157,7 +177,8 @@ class RankBytes:
                 values[kind] += of_values
                 if of_scales:
                     scales[kind] += of_scales
-        return Footprint(parameters, values, scales)
+        of_states = sum(values[role] + scales[role] for role in roles)
+        return Footprint(parameters, values, scales, of_states if self._offloaded else 0)
 
     def _held(self, model_part: ModelPart) -> Iterator[Part]:
         tp, tied = self.config.parallel.tp, self.config.model.tie_embeddings
@@ -229,19 +250,69 @@ class RankBytes:
 
     def _states(self, part: Part, rows: int) -> Iterator[tuple[str, tuple[int, int]]]:
         """Bytes of each role for this many rows of a part."""
-        shape, formats = (rows, *part.shape[1:]), self.config.state_formats.formats()
-        for role in (self._roles if part.linear else self._other_roles) if rows else ():
-            fmt = formats[role] if part.in_plan else StateFormat()
-            values, scales = _state_bytes(fmt, shape, part.whole[-1], wide=self._wide)
-            if role == "master":
-                values -= self._in_parameter(part, fmt, math.prod(shape))
-            yield role, (values, scales)
+        for role, values, scales in self._state_tensors(part, rows):
+            yield role, (sum(values), sum(scales))
 
-    def _in_parameter(self, part: Part, fmt: StateFormat, numel: int) -> int:
-        """Bytes of a master of so many elements that are the parameter's own memory."""
+    def _state_tensors(self, part: Part, rows: int) -> Iterator[tuple[str, list[int], list[int]]]:
+        """Bytes of the tensors of each role for this many rows of a part: of values, and of scales."""
+        shape = (rows, *part.shape[1:])
+        for role, fmt in self._formats(part) if rows else ():
+            values, scales = _tensors_of(fmt, shape, part.whole[-1], wide=self._wide)
+            if role == "master" and self._in_parameter(part, fmt):
+                del values[0]
+            yield role, values, scales
+
+    def _formats(self, part: Part) -> list[tuple[str, StateFormat]]:
+        """Of each role."""
+        formats = self.config.state_formats.formats()
+        roles = self._roles if part.linear else self._other_roles
+        return [(role, formats[role] if part.in_plan else StateFormat()) for role in roles]
+
+    @property
+    def _offloaded(self) -> bool:
+        """Whether our optimizer keeps states in host memory."""
+        return self.config.optimizer.offload == "cpu" and self.config.engine == "native"
+
+    def _slots(self, parts: Sequence[Part], kept: Mapping[str, int], *, shards: int) -> int:
+        """Device memory that states visit (:mod:`fp8train.optim.host_states`); ``kept``: rows by name."""
+        if not self._offloaded:
+            return 0
+        named = {part.fqn: part for part in parts}
+        sizes = {
+            part.fqn: part.numel * sum(element_bytes(fmt) for _, fmt in self._formats(part)) / shards
+            for part in parts
+        }
+        found = []
+        for fqns in loads(sizes, SLOT_BYTES):
+            nbytes = sum(self._in_slot(named[fqn], kept[fqn]) for fqn in fqns)
+            unit = self._unit_of_pieces(named[fqns[0]]) if len(fqns) == 1 and nbytes > SLOT_BYTES else None
+            if unit is None:
+                found.append(nbytes)
+                continue
+            (fqn,) = fqns
+            cuts = pieces(kept[fqn], nbytes, SLOT_BYTES, unit)
+            found += [self._in_slot(named[fqn], last - first) for first, last in cuts]
+        return sum(slot_sizes(found))
+
+    def _in_slot(self, part: Part, rows: int) -> int:
+        tensors = ((*values, *scales) for _, values, scales in self._state_tensors(part, rows))
+        return sum(aligned(nbytes) for of_role in tensors for nbytes in of_role)
+
+    def _unit_of_pieces(self, part: Part) -> int | None:
+        """Rows that a piece is a multiple of; None where something spans them all."""
+        formats = [fmt for _, fmt in self._formats(part)]
+        resident = part.in_plan and self.config.precision.weights == "fp8"
+        whole = part.linear and issubclass(rule_named(self.config.optimizer.name), MatrixRule)
+        if resident or whole or any(fmt.two_pass for fmt in formats):
+            return None
+        blocks = [fmt.block_in(part.shape[-1], part.whole[-1]) for fmt in formats]
+        return unit_of_rows(math.prod(part.shape[1:]), blocks)
+
+    def _in_parameter(self, part: Part, fmt: StateFormat) -> bool:
+        """Whether a master, or its upper half, is the parameter's own memory."""
         resident = part.in_plan and self.config.precision.weights == "fp8"
         own = {"fp32": self._wide, "bf16_remainder": 2}.get(fmt.format)
-        return 0 if resident or own != self._item else numel * self._item
+        return not resident and own == self._item
 
     def _has_copies(self, part: Part) -> bool:
         """Whether there are FP8 copies of a weight between forwards."""
@@ -280,14 +351,17 @@ def _padded(shape: Shape) -> int:
     return math.prod(-(-size // 16) * 16 for size in shape)
 
 
-def _state_bytes(fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int) -> tuple[int, int]:
-    """Bytes of one state of this shape, and of its scales; ``wide``: of an element of FP32 (FP64) states."""
+def _tensors_of(fmt: StateFormat, shape: Shape, whole_row: int, *, wide: int) -> tuple[list[int], list[int]]:
+    """Bytes of the tensors of one state of this shape: of values, and of scales; ``wide``: of an element of
+    FP32 (FP64) states."""
     numel = math.prod(shape)
+    if fmt.format == "bf16_remainder":
+        return [numel * 2, numel * 2], []
     if not fmt.is_scaled:
-        return numel * {"bf16": 2, "bf16_remainder": 4}.get(fmt.format, wide), 0
-    codes = numel * (2 if fmt.format == "fp16_scaled" else 1)
+        return [numel * (2 if fmt.format == "bf16" else wide)], []
+    codes = [numel * element_bytes(fmt)]
     if not fmt.in_blocks:
-        return codes, 4
-    block = fmt.block_in(shape[-1], whole_row)
-    scale = 5 if fmt.expand else 1  # an expanded block has an FP32 amax and a power, else an E8M0 scale
-    return codes, numel // shape[-1] * -(-shape[-1] // block) * scale
+        return codes, [4]
+    count = numel // shape[-1] * -(-shape[-1] // fmt.block_in(shape[-1], whole_row))
+    # An expanded block has an FP32 amax and a power, else an E8M0 scale.
+    return codes, [count * 4, count] if fmt.expand else [count]

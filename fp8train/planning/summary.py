@@ -98,6 +98,8 @@ def _length(config: Config, counted: RankBytes) -> str:
 def _layout(config: Config, processes: int, dp: int, *, asked: bool) -> str:
     parallel = config.parallel
     zero = f", ZeRO-1 by {parallel.zero_partition}" if parallel.zero == 1 and dp * parallel.cp > 1 else ""
+    if config.engine == "deepspeed":
+        zero = f", ZeRO-{parallel.zero} by DeepSpeed"
     line = (
         f"{processes} {'process' if processes == 1 else 'processes'} = dp {dp} x pp {parallel.pp} x "
         f"cp {parallel.cp} x tp {parallel.tp}{zero}"
@@ -115,7 +117,7 @@ def _coverage(config: Config) -> str:
 def _of_largest_rank(config: Config, dp: int) -> str:
     """What the whole model's bytes are of, where ranks hold parts of it."""
     parallel = config.parallel
-    several = parallel.tp * parallel.pp > 1 or (parallel.zero == 1 and dp * parallel.cp > 1)
+    several = parallel.tp * parallel.pp > 1 or (parallel.zero != "none" and dp * parallel.cp > 1)
     return " (the largest rank's part)" if several else ""
 
 

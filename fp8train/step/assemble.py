@@ -19,6 +19,8 @@ from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import BuiltModel
 from fp8train.models.decoder import Decoder
 from fp8train.numerics.statistics import CastRecorder
+from fp8train.optim.copy_queues import copy_queues
+from fp8train.optim.host_states import Offload
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.gradients.gradient_buckets import GradientBuckets, Groups
 from fp8train.parallel.gradients.recorder import GradientRecorder
@@ -143,8 +145,10 @@ def make_run_optimizer(
     processes: Processes,
     resident: Mapping[str, ResidentFp8Weight],
     sharding: Sharding | None = None,
+    offload: Offload | None = None,
 ) -> Optimizer:
-    """The optimizer of a model; it writes the ``resident`` FP8 weights itself.
+    """The optimizer of a model; it writes the ``resident`` FP8 weights itself. ``offload``: in place of what
+    the device has, where ``optimizer.offload`` asks for it.
 
     Raises:
         ConfigError: state formats that do not fit.
@@ -157,6 +161,11 @@ def make_run_optimizer(
     group = processes.tp
     if sharding is not None:
         parameters, group = sharding.parameters, processes.stage
+    if config.optimizer.offload == "none":
+        offload = None
+    elif offload is None:
+        shards = 1 if sharding is None else processes.replicas.size
+        offload = Offload(copy_queues(processes.device), shards=shards)
     try:
         return Optimizer(
             rule_named(config.optimizer.name).of(hyperparameters),
@@ -168,6 +177,7 @@ def make_run_optimizer(
             regions=None if sharding is None else sharding.regions,
             agree=None if group.size == 1 else partial(all_reduce_max, group),
             device=processes.device,
+            offload=offload,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -35,6 +35,7 @@ from fp8train.config.world import accumulation_steps, check_pipeline, check_rele
 from fp8train.models.build import build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier
+from fp8train.optim.host_states import Offload
 from fp8train.optim.schedule import lr_factor
 from fp8train.parallel.gradients.held import GradientReader
 from fp8train.parallel.gradients.store import GradientStore
@@ -79,9 +80,11 @@ class Trainer(BaseTrainer):
         vocab_size: int,
         ignore_after: int | None = None,
         recorder: Recorder | None = None,
+        offload: Offload | None = None,
     ) -> None:
         """Build everything and fill in the values of step 0. ``recorder``: in place of CUDA's, where
-        ``run.cuda_graphs`` asks for one."""
+        ``run.cuda_graphs`` asks for one; ``offload``: in place of the device's, where ``optimizer.offload``
+        does."""
         placement = place_stages(config, processes, vocab_size)
         built = build_model(
             config,
@@ -122,12 +125,15 @@ class Trainer(BaseTrainer):
         self.parts = make_fp8_parts(self.built, recorder=self.monitors.recorder)
         self.scales = self.parts.scales
         self.sharding = self._connect(owners)
-        self.optimizer = make_run_optimizer(config, self.built, processes, self.parts.resident, self.sharding)
+        self.optimizer = make_run_optimizer(
+            config, self.built, processes, self.parts.resident, self.sharding, offload
+        )
         self._scale_events = self._watch_scales()
         self.recorded: RecordedStep | None = None
         if config.run.cuda_graphs:
             recorder = recorder or CudaGraphs(processes.device)
             self.recorded = RecordedStep(recorder, self._one_after_the_other, self._forget_casts)
+        if config.run.cuda_graphs or self.optimizer.states.in_host_memory:  # later the master is elsewhere
             for weight in self.parts.resident.values():
                 weight.cast_at_once()
         initialise(self.model, config.run.seed, self.optimizer.states.seed_master)

@@ -51,11 +51,11 @@ def explain(
     if size is not None:
         asked = f", asking for {format_bytes(int(size[1])) if size[2] == 'bytes' else f'{size[1]} {size[2]}'}"
     return OutOfMemoryError(
-        f"rank {rank} ran out of {kind} memory {where}{asked}\n{_remedy(config, dp, step)}"
+        f"rank {rank} ran out of {kind} memory {where}{asked}\n{_remedy(config, dp, step, kind)}"
     )
 
 
-def _remedy(config: Config, dp: int, step: int | None) -> str:
+def _remedy(config: Config, dp: int, step: int | None, kind: str) -> str:
     """Settings that would need less, the cheapest first; what is lowest already is left out."""
     train, parallel = config.train, config.parallel
     ways = []
@@ -66,5 +66,7 @@ def _remedy(config: Config, dp: int, step: int | None) -> str:
         ways.append(f"recompute with train.activation_checkpointing: {stronger}")
     if parallel.zero == "none" and dp > 1:
         ways.append("share the optimizer's states with parallel.zero: 1")
+    if config.optimizer.offload == "none" and kind == "GPU":
+        ways.append("keep the optimizer's states in host memory with optimizer.offload: cpu")
     ways.append(f"split the model further with parallel.tp ({parallel.tp}) or parallel.pp ({parallel.pp})")
     return f"{', '.join(ways)}, or take a smaller model"

@@ -15,7 +15,15 @@ import pytest
 
 from fp8train.config.errors import ConfigError
 from fp8train.extensions import catalogue
-from fp8train.extensions.catalogue import APEX, DEEPSPEED, EXTENSIONS, TRANSFORMER_ENGINE, find, has_module
+from fp8train.extensions.catalogue import (
+    APEX,
+    DEEPSPEED,
+    EXTENSIONS,
+    TRANSFORMER_ENGINE,
+    Extension,
+    find,
+    has_module,
+)
 from fp8train.extensions.check import asked_for, check_extensions
 from fp8train.extensions.gpus import Gpu, visible_gpus
 from tests.training.launching import write_config
@@ -60,7 +68,7 @@ def test_what_is_absent() -> None:
     assert first.startswith("kernels.attention: te: Transformer Engine is not installed; pip install")
     assert second.startswith("kernels.norm: apex: NVIDIA apex is not installed; build NVIDIA's sources")
     assert second.endswith("or write kernels.norm=auto")
-    assert refusal(["engine=deepspeed"], set()).endswith("or write engine=native")
+    assert refusal(["engine=deepspeed", "parallel.zero=1"], set()).endswith("or write engine=native")
 
 
 def test_the_other_apex_is_not_nvidias() -> None:
@@ -188,13 +196,26 @@ def test_no_library_and_one_that_does_not_answer() -> None:
     assert visible_gpus({}, lambda name: FakeNvml(broken=True)) is None
 
 
-@pytest.mark.parametrize("override", ["engine=deepspeed", "kernels.norm=apex", "kernels.gemm=te"])
-@pytest.mark.skipif(
-    has_module(DEEPSPEED.modules[0]) or has_module(APEX.modules[0]), reason="the packages are installed here"
+def _unless_installed(override: str, extension: Extension) -> Any:
+    installed = all(has_module(name) for name in extension.modules)
+    return pytest.param(
+        override, marks=pytest.mark.skipif(installed, reason=f"{extension.name} is installed")
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        _unless_installed("engine=deepspeed", DEEPSPEED),
+        _unless_installed("kernels.norm=apex", APEX),
+        _unless_installed("kernels.gemm=te", TRANSFORMER_ENGINE),
+    ],
 )
 def test_a_command_says_so_within_two_seconds_and_leaves_nothing(tmp_path: Path, override: str) -> None:
     """Measured in its own process, as a user waits for it; by processor time, for tests share machines."""
-    fp8 = ["precision.level=O1"] if override == "kernels.gemm=te" else []
+    more = {"kernels.gemm=te": ["precision.level=O1"], "engine=deepspeed": ["parallel.zero=1"]}.get(
+        override, []
+    )
     config = write_config(tmp_path)
     command = [
         sys.executable,
@@ -203,7 +224,7 @@ def test_a_command_says_so_within_two_seconds_and_leaves_nothing(tmp_path: Path,
         "train",
         str(config),
         f"run.dir={tmp_path}/runs",
-        *fp8,
+        *more,
         override,
     ]
     before, began = os.times(), time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ from fp8train.live.describe import stored_bytes
 from fp8train.live.stored_bytes import StoredBytes
 from fp8train.models.build import outline
 from fp8train.models.shapes import parameter_shapes
+from fp8train.optim.copy_queues import CopiesAtOnce
+from fp8train.optim.host_states import Offload
+from fp8train.planning import rank_bytes
 from fp8train.planning.rank_bytes import RankBytes
 from fp8train.planning.summary import summarise
 from fp8train.step.trainer import Trainer
@@ -123,6 +127,42 @@ def test_bytes_are_those_of_a_run(name: str) -> None:
     trainer = Trainer(config, alone(), vocab_size=VOCAB)
     trainer.step(0, batches(config, alone()).batch(0))
     assert planned(config) == stored_bytes(trainer)
+
+
+OFFLOADED = ("O0", "coat", "remainder of a parameter", "lion", "FP32", "FP64", "some linears")
+
+
+@pytest.mark.parametrize(
+    ("name", "slot_bytes"),
+    [*((name, 1 << 14) for name in OFFLOADED), ("odd sizes", 1 << 18), ("O2", 1 << 27)],
+)
+def test_states_in_host_memory_are_counted(
+    name: str, slot_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the slots that they visit on the device, exactly."""
+    monkeypatch.setattr(rank_bytes, "SLOT_BYTES", slot_bytes)
+    config = tiny_config([*RUNS[name], "optimizer.offload=cpu"])
+    offload = Offload(CopiesAtOnce(torch.device("cpu")), slot_bytes)
+    trainer = Trainer(config, alone(), vocab_size=VOCAB, offload=offload)
+    trainer.step(0, batches(config, alone()).batch(0))
+    stored = stored_bytes(trainer)
+    assert planned(config) == stored
+    on_device = planned(tiny_config(RUNS[name]))
+    assert stored.model.total == on_device.model.total and on_device.model.on_host == on_device.slots == 0
+    states = trainer.optimizer.states
+    copied = sum(copy.host.nbytes for load in states._host._loads for copy in load.copies)  # type: ignore[union-attr]
+    assert stored.model.on_host == copied
+    assert (slot_bytes > stored.slots) == (slot_bytes == 1 << 27)
+
+
+def test_where_states_are_is_said() -> None:
+    """At O2 master, moments and their scales: 2 + 1 + 2 bytes, and three for 128 elements."""
+    overrides = [*SMALL, "precision.level=O2", "optimizer.offload=cpu"]
+    lines = dict(
+        line.split(maxsplit=1) for line in summarise(load_config(QUICKSTART, overrides), None).splitlines()
+    )
+    assert re.search(r" in host memory, .* on the device with .* of slots", lines["bytes"])
+    assert re.search(r"; 5\.\d+ of it in host memory\) bytes per parameter of the FP8 plan", lines["all"])
 
 
 def weight_bytes(trainer: Trainer) -> int:

@@ -14,6 +14,8 @@ CUDA = (
     "GiB is free. Including non-PyTorch memory, this process has 76.04 GiB memory in use."
 )
 
+OFFLOAD = "keep the optimizer's states in host memory with optimizer.offload: cpu, "
+
 
 def test_allocations_beyond_the_address_space_are_known() -> None:
     for allocate in (lambda: torch.empty(2**50), lambda: np.empty(2**50)):
@@ -42,14 +44,15 @@ def test_the_cpu_allocator_is_quoted_in_bytes() -> None:
             ["train.micro_batch_size=4"],
             2,
             "lower train.micro_batch_size (4), recompute with train.activation_checkpointing: selective or "
-            "full, share the optimizer's states with parallel.zero: 1, ",
+            f"full, share the optimizer's states with parallel.zero: 1, {OFFLOAD}",
         ),
         (
             ["train.activation_checkpointing=selective"],
             1,
-            "recompute with train.activation_checkpointing: full, ",
+            f"recompute with train.activation_checkpointing: full, {OFFLOAD}",
         ),
-        (["train.activation_checkpointing=full", "parallel.zero=1"], 2, ""),
+        (["train.activation_checkpointing=full", "parallel.zero=1"], 2, OFFLOAD),
+        (["train.activation_checkpointing=full", "parallel.zero=1", "optimizer.offload=cpu"], 2, ""),
     ],
 )
 def test_advice_leaves_out_what_is_done_already(overrides: list[str], dp: int, advice: str) -> None:

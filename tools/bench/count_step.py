@@ -7,7 +7,8 @@ A real ``Trainer.step`` runs on tensors without values, with the branches that a
 launch, the bytes it reads and writes, FLOPs, places where the host waits, live memory, and whether the
 tensor cores take each GEMM as it lies. Two models, of one block and of two, give the cost of a block and
 that of the rest; the model's own number of blocks then gives the whole. Times are ceilings
-(``tools/bench/ceilings.py``), not measurements.
+(``tools/bench/ceilings.py``), not measurements. States in host memory (``optimizer.offload``) are counted as
+bytes over the bus; the step's time is without them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import Config
 from fp8train.layers import grad_weight_op
+from fp8train.optim.copy_queues import CopiesAtOnce, Queue
+from fp8train.optim.host_states import Offload
+from fp8train.planning.rank_bytes import RankBytes
 from fp8train.step.trainer import Trainer
 from tools.bench.ceilings import GPUS, Gpu
 from tools.bench.step_arguments import VARIANTS
@@ -54,8 +59,9 @@ class Model:
         layers: number of blocks.
         counts: of a step.
         parameters: elements.
-        persistent: bytes that exist between steps.
-        peak: most bytes that existed at once.
+        persistent: bytes that exist between steps; without slots of states in host memory.
+        peak: most bytes that existed at once; likewise.
+        bus: bytes of states that come to the device, and that leave it.
     """
 
     layers: int
@@ -63,6 +69,24 @@ class Model:
     parameters: int
     persistent: int
     peak: int
+    bus: tuple[int, int]
+
+
+class _Bus(CopiesAtOnce):
+    """Counts what would be copied, by direction."""
+
+    def __init__(self, counter: StepCounter) -> None:
+        super().__init__(torch.device(DEVICE))
+        self._counter, self.copied = counter, {"in": 0, "out": 0}
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        with _disable_current_modes():
+            memory = super().host_memory(nbytes)
+        self._counter.elsewhere(memory)
+        return memory
+
+    def copy(self, queue: Queue, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        self.copied[queue] += sum(source.nbytes for source in sources)
 
 
 @contextmanager
@@ -90,7 +114,8 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
     tokens = torch.zeros(accumulation, batch, config.data.seq_length + 1, dtype=torch.int64)
     with pretended(gpu), StepCounter(gpu) as counter:
         assert config.model.vocab_size is not None, "model.vocab_size must be set: there is no tokenizer here"
-        trainer = Trainer(config, processes, vocab_size=config.model.vocab_size)
+        bus = _Bus(counter)
+        trainer = Trainer(config, processes, vocab_size=config.model.vocab_size, offload=Offload(bus))
         trainer._one_after_the_other = counter.recorded(  # type: ignore[method-assign]
             trainer._one_after_the_other
         )
@@ -101,14 +126,16 @@ def count(config: Config, gpu: Gpu, *, optimizer: bool = True) -> Model:
         backward = counter.phased("backward", torch.Tensor.backward)
         with patch("torch.Tensor.backward", backward):
             trainer.step(0, tokens)  # the first step allocates what later ones find
-            persistent = counter.live
+            slots = trainer.optimizer.states.slot_bytes
+            persistent = counter.live - slots
             counter.restart()
+            bus.copied = {"in": 0, "out": 0}
             with counter.phase("other"):
                 trainer.step(1, tokens)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return Model(
-        config.model.num_layers, counter.counts, parameters, persistent, max(counter.counts.peak.values())
-    )
+    peak = max(counter.counts.peak.values()) - slots
+    moved = bus.copied["in"], bus.copied["out"]
+    return Model(config.model.num_layers, counter.counts, parameters, persistent, peak, moved)
 
 
 def _name_phases(trainer: Trainer, counter: StepCounter) -> None:
@@ -179,6 +206,7 @@ class Report:
         gemms: GEMMs of a block that the tensor cores do not take as they lie, with the reason.
         persistent: bytes between steps of the whole model.
         peak: most bytes at once of the whole model.
+        bus: bytes of states from the host's memory, and to it.
         seconds: predicted time of a step.
         mfu: model FLOPs over time, as a share of the BF16 peak.
     """
@@ -194,6 +222,7 @@ class Report:
     gemms: dict[str, int]
     persistent: int
     peak: int
+    bus: tuple[int, int]
     seconds: float
     mfu: float
 
@@ -228,6 +257,9 @@ def report(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: bool = 
     flops = sum(
         (line.gemm_flops + line.attention_flops) * (layers if line.part == "block" else 1) for line in lines
     )
+    assert whole.model.vocab_size is not None
+    slots = RankBytes(whole, whole.model.vocab_size, dp=1, micro_batches=1).largest().slots
+    inward, outward = (a + (layers - 1) * (b - a) for a, b in zip(one.bus, two.bus, strict=True))
     problems = {str(gemm.problem): n for gemm, n in two.counts.gemms.items() if gemm.problem}
     return Report(
         gpu.name,
@@ -239,8 +271,9 @@ def report(file: Path, overrides: Sequence[str], gpu: Gpu, *, optimizer: bool = 
         dict(one.counts.syncs),
         {line: n for line, n in one.counts.unrecordable.items() if n},
         problems,
-        extended("persistent"),
-        extended("peak"),
+        extended("persistent") + slots,
+        extended("peak") + slots,
+        (inward, outward),
         seconds,
         flops / seconds / gpu.peak_bf16,
     )
@@ -264,6 +297,10 @@ def show(result: Report) -> None:
     print(f"host waits: {result.syncs}; where run.cuda_graphs would record: {result.unrecordable or 'none'}")
     print(f"GEMMs that the tensor cores do not take as they lie: {result.gemms or 'none'}")
     print(f"memory: {result.persistent / 1e9:.1f} GB between steps, {result.peak / 1e9:.1f} GB at the peak")
+    if any(result.bus):
+        print(
+            f"over the bus: {result.bus[0] / 1e9:.1f} GB to the device, {result.bus[1] / 1e9:.1f} GB to the host"
+        )
     print(
         f"step: {result.seconds * 1e3:.1f} ms, {result.tokens_per_second:.0f} tokens/s, "
         f"{result.mfu:.1%} of the BF16 peak"

@@ -259,6 +259,10 @@ class StepCounter(TorchDispatchMode):
         phase = self._phase[-1]
         self.counts.peak[phase] = max(self.counts.peak.get(phase, 0), self.live)
 
+    def elsewhere(self, tensor: Tensor) -> None:
+        """Take a storage for memory of the host: it is not counted."""
+        self._seen.add(tensor.untyped_storage()._cdata)
+
     def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
