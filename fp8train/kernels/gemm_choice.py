@@ -14,6 +14,7 @@ import torch
 from fp8train.config.kernel_schema import GemmKernel
 from fp8train.kernels.scaling import cuda_version, native_pair, shape_rule
 from fp8train.kernels.te import gemm as te_gemm
+from fp8train.kernels.te import te
 from fp8train.numerics.formats import dtype_of
 from fp8train.precision.linear_gemms import GEMMS, LinearQuant
 from fp8train.precision.scale_blocks import Granularity
@@ -95,20 +96,21 @@ def _check_te(device: torch.device, dtype: torch.dtype, wanted: GemmKernel, *, n
         )
     else:
         return
-    raise ValueError(f"kernels.gemm: {wanted} {problem}; set kernels.gemm=auto")
+    raise ValueError(f"`gemm`: {wanted} {problem}; set `gemm`=auto")
 
 
 def _native_backend(device: torch.device, quant: LinearQuant) -> GemmBackend:
     """Transformer Engine's own linears.
 
     Raises:
-        ValueError: it has no recipe for this, or the device is too old for it.
+        ValueError: it has no recipe for this, the device is too old for it, or it cannot be imported.
     """
     recipe, capability = native_recipe(quant), torch.cuda.get_device_capability(device)
     problem = recipe if isinstance(recipe, str) else recipe.unfit(capability)
     if problem is not None:
-        raise ValueError(f"kernels.gemm: te_native: {problem}; set kernels.gemm=auto")
+        raise ValueError(f"`gemm`: te_native: {problem}; set `gemm`=auto")
     assert isinstance(recipe, NativeRecipe)
+    te("pytorch")  # a package that is there and broken is told now
     return GemmBackend("te_native", f"Transformer Engine's own linears, {recipe.name}, {_device(device)}")
 
 
@@ -116,7 +118,7 @@ def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype
     """Transformer Engine's GEMMs, and what the reason says of those that go to torch's scaled matmul.
 
     Raises:
-        ValueError: it multiplies none of them.
+        ValueError: it multiplies none of them, or cannot be imported.
     """
     capability, cuda, specs = torch.cuda.get_device_capability(device), cuda_version(), quant.operands()
 
@@ -129,8 +131,8 @@ def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype
     names = ", ".join(f"{gemm} ({a} x {b})" for gemm, (a, b) in left.items())
     if not taken:
         raise ValueError(
-            f"kernels.gemm: te has no kernel for {names}, with results in {out_dtype}, {_device(device)} and "
-            f"CUDA {cuda[0]}.{cuda[1]}; set kernels.gemm=auto, or a recipe with scales of tensors or blocks"
+            f"`gemm`: te has no kernel for {names}, with results in {out_dtype}, {_device(device)} and "
+            f"CUDA {cuda[0]}.{cuda[1]}; set `gemm`=auto, or a recipe with scales of tensors or blocks"
         )
     reason = f"Transformer Engine's GEMM, {_device(device)}"
     if rule := te_gemm.shape_rule(taken.values()):
@@ -138,6 +140,7 @@ def _te_backend(device: torch.device, quant: LinearQuant, out_dtype: torch.dtype
     if left:
         reason += f"; not for {names}: torch's scaled matmul"
         reason += _without_kernel(quant, capability, cuda, out_dtype, only=tuple(left))
+    te("pytorch.cpp_extensions")  # as above
     return GemmBackend("te", reason)
 
 

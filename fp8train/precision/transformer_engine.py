@@ -21,7 +21,10 @@ def mismatch(spec: QuantSpec) -> str | None:
     back: our scale becomes NaN there (:mod:`fp8train.numerics.scale`).
     """
     if spec.is_nvfp4:
-        return "is simulated with values in the compute type, and its quantiser packs FP4 codes"
+        return (
+            "is simulated with values in the compute type, and its quantiser packs FP4 codes, with other "
+            "random bits and signs"
+        )
     if spec.granularity == "row":
         return "has scales of rows, and it has none"
     if spec.scale_source == "mse":

@@ -12,6 +12,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.kernels.multi_tensor import choose_multi_tensor
+from fp8train.kernels.te.quantize import TeCaster
 from fp8train.models.build import COMPUTE_DTYPES, attention_backend, norm_backend
 
 
@@ -32,6 +33,8 @@ def check_device(config: Config, device: torch.device) -> None:
     try:
         if (quant := precision.gemm.value()) is not None:
             choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant, config.kernels.gemm)
+            if config.kernels.quantize == "te":
+                TeCaster()
         if precision.gradient.format != "high_precision":
             _check_gradients(config, device)
         attention_backend(config, device)

@@ -14,14 +14,14 @@ def te(module: str) -> Any:
     """``transformer_engine.{module}``, imported if it was not yet.
 
     Raises:
-        RuntimeError: it cannot be imported.
+        ValueError: it cannot be imported.
     """
     try:
         return import_module(f"transformer_engine.{module}")
     except (
         Exception
     ) as error:  # a missing library shows as ImportError, OSError, RuntimeError, AssertionError
-        raise RuntimeError(
+        raise ValueError(
             f"Transformer Engine cannot be imported ({type(error).__name__}: {error}); install it with "
             "`pip install --no-build-isolation 'transformer-engine[pytorch]>=2.14,<3'`, or write auto where "
             "the section `kernels` says te or te_native"

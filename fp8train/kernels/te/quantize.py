@@ -41,9 +41,14 @@ _SOURCES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class TeCaster:
-    """Casts operands; one for all linears of a model. Quantisers are made once for each kind of cast."""
+    """Casts operands; one for all linears of a model. Quantisers are made once for each kind of cast.
+
+    Raises:
+        ValueError: Transformer Engine cannot be imported.
+    """
 
     def __init__(self) -> None:
+        te("pytorch.tensor")
         self._quantisers: dict[tuple[QuantSpec, bool, bool], Any] = {}
         self._known: set[int] = set()
         """Addresses of delayed scales that were seen to be there."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from fp8train.kernels.gemm import fp8_gemm
 from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.kernels.te import gemm as te_gemm
+from fp8train.kernels.te.quantize import TeCaster
 from fp8train.numerics.cast import quantize
 from fp8train.numerics.granularity import expand_scales
 from fp8train.precision.linear_gemms import LinearQuant
@@ -266,25 +267,19 @@ def test_the_reason_tells_the_rule_for_shapes() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_refused_where_it_multiplies_nothing() -> None:
-    with pytest.raises(
-        ValueError, match=r"kernels\.gemm: te has no kernel for output \(row x row\).*kernels\.gemm=auto"
-    ):
+    with pytest.raises(ValueError, match=r"`gemm`: te has no kernel for output \(row x row\).*`gemm`=auto"):
         choose(rows())
 
 
 @pytest.mark.usefixtures("hopper")
 def test_refused_for_types_and_devices() -> None:
-    with pytest.raises(ValueError, match=r"kernels\.gemm: te multiplies to BF16 or FP32.*kernels\.gemm=auto"):
+    with pytest.raises(ValueError, match=r"`gemm`: te multiplies to BF16 or FP32.*`gemm`=auto"):
         choose(LinearQuant(), torch.float64)
-    with pytest.raises(
-        ValueError, match=r"kernels\.gemm: te needs an NVIDIA GPU.*CPU; set kernels\.gemm=auto"
-    ):
+    with pytest.raises(ValueError, match=r"`gemm`: te needs an NVIDIA GPU.*CPU; set `gemm`=auto"):
         choose_gemm_backend(torch.device("cpu"), torch.bfloat16, LinearQuant(), "te")
     e2m1 = QuantSpec(E2M1, granularity="nv_1x16", power_of_two=False)
     nvfp4 = LinearQuant(e2m1, e2m1, e2m1, e2m1, e2m1, e2m1, keep_x="second_copy", keep_w="second_copy")
-    with pytest.raises(
-        ValueError, match=r"kernels\.gemm: te cannot multiply what the simulation of NVFP4 makes"
-    ):
+    with pytest.raises(ValueError, match=r"`gemm`: te cannot multiply what the simulation of NVFP4 makes"):
         choose(nvfp4)
 
 
@@ -294,9 +289,12 @@ def test_refused_on_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         choose(LinearQuant())
 
 
-def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package the first product says how to install it, and what to write instead."""
-    monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    a, b = operand(16, 32, "tensor", 1, 1), operand(32, 16, "tensor", 0, 2)
-    with pytest.raises(RuntimeError, match=r"Transformer Engine cannot be imported.*pip install.*write auto"):
-        multiply(a, b, torch.bfloat16)
+def test_there_and_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told when the model is built how to install it, and what to write instead."""
+    install(monkeypatch, te_gemm_fake.fake)
+    for name in [name for name in sys.modules if name.startswith("transformer_engine.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=r"Transformer Engine cannot be imported.*pip install.*write auto"):
+        choose(LinearQuant())
+    with pytest.raises(ValueError, match="cannot be imported"):
+        TeCaster()

@@ -87,6 +87,22 @@ def test_one_autocast_a_micro_batch_and_one_cast_of_a_weight_a_step(recorder: Re
     assert str(trainer.built.fp8).startswith("FP8: 8 of 9 linears")
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["train.global_batch_size=4", "logging.cast_statistics_interval=1"],
+        ["train.global_batch_size=1", "train.gradient_release=true", "optimizer.clip_grad_norm=0"],
+    ],
+    ids=["micro-batches", "released"],
+)
+def test_gradients_arrive_in_bf16(recorder: Recorder, more: list[str]) -> None:
+    fp8 = "precision.gemm.fp8=true"
+    got, trainer = trained(fp8, "kernels.gemm=te_native", *more)
+    expected, _ = trained(fp8, *more[:1], *more[2:])
+    assert got == pytest.approx(expected, rel=1e-2)
+    assert trainer.monitors.recorder is None, "nobody sees its casts"
+
+
 def test_a_weight_that_moved_is_followed(recorder: Recorder) -> None:
     """Others may put a parameter's values elsewhere, as ZeRO does."""
     taken = []
@@ -201,6 +217,6 @@ def test_devices(
         chosen = choose_gemm_backend(torch.device("cuda"), torch.bfloat16, quant, "te_native")
         assert chosen.name == "te_native" and "Transformer Engine's own linears" in chosen.reason
     else:
-        with pytest.raises(ValueError, match=r"kernels\.gemm: te_native") as error:
+        with pytest.raises(ValueError, match="`gemm`: te_native") as error:
             choose_gemm_backend(torch.device("cuda"), torch.bfloat16, quant, "te_native")
         assert problem in str(error.value)
