@@ -55,15 +55,15 @@ class CopiesAtOnce:
         self._device = device
 
     def host_memory(self, nbytes: int) -> Tensor:
-        """Ordinary memory."""
+        """Memory like any other."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def device_memory(self, nbytes: int) -> Tensor:
-        """Ordinary memory, too."""
+        """Memory like any other, too."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def copy(self, queue: Queue, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Copy now."""
+        """Copy now, in order."""
         del queue
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)

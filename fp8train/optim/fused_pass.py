@@ -150,8 +150,13 @@ class FusedPass:
     """Updates parameters in place, all of one signature in one launch.
 
     Attributes:
+<<<<<<< HEAD
         partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on the
             device whose largest is the amax of its new weight, as the model got it: of the stored master
+=======
+        partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on
+            the device whose largest is the amax of its new weight, as the model got it: of the stored master
+>>>>>>> 3ca931ebd66f5fd12ff959b7cdd8419ea06097f0
             where a target takes it.
     """
 
@@ -201,8 +206,8 @@ class FusedPass:
             count_flushed: count values that were stored as zero and were not.
 
         Returns:
-            (amax of each new weight that a target takes, FP32 scalars on the device, likewise; count by
-            role, device integers, of all parameters that were updated). They join :attr:`partials`.
+            (amax of each new weight that a target takes, FP32 scalars on the device, by name; count by role,
+            device integers, of all parameters that were updated). They join :attr:`partials`.
         """
         found: dict[Signature, list[tuple[str, int, StoredGradient]]] = {}
         for name in steps:

@@ -169,3 +169,10 @@ def test_refused_changes_cannot_be_accepted() -> None:
 def test_contradictions(overrides: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         tiny_config(overrides)
+
+
+def test_where_optimizer_states_rest_is_free() -> None:
+    """Bits are the same, so it is no change of the training; disks are DeepSpeed's."""
+    assert found([*BASE, "optimizer.offload=cpu"]) == {"optimizer.offload": "free"}
+    with pytest.raises(ConfigError, match="nvme keeps states on a disk and is DeepSpeed's"):
+        tiny_config(["optimizer.offload=nvme"])

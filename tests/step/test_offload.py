@@ -167,6 +167,16 @@ def test_states_of_the_next_bucket_are_on_their_way() -> None:
         trainer.state_tensors()
 
 
+def test_loaded_states_are_not_those_that_were_fetched_ahead() -> None:
+    plain, offloaded = both(CASES["O3"])
+    for trainer in (plain, offloaded):
+        train(trainer, 0, 2)  # from then on slots are filled for the next step
+        for name, tensor in trainer.optimizer.states.tensors().items():
+            if name.startswith("exp_avg/"):
+                tensor.zero_()
+    assert train(offloaded, 2, 3) == train(plain, 2, 3) and bits(offloaded) == bits(plain)
+
+
 def test_sampled_statistics_are_the_same() -> None:
     found = []
     for trainer in both([O2, "logging.cast_statistics_interval=1", "precision.guard.action=report"]):
