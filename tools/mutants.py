@@ -58,6 +58,7 @@ def _recorded(words: str) -> tuple[str, ...]:
 
 _RECORDED = "fp8train/step/recorded.py"
 _TRAINER, _OPTIMIZER = "fp8train/step/trainer.py", "fp8train/optim/optimizer.py"
+_BASE_TRAINER = "fp8train/step/base_trainer.py"
 _GRADIENTS = "fp8train/parallel/gradients/"
 _STORE, _GRIDS, _BLOCKS = (f"{_GRADIENTS}{name}.py" for name in ("store", "grids", "block_storage"))
 

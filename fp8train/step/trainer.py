@@ -301,7 +301,7 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As every trainer's; the pipeline runs its own schedule."""
+        """Run forward only; a pipeline in its own schedule."""
         if self.pipeline is not None:
             return self.pipeline.evaluate(inputs, targets)
         return super().summed_loss(inputs, targets)
@@ -324,7 +324,7 @@ class Trainer(BaseTrainer):
         return {**super().state_meta(), **self.gradients.state_meta()}
 
     def check_meta(self, meta: dict[str, Any], accepted: Callable[[str], bool] = lambda key: False) -> None:
-        """As every trainer's; ``exact`` depends on more settings."""
+        """Check rule and settings that ``exact`` depends on."""
         super().check_meta(meta, accepted)
         self.gradients.check_meta(meta, accepted)
 
