@@ -149,15 +149,10 @@ class _Group:
 class FusedPass:
     """Updates parameters in place, all of one signature in one launch.
 
-        Attributes:
-    <<<<<<< HEAD
-            partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on the
-                device whose largest is the amax of its new weight, as the model got it: of the stored master
-    =======
-            partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on
-                the device whose largest is the amax of its new weight, as the model got it: of the stored master
-    >>>>>>> 3ca931ebd66f5fd12ff959b7cdd8419ea06097f0
-                where a target takes it.
+    Attributes:
+        partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on
+            the device whose largest is the amax of its new weight, as the model got it: of the stored
+            master where a target takes it.
     """
 
     def __init__(self, states: Mapping[str, ParameterState], update: Update) -> None:
