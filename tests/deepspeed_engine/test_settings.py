@@ -122,3 +122,13 @@ def test_what_its_engine_owns_is_refused_with_the_reason(overrides: list[str], t
 def test_the_native_engine_has_no_such_stage(zero: int) -> None:
     with pytest.raises(ConfigError, match=f"parallel.zero: {zero} splits"):
         tiny_config([f"parallel.zero={zero}", "train.global_batch_size=8"])
+
+
+def test_norms_that_run_in_backward_stay_whole(tmp_path: Path) -> None:
+    path = tmp_path / "more.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    zero3 = ["parallel.zero=3", f"deepspeed.config={path}"]
+    assert further_settings(config_with(*zero3))
+    fp8 = ["precision.gemm.fp8=true", "precision.activations=fp8", "precision.compute=bf16"]
+    with pytest.raises(ConfigError, match="cuts norms of"):
+        further_settings(config_with(*zero3, *fp8))

@@ -4,8 +4,8 @@
     python tools/bench/engines.py --json tools/bench/results/engines_cpu.json
 
 Each variant is a whole run of ``fp8train train`` under torchrun, one after the other, in several *turns*.
-Losses are compared step by step with those of our engine in the same format. A time is the median of a
-run's steps, the first tenth left out; a ratio is DeepSpeed's to ours of the same turn, with its range over turns.
+Losses are compared step by step with those of our engine in the same format. A time is the median
+of a run's steps, the first tenth left out; a ratio is DeepSpeed's to ours of the same turn, with its range.
 """
 
 from __future__ import annotations
