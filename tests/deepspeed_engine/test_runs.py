@@ -15,8 +15,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fp8train.checkpoint.catalog import candidates
+from fp8train.cli import run_command
 from tests.deepspeed_engine.two_ranks import needs_deepspeed
 from tests.training.launching import finish, history, start, wait_for_step, weights, write_config
 
@@ -85,6 +88,26 @@ def test_fp32_losses_are_our_engines_and_resume_has_the_same_bits(
     again = continued(config, zero2, "zero2_again", *FP32, *ZERO[2])
     assert history(again) == history(zero2)
     assert weights(again) == weights(zero2)
+
+
+def test_export_and_evaluation_read_its_checkpoints(
+    config: Path, native: Path, zero2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without DeepSpeed: a checkpoint is the same whoever wrote it."""
+    found = []
+    for directory in (native, zero2):
+        file = config.parent / f"{directory.name}.safetensors"
+        assert run_command(["export", "states", str(directory), "--output", str(file)]) == 0
+        found.append(load_file(file))
+    ours, theirs = found
+    assert ours.keys() == theirs.keys() and any(name.startswith("exp_avg_sq") for name in ours)
+    for name, tensor in ours.items():
+        bound = 1e-4 * float(tensor.abs().max())  # 40 steps at a rate of 0.01
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=bound, msg=name)
+    capsys.readouterr()
+    assert run_command(["eval", str(zero2), "--batches", "2"]) == 0
+    logged = [json.loads(line) for line in (zero2 / "metrics.jsonl").read_text().splitlines()][-1]
+    assert f"loss {logged['eval/loss']:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
