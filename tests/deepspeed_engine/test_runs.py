@@ -154,6 +154,32 @@ def test_a_run_goes_on_with_the_other_engine(
         assert apart(zero2, continued(config, zero2, "to_native", *FP32)) <= FP32_BOUND
 
 
+OTHERS = {
+    "batches that grow": (2, "train.batch_size_ramp=[{steps: 4, global_batch_size: 4}]"),
+    "three ranks": (3, "train.global_batch_size=12"),
+    "GPT with biases": (2, "model.family=gpt", "model.num_kv_heads=4"),
+    "lion": (2, "optimizer.name=lion", "optimizer.lr=0.001"),
+    "mus, whose loss is scaled": (2, "parametrization.kind=mus"),
+    "umup": (2, "parametrization.kind=umup"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_settings(config: Path, name: str, stage: int) -> None:
+    ranks, *overrides = OTHERS[name]
+    found = []
+    for engine in ((), ZERO[stage]):
+        label = f"run.name=other_{list(OTHERS).index(name)}_{stage}_{len(engine)}"
+        more = ["checkpoint.interval=0", "train.steps=12", "train.eval_interval=0", label, *FP32, *overrides]
+        finish(start(config, ranks, *more, *engine))
+        found.append(losses(config.parent / label.removeprefix("run.name=")))
+    ours, theirs = found
+    assert len(ours) == 12
+    assert max(abs(ours[step] - theirs[step]) / ours[step] for step in ours) <= FP32_BOUND
+
+
 FP8 = {
     "O1": ("precision.level=O1",),
     "O2": ("precision.level=O2",),
