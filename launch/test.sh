@@ -30,6 +30,14 @@ if [ ! -e "$FP8TRAIN_VENV/.megatron-core" ]; then
     touch "$FP8TRAIN_VENV/.megatron-core"
 fi
 
+# Only for the tests that read Transformer Engine's sources, which install where it cannot run; likewise.
+te_sources="$FP8TRAIN_VENV/share/transformer-engine"
+if [ ! -e "$te_sources" ]; then
+    "$FP8TRAIN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$te_sources" transformer-engine==2.20.2 ||
+        echo "test: transformer-engine could not be installed; the tests that read its sources will be skipped" >&2
+    mkdir -p "$te_sources"
+fi
+
 # Only for the tests of engine: deepspeed; likewise. It compiles one small operator when it is first used.
 if [ ! -e "$FP8TRAIN_VENV/.deepspeed" ]; then
     { "$FP8TRAIN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check wheel "setuptools>=77" ninja &&

@@ -45,7 +45,7 @@ from fp8train.data.loading import Data, open_data
 from fp8train.evaluation.validation import Text, evaluate
 from fp8train.inference.load import resolve_checkpoint
 from fp8train.inference.stored_states import StoredStates
-from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.layers.linear import Fp8Plan
 from fp8train.models.build import COMPUTE_DTYPES, BuiltModel, build_model
 from fp8train.models.decoder import Decoder

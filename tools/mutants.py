@@ -58,6 +58,7 @@ def _recorded(words: str) -> tuple[str, ...]:
 
 _RECORDED = "fp8train/step/recorded.py"
 _TRAINER, _OPTIMIZER = "fp8train/step/trainer.py", "fp8train/optim/optimizer.py"
+_BASE_TRAINER = "fp8train/step/base_trainer.py"
 _GRADIENTS = "fp8train/parallel/gradients/"
 _STORE, _GRIDS, _BLOCKS = (f"{_GRADIENTS}{name}.py" for name in ("store", "grids", "block_storage"))
 
@@ -99,14 +100,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "loss: every rank divides by its own tokens",
-        _TRAINER,
+        _BASE_TRAINER,
         "return targets.numel() * self.processes.replicas.size",
         "return targets.numel()",
         _truth("O2 and 4 and ranks"),
     ),
     Mutant(
         "gradient scale of mus is not divided out",
-        _TRAINER,
+        _BASE_TRAINER,
         "1 / rule.gradient_scale if rule.true_gradients else 1.0",
         "1.0",
         _truth("recipe and mus"),

@@ -16,8 +16,9 @@ _NAMED = """
     checkpoint.accept_changes checkpoint.init_from checkpoint.keep_last checkpoint.resume data.blend
     data.kind data.mask_end_of_document data.seq_length data.split data.tokenizer model.activation
     model.head_dim model.max_seq_len model.norm_placement model.num_kv_heads model.positions model.qk_norm
-    model.vocab_size parametrization.residual precision.gemm.fp8 kernels.attention
-    run.device train.global_batch_size
+    model.vocab_size parametrization.residual precision.gemm.fp8 kernels.attention kernels.gemm
+    kernels.multi_tensor kernels.norm kernels.optimizer run.device train.global_batch_size
+    train.micro_batch_size
 """
 KEYS = {key.rpartition(".")[2]: key for key in _NAMED.split()}
 """Argument -> key, which ends with the same word."""

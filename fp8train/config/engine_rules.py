@@ -192,6 +192,16 @@ def _execution(config: AllSections) -> Iterator[_Refusal]:
     )
     if optimizer.offload == "none":
         return
+    zero = config.parallel.zero
+    on_disk = optimizer.offload == "nvme"
+    yield _Refusal(on_disk and zero != 3, "optimizer.offload", "nvme", "cpu", "is for parallel.zero: 3")
+    yield _Refusal(
+        on_disk and config.deepspeed.nvme_path is None,
+        "deepspeed.nvme_path",
+        "null",
+        "/a/folder/on/a/local/disk",
+        "leaves optimizer.offload: nvme without a place",
+    )
     reason = "is not DeepSpeed's CPU optimizer's, which is AdamW"
     yield _Refusal(optimizer.name != "adamw", "optimizer.name", optimizer.name, "adamw", reason)
     yield _Refusal(

@@ -24,7 +24,7 @@ class KernelsConfig(Section):
 
     gemm: GemmKernel = "auto"
     """FP8 products. ``te``: Transformer Engine's GEMM on our operands. ``te_native``: its own Linear under
-    its autocast, the baseline to compare with; nothing else may then be FP8."""
+    its autocast, the baseline to compare with; gradients and weights are then in high precision."""
     quantize: QuantizeKernel = "auto"
     """FP8 casts of operands. ``te``: Transformer Engine's quantisers, where recipes mean the same."""
     attention: AttentionKernel = "auto"

@@ -22,11 +22,13 @@ from pydantic_core import PydanticCustomError
 
 from fp8train.config.all_sections import AllSections
 from fp8train.config.engine_rules import engine_problems
+from fp8train.config.kernel_rules import kernel_problems
 from fp8train.config.layout import layout_problems
 from fp8train.config.linear_names import exclusion_problems
 from fp8train.config.optimizer_schema import MAX_DECAY_PER_STEP
 from fp8train.config.recipe_registry import STATIC_RECIPES
 from fp8train.config.section import contradiction, contradictions
+from fp8train.config.te_rules import te_problems
 
 
 class Config(AllSections):
@@ -53,6 +55,7 @@ class Config(AllSections):
             except PydanticCustomError as error:
                 found.append(error)
         problems = [*exclusion_problems(self), *layout_problems(self), *engine_problems(self)]
+        problems += [*te_problems(self), *kernel_problems(self)]
         found += [contradiction(problem.message, *problem.keys) for problem in problems]
         if found:
             raise contradictions(found)

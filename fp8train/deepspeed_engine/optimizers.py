@@ -66,11 +66,11 @@ class FlatClient(Client):
         )
 
     def begin(self, updates: int, lr_factor: float) -> None:
-        """See :class:`Client`; the optimizer counts itself."""
+        """Set the rates of the next step; the optimizer counts updates itself."""
         self.optimizer.schedule(lr_factor)
 
     def describe(self) -> str:
-        """Rule, and what its moments are stored in."""
+        """Say which rule it is, and whose."""
         return f"{self.optimizer.rule.name} of this package over flat partitions"
 
 
@@ -97,8 +97,8 @@ class CpuAdamClient(Client):
         self.optimizer = DeepSpeedCPUAdam(groups, betas=betas, eps=settings.eps, adamw_mode=True)
 
     def begin(self, updates: int, lr_factor: float) -> None:
-        """See :class:`Client`. DeepSpeed's kernel multiplies powers of the betas from step to step; a resumed
-        run has them from the count of steps. So that both have the same bits, every step has."""
+        """Set rates and count. DeepSpeed's kernel multiplies powers of the betas from step to step, and a
+        resumed run has them from the count of steps: so that both have the same bits, every step has."""
         adam, s = self.optimizer, self._settings
         adam.ds_opt_adam.create_adam(adam.opt_id, s.lr, s.beta1, s.beta2, s.eps, 0.0, True, False)
         for group in self.optimizer.param_groups:
@@ -108,7 +108,7 @@ class CpuAdamClient(Client):
                 state["step"] = updates  # its own count has a step that only made the states
 
     def describe(self) -> str:
-        """See :class:`Client`."""
+        """Say whose optimizer it is."""
         return "adamw by DeepSpeed's CPUAdam"
 
 

@@ -141,7 +141,24 @@ def further_settings(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"deepspeed.config: {path} defines {'; '.join(told)}: say it once, and remove it from that file"
         )
+    _check_whole_norms(config, settings)
     return settings
+
+
+def _check_whole_norms(config: Config, settings: Mapping[str, Any]) -> None:
+    """Norms whose input is kept in FP8 run again within another function's backward, where DeepSpeed gathers
+    nothing: their vectors must be among those that it leaves whole."""
+    zero, width = settings.get("zero_optimization", {}), config.model.hidden_size
+    if config.parallel.zero != 3 or config.precision.activations != "fp8" or not isinstance(zero, dict):
+        return
+    for key in ("stage3_param_persistence_threshold", "param_persistence_threshold"):
+        least = zero.get(key, width)
+        if isinstance(least, int) and least < width:
+            raise ConfigError(
+                f"deepspeed.config: zero_optimization.{key}: {least} cuts norms of {width} elements, and "
+                f"precision.activations: fp8 needs them whole; write {width} or more, or "
+                "precision.activations=compute"
+            )
 
 
 def _keys(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:

@@ -125,8 +125,8 @@ class DeepSpeedTrainer(BaseTrainer):
         problems = Ranks(self.processes.control).each(lambda: problem)
         if any(problems):
             raise ConfigError(
-                f"engine: deepspeed: operator {next(filter(None, problems))}\nit is compiled at first "
-                "use, with g++ and ninja, and libaio for nvme (apt-get install g++ libaio-dev); mend that, or "
+                f"engine: deepspeed: {next(filter(None, problems))}\nit is compiled at first use, "
+                "with g++ and ninja, and libaio for nvme (apt-get install g++ libaio-dev); mend that, or "
                 "write optimizer.offload=none and deepspeed.offload_param=none"
             )
 
@@ -241,7 +241,7 @@ class DeepSpeedTrainer(BaseTrainer):
         self._forget_casts()
 
     def checkpoint_tensors(self) -> dict[str, Tensor | LogicalTensor]:
-        """As every trainer's, after fetching what DeepSpeed holds. Collective."""
+        """Fetch what DeepSpeed holds, and return what a checkpoint is made of. Collective."""
         self.pull()
         return super().checkpoint_tensors()
 
@@ -254,12 +254,12 @@ class DeepSpeedTrainer(BaseTrainer):
         self.push()
 
     def replicated_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        """As every trainer's; none under ZeRO-3, where ranks hold parts."""
+        """Return what all data-parallel ranks hold alike: nothing under ZeRO-3, where they hold parts."""
         return [] if self.stage == 3 else super().replicated_parameters()
 
     @property
     def library_version(self) -> str:
-        """DeepSpeed's."""
+        """Version of DeepSpeed."""
         return str(_library().__version__)
 
     def sent_bytes(self) -> dict[str, int]:

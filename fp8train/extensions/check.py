@@ -10,6 +10,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.extensions.catalogue import EXTENSIONS, Capability, Extension, Find, Offer, find, has_module
 from fp8train.extensions.gpus import Gpu, visible_gpus
+from fp8train.precision.transformer_engine import NativeRecipe, gemms, native_recipe
 
 _FP8: Capability = (8, 9)
 
@@ -56,6 +57,8 @@ def check_extensions(config: Config, *, has: Find = has_module, gpus: list[Gpu] 
             )
         elif offer.capability is not None and (old := _below(offer.capability, visible)) is not None:
             problems.append(f"{setting} needs {_text(offer.capability)}, {old}; write {offer.key}={default}")
+        elif offer.key == "kernels.gemm" and (unfit := _unfit(config, visible)) is not None:
+            problems.append(f"{setting}: {unfit}; write {offer.key}={default}")
     if on_cuda and config.precision.gemm.fp8 and (old := _below(_FP8, visible)) is not None:
         problems.append(
             f"precision.gemm.fp8: FP8 GEMMs need {_text(_FP8)}, {old}; write precision.gemm.fp8=false or "
@@ -63,6 +66,20 @@ def check_extensions(config: Config, *, has: Find = has_module, gpus: list[Gpu] 
         )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _unfit(config: Config, visible: list[Gpu] | None) -> str | None:
+    """Why Transformer Engine does not multiply on the first GPU that is another than the recipe asks for."""
+    quant = config.precision.gemm.value()
+    assert quant is not None, "the configuration refuses kernels.gemm without FP8"
+    native = native_recipe(quant) if config.kernels.gemm == "te_native" else None
+    for gpu in visible or ():
+        if isinstance(native, NativeRecipe):
+            if (problem := native.unfit(gpu.capability)) is not None:
+                return problem
+        elif not any(gemms(quant, gpu.capability).values()):
+            return f"has no kernel for precision.recipe: {config.precision.recipe} on {gpu}"
+    return None
 
 
 def _text(capability: Capability) -> str:

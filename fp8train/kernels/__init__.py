@@ -1,8 +1,9 @@
 """Operations with more than one implementation: a reference in plain torch, and what a device does better.
 
-``gemm`` is the FP8 matrix multiplication and chooses its implementation once, when a model is built: the
-tensor cores, for scales that ``scaling`` says they take, or ``decode`` on devices without. ``matmul`` is for
-products in high precision, ``attention`` for those of attention.
+``gemm`` is the FP8 matrix multiplication, whose implementation ``gemm_choice`` chooses once, when a model is
+built: the tensor cores, for scales that ``scaling`` says they take, ``decode`` on devices without, or what a
+package beside this one has (``te``). ``matmul`` is for products in high precision, ``attention`` for those of
+attention.
 
 What stands between GEMMs are *fused operations*, one launch or two each on a GPU (``fused_op``): casts
 (``operands``), norms, activations and the rotation of heads. Formulas that are computed tile by tile are

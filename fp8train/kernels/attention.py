@@ -1,5 +1,5 @@
 """Scaled dot-product attention, in the type that a device multiplies in (:mod:`fp8train.kernels.matmul`), by
-one of the kernels that torch has for it.
+one of the kernels that torch has for it, or by Transformer Engine.
 
 =========  ========================================================================================
 backend    what runs
@@ -9,6 +9,8 @@ flash3     FlashAttention 3, compute capability 9.0: the package ``flash_attn_3`
 cudnn      cuDNN's fused attention; its backward pass is not deterministic
 flash2     torch's FlashAttention 2
 math       matrix products and softmax: any type and device, S x S scores in memory
+te         Transformer Engine's choice of fused kernels (:mod:`fp8train.kernels.te.attention`), for
+           whole sequences; tokens that follow others in a cache go to torch. Only by its name
 =========  ========================================================================================
 
 ``auto`` lets torch take, call by call, the first of them that takes the call. Before ``math`` comes torch's
@@ -31,6 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fp8train.kernels.matmul import widens
+from fp8train.kernels.package_kernels import CausalAttention, RunsOn, on_cuda
 
 Kernel = Literal["flash3", "cudnn", "flash2", "math"]
 """Fastest first."""
@@ -74,30 +77,57 @@ class AttentionBackend:
         name: a :data:`Kernel` where training's calls are known to run in one; what chooses it elsewhere.
         reason: why.
         kernels: what calls may use, in order of preference; empty leaves the choice to torch.
+        deterministic: whether results must not depend on timing.
     """
 
     name: str
     reason: str
     kernels: tuple[SDPBackend, ...] = ()
+    deterministic: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} [{self.reason}]"
 
+    def causal(
+        self, *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, device: torch.device
+    ) -> CausalAttention | None:
+        """What computes whole sequences of these heads of one process in torch's place; None: torch does."""
+        if self.name != "te" or device.type == "meta":
+            return None
+        from fp8train.kernels.te.attention import TeAttention
+
+        return TeAttention(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=scale,
+            deterministic=self.deterministic,
+        )
+
 
 def choose_attention_backend(
-    device: torch.device, call: AttentionCall, *, wanted: str = "auto", deterministic: bool = False
+    device: torch.device,
+    call: AttentionCall,
+    *,
+    wanted: str = "auto",
+    deterministic: bool = False,
+    runs_on: RunsOn = on_cuda,
 ) -> AttentionBackend:
     """The backend for ``device``, chosen once when a model is built; imports and changes nothing.
 
     Args:
         device: where attention runs.
         call: what training asks of it.
-        wanted: a :data:`Kernel` or ``auto``.
+        wanted: a :data:`Kernel`, ``te`` or ``auto``.
         deterministic: results must not depend on timing, those of backward included.
+        runs_on: where the kernels of packages run.
 
     Raises:
         ValueError: the device has no such kernel for the call, or none that is deterministic.
+        RuntimeError: Transformer Engine is wanted and does not load.
     """
+    if wanted == "te":
+        return _by_te(device, call, deterministic=deterministic, runs_on=runs_on)
     named = () if wanted == "auto" else (_IN_TORCH[wanted],)
     if device.type == "meta":
         return AttentionBackend("flash2" if wanted == "auto" else wanted, "meta device: shapes only", named)
@@ -119,6 +149,27 @@ def choose_attention_backend(
     name = usable[0] if len(usable) > 1 else "efficient or math"
     reasons = [f"no {kernel}: {refusal}" for kernel, refusal in refused.items() if refusal is not None]
     return AttentionBackend(name, "; ".join(reasons) or "the fastest", tuple(dict.fromkeys(order)))
+
+
+def _by_te(
+    device: torch.device, call: AttentionCall, *, deterministic: bool, runs_on: RunsOn
+) -> AttentionBackend:
+    if (refusal := runs_on(device)) is not None:
+        raise ValueError(f"`attention`: te {refusal}; write `attention`=auto")
+    if device.type == "meta":  # flash2 stands for the kernel
+        return AttentionBackend("te", "meta device: shapes only", (_IN_TORCH["flash2"],))
+    from fp8train.kernels.te.attention import why_not as why_not_te
+
+    refusal = why_not_te(
+        dtype=call.dtype,
+        num_heads=call.num_heads,
+        num_kv_heads=call.num_kv_heads,
+        head_dim=call.head_dim,
+        deterministic=deterministic,
+    )
+    if refusal is not None:
+        raise ValueError(f"`attention`: te: {refusal}; write `attention`=auto")
+    return AttentionBackend("te", "as the configuration says", deterministic=deterministic)
 
 
 def why_not(kernel: str, device: torch.device, call: AttentionCall, *, deterministic: bool) -> str | None:

@@ -13,21 +13,25 @@ Scales may belong to rows or blocks (:mod:`fp8train.numerics.granularity`). ``de
 by its scales before the product, which is exact for powers of two: in BF16 too, where they are in range.
 ``scaled_mm`` uses the kernel that torch has for these scales, this result type and these shapes
 (:mod:`fp8train.kernels.scaling`); where there is none, the operands are decoded on the device, and
-:attr:`GemmBackend.reason` says for which. None of the kernels for rows and blocks has been run on a GPU yet.
+:mod:`fp8train.kernels.gemm_choice` says for which. None of the kernels for rows and blocks has been run on a
+GPU yet.
 
+* ``te``: Transformer Engine's GEMM on the same operands (:mod:`fp8train.kernels.te.gemm`), if asked for; what
+  it does not multiply goes to ``scaled_mm``.
+* ``te_native``: nothing multiplies here; linears are Transformer Engine's own
+  (:mod:`fp8train.kernels.te.native`).
 * ``simulation``: NVFP4 (:mod:`fp8train.numerics.nvfp4`), whose payloads are values in the compute type
   already: multiplied in FP32, and rounded once.
 * ``fast13`` and the like, for checks alone: :func:`emulation`.
 
 The first two refuse what the GPU refuses (rules below), so that what runs on a laptop runs there: FP8 dtypes,
-E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardware says so in
-:attr:`GemmBackend.reason`; nothing falls back to BF16 operands.
+E5M2 x E5M2, K and N not multiples of 16. A machine that cannot do FP8 in hardware says so in the reason of
+its choice; nothing falls back to BF16 operands.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +40,7 @@ from torch.nn import functional as F
 
 from fp8train.kernels.decode import decode_gemm
 from fp8train.kernels.fast_accumulation import FRACTION_BITS, accumulate
+from fp8train.kernels.gemm_choice import GemmBackend
 from fp8train.kernels.padding import ALIGNMENT
 from fp8train.kernels.scaling import (
     cuda_version,
@@ -43,19 +48,8 @@ from fp8train.kernels.scaling import (
     granularity_of,
     native_pair,
     scaled_mm_of_arrays,
-    shape_rule,
 )
-from fp8train.numerics.formats import dtype_of
-from fp8train.precision.linear_gemms import GEMMS, LinearQuant
-from fp8train.precision.scale_blocks import Granularity
-
-
-@dataclass(frozen=True)
-class GemmBackend:
-    """Which implementation multiplies FP8 operands on this device, and why it was chosen."""
-
-    name: str
-    reason: str
+from fp8train.kernels.te import gemm as te_gemm
 
 
 def emulation(bits: int = FRACTION_BITS, *, fast: bool = True) -> GemmBackend:
@@ -67,86 +61,6 @@ def emulation(bits: int = FRACTION_BITS, *, fast: bool = True) -> GemmBackend:
     """
     kind = "fast" if fast else "promoted"
     return GemmBackend(f"{kind}{bits}", f"emulation of {kind} accumulation in {bits} bits of fraction")
-
-
-def choose_gemm_backend(
-    device: torch.device, compute_dtype: torch.dtype, quant: LinearQuant | None = None
-) -> GemmBackend:
-    """The implementation for ``device``, chosen once when a model is built.
-
-    Args:
-        device: where GEMMs run.
-        compute_dtype: of their results.
-        quant: of the operands, for the reason to tell which GEMMs have no kernel; None: one scale per tensor.
-
-    Raises:
-        ValueError: a CUDA device without FP8 tensor cores (compute capability below 8.9) was asked for BF16
-            FP8 training.
-    """
-    if quant is not None and quant.is_nvfp4:
-        return GemmBackend(
-            "simulation",
-            "NVFP4 simulation: operands rounded to FP4 values, held in the compute dtype, multiplied in high "
-            "precision; no FP4 hardware or storage",
-        )
-    if device.type == "cpu":
-        return GemmBackend("decode", "CPU: FP8 operands decoded, multiplied in the compute dtype")
-    if compute_dtype == torch.float64:
-        return GemmBackend(
-            "decode", "FP64 results exist only for checking: FP8 operands decoded, multiplied in FP64"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        raise ValueError(
-            "FP8 GEMMs need compute capability 8.9 or newer, "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; "
-            "write `fp8`=false or `device`=cpu"
-        )
-    reason = f"FP8 tensor cores, compute capability {capability[0]}.{capability[1]}"
-    if quant is not None:
-        reason += _without_kernel(quant, capability, cuda_version(), compute_dtype)
-    return GemmBackend("scaled_mm", reason)
-
-
-def _without_kernel(
-    quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int], out_dtype: torch.dtype
-) -> str:
-    """What the reason says of GEMMs that have no kernel, and of shapes that theirs do not take."""
-    native, decoded = gemms_by_kernel(quant, capability, cuda, out_dtype)
-    said = ""
-    if decoded:
-        names = ", ".join(f"{gemm} ({a} x {b})" for gemm, (a, b) in decoded.items())
-        results = "" if out_dtype == torch.bfloat16 else f" with results in {out_dtype}"
-        said = f"; no kernel here for {names}{results}: operands decoded, multiplied in high precision"
-    if rule := shape_rule(native.values()):
-        said += f"; kernels of {', '.join(native)} take {rule}: operands of other shapes decoded, likewise"
-    return said
-
-
-GranularityPairs = dict[str, tuple[Granularity, Granularity]]
-"""What shares a scale in operands A and B of GEMMs, by their names."""
-
-
-def gemms_by_kernel(
-    quant: LinearQuant, capability: tuple[int, int], cuda: tuple[int, int], out_dtype: torch.dtype
-) -> tuple[GranularityPairs, GranularityPairs]:
-    """Sort a linear's GEMMs in FP8 into those that have a kernel on a device, and those that have none.
-
-    Args:
-        quant: of the operands.
-        capability: of the device.
-        cuda: version that torch was built with.
-        out_dtype: of the products.
-    """
-    specs = quant.operands()
-    native: GranularityPairs = {}
-    decoded: GranularityPairs = {}
-    for gemm, (a, b) in GEMMS.items():
-        pair = (specs[a].granularity, specs[b].granularity)
-        if quant.in_fp8(gemm):
-            known = native_pair(*pair, capability, cuda, out_dtype, dtype_of(specs[b].format))
-            (native if known else decoded)[gemm] = pair
-    return native, decoded
 
 
 def check_operands(a: Tensor, b: Tensor) -> None:
@@ -234,6 +148,16 @@ def _has_kernel(
     return known and fits_kernel(*kinds, a.shape[0], a.shape[1], b.shape[1])
 
 
+def _te_multiplies(a: Tensor, b: Tensor, kinds: te_gemm.Kinds, pow2: bool, out_dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine multiplies these operands on their device; one scale each: it does where it
+    was chosen."""
+    if kinds == ("tensor", "tensor"):
+        return True
+    capability = torch.cuda.get_device_capability(a.device)
+    known = te_gemm.multiplies(kinds, capability, cuda_version(), out_dtype, power_of_two=pow2)
+    return known and te_gemm.fits(kinds, a.shape[0], a.shape[1], b.shape[1])
+
+
 def _fp8_gemm(
     a: Tensor,
     b: Tensor,
@@ -254,7 +178,17 @@ def _fp8_gemm(
         # a weight that was decoded once, for many products
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     check_operands(a, b)
-    if backend != "scaled_mm" or not _has_kernel(a, b, scale_inv_a, scale_inv_b, out_dtype):
+    if backend == "te":
+        kinds = granularity_of(scale_inv_a, a.shape, 1), granularity_of(scale_inv_b, b.shape, 0)
+        if _te_multiplies(a, b, kinds, pow2, out_dtype):
+            return te_gemm.multiply(
+                *(a, b, scale_inv_a, scale_inv_b, kinds),
+                alpha=alpha,
+                out_dtype=out_dtype,
+                fast_accumulation=fast_accumulation,
+            )
+    gpu = backend in ("scaled_mm", "te")
+    if not gpu or not _has_kernel(a, b, scale_inv_a, scale_inv_b, out_dtype):
         return decode_gemm(a, b, scale_inv_a, scale_inv_b, alpha, pow2, out_dtype)
     column_major_b = b.t().contiguous().t()
     outside = alpha != 1.0 and granularity_of(scale_inv_a, a.shape, 1) == "mx_1x32"  # E8M0 holds no alpha
@@ -300,8 +234,8 @@ def fp8_gemm(
         alpha: the GEMM's own multiplier.
         power_of_two: all scales are powers of two (a faster exact path exists).
         out_dtype: BF16, FP32 or FP64.
-        backend: name from :func:`choose_gemm_backend`.
-        fast_accumulation: only for ``scaled_mm``.
+        backend: name from :func:`~fp8train.kernels.gemm_choice.choose_gemm_backend`.
+        fast_accumulation: only for ``scaled_mm`` and ``te``.
 
     Returns:
         [M, N] in ``out_dtype``.

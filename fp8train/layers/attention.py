@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend
 
 from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.sequence_parallel import TensorParallel
-from fp8train.kernels.attention import scaled_dot_product_attention
+from fp8train.kernels.attention import AttentionBackend, scaled_dot_product_attention
+from fp8train.kernels.package_kernels import CausalAttention
 from fp8train.layers.factors import Factors, scale_backward, scale_forward
 from fp8train.layers.linear import Alphas, Linear
 from fp8train.layers.qkv import split_heads
@@ -57,7 +58,9 @@ class Attention(nn.Module):
     Attributes:
         qkv: fused projection, rows by group.
         out: projection back into the residual stream.
-        kernels: what may compute attention (:class:`fp8train.kernels.attention.AttentionBackend`).
+        kernels: what of torch may compute attention
+            (:class:`fp8train.kernels.attention.AttentionBackend`).
+        causal: computes whole sequences in torch's place; None leaves them to it.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Attention(nn.Module):
         self.logits_scale = head_dim**-0.5 if logits_scale is None else logits_scale
         self.factors, self.in_fp32 = factors, in_fp32
         self.kernels: tuple[SDPBackend, ...] = ()
+        self.causal: CausalAttention | None = None
         self.query_norm: nn.Module | None
         self.key_norm: nn.Module | None
         self.query_norm, self.key_norm = (None, None) if qk_norm is None else qk_norm
@@ -118,6 +122,19 @@ class Attention(nn.Module):
             wire=wire("row", parallel),
         )
 
+    def use(self, backend: AttentionBackend) -> None:
+        """Have ``backend`` compute attention from here on. With context parallelism its calls see a share of
+        the heads."""
+        ways = 1 if self.context is None else self.context.size
+        self.kernels = backend.kernels
+        self.causal = backend.causal(
+            num_heads=self.num_heads // ways,
+            num_kv_heads=self.num_kv_heads // ways,
+            head_dim=self.head_dim,
+            scale=self.logits_scale,
+            device=self.qkv.weight.device,
+        )
+
     @torch.no_grad()
     def query_norms(self) -> Tensor:
         """Spectral norm of each query head's projection, multiplier included: FP32 [heads of this rank]. Its
@@ -126,8 +143,11 @@ class Attention(nn.Module):
         """
         weight = self.qkv.dequantized_weight(torch.float32)
         heads = weight.view(self.num_kv_heads, -1, self.head_dim, weight.shape[1])[:, :-2].flatten(0, 1)
-        squared = torch.linalg.eigvalsh(heads @ heads.transpose(1, 2))[:, -1]
-        return squared.clamp(min=0).sqrt() * self.qkv.alphas.output
+        gram = heads @ heads.transpose(1, 2)
+        finite = gram.isfinite().all(dim=2).all(dim=1)  # others have no norm, and eigenvalues raise
+        squared = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0.0))[:, -1]
+        norms = squared.clamp(min=0).sqrt() * self.qkv.alphas.output
+        return torch.where(finite, norms, torch.nan)
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: KVCache | None = None
@@ -155,23 +175,30 @@ class Attention(nn.Module):
         if self.context is not None:
             assert cache is None, "generation with context parallelism"
             query, key, value = (self.context.to_heads(x) for x in (query, key, value))
-        return self.mix(query, key, value, fresh=fresh)
+        return self.mix(query, key, value, fresh=fresh, cached=cache is not None)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, *, fresh: bool = True) -> Tensor:
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, *, fresh: bool = True, cached: bool = False
+    ) -> Tensor:
         """Attention itself: queries [B, heads, S, D], keys and values [B, G, S', D] -> [B, S, heads·D].
-        ``fresh``: the queries are of all tokens, not of new ones after others."""
+        ``fresh``: the queries are of all tokens, not of new ones after others; ``cached``: keys and values
+        are part of a cache, which is torch's to read."""
         length = query.shape[2]
-        mixed = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if fresh or length == 1 else _continued_mask(length, key.shape[2], query.device),
-            is_causal=fresh and length > 1,
-            enable_gqa=self.num_heads > self.num_kv_heads,
-            scale=self.logits_scale,
-            in_fp32=self.in_fp32,
-            kernels=self.kernels,
-        )
+        if self.causal is not None and not cached:
+            mixed = self.causal(query, key, value)
+        else:
+            masked = not fresh and length > 1
+            mixed = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=_continued_mask(length, key.shape[2], query.device) if masked else None,
+                is_causal=fresh and length > 1,
+                enable_gqa=self.num_heads > self.num_kv_heads,
+                scale=self.logits_scale,
+                in_fp32=self.in_fp32,
+                kernels=self.kernels,
+            )
         mixed = scale_forward(mixed, self.factors.output)
         if self.context is not None:
             mixed = self.context.to_tokens(mixed)

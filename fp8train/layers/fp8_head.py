@@ -26,7 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8train.kernels.gemm import GemmBackend, fp8_gemm
+from fp8train.kernels.gemm import fp8_gemm
+from fp8train.kernels.gemm_choice import GemmBackend
 from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.kernels.padding import pad_to
 from fp8train.layers.fp8_operand import Layouts, quantize_layouts, quantize_operand, transposed

@@ -223,6 +223,7 @@ def _input_operands(
         row,
         agreements,
         trains=call.trains,
+        caster=call.plan.caster,
     )
     return both.rows, source.shape[0], (x, None) if keep == "bf16" else both.columns
 
@@ -252,8 +253,12 @@ def _cast_columns(
     contracted: int,
 ) -> Operand:
     """Quantise x or w for a backward GEMM, which sums over its rows: column-major where GPUs want that."""
+    assert call.plan is not None
     agree = call.wire.agreement(operand, spec, contracted)
-    return quantize_layouts(x, spec, slot, None, agree, contracted=contracted, rows=False).columns
+    caster = call.plan.caster
+    return quantize_layouts(
+        x, spec, slot, None, agree, contracted=contracted, rows=False, caster=caster
+    ).columns
 
 
 def _scales_travel(spec: QuantSpec, contracted: int) -> bool:
@@ -281,7 +286,8 @@ def _grad_operands(
     spec, other = quant.grad_input_grad_output, quant.grad_weight_grad_output
     if all(needed) and quant.grad_weight_fp8 and not wire.grad_output_in_fp8:
         agreements = wire.agreement("grad_output", spec, 1), wire.agreement("grad_output", other, 0)
-        if (both := quantize_twice(grad_output, (spec, other), row, agreements)) is not None:
+        both = quantize_twice(grad_output, (spec, other), row, agreements, call.plan.caster)
+        if both is not None:
             return both
     columns = quant.shares_grad_output and quant.grad_weight_fp8 and needed[1]
     wanted = {"rows": needed[0] or not columns, "columns": columns}
@@ -303,11 +309,16 @@ def _grad_operand(
     columns: bool,
 ) -> Layouts:
     """Quantise the output gradient; a row-parallel linear's part is gathered in FP8 if traffic says so."""
+    assert call.plan is not None
     wire = call.wire
     if not wire.grad_output_in_fp8:
         agree = wire.agreement("grad_output", spec, contracted)
         return quantize_layouts(
-            grad_output, spec, slot, row, agree, contracted=contracted, rows=rows, columns=columns
+            *(grad_output, spec, slot, row, agree),
+            contracted=contracted,
+            rows=rows,
+            columns=columns,
+            caster=call.plan.caster,
         )
     payload, scale_inv = _quantize("grad_output", grad_output, spec, slot, call, row, contracted=contracted)
     payload = wire.gather_grad_output(payload, call.batch)()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ class Layouts(NamedTuple):
 
     rows: Operand
     columns: Operand
+
+
+class Caster(Protocol):
+    """Casts whole matrices in place of the functions here; chosen once, when a model is built. Its codes are
+    the same bits."""
+
+    def cast(
+        self, x: Tensor, spec: QuantSpec, slot: ScaleSlot | None, *, rows: bool, columns: bool
+    ) -> tuple[Operand | None, Operand | None] | None:
+        """The operands for GEMMs that contract dimension 1 (``rows``) and 0 (``columns``) of x [M, K], as far
+        as they are wanted; None where the functions here have to do it."""
+        ...
 
 
 class Measured(NamedTuple):
@@ -223,10 +235,16 @@ def quantize_layouts(
     rows: bool = True,
     columns: bool = True,
     measured: Measured | None = None,
+    caster: Caster | None = None,
 ) -> Layouts:
     """Quantise a matrix for two GEMMs, one that sums over its rows and one that sums over its columns; padded
     to multiples of 16. Arguments as for :func:`quantize_matrix`, which defines the codes; ``rows`` and
-    ``columns`` say which of the two are wanted."""
+    ``columns`` say which of the two are wanted, ``caster`` who may cast."""
+    if caster is not None and row is None and agree is None and measured is None:
+        wanted = (contracted == 1, contracted == 0) if spec.directed else (rows, columns)
+        made = caster.cast(x, spec, slot, rows=wanted[0], columns=wanted[1])
+        if made is not None:
+            return _both(made)
     if row is None and casts_at_once(x, spec):
         both = cast_at_once(x, spec, slot, agree, straight=rows, turned=columns, measured=measured)
         return _layouts(both.codes, both.turned, both.scale_inv, rows, columns)
@@ -241,6 +259,13 @@ def quantize_layouts(
     return Layouts(operand, operand)
 
 
+def _both(made: tuple[Operand | None, Operand | None]) -> Layouts:
+    """Layouts of what a caster made; where one is missing, the other stands for it."""
+    rows, columns = made[0] or made[1], made[1] or made[0]
+    assert rows is not None and columns is not None
+    return Layouts(rows, columns)
+
+
 def _layouts(codes: Tensor, turned: Tensor, scale_inv: Tensor, rows: bool, columns: bool) -> Layouts:
     assert rows or columns
     straight, back = (codes, scale_inv), (turned.t(), scale_inv)
@@ -252,6 +277,7 @@ def quantize_twice(
     specs: tuple[QuantSpec, QuantSpec],
     row: Tensor | None,
     agreements: tuple[Agreement | None, Agreement | None],
+    caster: Caster | None = None,
 ) -> Layouts | None:
     """Quantise a matrix by one spec for the GEMM that sums over its columns and by another for the one that
     sums over its rows, from one read; None where only two casts do that.
@@ -261,10 +287,15 @@ def quantize_twice(
         specs: for the two GEMMs.
         row: as for :func:`quantize_matrix`.
         agreements: likewise, of the two casts.
+        caster: who may cast.
     """
     spec, other = specs
     cut = row is not None or any(agree is not None for agree in agreements)
-    if cut or spec != other or not spec.directed or not casts_groups(x, spec):
+    if cut or spec != other or not spec.directed:
+        return None
+    if caster is not None and (made := caster.cast(x, spec, None, rows=True, columns=True)) is not None:
+        return _both(made)
+    if not casts_groups(x, spec):
         return None
     both = cast_both(x.contiguous(), GroupRule.of(spec))
     return Layouts((both.codes, both.scale_inv), (both.turned.t(), both.turned_scale_inv))
@@ -279,6 +310,7 @@ def quantize_kept(
     agreements: tuple[Agreement | None, Agreement | None],
     *,
     trains: bool = True,
+    caster: Caster | None = None,
 ) -> Layouts:
     """Quantise x or w for the output GEMM, which sums over its columns, and for the backward GEMM that sums
     over its rows, as ``keep`` says (:class:`~fp8train.precision.linear_gemms.LinearQuant`).
@@ -291,15 +323,20 @@ def quantize_kept(
         row: receives the statistics of the forward cast.
         agreements: with other ranks.
         trains: whether there will be a backward.
+        caster: who may cast.
     """
     second = keep == "second_copy" and trains
-    if second and (both := quantize_twice(x, specs, row, agreements)) is not None:
+    if second and (both := quantize_twice(x, specs, row, agreements, caster)) is not None:
         return both
     columns = keep == "same" and trains
-    first = quantize_layouts(x, specs[0], slots[0], row, agreements[0], contracted=1, columns=columns)
+    first = quantize_layouts(
+        x, specs[0], slots[0], row, agreements[0], contracted=1, columns=columns, caster=caster
+    )
     if not second:
         return first
-    copy = quantize_layouts(x, specs[1], slots[1], None, agreements[1], contracted=0, rows=False)
+    copy = quantize_layouts(
+        x, specs[1], slots[1], None, agreements[1], contracted=0, rows=False, caster=caster
+    )
     return Layouts(first.rows, copy.columns)
 
 

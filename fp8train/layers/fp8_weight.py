@@ -30,7 +30,7 @@ from fp8train.kernels.matmul import cpu_multiplies_bf16
 from fp8train.kernels.operands import CastRule, turn_codes
 from fp8train.kernels.padding import Operand, aligned
 from fp8train.kernels.stored_weight import StoredWeight, cast_stored
-from fp8train.layers.fp8_operand import cropped, quantize_kept, quantize_operand
+from fp8train.layers.fp8_operand import Caster, cropped, quantize_kept, quantize_operand
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.cast import amax_of, cast, decode_finite, uncast
 from fp8train.numerics.formats import dtype_of
@@ -67,10 +67,12 @@ class Fp8Weight:
         wire: Wire = UNSPLIT,
         slots: Mapping[str, ScaleSlot] | None = None,
         site: tuple[CastRecorder, str] | None = None,
+        caster: Caster | None = None,
     ) -> None:
         """Args: ``wire``: how the weight is cut, and so with whom to agree on scales; ``slots``: ``{use:
-        slot}`` of at least the delayed ones among the copies' uses, with running maxima."""
-        self.quant, self.shape, self.site = quant, shape, site
+        slot}`` of at least the delayed ones among the copies' uses, with running maxima; ``caster``: who may
+        cast a weight that the layer holds."""
+        self.quant, self.shape, self.site, self._caster = quant, shape, site, caster
         self.forward: Operand | None = None
         self.backward: Operand | None = None
         self._wire, self._slots = wire, dict(slots or {})
@@ -156,6 +158,7 @@ class CachedFp8Weight(Fp8Weight):
             (slots[0], slots[1]),
             self._active_row(),
             (self._wire.agreement("w", specs[0], 1), self._wire.agreement("w", specs[1], 0)),
+            caster=self._caster,
         )
         self.forward = both.rows
         self.backward = None if self.quant.keep_w == "bf16" else both.columns
@@ -220,8 +223,9 @@ class ResidentFp8Weight(Fp8Weight):
         wire: Wire = UNSPLIT,
         slots: Mapping[str, ScaleSlot] | None = None,
         site: tuple[CastRecorder, str] | None = None,
+        caster: Caster | None = None,
     ) -> None:
-        """Allocate payloads of zeros.
+        """Allocate payloads of zeros; ``caster`` has no part in it, the optimizer writes.
 
         Raises:
             PrecisionError: ``quant`` keeps the weight in BF16 for backward, or has scales that the optimizer

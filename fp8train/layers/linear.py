@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fp8train.kernels.matmul import matmul
 from fp8train.kernels.padding import Operand
+from fp8train.kernels.te.native import NativeLinear
 from fp8train.layers.connection import cast_slots, contradiction, slots_by_use
 from fp8train.layers.factors import scale_backward
 from fp8train.layers.fp8_linear import CastSlots, StatisticsRows, fp8_linear
@@ -40,6 +41,7 @@ from fp8train.layers.grad_weight_op import SinkSlot, contribute_grad_weight
 from fp8train.layers.linear_plan import Alphas, Fp8Plan, LinearCall
 from fp8train.layers.wire import UNSPLIT, Wire
 from fp8train.numerics.formats import dtype_of
+from fp8train.numerics.grad_sink import find_sink
 from fp8train.numerics.scale_state import ScaleSlot, ScaleState
 from fp8train.numerics.statistics import CastRecorder
 
@@ -130,6 +132,7 @@ class Linear(nn.Module):
         self._scale_state: ScaleState | None = None
         self._fp8_weight: Fp8Weight | None = None
         self._arrived: Callable[[], None] | None = None
+        self._native: NativeLinear | None = None
         self._rows = StatisticsRows()
         self._quiet: dict[str, ScaleSlot] = {}
         self._slots = self._recording_slots = CastSlots()
@@ -152,7 +155,8 @@ class Linear(nn.Module):
         slots = slots_by_use(self.name, plan, scale_state, record=True)
         site = None if recorder is None else (recorder, f"{self.name}/w")
         kind, weight = FP8_WEIGHTS[plan.holding], self.weight
-        return kind(plan.quant, weight.shape, weight.device, wire=self.wire, slots=slots, site=site)
+        where = weight.shape, weight.device
+        return kind(plan.quant, *where, wire=self.wire, slots=slots, site=site, caster=plan.caster)
 
     def connect(
         self,
@@ -163,6 +167,7 @@ class Linear(nn.Module):
         recorder: CastRecorder | None = None,
         sink_slot: SinkSlot | None = None,
         arrived: Callable[[], None] | None = None,
+        native: bool = False,
     ) -> None:
         """Say how the layer runs and what it is connected to: once, before its first forward.
 
@@ -179,6 +184,7 @@ class Linear(nn.Module):
             recorder: where statistics of casts go; None keeps none.
             sink_slot: where weight gradients go; None returns them to autograd.
             arrived: waits until all rows of a new resident weight are here, where other ranks write some.
+            native: Transformer Engine's own linear multiplies, as its recipe says; without a plan.
         """
         assert not self._connected, f"{self.name} is connected already; a linear is connected once"
         problem = contradiction(plan, weight, self.weight.shape, recorder, sink_slot, arrived)
@@ -187,6 +193,9 @@ class Linear(nn.Module):
         self._connected = True
         self.plan, self.sink_slot = plan, sink_slot
         self._fp8_weight, self._arrived = weight, arrived
+        if native:
+            assert plan is None and self.wire.kind == "none", f"{self.name} multiplies elsewhere, whole"
+            self._native = NativeLinear(self.weight, self._take_gradient)
         self._scale_state, self._recorder = scale_state, recorder
         if self.fp8_weight_is_resident:
             self._drop_values()
@@ -200,6 +209,20 @@ class Linear(nn.Module):
                 recorder.row(f"{self.name}/grad_output"),
                 recorder.row(f"{self.name}/w") if self.casts_in_forward else None,
             )
+
+    @property
+    def is_native(self) -> bool:
+        """Whether Transformer Engine's own linear multiplies."""
+        return self._native is not None
+
+    def _take_gradient(self, gradient: Tensor) -> None:
+        """Hand over a weight gradient that was not made here: to the sink, or to autograd's place."""
+        if self.sink_slot is not None:
+            find_sink(self.sink_slot.sink).contribute(int(self.sink_slot.slot), lambda: gradient)
+        elif self.weight.grad is None:
+            self.weight.grad = gradient
+        else:
+            self.weight.grad += gradient
 
     @property
     def casts_in_forward(self) -> bool:
@@ -281,6 +304,8 @@ class Linear(nn.Module):
         """Make what is derived from the weight, and kept from forward to forward, again at its next use."""
         if self._fp8_weight is not None:
             self._fp8_weight.forget()
+        if self._native is not None:
+            self._native.forget()
 
     def await_weight(self) -> None:
         """Wait until all of a new FP8 weight has arrived from the ranks that keep its master."""
@@ -331,7 +356,9 @@ class Linear(nn.Module):
         sink, trains = 0 if slot is None else slot.sink, torch.is_grad_enabled()
         call = LinearCall(self.alphas, self.plan, sink, self.wire, batch, trains)
         flat = x.reshape(-1, self.in_features)
-        if self.plan is None or self.leaves_fp8:
+        if self._native is not None:
+            y = self._native(flat, self.weight)
+        elif self.plan is None or self.leaves_fp8:
             buffer, index = (None, None) if slot is None else (slot.buffer, slot.slot)
             y = _HighPrecisionLinear.apply(flat, self.weight, buffer, index, call)
         else:
@@ -357,10 +384,12 @@ class Linear(nn.Module):
     @property
     def fuses(self) -> bool:
         """Whether this linear, once connected, can be a part of a fused function: not with a bias, ranks that
-        hold other parts, or other granularities of scales."""
+        hold other parts, other granularities of scales, or casts by others."""
         plan, alone = self.plan, self.bias is None and self.wire.kind == "none"
-        casts_alike = plan is None or (not self.casts_in_forward and fusable(plan.quant))
-        return alone and casts_alike and self.weight.dtype != torch.float64
+        casts_alike = plan is None or (
+            not self.casts_in_forward and plan.caster is None and fusable(plan.quant)
+        )
+        return alone and self._native is None and casts_alike and self.weight.dtype != torch.float64
 
     def fused(self, *, keeps_input: bool = True) -> FusedLinear | None:
         """This linear as a part of a fused function; None where only :meth:`forward` does what it has to:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fp8train.kernels.gemm import GemmBackend
+from fp8train.kernels.gemm_choice import GemmBackend
+from fp8train.layers.fp8_operand import Caster
 from fp8train.layers.wire import Wire
 from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.operand_cast import QuantSpec
@@ -32,12 +33,13 @@ class Alphas:
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """How one linear runs in FP8: the quantisation of its operands, the GEMM implementation, and how it has
-    its weight."""
+    """How one linear runs in FP8: the quantisation of its operands, the GEMM implementation, how it has its
+    weight, and who casts in place of our own functions."""
 
     quant: LinearQuant
     backend: GemmBackend
     holding: Holding = "cached"
+    caster: Caster | None = None
 
 
 def scale_slots(name: str, plan: Fp8Plan) -> dict[str, QuantSpec]:

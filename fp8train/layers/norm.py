@@ -2,7 +2,8 @@
 dtype.
 
 torch has no RMSNorm kernel for CPUs, only a chain of operations, so there is one here that works on blocks of
-rows: a third of the time. GPUs have a kernel, and a compiler fuses the chain itself.
+rows: a third of the time. GPUs have a kernel, and a compiler fuses the chain itself. Both norms take another
+implementation, once it is chosen, by their ``use``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp8train.kernels import fused_op
+from fp8train.kernels.norm_backend import AUTO, NormBackend
 from fp8train.kernels.norms import Kind, norm_backward, residual_norm
+from fp8train.kernels.package_kernels import NormFunction
 from fp8train.layers.factors import scale_backward
 from fp8train.layers.row_chunks import row_chunks
 
@@ -81,10 +84,23 @@ def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ki
     return _FusedNorm.apply(flat, weight, bias, eps, kind).view(x.shape)
 
 
+def _by(function: NormFunction, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return function(flat, weight, bias, eps).view(x.shape)
+
+
+def _named(backend: NormBackend) -> str:
+    """Whose it is, for ``print(model)``; our own is not said."""
+    return "" if backend.fuses else f", by {backend.name}"
+
+
 class RMSNorm(nn.Module):
     """RMS normalisation, ``x / sqrt(mean(x²) + eps) · weight`` over the last dim (Zhang & Sennrich 2019).
 
     ``gain: False`` has no weight; ``gain_grad`` multiplies the gradient of the weight.
+
+    Attributes:
+        backend: what computes it.
     """
 
     def __init__(
@@ -100,10 +116,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.size, self.eps, self.gain_grad = size, eps, gain_grad
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device)) if gain else None
+        self.backend = AUTO
+
+    def use(self, backend: NormBackend) -> None:
+        """Have ``backend`` compute it from here on."""
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension: [.., size] -> [.., size], in x's dtype."""
         weight = None if self.weight is None else scale_backward(self.weight, self.gain_grad)
+        if self.backend.rms is not None:
+            return _by(self.backend.rms, x, weight, None, self.eps)
         if fused_op.fuses_now(x):
             return _fused(x, weight, None, self.eps, "rms")
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -112,7 +135,7 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Size, eps and gain, for ``print(model)``."""
-        return f"{self.size}, eps={self.eps}, gain={self.weight is not None}"
+        return f"{self.size}, eps={self.eps}, gain={self.weight is not None}{_named(self.backend)}"
 
 
 class LayerNorm(nn.Module):
@@ -120,6 +143,9 @@ class LayerNorm(nn.Module):
     2016); the bias is optional.
 
     ``gain: False`` has neither weight nor bias; ``gain_grad`` multiplies the gradients of both.
+
+    Attributes:
+        backend: what computes it.
     """
 
     def __init__(
@@ -141,9 +167,17 @@ class LayerNorm(nn.Module):
 
         self.weight = vector() if gain else None
         self.bias = vector() if gain and bias else None
+        self.backend = AUTO
+
+    def use(self, backend: NormBackend) -> None:
+        """Have ``backend`` compute it from here on."""
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension: [.., size] -> [.., size], in x's dtype."""
+        if self.backend.layer is not None:
+            weight, bias = (self._vector(v, wide=False) for v in (self.weight, self.bias))
+            return _by(self.backend.layer, x, weight, bias, self.eps)
         # torch's CPU kernel adds up the gradients of weight and bias in BF16: 4 % off at 4,096 tokens.
         fuses = fused_op.fuses_now(x)
         wide = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not fuses
@@ -160,4 +194,5 @@ class LayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Size, eps, gain and bias, for ``print(model)``."""
-        return f"{self.size}, eps={self.eps}, gain={self.weight is not None}, bias={self.bias is not None}"
+        parts = f"gain={self.weight is not None}, bias={self.bias is not None}"
+        return f"{self.size}, eps={self.eps}, {parts}{_named(self.backend)}"

@@ -41,7 +41,16 @@ def cast_in_forward(
     quant, wire = call.plan.quant, call.wire
     specs = quant.output_w, quant.grad_input_w
     agreements = wire.agreement("w", specs[0], 1), wire.agreement("w", specs[1], 0)
-    both = quantize_kept(weight, quant.keep_w, specs, slots, row, agreements, trains=call.trains)
+    both = quantize_kept(
+        weight,
+        quant.keep_w,
+        specs,
+        slots,
+        row,
+        agreements,
+        trains=call.trains,
+        caster=call.plan.caster,
+    )
     return both.rows, None if quant.keep_w == "bf16" else both.columns
 
 

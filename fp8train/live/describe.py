@@ -97,12 +97,17 @@ def describe_precision(trainer: BaseTrainer) -> list[str]:
         lines.append("FP8: off")
     else:
         recipe = "" if precision.recipe == "current" else f"; recipe {precision.recipe}"
-        lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{recipe}")
+        casts = "" if config.kernels.quantize == "auto" else ", cast by Transformer Engine's quantisers"
+        lines.append(f"{built.fp8} [{built.fp8.backend.reason}]{casts}{recipe}")
         lines.append(f"their weights {_weights(config)}; gradients {_gradients(trainer)}; {_states(config)}")
     if isinstance(trainer, Trainer) and trainer.store.released is not None:
         buckets, places = len(trainer.store.buckets), len(trainer.store.lasting)
         lines.append(f"gradients released during backward: {buckets} buckets in the memory of {places}")
     lines.append(f"attention: {built.attention}")
+    if built.norm.name != "auto":
+        lines.append(f"norms: {built.norm}")
+    if config.kernels.multi_tensor != "auto":
+        lines.append(f"norms of gradients: {config.kernels.multi_tensor}, in FP32; of FP8 gradients our own")
     if built.compiles:
         lines.append(f"compile: {_compiled(trainer.model)}")
     if isinstance(trainer, Trainer):

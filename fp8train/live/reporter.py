@@ -133,7 +133,7 @@ class Reporter:
             hidden_parameters=sum(
                 linear.weight.numel() for linear in self.trainer.outline.linears().values()
             ),
-            fp8_linears=0 if fp8 is None else len(fp8.converted),
+            fp8_linears=0 if fp8 is None else len(fp8.converted) + len(fp8.native),
             fp8_skipped={} if fp8 is None else fp8.skipped,
             bytes_per_parameter=stored_bytes(self.trainer).per_parameter(),
         )

@@ -100,6 +100,7 @@ def connect_linears(
             recorder=None if plan is None else parts.recorder,
             sink_slot=None if sink_slot is None or not linear.weight.requires_grad else sink_slot(fqn),
             arrived=None if arrived is None or fqn not in resident else partial(arrived, fqn),
+            native=built.fp8 is not None and path in built.fp8.native,
         )
     for block in built.model.held_blocks() if built.compiles else ():
         if not can_fuse(block):

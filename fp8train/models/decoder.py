@@ -8,9 +8,11 @@ whatever part of the model a process holds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,7 @@ class Decoder(nn.Module):
         vocab_size: tokens, without padding.
         part: what of the model it holds.
         fp8_head: how the head multiplies in FP8; None: in the compute type.
+        gemm_context: makes what a whole forward runs in, for linears that need that.
         specs: ``{fqn: ParamSpec}`` of all parameters it holds, in module order.
     """
 
@@ -90,6 +93,7 @@ class Decoder(nn.Module):
         config = parametrization.model
         self.context = context
         self.fp8_head: Fp8Head | None = None
+        self.gemm_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.parallel = split = None if parallel is None or parallel.size == 1 else parallel
         self.config = config
         self.part = part = ModelPart.whole(config.num_layers) if part is None else part
@@ -165,7 +169,8 @@ class Decoder(nn.Module):
     def prepare(self) -> None:
         """Make the operands of weights that changed since the last forward, outside any compiled region."""
         for name, linear in self.linears().items():
-            assert linear.plan is not None or not self.specs[f"{name}.weight"].in_fp8_plan, (
+            planned = self.specs[f"{name}.weight"].in_fp8_plan
+            assert linear.plan is not None or linear.is_native or not planned, (
                 f"{name} is in the FP8 plan but not connected; see fp8train.models.connect"
             )
             linear.quantize_weight()
@@ -259,7 +264,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats. Shapes: int64 [B, S] each; target -100 is left out. Returns
         an FP32 (FP64) scalar."""
-        return self.loss(self.hidden(tokens), targets)
+        with self.gemm_context():
+            return self.loss(self.hidden(tokens), targets)
 
     def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Compute logits of every position, [B, S, vocab_size] in the compute dtype, from int64 [B, S]."""

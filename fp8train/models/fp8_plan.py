@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from fp8train.config.linear_names import coverage, linears_in_fp8, reasons_to_skip
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.schema import Config
-from fp8train.kernels.gemm import GemmBackend
+from fp8train.kernels.gemm_choice import GemmBackend
+from fp8train.layers.fp8_operand import Caster
 from fp8train.layers.linear_plan import Fp8Plan, Holding
 
 
@@ -27,15 +28,17 @@ class PlanReport:
         plans: how each linear in FP8 runs, by module path.
         reasons: why a linear is in high precision, None of those in FP8; by module path, the head included.
         backend: how FP8 GEMMs run here.
+        native: module paths of the linears that are Transformer Engine's own; they have no plan of ours.
     """
 
     plans: Mapping[str, Fp8Plan]
     reasons: Mapping[str, str | None]
     backend: GemmBackend
+    native: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[str, ...]:
-        """Module paths of the linears that run in FP8, in order."""
+        """Module paths of the linears that run in FP8 by a plan, in order."""
         return tuple(self.plans)
 
     @property
@@ -52,22 +55,33 @@ class PlanReport:
 
 
 def plan_fp8(
-    config: Config, backend: GemmBackend, *, forward_only: bool = False, partitioned: bool = False
+    config: Config,
+    backend: GemmBackend,
+    *,
+    caster: Caster | None = None,
+    forward_only: bool = False,
+    partitioned: bool = False,
 ) -> PlanReport:
     """Decide how each linear that ``precision.gemm`` selects has its weight.
 
     Args:
         config: with ``precision.gemm.fp8: true``.
         backend: how FP8 GEMMs run here.
+        caster: who casts operands in place of our own functions.
         forward_only: the weights come from a checkpoint and nothing trains them.
         partitioned: parameters have values only while their modules run, as under ZeRO-3.
     """
     precision, quant = config.precision, config.precision.gemm.value()
     assert quant is not None
     reasons = reasons_to_skip(config.model, precision.gemm)
+    if backend.name == "te_native":
+        return PlanReport({}, reasons, backend, tuple(linears_in_fp8(config)))
     plans = {
         path: Fp8Plan(
-            quant, backend, _holding(path, precision, forward_only=forward_only, partitioned=partitioned)
+            quant,
+            backend,
+            _holding(path, precision, forward_only=forward_only, partitioned=partitioned),
+            caster,
         )
         for path in linears_in_fp8(config)
     }

@@ -84,7 +84,7 @@ def can_fuse(block: Block) -> bool:
 
 def fused_block(block: nn.Module, x: Tensor, delta_amax: GradientAmax | None = None) -> FusedBlock | None:
     """The block as fused functions for a stream x [B, S, H]; None where its layers have to run one by one:
-    on CPUs, cut over ranks, with biases, with norms at the end of branches or within
+    on CPUs, cut over ranks, with biases, with norms of another package, at the end of branches or within
     attention, with factors that a fused function does not know, or while casts are sampled. ``delta_amax``:
     the :attr:`~fp8train.layers.fused_mlp.FusedMlp.out_amax` of the branch that is to join the stream."""
     assert isinstance(block, Block)
@@ -127,7 +127,8 @@ def _is_plain(block: Block) -> bool:
     plain_attention = (
         attention.query_norm is None and attention.context is None and attention.factors == Factors()
     )
-    return block.pre_norm and sums and recomputes and plain_attention and mlp.smooth == "off"
+    norms = block.attention_norm.backend.fuses and block.mlp_norm.backend.fuses
+    return block.pre_norm and norms and sums and recomputes and plain_attention and mlp.smooth == "off"
 
 
 def _vectors(norm: RMSNorm | LayerNorm) -> tuple[Tensor | None, Tensor | None]:

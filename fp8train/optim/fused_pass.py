@@ -151,8 +151,8 @@ class FusedPass:
 
     Attributes:
         partials: of each parameter that the step has updated, by the name of its states: FP32 numbers on
-            the device whose largest is the amax of its new weight, as the model got it: of the stored master
-            where a target takes it.
+            the device whose largest is the amax of its new weight, as the model got it: of the stored
+            master where a target takes it.
     """
 
     def __init__(self, states: Mapping[str, ParameterState], update: Update) -> None:
@@ -175,7 +175,7 @@ class FusedPass:
         before one as far as states tell."""
         fused = len({state.fqn for name, state in self._states.items() if name not in self._left_out})
         launches = f" in {self._launches} launches" if self._launches else ""
-        line = f"optimizer step: {fused} parameters fused{launches}"
+        line = f"{fused} parameters fused{launches}"
         reasons = Counter(self._left_out.values())
         listed = ", ".join(f"{count} with {why}" for why, count in sorted(reasons.items()))
         return f"{line}; in chunks: {listed}" if listed else line

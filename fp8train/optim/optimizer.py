@@ -14,7 +14,8 @@ logical index. Where a state has one scale per tensor, a first pass computes the
 their amax.
 
 On a GPU most parameters skip the chunks: one kernel updates many of them at once, and reads and writes each
-byte once (:mod:`fp8train.optim.fused_pass`).
+byte once (:mod:`fp8train.optim.fused_pass`). Those with FP32 states may be another package's to update
+(:mod:`fp8train.optim.adam_pass`).
 
 The update uses the new moments before they are rounded, as FP8-LM's own code does: rounding then costs what
 the *next* step remembers, not what this one does.
@@ -32,9 +33,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fp8train.kernels.package_kernels import MultiTensor
 from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.cast import amax_of
 from fp8train.numerics.stochastic import stream_key
+from fp8train.optim.adam_pass import AdamPass
 from fp8train.optim.agreement import Agreement
 from fp8train.optim.fused_pass import FusedPass, StepOf, Update, default_update
 from fp8train.optim.gradient import GradientReader, PartOfGradient
@@ -92,6 +95,7 @@ class Optimizer:
         device: torch.device | None = None,
         chunk: int | None = None,
         update: Update | None = None,
+        multi_tensor: MultiTensor | None = None,
         offload: Offload | None = None,
     ) -> None:
         """Allocate states. Moments start at zero, and so do master weights until
@@ -115,6 +119,7 @@ class Optimizer:
                 there a launch costs more than memory.
             update: the kernel of :mod:`fp8train.optim.fused_pass`, or its reference; default: the kernel
                 where ``device`` has it, else nothing: all parameters are updated in chunks.
+            multi_tensor: kernels that update the parameters with FP32 states before anyone else does.
             offload: keeps states in host memory.
 
         Raises:
@@ -142,13 +147,18 @@ class Optimizer:
         self._publisher = Publisher(targets, self.agreement)
         self._flushed: dict[str, Tensor] = {}
         self._running: _Running | None = None
+        self._adam = None if multi_tensor is None else AdamPass(self.states.at_work, multi_tensor)
+        taken = {} if self._adam is None else self._adam.states
+        others = {name: state for name, state in self.states.at_work.items() if name not in taken}
         update = update or default_update(where)
-        self._fused = None if update is None else FusedPass(self.states.at_work, update)
+        self._fused = None if update is None else FusedPass(others, update)
 
     def describe_pass(self) -> str:
-        """Say in one line how parameters are updated: which in one launch of many, which in chunks, and
-        why."""
-        return "optimizer step: in chunks" if self._fused is None else self._fused.describe()
+        """Say in one line how parameters are updated: which by whose kernel, which in chunks, and why."""
+        own = "in chunks" if self._fused is None else self._fused.describe()
+        if self._adam is None:
+            return f"optimizer step: {own}"
+        return f"optimizer step: {self._adam.describe()}; the others: {own}"
 
     def weight_amax(self) -> Mapping[str, Tensor]:
         """Return, of each parameter that the last step updated in one launch of many, FP32 numbers on the
@@ -268,8 +278,10 @@ class Optimizer:
             return PartOfGradient(whole, start) if start else whole
 
         # What a kernel can update as a whole, if there is one.
-        self._update_fused(states, updates, reader, running)
-        done = self.weight_amax()
+        by_adam = self._update_by_adam(states, updates, reader, running)
+        others = {name: one for name, one in updates.items() if name not in by_adam}
+        self._update_fused(states, others, reader, running)
+        done = self.weight_amax().keys() | by_adam
         # First pass, only for states with one scale per tensor: the amax of their new values.
         if any(in_plan(self._specs[fqn]) for fqn in present.fqns):
             self._announce_all(states, updates, reader, running.multiplier)
@@ -297,6 +309,22 @@ class Optimizer:
         lr = self.rule.settings.lr * lr_factor * state.spec.lr_mult
         rounded = any(not fmt.is_exact for role, fmt in state.formats.items() if role != "master")
         return StepScalars(step, lr, self._decay(state.spec, lr, lr_factor), rounded)
+
+    def _update_by_adam(
+        self,
+        states: Mapping[str, ParameterState],
+        updates: Mapping[str, StepScalars],
+        grad: Callable[[str], GradientReader],
+        running: _Running,
+    ) -> set[str]:
+        """Names of what another package's kernel has updated."""
+        if self._adam is None:
+            return set()
+        updated = self._adam.step(grad, updates, running.multiplier)
+        for name in updated:
+            if states[name].target is not None:
+                running.amaxes[name] = self._publisher.whole(states[name])
+        return set(updated)
 
     def _update_fused(
         self,

@@ -15,6 +15,8 @@ from fp8train.comm.processes import Processes, two_levels
 from fp8train.comm.sequence_parallel import TensorParallel
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
+from fp8train.kernels.multi_tensor import choose_multi_tensor
+from fp8train.kernels.package_kernels import RunsOn, on_cuda
 from fp8train.layers.fp8_weight import ResidentFp8Weight
 from fp8train.models.build import BuiltModel
 from fp8train.models.decoder import Decoder
@@ -38,6 +40,7 @@ def make_gradient_buckets(
     owners: Partition | None = None,
     contributions: int,
     recorder: CastRecorder | None = None,
+    runs_on: RunsOn = on_cuda,
 ) -> GradientBuckets:
     """Decide how this process's gradients are stored and reduced.
 
@@ -49,10 +52,15 @@ def make_gradient_buckets(
         owners: under ZeRO, who keeps the optimizer states of what.
         contributions: micro-batches of a step on this rank.
         recorder: where statistics of gradient casts go, at sites ``PATH/grad_weight``.
+        runs_on: where the kernels of other packages run.
 
     Raises:
         ConfigError: ``exact`` on ranks that differ in what its bits depend on.
+        ValueError: the kernels for norms that are asked for do not run here.
     """
+    kernels = choose_multi_tensor(
+        processes.device, key="multi_tensor", wanted=config.kernels.multi_tensor, runs_on=runs_on
+    )
     gradients = config.precision.gradient.value()
     in_fp8 = gradients.format is not None
     exact = in_fp8 and gradients.fp8.reduce == "exact"
@@ -73,6 +81,7 @@ def make_gradient_buckets(
         unchanged=_settings_of_exact(config, processes.device) if exact else None,
         specs=built.model.specs,
         owners=owners,
+        norms=None if kernels is None else kernels.norms,
     )
 
 
@@ -146,12 +155,15 @@ def make_run_optimizer(
     resident: Mapping[str, ResidentFp8Weight],
     sharding: Sharding | None = None,
     offload: Offload | None = None,
+    *,
+    runs_on: RunsOn = on_cuda,
 ) -> Optimizer:
     """The optimizer of a model; it writes the ``resident`` FP8 weights itself. ``offload``: in place of what
-    the device has, where ``optimizer.offload`` asks for it.
+    the device has, where ``optimizer.offload`` asks for it; ``runs_on``: where the kernels of other packages
+    run.
 
     Raises:
-        ConfigError: state formats that do not fit.
+        ConfigError: state formats that do not fit, or a kernel that does not run here.
     """
     hyperparameters = config.optimizer.model_dump() | {
         "eps": config.optimizer.eps * built.model.parametrization.eps_unit,
@@ -177,6 +189,9 @@ def make_run_optimizer(
             regions=None if sharding is None else sharding.regions,
             agree=None if group.size == 1 else partial(all_reduce_max, group),
             device=processes.device,
+            multi_tensor=choose_multi_tensor(
+                processes.device, key="optimizer", wanted=config.kernels.optimizer, runs_on=runs_on
+            ),
             offload=offload,
         )
     except ValueError as error:

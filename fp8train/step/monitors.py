@@ -46,6 +46,8 @@ class Monitors:
         """With sites of the whole model; this process records those that it holds."""
         if self.built.fp8 is None or self.config.logging.cast_statistics_interval == 0:
             return None
+        if self.built.fp8.native:  # whose casts nobody sees
+            return None
         operands = ["x", "w", "grad_output"]
         if self.config.precision.gradient.format != "high_precision":
             operands.append("grad_weight")

@@ -32,6 +32,7 @@ from fp8train.comm.context_parallel import ContextParallel
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
 from fp8train.config.world import accumulation_steps, check_pipeline, check_release
+from fp8train.kernels.package_kernels import RunsOn, on_cuda
 from fp8train.models.build import build_model, initialise, outline
 from fp8train.models.connect import connect_linears, make_fp8_parts
 from fp8train.optim.clipping import clip_multiplier
@@ -80,11 +81,12 @@ class Trainer(BaseTrainer):
         vocab_size: int,
         ignore_after: int | None = None,
         recorder: Recorder | None = None,
+        runs_on: RunsOn = on_cuda,
         offload: Offload | None = None,
     ) -> None:
         """Build everything and fill in the values of step 0. ``recorder``: in place of CUDA's, where
-        ``run.cuda_graphs`` asks for one; ``offload``: in place of the device's, where ``optimizer.offload``
-        does."""
+        ``run.cuda_graphs`` asks for one; ``runs_on``: where the kernels of other packages run; ``offload``:
+        in place of the device's, where ``optimizer.offload`` does."""
         placement = place_stages(config, processes, vocab_size)
         built = build_model(
             config,
@@ -93,6 +95,7 @@ class Trainer(BaseTrainer):
             part=None if placement is None else part_of(placement.held),
             parallel=tensor_parallel(config, processes),
             context=None if processes.cp.size == 1 else ContextParallel(processes.cp),
+            runs_on=runs_on,
         )
         in_parts = placement is not None or processes.tp.size > 1
         whole = outline(config, vocab_size) if in_parts else built.model
@@ -107,6 +110,7 @@ class Trainer(BaseTrainer):
             owners=owners,
             contributions=contributions,
             recorder=self.monitors.recorder,
+            runs_on=runs_on,
         )
         self.pipeline: Pipeline | None = None
         if placement is None:
@@ -126,7 +130,7 @@ class Trainer(BaseTrainer):
         self.scales = self.parts.scales
         self.sharding = self._connect(owners)
         self.optimizer = make_run_optimizer(
-            config, self.built, processes, self.parts.resident, self.sharding, offload
+            config, self.built, processes, self.parts.resident, self.sharding, offload, runs_on=runs_on
         )
         self._scale_events = self._watch_scales()
         self.recorded: RecordedStep | None = None
@@ -297,7 +301,7 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As every trainer's; the pipeline runs its own schedule."""
+        """Run forward only; a pipeline in its own schedule."""
         if self.pipeline is not None:
             return self.pipeline.evaluate(inputs, targets)
         return super().summed_loss(inputs, targets)
@@ -320,7 +324,7 @@ class Trainer(BaseTrainer):
         return {**super().state_meta(), **self.gradients.state_meta()}
 
     def check_meta(self, meta: dict[str, Any], accepted: Callable[[str], bool] = lambda key: False) -> None:
-        """As every trainer's; ``exact`` depends on more settings."""
+        """Check rule and settings that ``exact`` depends on."""
         super().check_meta(meta, accepted)
         self.gradients.check_meta(meta, accepted)
 

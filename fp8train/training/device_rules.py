@@ -10,8 +10,10 @@ import torch
 from fp8train.comm.fp8_all_reduce import check_native
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
-from fp8train.kernels.gemm import choose_gemm_backend
-from fp8train.models.build import COMPUTE_DTYPES, attention_backend
+from fp8train.kernels.gemm_choice import choose_gemm_backend
+from fp8train.kernels.multi_tensor import choose_multi_tensor
+from fp8train.kernels.te.quantize import TeCaster
+from fp8train.models.build import COMPUTE_DTYPES, attention_backend, norm_backend
 
 
 def check_device(config: Config, device: torch.device) -> None:
@@ -19,7 +21,8 @@ def check_device(config: Config, device: torch.device) -> None:
 
     Raises:
         ConfigError: ``exact`` without what fixes its bits here, NCCL's FP8 sum where there is none, FP8 GEMMs
-            on a GPU without them, attention by a kernel that is not here, CUDA graphs without CUDA.
+            on a GPU without them, attention by a kernel that is not here, CUDA graphs without CUDA, a
+            package of kernels that does not load.
     """
     if config.run.cuda_graphs and device.type != "cuda":
         raise ConfigError(
@@ -29,11 +32,16 @@ def check_device(config: Config, device: torch.device) -> None:
     precision = config.precision
     try:
         if (quant := precision.gemm.value()) is not None:
-            choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant)
+            choose_gemm_backend(device, COMPUTE_DTYPES[precision.compute], quant, config.kernels.gemm)
+            if config.kernels.quantize == "te":
+                TeCaster()
         if precision.gradient.format != "high_precision":
             _check_gradients(config, device)
         attention_backend(config, device)
-    except ValueError as error:
+        norm_backend(config, device)
+        choose_multi_tensor(device, key="optimizer", wanted=config.kernels.optimizer)
+        choose_multi_tensor(device, key="multi_tensor", wanted=config.kernels.multi_tensor)
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from None
 
 

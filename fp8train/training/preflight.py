@@ -25,6 +25,7 @@ from fp8train.config.resolve import ResolvedConfig
 from fp8train.config.schema import Config
 from fp8train.config.world import check_world, model_ranks
 from fp8train.data.loading import Data, open_data
+from fp8train.deepspeed_engine.settings import further_settings
 from fp8train.extensions.check import check_extensions
 from fp8train.run_dir.claim import check_claim
 
@@ -44,6 +45,7 @@ def preflight(resolved: ResolvedConfig, world: World) -> Data:
     """
     config = resolved.config
     check_extensions(config)
+    further_settings(config)
     dp, _ = check_world(config, world.size, origins=resolved.origins)
     checkpoint = _look_at_run(config) if world.rank == 0 and world.supervised else None
     data = open_data(

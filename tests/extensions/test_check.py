@@ -73,10 +73,10 @@ def test_what_is_absent() -> None:
 
 def test_the_other_apex_is_not_nvidias() -> None:
     """PyPI's package of that name is a web toolkit."""
-    assert "is not complete: its amp_C is not installed" in refusal(["kernels.optimizer=apex"], {"apex"})
-    assert refusal(["kernels.optimizer=apex", "run.device=cuda"], {"apex", "amp_C"}, [HOPPER]) == ""
-    told = refusal(["kernels.norm=apex"], {"apex", "amp_C"}, [HOPPER])
-    assert "its fused_layer_norm_cuda is not installed" in told
+    assert "is not installed; build NVIDIA's sources" in refusal(["kernels.optimizer=apex"], {"apex"})
+    assert refusal(["kernels.optimizer=apex", "run.device=cuda"], {"amp_C"}, [HOPPER]) == ""
+    told = refusal(["kernels.norm=apex"], {"amp_C"}, [HOPPER])
+    assert "is not complete: its fused_layer_norm_cuda is not installed" in told
 
 
 def test_sources_without_their_library_are_no_transformer_engine() -> None:
@@ -86,7 +86,14 @@ def test_sources_without_their_library_are_no_transformer_engine() -> None:
 
 @pytest.mark.parametrize(
     ("version", "good"),
-    [("2.9.0", True), ("2.20.2+cu13", True), ("1.13.0", False), ("2.8", False), ("3.0", False)],
+    [
+        ("2.14", True),
+        ("2.13.0", False),
+        ("2.20.2+cu13", True),
+        ("1.13.0", False),
+        ("2.8", False),
+        ("3.0", False),
+    ],
 )
 def test_versions(versions: dict[str, str], version: str, good: bool) -> None:
     versions["transformer_engine"] = version
@@ -94,7 +101,7 @@ def test_versions(versions: dict[str, str], version: str, good: bool) -> None:
     assert found.version == version
     assert (found.lacking is None) == good
     if not good:
-        assert found.lacking == f"{version} is not supported; supported are 2.9 and newer, below 3"
+        assert found.lacking == f"{version} is not supported; supported are 2.14 and newer, below 3"
 
 
 def test_what_has_no_gpu() -> None:
@@ -229,3 +236,39 @@ def test_a_command_says_so_within_two_seconds_and_leaves_nothing(tmp_path: Path,
     assert "is not installed" in done.stderr
     assert used < 2, f"{used:.1f} s of processor time, {time.perf_counter() - began:.1f} s in all"
     assert not (tmp_path / "runs").exists()
+
+
+BLACKWELL, RTX = Gpu("NVIDIA B200", (10, 0)), Gpu("NVIDIA RTX 5090", (12, 0))
+ADA = Gpu("NVIDIA L40S", (8, 9))
+
+
+@pytest.mark.parametrize(
+    ("gemm", "recipe", "gpu", "problem"),
+    [
+        ("te", "current", ADA, ""),
+        ("te", "mxfp8", BLACKWELL, ""),
+        ("te", "mxfp8", HOPPER, "has no kernel for precision.recipe: mxfp8 on NVIDIA H100"),
+        ("te", "mxfp8", RTX, "has no kernel for precision.recipe: mxfp8 on NVIDIA RTX 5090"),
+        ("te", "blockwise", HOPPER, ""),
+        ("te", "blockwise", BLACKWELL, ""),
+        ("te", "blockwise", ADA, "has no kernel for precision.recipe: blockwise"),
+        ("te", "rowwise", HOPPER, "has no kernel for precision.recipe: rowwise"),
+        (
+            "te_native",
+            "mxfp8",
+            HOPPER,
+            "MXFP8BlockScaling needs compute capability 10.0 or newer and below 12.0",
+        ),
+        ("te_native", "nvfp4_simulated", HOPPER, "NVFP4BlockScaling needs compute capability 10.0 or newer"),
+        ("te_native", "nvfp4_simulated", BLACKWELL, ""),
+        ("te_native", "blockwise", ADA, "Float8BlockScaling needs compute capability 9.0 or newer"),
+    ],
+    ids=str,
+)
+def test_products_by_recipe_and_gpu(gemm: str, recipe: str, gpu: Gpu, problem: str) -> None:
+    overrides = ["precision.gemm.fp8=true", f"kernels.gemm={gemm}", f"precision.recipe={recipe}"]
+    told = refusal([*overrides, "run.device=cuda", "data.seq_length=32"], TE_MODULES, [gpu])
+    if problem:
+        assert told.startswith(f"kernels.gemm: {gemm}: ") and told.endswith("write kernels.gemm=auto")
+    assert problem in told
+    assert bool(told) == bool(problem)

@@ -8,7 +8,8 @@ import torch
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
 from fp8train.kernels.deterministic import use_deterministic_kernels
-from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm
+from fp8train.kernels.gemm import fp8_gemm
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.numerics.cast import quantize
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from fp8train.precision.operand_cast import QuantSpec

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8train.kernels import gemm
+from fp8train.kernels import gemm, gemm_choice
 from fp8train.kernels.decode import array_folds
-from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm, gemms_by_kernel, scaled_mm
+from fp8train.kernels.gemm import fp8_gemm, scaled_mm
+from fp8train.kernels.gemm_choice import choose_gemm_backend, gemms_by_kernel
 from fp8train.kernels.scaling import (
     block_scales,
     fits_kernel,
@@ -288,7 +289,7 @@ def test_the_reason_says_which_gemms_are_decoded(monkeypatch: pytest.MonkeyPatch
 def test_the_reason_tells_results_and_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows have FP32 results on a Hopper with CUDA 12.9 only; blocks have kernels for some shapes only."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 8))
+    monkeypatch.setattr(gemm_choice, "cuda_version", lambda: (12, 8))
     row, block, square = (
         QuantSpec(E4M3, granularity) for granularity in ("row", "block_1x128", "block_128x128")
     )
@@ -297,7 +298,7 @@ def test_the_reason_tells_results_and_shapes(monkeypatch: pytest.MonkeyPatch) ->
     for dtype, said in ((torch.bfloat16, ""), (torch.float32, in_fp32)):
         reason = choose_gemm_backend(cuda, dtype, rows).reason
         assert said in reason and ("decoded" in reason) == bool(said)
-    monkeypatch.setattr(gemm, "cuda_version", lambda: (12, 9))
+    monkeypatch.setattr(gemm_choice, "cuda_version", lambda: (12, 9))
     assert "decoded" not in choose_gemm_backend(cuda, torch.float32, rows).reason
     blocks = LinearQuant(block, square, block, square, block, block, "second_copy", "same")
     assert choose_gemm_backend(cuda, torch.bfloat16, blocks).reason.endswith(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fp8train.kernels import gemm
 from fp8train.kernels.decode import folds
-from fp8train.kernels.gemm import check_operands, choose_gemm_backend, fp8_gemm, scaled_mm
+from fp8train.kernels.gemm import check_operands, fp8_gemm, scaled_mm
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 
 pytestmark = pytest.mark.usefixtures("each_cpu")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.layers.fp8_weight import Fp8Weight, ResidentFp8Weight
 from fp8train.layers.linear import Fp8Plan, Linear, SinkSlot
 from fp8train.layers.linear_plan import Holding, scale_slots

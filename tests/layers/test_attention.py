@@ -116,3 +116,8 @@ def test_query_norms_are_the_largest_singular_values() -> None:
     rows = attention.qkv.weight.detach().double().view(2, 5, 4, 24)[:, :3].reshape(6, 4, 24)
     expected = 0.5 * torch.linalg.svdvals(rows)[:, 0]
     torch.testing.assert_close(attention.query_norms().double(), expected, rtol=1e-5, atol=0)
+    with torch.no_grad():  # a run that diverges is told by its loss, not by an error of LAPACK
+        attention.qkv.weight[0, 0] = torch.inf
+    norms = attention.query_norms().double()
+    assert norms[0].isnan()
+    torch.testing.assert_close(norms[1:], expected[1:], rtol=1e-5, atol=0)

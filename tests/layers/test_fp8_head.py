@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.sequence_parallel import TensorParallel
-from fp8train.kernels.gemm import GemmBackend
+from fp8train.kernels.gemm_choice import GemmBackend
 from fp8train.layers.fp8_head import Fp8Head
 from fp8train.layers.linear_plan import Alphas
 from fp8train.layers.log_probs import token_log_probs

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8train.kernels.gemm import choose_gemm_backend, fp8_gemm
+from fp8train.kernels.gemm import fp8_gemm
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.numerics.nvfp4 import hadamard, quantize_nvfp4
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.precision.linear_gemms import LinearQuant

@@ -32,6 +32,8 @@ CPU = torch.device("cpu")
             "cuda_graphs: true is for CUDA devices, and this is a CPU; set",
         ),
         (["kernels.attention=flash2"], "cpu", "`attention`: flash2 is for CUDA devices"),
+        ([*FP8, "kernels.gemm=te"], "cpu", "`gemm`: te needs an NVIDIA GPU, and this is a CPU"),
+        ([*FP8, "kernels.gemm=te", "precision.recipe=mxfp8"], "cuda", "`gemm`: te has no kernel for output"),
     ],
 )
 def test_what_the_device_cannot_do(

@@ -298,8 +298,8 @@ def show(result: Report) -> None:
     print(f"GEMMs that the tensor cores do not take as they lie: {result.gemms or 'none'}")
     print(f"memory: {result.persistent / 1e9:.1f} GB between steps, {result.peak / 1e9:.1f} GB at the peak")
     if any(result.bus):
-        inward, outward = (nbytes / 1e9 for nbytes in result.bus)
-        print(f"over the bus: {inward:.1f} GB to the device, {outward:.1f} GB to the host")
+        into, out = (count / 1e9 for count in result.bus)
+        print(f"over the bus: {into:.1f} GB to the device, {out:.1f} GB to the host")
     print(
         f"step: {result.seconds * 1e3:.1f} ms, {result.tokens_per_second:.0f} tokens/s, "
         f"{result.mfu:.1%} of the BF16 peak"

@@ -24,7 +24,7 @@ from measure import Results, print_table, time_calls
 from torch import nn
 
 from fp8train.comm.processes import choose_device
-from fp8train.kernels.gemm import choose_gemm_backend
+from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.layers.linear import Linear
 from fp8train.layers.linear_plan import Fp8Plan
 from fp8train.precision.linear_gemms import LinearQuant

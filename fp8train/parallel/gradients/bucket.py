@@ -8,6 +8,7 @@ the optimizer reads.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from fp8train.parallel.gradients.held import GradientReader, Held, HeldValues, StoredGradient
 from fp8train.parallel.gradients.receivers import Places
+
+Norms = Callable[[Sequence[Tensor]], Tensor]
+"""Euclidean norm of each of many flat tensors in high precision: FP32 [tensors], or wider."""
 
 
 class Storage(Protocol):
@@ -96,9 +100,10 @@ class Bucket:
         scattered: whether each rank receives only the rows of the sum that it owns (ZeRO).
     """
 
-    def __init__(self, storage: Storage, reduction: Reduction) -> None:
-        """Join a storage and the reduction that was made for it."""
-        self.storage, self._reduction = storage, reduction
+    def __init__(self, storage: Storage, reduction: Reduction, *, norms: Norms | None = None) -> None:
+        """Join a storage and the reduction that was made for it. ``norms``: of gradients in high precision,
+        in place of our own."""
+        self.storage, self._reduction, self._norms = storage, reduction, norms
         self.members, self.scattered = storage.places.members, storage.places.scattered
         self._held: Held | None = None
 
@@ -142,7 +147,10 @@ class Bucket:
     def norms(self, dtype: torch.dtype) -> Tensor:
         """Euclidean norm of this rank's rows of each member, FP64 [members]; NaN if the gradient is not
         finite. ``dtype``: of the arithmetic, or narrower than it."""
-        return self.held.norms(dtype)
+        held = self.held
+        if self._norms is not None and isinstance(held, HeldValues):
+            return self._norms([held.values(member) for member in range(len(held.parts))]).double()
+        return held.norms(dtype)
 
     def drop(self) -> None:
         """Forget the reduced gradients: their memory may go to others."""

@@ -25,7 +25,7 @@ from fp8train.models.param_spec import ParamSpec
 from fp8train.numerics.formats import dtype_of
 from fp8train.parallel.gradients.auto_scales import AutoScales
 from fp8train.parallel.gradients.block_storage import BlockStorage, row_blocks
-from fp8train.parallel.gradients.bucket import Bucket
+from fp8train.parallel.gradients.bucket import Bucket, Norms, Reduction, Storage
 from fp8train.parallel.gradients.exchange_sum import ExchangeSum
 from fp8train.parallel.gradients.grids import GridScales
 from fp8train.parallel.gradients.integer_storage import FixedPoints, Fp8Points, IntegerStorage
@@ -108,6 +108,7 @@ class GradientBuckets:
         unchanged: Mapping[str, int | str | None] | None = None,
         specs: Mapping[str, ParamSpec] | None = None,
         owners: Partition | None = None,
+        norms: Norms | None = None,
     ) -> None:
         """Decide how every parameter's gradient is stored, reduced and received, and make the scale state
         that they share.
@@ -126,7 +127,9 @@ class GradientBuckets:
                 ``exact`` depend on.
             specs: of the parameters, where this rank holds parts of them.
             owners: under ZeRO, who of ``groups.all`` needs which rows of the sum.
+            norms: of gradients in high precision, in place of our own.
         """
+        self._norms = norms
         self.owners, self.replicas, self.stage = owners, groups.all, groups.stage
         self.fp8 = fp8 = None if gradients.format is None else gradients.fp8
         in_fp64 = any(parameter.dtype == torch.float64 for parameter in parameters.values())
@@ -235,6 +238,9 @@ class GradientBuckets:
             return self._wide(members, receivers, group, types, PURPOSE, memory)
         return self._blocks(members, receivers, int(kind.partition("/")[2]), fp8, memory)
 
+    def _bucket(self, storage: Storage, reduction: Reduction) -> Bucket:
+        return Bucket(storage, reduction, norms=self._norms)
+
     def _wide(
         self,
         members: Sequence[Member],
@@ -247,7 +253,7 @@ class GradientBuckets:
         """``types``: in which micro-batches add up, and ranks."""
         places = places_of(receivers, members, row_elements(members))
         storage = WideStorage(places, dtype=types[0], memory=memory)
-        return Bucket(storage, WideSum(storage, group, dtype=types[1], purpose=purpose))
+        return self._bucket(storage, WideSum(storage, group, dtype=types[1], purpose=purpose))
 
     def _integers(
         self, members: Sequence[Member], receivers: Owners | None, group: CountedGroup, *, in_fp8: bool
@@ -257,7 +263,7 @@ class GradientBuckets:
         points = Fp8Points(self._recorder) if in_fp8 else FixedPoints()
         storage = IntegerStorage(places, points, scales=self.scales, device=self.device)
         codes = in_fp8 and self._contributions == 1 and group.size > 1
-        return Bucket(storage, CodeSum(storage, group) if codes else IntegerSum(storage, group))
+        return self._bucket(storage, CodeSum(storage, group) if codes else IntegerSum(storage, group))
 
     def _tensors(
         self,
@@ -279,7 +285,7 @@ class GradientBuckets:
             counts=places.scattered or self.owners is None or self._groups.all.rank == 0,
             recorder=self._recorder,
         )
-        return Bucket(storage, reduction)
+        return self._bucket(storage, reduction)
 
     def _cheaper(self, receivers: Owners | None, members: Sequence[Member], *, pad_to: int = 1) -> Places:
         """Places of elements for owners, or for everyone where that sends less: parts of a message are as
@@ -315,8 +321,8 @@ class GradientBuckets:
         )
         self._with_residual += [storage] if fp8.error_feedback else []
         if wide is not None:
-            return Bucket(storage, WideSum(storage, group, dtype=wide, purpose=PURPOSE))
-        return Bucket(storage, ExchangeSum(storage, self._exchange(fp8)))
+            return self._bucket(storage, WideSum(storage, group, dtype=wide, purpose=PURPOSE))
+        return self._bucket(storage, ExchangeSum(storage, self._exchange(fp8)))
 
     def _exchange(self, fp8: Fp8Gradients) -> Exchange | HierarchicalExchange | None:
         groups = self._groups
