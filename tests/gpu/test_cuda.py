@@ -11,11 +11,11 @@ from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.kernels.gemm import fp8_gemm
 from fp8train.kernels.gemm_choice import choose_gemm_backend
 from fp8train.numerics.cast import quantize
+from fp8train.optim.copy_queues import copy_queues
+from fp8train.optim.host_states import Offload
 from fp8train.precision.number_formats import E4M3, E5M2, Format
 from fp8train.precision.operand_cast import QuantSpec
 from fp8train.step.targets import inputs_and_targets
-from fp8train.optim.copy_queues import copy_queues
-from fp8train.optim.host_states import Offload
 from fp8train.step.trainer import Trainer
 from tests.kernels.gpu.same import same
 from tests.training.tiny import VOCAB, batches, tiny_config
