@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -216,26 +217,94 @@ def test_a_command_says_so_within_two_seconds_and_leaves_nothing(tmp_path: Path,
     more = {"kernels.gemm=te": ["precision.level=O1"], "engine=deepspeed": ["parallel.zero=1"]}.get(
         override, []
     )
+    told = refused_command(tmp_path, [*more, override])
+    assert "is not installed" in told
+
+
+def refused_command(tmp_path: Path, overrides: Sequence[str], **environment: str) -> str:
+    """What a run is told that is refused: within two seconds, with one message, leaving nothing."""
     config = write_config(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "fp8train",
-        "train",
-        str(config),
-        f"run.dir={tmp_path}/runs",
-        *more,
-        override,
-    ]
+    command = [sys.executable, "-m", "fp8train", "train", str(config), f"run.dir={tmp_path}/runs"]
     before, began = os.times(), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*command, *overrides],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1
-    assert "is not installed" in done.stderr
     assert used < 2, f"{used:.1f} s of processor time, {time.perf_counter() - began:.1f} s in all"
     assert not (tmp_path / "runs").exists()
+    return done.stderr
+
+
+def pretended(tmp_path: Path, module: str, distribution: str, version: str, *more: str) -> str:
+    """A folder with a package that must not be imported."""
+    site = tmp_path / "site"
+    for name in (module, *more):
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").write_text("raise SystemExit('imported')")
+    described = site / f"{distribution}-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    return os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+
+
+NVML = r"""
+static const char *gpu = "%s";
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = (void *)1L; return 0; }
+int nvmlDeviceGetName(void *handle, char *name, unsigned size) {
+    unsigned i = 0;
+    for (; gpu[i] && i + 1 < size; i++) name[i] = gpu[i];
+    name[i] = 0;
+    return 0;
+}
+int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) {
+    *major = %d;
+    *minor = %d;
+    return 0;
+}
+"""
+
+
+def with_gpu(tmp_path: Path, gpu: Gpu) -> dict[str, str]:
+    """An environment whose library of NVIDIA's knows one GPU."""
+    if (compiler := shutil.which("gcc")) is None:
+        pytest.skip("needs gcc, which makes a library that tells of a GPU")
+    source = tmp_path / "nvml.c"
+    source.write_text(NVML % (gpu.name, *gpu.capability))
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return {"LD_LIBRARY_PATH": str(tmp_path)}
+
+
+def test_a_command_with_a_package_that_is_too_old(tmp_path: Path) -> None:
+    path = pretended(tmp_path, "deepspeed", "deepspeed", "0.16.4")
+    told = refused_command(tmp_path, ["engine=deepspeed", "parallel.zero=1"], PYTHONPATH=path)
+    assert "DeepSpeed 0.16.4 is not supported; supported are 0.19 and newer, below 0.20" in told
+
+
+def test_a_command_on_a_gpu_that_cannot(tmp_path: Path) -> None:
+    """MXFP8 on Hopper."""
+    path = pretended(
+        tmp_path, "transformer_engine", "transformer_engine", "2.20.2", "transformer_engine_torch"
+    )
+    overrides = ["run.device=cuda", "precision.level=O1", "precision.recipe=mxfp8", "kernels.gemm=te"]
+    told = refused_command(tmp_path, overrides, PYTHONPATH=path, **with_gpu(tmp_path, HOPPER))
+    assert "has no kernel for precision.recipe: mxfp8 on NVIDIA H100 (compute capability 9.0)" in told
+
+
+def test_a_command_for_fp8_before_ada(tmp_path: Path) -> None:
+    told = refused_command(tmp_path, ["run.device=cuda", "precision.level=O2"], **with_gpu(tmp_path, AMPERE))
+    assert "FP8 GEMMs need compute capability 8.9 or newer, and there is NVIDIA A100" in told
 
 
 BLACKWELL, RTX = Gpu("NVIDIA B200", (10, 0)), Gpu("NVIDIA RTX 5090", (12, 0))
