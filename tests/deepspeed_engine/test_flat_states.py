@@ -15,7 +15,7 @@ from fp8train.update_rules.adamw import AdamW
 from tests.deepspeed_engine.two_ranks import needs_deepspeed, on_two_ranks
 from tests.optim.state_cases import SETTINGS
 
-pytestmark = needs_deepspeed
+pytestmark = [*needs_deepspeed, pytest.mark.slow]
 
 PLANS = {"fp32": StateFormats(), "O2": StateFormats(F(), F("e4m3"), F("fp16_scaled"))}
 STEPS = 5

@@ -13,7 +13,7 @@ from fp8train.numerics.block_scales import as_blocks, quantize_blocks
 from fp8train.precision.number_formats import E4M3
 from tests.deepspeed_engine.two_ranks import needs_deepspeed, on_two_ranks
 
-pytestmark = needs_deepspeed
+pytestmark = [*needs_deepspeed, pytest.mark.slow]
 
 SHAPES = {"first": (24, 40), "vector": (50,), "second": (70, 64), "third": (33, 17)}
 PLAN = ("first", "second", "third")

@@ -14,7 +14,7 @@ from fp8train.models.connect import Fp8Parts, connect_linears, make_fp8_parts
 from tests.deepspeed_engine.two_ranks import needs_deepspeed, on_two_ranks
 from tests.training.tiny import VOCAB, tiny_config
 
-pytestmark = needs_deepspeed
+pytestmark = [*needs_deepspeed, pytest.mark.slow]
 
 FP8 = ("precision.compute=fp32", "precision.gemm.fp8=true")
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -34,7 +34,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name == "compiled" else [])
+        for name, settings in SETTINGS.items()
+    ],
+)
 def test_equals_the_decode_backend(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     expected, reference = trained(*settings)
     recorder = install(monkeypatch, te_gemm_fake.fake)
