@@ -26,16 +26,21 @@ class Partitions:
     every rank calls them for the same parameters in the same order."""
 
     def __init__(
-        self, engine: Any, parameters: Mapping[str, nn.Parameter], ours: FlatOptimizer | None
+        self,
+        engine: Any,
+        parameters: Mapping[str, nn.Parameter],
+        ours: FlatOptimizer | None,
+        device: torch.device,
     ) -> None:
         """
         Args:
             engine: DeepSpeed's, with a ZeRO optimizer.
             parameters: of the model, by FQN.
             ours: the optimizer, where it is ours; None: one that keeps moments as torch's do.
+            device: of this rank, wherever parameters rest.
         """
         self._zero, self._parameters, self._ours = engine.optimizer, parameters, ours
-        self._group = engine.data_parallel_group
+        self._group, self._device = engine.data_parallel_group, device
         self._on_disk = bool(getattr(self._zero, "swap_optimizer", False))
         if ours is not None:
             self._allocate(ours)
@@ -53,7 +58,7 @@ class Partitions:
         parameter: Any = self._parameters[fqn]
         if self._on_disk:
             return self._read_from_disk(parameter, role).view(shape)
-        full = torch.zeros(math.prod(shape), dtype=torch.float32, device=parameter.device)
+        full = torch.zeros(math.prod(shape), dtype=torch.float32, device=self._device)
         for flat, start, stop, first in self._fragment(parameter):
             full[first : first + stop - start] = self._load(flat, role, start, stop)
         dist.all_reduce(full, group=self._group)  # fragments do not overlap: a sum with zeros

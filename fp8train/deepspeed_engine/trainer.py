@@ -65,6 +65,7 @@ class DeepSpeedTrainer(BaseTrainer):
     ) -> None:
         """Build everything and fill in the values of step 0. Collective over all ranks."""
         self.stage = config.parallel.zero
+        os.environ.setdefault("DS_ACCELERATOR", processes.device.type)  # read when DeepSpeed is imported
         built = build_model(
             config, vocab_size=vocab_size, device=processes.device, partitioned=self.stage == 3
         )
@@ -81,7 +82,8 @@ class DeepSpeedTrainer(BaseTrainer):
         self.engine = self._make_engine(config)
         for module, parameter in self.model.borrowed_weights():
             _library().zero.register_external_parameter(module, parameter)
-        self._partitions = Partitions(self.engine, dict(self.model.named_parameters()), self.client.ours)
+        parameters = dict(self.model.named_parameters())
+        self._partitions = Partitions(self.engine, parameters, self.client.ours, processes.device)
         if self.stage == 3:
             self.monitors.whole = self._whole
         self._reduce_in_fp8()
@@ -163,7 +165,7 @@ class DeepSpeedTrainer(BaseTrainer):
         )
         settings["gradient_clipping"] = config.optimizer.clip_grad_norm / self._unscale
         _library()
-        _join_alone()
+        _join_alone(self.processes.device)
         from fp8train.deepspeed_engine.engine_class import make_engine
 
         return make_engine(self.model, self.client.optimizer, settings)
@@ -273,7 +275,6 @@ class DeepSpeedTrainer(BaseTrainer):
 
 def _library() -> Any:
     """DeepSpeed, imported quietly: what it says of itself is in the header."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     # It calls collectives of torch by names that newer versions of torch are about to drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
@@ -282,9 +283,10 @@ def _library() -> Any:
     return deepspeed
 
 
-def _join_alone() -> None:
+def _join_alone(device: torch.device) -> None:
     """DeepSpeed wants a process group also where there is one process."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
