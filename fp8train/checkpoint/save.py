@@ -48,8 +48,8 @@ deletions.
 _logger = logging.getLogger(__name__)
 
 
-def _no_hook(phase: SavePhase) -> None:
-    """Do nothing."""
+def no_hook(phase: SavePhase) -> None:
+    """The hook of a save that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Order:
     """Of all tensors that this rank holds, whoever writes them."""
     retention: Retention
     """What to keep of the older ones."""
-    on_phase: Callable[[SavePhase], None] = _no_hook
+    on_phase: Callable[[SavePhase], None] = no_hook
     """Called at the moments of :data:`SavePhase`; what it raises breaks the save off."""
 
     @property
@@ -91,7 +91,7 @@ def save_checkpoint(
     keep_last: int,
     keep_every: int = 0,
     keep_best: int = 0,
-    on_phase: Callable[[SavePhase], None] = _no_hook,
+    on_phase: Callable[[SavePhase], None] = no_hook,
 ) -> Path:
     """Save ``root/step_XXXXXXXX/`` and make it the newest; collective over ``group``. Returns the directory.
 

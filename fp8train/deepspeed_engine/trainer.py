@@ -180,6 +180,7 @@ class DeepSpeedTrainer(BaseTrainer):
         self.client.begin(self.updates, factor)
         with nullcontext() if self.scales is None else self.scales.recording():
             total = self._accumulate(inputs, targets, self._loss_factor(num_targets))
+            self.progress.enter("optimizer")  # it reduces what is left there, too
             self.engine.step()
         applied = self.engine.was_step_applied()
         self.processes.replicas.all_reduce(total, purpose="loss")()
@@ -198,7 +199,9 @@ class DeepSpeedTrainer(BaseTrainer):
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for number, (x, y) in enumerate(zip(inputs, targets, strict=True), 1):
             self.engine.set_gradient_accumulation_boundary(number == len(inputs))
+            self.progress.enter("forward")
             loss_sum = self.engine(x, y)
+            self.progress.enter("backward")
             self.engine.backward(loss_sum * factor, scale_wrt_gas=False)
             total += loss_sum.detach()
         return total

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.comm.processes import Processes
+from fp8train.comm.progress import Progress
 from fp8train.config.schema import Config
 from fp8train.layers.loss import IGNORE
 from fp8train.models.build import BuiltModel
@@ -40,6 +41,7 @@ class BaseTrainer(ABC):
         optimizer: master weights and moments, as checkpoints see them.
         updates: optimizer steps applied (skipped ones do not count).
         monitors: what is watched, and the guard.
+        progress: told where this rank is; the run's, once there is one.
     """
 
     parts: Fp8Parts
@@ -66,6 +68,7 @@ class BaseTrainer(ABC):
         if any(weight != 1.0 for weight in weights):
             self._norm_weights = torch.tensor(weights, dtype=torch.float64, device=processes.device)
         self.updates = 0
+        self.progress = Progress()
         self.monitors = Monitors(config, processes, built)
 
     @abstractmethod

@@ -223,6 +223,7 @@ class Trainer(BaseTrainer):
         if released is not None:
             released.finish()  # the optimizer has the buckets that were left
             applied, partly = not released.stopped, released.stopped and released.handed_on > 0
+        self.progress.enter("optimizer")
         if self.scales is not None:  # first: new weights are cast with the next step's scales
             self.scales.advance(partial(all_reduce_max, self.processes.stage), applied=applied)
         clip = clip_multiplier(norm, self.config.optimizer.clip_grad_norm)
@@ -276,25 +277,32 @@ class Trainer(BaseTrainer):
     def _accumulate(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         # Each parameter now expects a contribution per micro-batch.
         self.store.begin_step(len(inputs), launch=self.recorded is None)
+        self.progress.enter("forward")
         if self.recorded is not None:
             total, replayed = self.recorded(self.monitors.kind, inputs, targets, num_tokens)
             if replayed:
                 self.store.replayed()
                 self._forget_casts()  # an evaluation's, of the weights before: the graph has its own
-            self.store.finish()
+            self._finish_reduction()
         elif self.pipeline is None:
             total = self._one_after_the_other(inputs, targets, num_tokens)
-            self.store.finish()  # waits for the last bucket's reduction
+            self._finish_reduction()
         else:
             total = self.pipeline.run(inputs, targets, num_tokens)
-            self.store.finish()
+            self._finish_reduction()
             self.pipeline.add_tied_gradients()
         return total
+
+    def _finish_reduction(self) -> None:
+        self.progress.enter("reduce")
+        self.store.finish()  # waits for the last bucket
 
     def _one_after_the_other(self, inputs: Tensor, targets: Tensor, num_tokens: Tensor | float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for x, y in zip(inputs, targets, strict=True):
+            self.progress.enter("forward")
             loss_sum = self.model(x, y)  # FP32 scalar: nats summed over this rank's tokens
+            self.progress.enter("backward")
             (loss_sum / num_tokens).backward()
             total += loss_sum.detach()
         return total

@@ -37,6 +37,7 @@ class TrainingLoop:
         ``start``: steps that a checkpoint has done. ``done`` counts on from there."""
         self._run, self.stop_reason = run, stop_reason
         self.config, self.trainer, self.reporter = run.config, run.trainer, run.reporter
+        self.progress = run.trainer.progress
         self.start = self.done = start
         self._skipped = SkippedSteps()
         self.saving = Saving(run)
@@ -61,12 +62,16 @@ class TrainingLoop:
             self._one_step(step)
             self.done = done = step + 1
             self._check_replicas(done)
-            evaluation = self._evaluate() if self._evaluation_due(done) else None
-            if evaluation is not None:
+            evaluation = None
+            if self._evaluation_due(done):
+                self.progress.enter("evaluate")
+                evaluation = self._evaluate()
                 self.reporter.evaluation(done, evaluation)
+            self.progress.enter("agree")
             self.saving.poll()
             reason = self.stop_reason()
             if self.saving.due(done, stopping=reason is not None):
+                self.progress.enter("save")
                 self.saving.save(done, evaluation, last=reason is not None or done == total)
             if reason is not None and done < total:
                 self._run.run_dir.clear_stop()
@@ -75,6 +80,7 @@ class TrainingLoop:
 
     def _one_step(self, step: int) -> None:
         began = time.perf_counter()
+        self.progress.enter("data", step=step)
         batch = self._run.data.train.batch(step)
         fetched = time.perf_counter()
         monitors, interval = self.trainer.monitors, self.config.logging.cast_statistics_interval
@@ -83,6 +89,7 @@ class TrainingLoop:
         if recorder is not None:
             recorder.active = sampled
         result = self.trainer.step(step, batch)
+        self.progress.enter("report")
         if recorder is not None:
             recorder.active = False
             if sampled:

@@ -29,6 +29,7 @@ from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import NoGoodCheckpointError
 from fp8train.comm.failures import INTERRUPTED, PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
+from fp8train.comm.progress import Progress
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
 from fp8train.config.environment import World
@@ -84,6 +85,7 @@ def _run(
     config: Config, data: Data, console: Console, stop: StopRequest, again: str, directory: ExitStack
 ) -> int:
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
+    progress = Progress()
     layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
     with processes(config.run.device, layout=layout) as procs:
         check_device(config, procs.device)
@@ -96,7 +98,7 @@ def _run(
             group=procs.control,
         )
         directory.callback(run_dir.close)
-        run = _Run(run_dir, config, procs, data, console, stop)
+        run = _Run(run_dir, config, procs, data, console, stop, progress)
         stop.stop_file = run_dir.stop_file
         stop.say = partial(_say, run_dir, console)
         stop.on_quit = lambda: _write_interrupted(run_dir, run.done)
@@ -161,6 +163,7 @@ class _Run:
     data: Data
     console: Console
     stop: StopRequest
+    progress: Progress
     loop: TrainingLoop | None = None
     """Once there is one; a refused resume undoes nothing."""
 
@@ -210,16 +213,20 @@ class _Run:
             sweep_leftovers(run_dir.checkpoints)
         checkpoint = _newest(run_dir, config, procs)
         source = None if checkpoint is not None else _source(run_dir, config, procs)
+        self.progress.enter("build")
         trainer = _build(config, procs, data)
+        trainer.progress = self.progress
         _keep_tokenizer(run_dir, data)
         with Reporter(run_dir, data, trainer, self.console) as reporter:
             reporter.header()
             ready = ReadyRun(run_dir, data, trainer, reporter)
+            self.progress.enter("restore")
             step = 0 if checkpoint is None else resume(ready, checkpoint)
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
                 outcome = self._loop(ready, source, step)
             self.stop.plan = "the run is over, ending"
+            self.progress.enter("end")
             reporter.end(outcome.state, outcome.reason, outcome.step)
             return outcome
 

@@ -22,7 +22,7 @@ from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import describe
 from fp8train.checkpoint.retention import EVAL_LOSS, Retention
 from fp8train.checkpoint.rng import capture_rng
-from fp8train.checkpoint.save import Order, with_rank_state, write_checkpoint
+from fp8train.checkpoint.save import Order, SavePhase, no_hook, with_rank_state, write_checkpoint
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.schema import to_plain
 from fp8train.evaluation.validation import Evaluation
@@ -38,6 +38,7 @@ class Saving:
 
     Attributes:
         saved_at: the step of the newest checkpoint, saved, begun or resumed from; None without one.
+        on_phase: called at the moments of a save, in the thread that writes.
     """
 
     def __init__(self, run: ReadyRun) -> None:
@@ -45,6 +46,7 @@ class Saving:
         self._run, self.config = run, run.config
         self.processes, self.trainer, self.reporter = run.processes, run.trainer, run.reporter
         self.saved_at: int | None = None
+        self.on_phase: Callable[[SavePhase], None] = no_hook
         checkpoint = run.config.checkpoint
         self._retention = Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
         self._background = BackgroundSaver(run.processes.control) if checkpoint.asynchronous else None
@@ -81,6 +83,7 @@ class Saving:
                 self._meta(done, evaluation),
                 describe(tensors),
                 self._retention,
+                self.on_phase,
             )
             self.saved_at = done
             if self._background is None:
