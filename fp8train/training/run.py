@@ -1,8 +1,8 @@
 """``fp8train train``: from a resolved configuration to a finished run.
 
 Exit statuses, also in ``status.json``: 0 all steps done, or stopped on request with the state saved; 2
-something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 1 a bug (with a traceback); 130
-a second Ctrl-C (state ``interrupted``), whatever else fails while the run is being left.
+something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 5 the run hung; 1 a bug (with a
+traceback); 130 a second Ctrl-C (state ``interrupted``), whatever else fails while the run is being left.
 
 The last status is written before the run directory is released, and it is released after the process groups
 are gone: until then a signal can still change how the run ends.
@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.comm.progress import Progress
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
-from fp8train.config.environment import World
+from fp8train.config.environment import World, world_from_environment
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
@@ -40,7 +40,7 @@ from fp8train.deepspeed_engine.trainer import DeepSpeedTrainer
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
-from fp8train.run_dir.claim import recorded_step
+from fp8train.run_dir.claim import HEARTBEATS_DIR, recorded_step
 from fp8train.run_dir.directory import RunDir, read_failure
 from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.base_trainer import BaseTrainer
@@ -52,6 +52,8 @@ from fp8train.training.memory import explain, is_out_of_memory
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from fp8train.training.signals import StopRequest
+from fp8train.watch.last_words import LastWords
+from fp8train.watch.watchdog import Watchdog
 
 
 def run(config: Config, world: World, data: Data, *, console: Console, stop: StopRequest, again: str) -> int:
@@ -87,7 +89,8 @@ def _run(
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     progress = Progress()
     layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
-    with processes(config.run.device, layout=layout) as procs:
+    timeout_s = config.watchdog.collective_timeout_s
+    with processes(config.run.device, layout=layout, timeout_s=timeout_s) as procs:
         check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -103,7 +106,7 @@ def _run(
         stop.say = partial(_say, run_dir, console)
         stop.on_quit = lambda: _write_interrupted(run_dir, run.done)
         try:
-            with _warnings_to(run_dir, console):
+            with _warnings_to(run_dir, console), _watched(run):
                 return run.to_the_end(again)
         finally:
             stop.on_quit = partial(_write_interrupted, run_dir, run.done)  # holds no process group
@@ -201,11 +204,15 @@ class _Run:
 
     def _stop_at_start(self) -> Outcome | None:
         """A stop that was asked for before the loop, at which nothing is lost. Collective."""
-        reason = self.stop.agree(self.procs.control)
+        reason = self._agree_on_stop()
         if reason is None:
             return None
         self.run_dir.clear_stop()
         return Outcome("stopped", reason, self.done)
+
+    def _agree_on_stop(self) -> str | None:
+        with self.procs.control_calls.held("agreement on stopping"):
+            return self.stop.agree(self.procs.control)
 
     def _train(self) -> Outcome:
         run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
@@ -233,8 +240,7 @@ class _Run:
     def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
         """From here on there is a run to lose."""
         run_dir, procs = self.run_dir, self.procs
-        stop_reason = partial(self.stop.agree, procs.control)
-        self.loop = loop = TrainingLoop(ready, stop_reason=stop_reason, start=start)
+        self.loop = loop = TrainingLoop(ready, stop_reason=self._agree_on_stop, start=start)
         run_dir.truncate_after(start or None)
         if source is not None:
             initialise_from(ready, source)
@@ -242,6 +248,28 @@ class _Run:
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
         return loop.run()
+
+
+def _watched(run: _Run) -> AbstractContextManager[object]:
+    """The watchdog of a run, from its claim to its last status."""
+    settings, procs, run_dir = run.config.watchdog, run.procs, run.run_dir
+    if not settings.enabled:
+        return nullcontext()
+
+    def say(text: str) -> None:
+        run.console.clear()
+        print_safely(f"{text}\n", sys.stderr)
+
+    return Watchdog(
+        settings,
+        run_dir.path / HEARTBEATS_DIR,
+        run.progress,
+        procs.calls,
+        rank=procs.rank,
+        world_size=procs.world_size,
+        several_machines=procs.world_size > world_from_environment().local_size,
+        end=LastWords(settings, run_dir, lambda: run.done, say),
+    )
 
 
 def _explain(
