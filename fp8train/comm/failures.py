@@ -153,11 +153,12 @@ def recorded(folder: Path) -> list[Failure]:
     return found
 
 
-def speaks(failure: Failure) -> bool:
-    """Whether this process is the one that prints its failure. Call it once, after :func:`record`."""
+def speaks(failure: Failure, *, otherwise: bool | None = None) -> bool:
+    """Whether this process is the one that prints its failure. Call it once, after :func:`record`.
+    ``otherwise``: the answer where ranks share no folder, in place of "rank 0 does"."""
     folder = _folder()
     if folder is None:
-        return failure.rank == 0
+        return failure.rank == 0 if otherwise is None else otherwise
     if FOLDER_VARIABLE in os.environ:
         return False
     if failure.peers_lost and not all(one.peers_lost for one in recorded(folder)):

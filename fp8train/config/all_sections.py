@@ -22,6 +22,7 @@ from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
 from fp8train.config.train_schema import TrainConfig
+from fp8train.config.watchdog_schema import WatchdogConfig
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.registry import rule_named
 
@@ -122,6 +123,8 @@ class AllSections(Section):
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Reporting."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """How long the run may stand still."""
 
     @property
     def state_formats(self) -> StateFormats:

@@ -39,7 +39,8 @@ _OWN_FILES = (
     "tokenizer.model",
     "tokenizer.json",
 )
-_OWN_DIRS = ("logs", "tb", "wandb", "report")
+HEARTBEATS_DIR = "heartbeats"
+_OWN_DIRS = ("logs", "tb", "wandb", "report", HEARTBEATS_DIR)
 _logger = logging.getLogger(__name__)
 
 
@@ -111,7 +112,8 @@ def _furnish(path: Path, *, fresh: bool) -> None:
     status = {"state": "running", "step": step, "reason": "", "exit_code": None}
     remove(path / FAILURES)
     replace_file(path / STATUS_FILE, (json.dumps(status, indent=2) + "\n").encode())
-    for folder in (CHECKPOINTS_DIR, "logs", FAILURES, "tb"):
+    remove(path / HEARTBEATS_DIR)  # an earlier job's would be taken for this one's
+    for folder in (CHECKPOINTS_DIR, "logs", FAILURES, "tb", HEARTBEATS_DIR):
         (path / folder).mkdir(exist_ok=True)
 
 

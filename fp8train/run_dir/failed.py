@@ -45,9 +45,7 @@ def write_status(
         short = pretty({**record, "reason": reason[: _BLOCK // 8]} | more)
         overwrite_file(file, short if len(short) < _BLOCK else pretty(record | {"reason": reason[:200]}))
         return True
-    _logger.warning(
-        "%s could not be written (%s) and does not say that the run is %s", file, problem, state
-    )
+    _logger.warning("%s could not be written (%s) and does not say that the run is %s", file, problem, state)
     return False
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from fp8train.evaluation.validation import Evaluation, Text, evaluate
 from fp8train.run_dir.metrics import strict
 from fp8train.step.consistency import check_replicas
@@ -129,4 +131,8 @@ class TrainingLoop:
             text = Text(
                 data.valid, self.config.train.eval_batches, self.trainer.ignore_after, data.token_lengths
             )
-            return evaluate(self.trainer.summed_loss, text, self._run.processes)
+            return evaluate(self._summed_loss, text, self._run.processes)
+
+    def _summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.progress.beat()  # an evaluation takes as long as it has batches
+        return self.trainer.summed_loss(inputs, targets)

@@ -1,8 +1,8 @@
 """``fp8train train``: from a resolved configuration to a finished run.
 
 Exit statuses, also in ``status.json``: 0 all steps done, or stopped on request with the state saved; 2
-something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 1 a bug (with a traceback); 130
-a second Ctrl-C (state ``interrupted``), whatever else fails while the run is being left.
+something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 5 the run hung; 1 a bug (with a
+traceback); 130 a second Ctrl-C (state ``interrupted``), whatever else fails while the run is being left.
 
 The last status is written as soon as the last checkpoint is safe, or the failure is known. From then on it is
 settled: neither a signal nor an error while trackers and process groups are closed changes it.
@@ -16,7 +16,7 @@ import random
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.comm.progress import Progress
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
-from fp8train.config.environment import World
+from fp8train.config.environment import World, world_from_environment
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
@@ -39,7 +39,7 @@ from fp8train.deepspeed_engine.trainer import DeepSpeedTrainer
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
-from fp8train.run_dir.claim import RunDirGoneError, recorded_step
+from fp8train.run_dir.claim import HEARTBEATS_DIR, RunDirGoneError, recorded_step
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.failed import read_failure
 from fp8train.run_dir.provenance import describe_environment
@@ -51,8 +51,10 @@ from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
-from fp8train.training.signals import TIME_LIMIT, StopRequest
+from fp8train.training.signals import TIME_LIMIT, Stop, StopRequest
 from fp8train.training.time_limit import TimeLimit, unmeasured_save_s
+from fp8train.watch.last_words import LastWords
+from fp8train.watch.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 _CAUSE_PATIENCE_S = 1.5
@@ -92,7 +94,8 @@ def _run(
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     progress = Progress()
     layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
-    with processes(config.run.device, layout=layout) as procs:
+    timeout_s = config.watchdog.collective_timeout_s
+    with processes(config.run.device, layout=layout, timeout_s=timeout_s) as procs:
         check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -111,7 +114,7 @@ def _run(
             stop.limit = TimeLimit(config.run.time_limit_minutes)
             progress.listeners.append(stop.limit.listen)
         try:
-            with _warnings_to(run_dir, console):
+            with _warnings_to(run_dir, console), _watched(run):
                 return run.to_the_end(again)
         finally:
             stop.limit = None  # from here on nothing may hold a process group
@@ -238,7 +241,7 @@ class _Run:
         Raises:
             ConfigError: the time limit is over already: a run that comes back would never get anywhere.
         """
-        stop = self.stop.agree(self.procs.control)
+        stop = self._agree_on_stop()
         if stop is None:
             return None
         if stop.reason == TIME_LIMIT:
@@ -248,6 +251,10 @@ class _Run:
             )
         self.run_dir.clear_stop()
         return Outcome(stop.state, stop.reason, self.done)
+
+    def _agree_on_stop(self) -> Stop | None:
+        with self.procs.control_calls.held("agreement on stopping"):
+            return self.stop.agree(self.procs.control)
 
     def _train(self) -> Outcome:
         run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
@@ -275,8 +282,7 @@ class _Run:
     def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
         """From here on there is a run to lose."""
         run_dir, procs = self.run_dir, self.procs
-        agree_to_stop = partial(self.stop.agree, procs.control)
-        self.loop = loop = TrainingLoop(ready, agree_to_stop=agree_to_stop, start=start)
+        self.loop = loop = TrainingLoop(ready, agree_to_stop=self._agree_on_stop, start=start)
         if self.stop.limit is not None:
             parameters = sum(p.numel() for p in ready.trainer.outline.parameters())
             unmeasured = unmeasured_save_s(parameters, procs.world_size)
@@ -288,6 +294,28 @@ class _Run:
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
         return loop.run()
+
+
+def _watched(run: _Run) -> AbstractContextManager[object]:
+    """The watchdog of a run, from its claim to its last status."""
+    settings, procs, run_dir = run.config.watchdog, run.procs, run.run_dir
+    if not settings.enabled:
+        return nullcontext()
+
+    def say(text: str) -> None:
+        run.console.clear()
+        print_safely(f"{text}\n", sys.stderr)
+
+    return Watchdog(
+        settings,
+        run_dir.path / HEARTBEATS_DIR,
+        run.progress,
+        procs.calls,
+        rank=procs.rank,
+        world_size=procs.world_size,
+        several_machines=procs.world_size > world_from_environment().local_size,
+        end=LastWords(settings, run_dir, lambda: run.done, say),
+    )
 
 
 def _explain(
