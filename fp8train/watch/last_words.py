@@ -61,24 +61,24 @@ class LastWords:
         if self.settings.stacks:
             message += "\n" + _ADVICE.format(stacks=stacks.with_name("stacks_rank*.txt"))
         failure = Failure(self.run_dir.rank, message, HUNG, time=time.time())
-        record(failure)
-        first = False
-        if found.own:
+        record(failure)  # before a peer can notice
+        first = found.own and publish()
+        if speaks(failure, otherwise=first):
+            self.say(failure.last_word())
+        if first:
             guilty = found.verdict.guilty
             blamed = replace(failure, rank=guilty[0]) if guilty else failure
             self.run_dir.write_failure(blamed, step=self.done())
-            first = publish()
         else:
             with suppress(OSError):
                 self.run_dir.log(f"error: {message}")
         if self.settings.stacks:
             self._dump(stacks)
-        if speaks(failure, otherwise=first):
-            self.say(failure.last_word())
+        # The others read the verdict within an interval. Whoever leaves before, or is killed, takes the
+        # connections away that their main threads wait in, and they would fail with that.
+        time.sleep(min(2 * self.settings.interval_s, 2.0))
         for process in found.dead.values():
             kill(process)  # nothing else ends one that is stopped; a launcher would try for half a minute
-        if found.own:  # the others read the verdict within an interval; they fare better if nobody has left
-            time.sleep(min(2 * self.settings.interval_s, 2.0))
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
