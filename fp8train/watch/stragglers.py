@@ -105,11 +105,11 @@ class Stragglers:
         """Own seconds per step of all ranks since the last call, and the slowest. Collective."""
         if self._clock is None:
             return {}
-        seconds = torch.zeros(self._processes.world_size, dtype=torch.float64)
-        own = torch.tensor([self._clock.take()], dtype=torch.float64)
+        own = torch.tensor(self._clock.take(), dtype=torch.float64)
+        everyone = [torch.zeros_like(own) for _ in range(self._processes.world_size)]
         with self._processes.control_calls.held("step times"):
-            dist.all_gather_into_tensor(seconds, own, group=self._processes.control)
-        self._last = seconds.tolist()
+            dist.all_gather(everyone, own, group=self._processes.control)
+        self._last = [float(seconds) for seconds in everyone]
         return {
             "time/step_min_s": min(self._last),
             "time/step_median_s": statistics.median(self._last),
