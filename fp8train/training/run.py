@@ -10,6 +10,7 @@ are gone: until then a signal can still change how the run ends.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import random
@@ -75,6 +76,8 @@ def run(config: Config, world: World, data: Data, *, console: Console, stop: Sto
         KeyboardInterrupt: a second Ctrl-C.
     """
     prepare_machine(config, world.local_size)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash, or SIGABRT from a watchdog, shows where
     with ExitStack() as directory, _quitting_interrupts(stop, console, again):
         try:
             return _run(config, data, console, stop, again, directory)
