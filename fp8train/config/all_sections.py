@@ -20,7 +20,7 @@ from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
-from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
+from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
 from fp8train.config.train_schema import TrainConfig
 from fp8train.config.watchdog_schema import WatchdogConfig
 from fp8train.precision.state_formats import StateFormat, StateFormats
@@ -48,6 +48,9 @@ class RunConfig(Section):
     """Record forward and backward of a step as a CUDA graph, and replay it: one launch instead of thousands,
     for models whose kernels are shorter than a launch. Gradients of data-parallel ranks are then reduced
     after backward, not during it."""
+    time_limit_minutes: PositiveFloat | None = None
+    """Save and end as ``preempted`` before this process is older than that, while there is still time for one
+    more step and a save. Half a minute less than what the machine grants leaves time to end."""
     overwrite: bool = False
     """Delete what an earlier run left in the run directory instead of refusing to start."""
 

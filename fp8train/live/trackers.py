@@ -96,7 +96,7 @@ class TensorBoardTracker:
                 self._writer.add_scalar(name, value, step)
                 if name in _BY_TOKENS:
                     self._writer.add_scalar(f"{name}_by_tokens", value, tokens)
-        except (ImportError, OSError, RuntimeError) as error:  # its thread died, e.g. on a full disk
+        except Exception as error:  # another project's code; or its thread died, e.g. on a full disk
             self._fail(error)
 
     def close(self, status: str) -> None:
@@ -105,7 +105,7 @@ class TensorBoardTracker:
             return
         try:
             self._writer.close()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             self._fail(error)
 
     def take_problem(self) -> str | None:

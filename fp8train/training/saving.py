@@ -39,6 +39,8 @@ class Saving:
     Attributes:
         saved_at: the step of the newest checkpoint, saved, begun or resumed from; None without one.
         on_phase: called at the moments of a save, in the thread that writes.
+        longest_s: seconds that the longest save took, from its beginning until it was safe; 0 before the
+            first one.
     """
 
     def __init__(self, run: ReadyRun) -> None:
@@ -47,6 +49,7 @@ class Saving:
         self.processes, self.trainer, self.reporter = run.processes, run.trainer, run.reporter
         self.saved_at: int | None = None
         self.on_phase: Callable[[SavePhase], None] = no_hook
+        self.longest_s = 0.0
         checkpoint = run.config.checkpoint
         self._retention = Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
         self._background = BackgroundSaver(run.processes.control) if checkpoint.asynchronous else None
@@ -158,6 +161,8 @@ class Saving:
             self._report(written)
 
     def _report(self, written: Written) -> None:
+        in_background = self._stall_seconds if self._background is not None else 0.0
+        self.longest_s = max(self.longest_s, written.write_seconds + in_background)
         self.reporter.checkpoint(
             written, stall_seconds=self._stall_seconds, asynchronous=self._background is not None
         )

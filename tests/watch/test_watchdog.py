@@ -17,7 +17,8 @@ from fp8train.comm.calls import Calls, GroupCalls
 from fp8train.comm.failures import FOLDER_VARIABLE, recorded
 from fp8train.comm.progress import Progress
 from fp8train.config.watchdog_schema import WatchdogConfig
-from fp8train.run_dir.directory import RunDir, read_failure
+from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.failed import read_failure
 from fp8train.watch import watchdog as module
 from fp8train.watch.heartbeat import RECORD_BYTES, read
 from fp8train.watch.last_words import HUNG, LastWords
@@ -171,7 +172,10 @@ def test_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "told"))
     said: list[str] = []
     left: list[int] = []
-    words = LastWords(WatchdogConfig(interval_s=0.01), run, lambda: 41, said.append, left.append)
+    settings, settled = WatchdogConfig(interval_s=0.01), list[int]()
+    words = LastWords(
+        settings, run, lambda: 41, lambda: settled[0] if settled else None, said.append, left.append
+    )
     published: list[bool] = []
     found = Found(Verdict("behind", (2,), "rank 2 (host X, pid Y) has not moved for 61 s"), True, {})
     words(found, lambda: not published.append(True))
@@ -192,6 +196,10 @@ def test_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words(found, lambda: True)
     assert said[0].startswith("error: rank 2 (host X, pid Y) has not moved for 61 s\n")
     words(found, lambda: False)  # another rank was first, and speaks
+    assert len(said) == 1
+    settled.append(0)
+    words(found, lambda: True)
+    assert left == [5, 5, 5, 0]  # the run was over, and hung only in leaving
     assert len(said) == 1
 
 
