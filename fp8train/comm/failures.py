@@ -132,7 +132,7 @@ def leave(folder: Path, failure: Failure) -> bool:
     path = folder / f"rank{failure.rank}.json"
     if any(one.rank == failure.rank and one.peers_lost <= failure.peers_lost for one in recorded(folder)):
         return False
-    tmp = path.with_suffix(".tmp")
+    tmp = path.with_suffix(f".{os.getpid()}.tmp")  # in a hang, several ranks tell of one
     tmp.write_text(json.dumps(asdict(failure)))
     tmp.rename(path)
     return True

@@ -20,8 +20,8 @@ class WatchdogConfig(Section):
     """Watch. Without it, a hang ends when collectives give up, a minute after the longest of these times, and
     the error names whoever waited."""
     startup_timeout_s: PositiveFloat = 1800.0
-    """Longest standstill until the first step is done: models are built, checkpoints read, kernels compiled.
-    Also how long processes wait for each other at the start."""
+    """Longest standstill until the first step is done: models are built, checkpoints read, kernels
+    compiled."""
     step_timeout_s: PositiveFloat = 600.0
     """Longest standstill from then on, in training and between two batches of an evaluation."""
     save_timeout_s: PositiveFloat = 1800.0

@@ -10,6 +10,7 @@ settled: neither a signal nor an error while trackers and process groups are clo
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import random
@@ -80,6 +81,8 @@ def run(config: Config, world: World, data: Data, *, console: Console, stop: Sto
         KeyboardInterrupt: a second Ctrl-C.
     """
     prepare_machine(config, world.local_size)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash, or SIGABRT from a watchdog, shows where
     with ExitStack() as directory, _quitting_interrupts(stop, console, again):
         try:
             return _run(config, data, console, stop, again, directory)
@@ -241,7 +244,7 @@ class _Run:
         Raises:
             ConfigError: the time limit is over already: a run that comes back would never get anywhere.
         """
-        stop = self._agree_on_stop()
+        stop = self._agree_to_stop()
         if stop is None:
             return None
         if stop.reason == TIME_LIMIT:
@@ -252,7 +255,7 @@ class _Run:
         self.run_dir.clear_stop()
         return Outcome(stop.state, stop.reason, self.done)
 
-    def _agree_on_stop(self) -> Stop | None:
+    def _agree_to_stop(self) -> Stop | None:
         with self.procs.control_calls.held("agreement on stopping"):
             return self.stop.agree(self.procs.control)
 
@@ -282,7 +285,7 @@ class _Run:
     def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
         """From here on there is a run to lose."""
         run_dir, procs = self.run_dir, self.procs
-        self.loop = loop = TrainingLoop(ready, agree_to_stop=self._agree_on_stop, start=start)
+        self.loop = loop = TrainingLoop(ready, agree_to_stop=self._agree_to_stop, start=start)
         if self.stop.limit is not None:
             parameters = sum(p.numel() for p in ready.trainer.outline.parameters())
             unmeasured = unmeasured_save_s(parameters, procs.world_size)
@@ -314,7 +317,7 @@ def _watched(run: _Run) -> AbstractContextManager[object]:
         rank=procs.rank,
         world_size=procs.world_size,
         several_machines=procs.world_size > world_from_environment().local_size,
-        end=LastWords(settings, run_dir, lambda: run.done, say),
+        end=LastWords(settings, run_dir, lambda: run.done, lambda: run.stop.settled, say),
     )
 
 

@@ -25,6 +25,8 @@ from fp8train.watch.process import Identity, own_identity
 
 RECORD_BYTES = 4096
 
+_RECORDED = ("alive", "beats", "still_s", "limit_s", "step", "phase")
+
 ENDED = "ended"
 """Stands in place of a phase: the rank has left the run."""
 
@@ -67,41 +69,59 @@ class Heartbeat:
     groups: tuple[Group, ...] = field(default_factory=tuple)
 
 
+class Pulse:
+    """Takes the heartbeats of this rank from what its main thread sets."""
+
+    def __init__(self, rank: int, progress: Progress, calls: Calls) -> None:
+        self._rank, self._progress, self._calls = rank, progress, calls
+        self.process = own_identity()
+        self._alive = 0
+
+    def take(self, *, still_s: float, limit_s: float, ended: bool = False) -> Heartbeat:
+        """One of them; ``still_s`` and ``limit_s`` as in :class:`Heartbeat`."""
+        self._alive += 1
+        progress, calls = self._progress, self._calls
+        return Heartbeat(
+            self._rank,
+            self.process,
+            self._alive,
+            progress.beats + calls.moves,
+            round(still_s, 3),
+            limit_s,
+            progress.step,
+            ENDED if ended else progress.phase,
+            tuple(
+                Group(group.name, group.ranks, group.entered, group.left, group.waiting)
+                for group in calls.groups
+                if len(group.ranks) > 1
+            ),
+        )
+
+
 class HeartbeatFile:
     """Writes the heartbeats of this rank; of one thread."""
 
     def __init__(self, folder: Path, rank: int, *, sync: bool) -> None:
         """``sync``: ranks of other machines read them."""
         self._folder, self._rank, self._sync = folder, rank, sync
-        self._process = own_identity()
         self._groups = -1
         self._fd = -1
-        self._alive = 0
 
-    def write(self, progress: Progress, calls: Calls, *, still_s: float, limit_s: float, ended: bool) -> None:
-        """Write what the main thread has set.
+    def write(self, beat: Heartbeat) -> None:
+        """Write the newest one.
 
         Raises:
             OSError: it cannot be written; try again with the next one.
         """
-        groups = [group for group in calls.groups if len(group.ranks) > 1]
         if self._fd < 0:
             path = self._folder / f"rank{self._rank}"
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        if len(groups) != self._groups:
-            whose = {"process": asdict(self._process), "groups": [(g.name, g.ranks) for g in groups]}
+        if len(beat.groups) != self._groups:
+            whose = {"process": asdict(beat.process), "groups": [(g.name, g.ranks) for g in beat.groups]}
             replace_file(self._folder / f"rank{self._rank}.json", json.dumps(whose).encode())
-            self._groups = len(groups)
-        self._alive += 1
-        record = {
-            "alive": self._alive,
-            "beats": progress.beats + calls.moves,
-            "still_s": round(still_s, 3),
-            "limit_s": limit_s,
-            "step": progress.step,
-            "phase": ENDED if ended else progress.phase,
-            "groups": [(g.entered, g.left, _fields(g.waiting)) for g in groups],
-        }
+            self._groups = len(beat.groups)
+        record = {name: getattr(beat, name) for name in _RECORDED}
+        record["groups"] = [(g.entered, g.left, _fields(g.waiting)) for g in beat.groups]
         data = json.dumps(record, separators=(",", ":")).encode()
         os.pwrite(self._fd, data.ljust(RECORD_BYTES - 1) + b"\n", 0)
         if self._sync:

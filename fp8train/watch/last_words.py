@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -41,6 +41,7 @@ class LastWords:
         settings: of the watchdog.
         run_dir: of the run.
         done: steps done.
+        settled: the exit status on record, once the run is over.
         say: prints what a person must read.
         leave: ends the process.
     """
@@ -48,11 +49,15 @@ class LastWords:
     settings: WatchdogConfig
     run_dir: RunDir
     done: Callable[[], int]
+    settled: Callable[[], int | None]
     say: Callable[[str], None]
     leave: Callable[[int], object] = os._exit
 
     def __call__(self, found: Found, publish: Callable[[], bool]) -> None:
         """See :class:`~fp8train.watch.watchdog.Ending`."""
+        if (settled := self.settled()) is not None:  # closing trackers or groups hangs: nothing is lost by it
+            self.leave(settled)
+            return
         timer = threading.Timer(_END_S, self.leave, (HUNG,))
         timer.daemon = True
         timer.start()
@@ -60,25 +65,24 @@ class LastWords:
         message = found.verdict.message
         if self.settings.stacks:
             message += "\n" + _ADVICE.format(stacks=stacks.with_name("stacks_rank*.txt"))
-        failure = Failure(self.run_dir.rank, message, HUNG, time=time.time())
-        record(failure)
-        first = False
-        if found.own:
-            guilty = found.verdict.guilty
-            blamed = replace(failure, rank=guilty[0]) if guilty else failure
-            self.run_dir.write_failure(blamed, step=self.done())
-            first = publish()
+        guilty = found.verdict.guilty[0] if found.verdict.guilty else self.run_dir.rank
+        failure = Failure(guilty, message, HUNG, time=time.time())
+        record(failure)  # before a peer can notice
+        first = found.own and publish()
+        if speaks(failure, otherwise=first):
+            self.say(failure.last_word())
+        if first:
+            self.run_dir.write_failure(failure, step=self.done())
         else:
             with suppress(OSError):
                 self.run_dir.log(f"error: {message}")
         if self.settings.stacks:
             self._dump(stacks)
-        if speaks(failure, otherwise=first):
-            self.say(failure.last_word())
+        # The others read the verdict within an interval. Whoever leaves before, or is killed, takes the
+        # connections away that their main threads wait in, and they would fail with that.
+        time.sleep(min(2 * self.settings.interval_s, 2.0))
         for process in found.dead.values():
             kill(process)  # nothing else ends one that is stopped; a launcher would try for half a minute
-        if found.own:  # the others read the verdict within an interval; they fare better if nobody has left
-            time.sleep(min(2 * self.settings.interval_s, 2.0))
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

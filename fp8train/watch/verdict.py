@@ -27,7 +27,7 @@ from fp8train.watch.process import State
 
 Kind = Literal["stopped", "behind", "crossed", "inside", "together"]
 """``stopped``: a process does not run. ``behind``: it runs, and others wait for it. ``crossed``: ranks wait
-for each other. ``inside``: all have entered what they wait in. ``together``: all stand at the same place."""
+for each other. ``inside``: all have entered what somebody waits in. ``together``: all stand at one place."""
 
 _NAMED = 3
 _STEP_ORDER = {phase: number for number, phase in enumerate(PHASES)} | {
@@ -90,6 +90,9 @@ def decide(ranks: Mapping[int, Picture], *, still_s: float) -> Verdict:
     if ends:
         return Verdict("behind", tuple(ends), _describe(ranks, ends, seconds, waits))
     crossed = sorted(rank for rank, others in waits.items() if others)
+    complete = sorted({other for others in waits.values() for other in others if not waits[other]})
+    if complete:
+        return Verdict("inside", tuple(complete), _describe(ranks, complete, seconds))
     if crossed:
         text = f"ranks wait for each other, and none has moved for {seconds}: "
         return Verdict("crossed", tuple(crossed), text + "; ".join(_waits_in(ranks, crossed)))
@@ -190,6 +193,9 @@ def _one(
         return f"{text}no sign of life (its process does not run, or its machine is gone)"
     if beat.phase == ENDED:
         text = f"rank {beat.rank} ({beat.process}) has left the run, "
+    elif (inside := picture.wait) is not None:
+        where = f"{inside[1].what} of {inside[0].name}"
+        return f"{text}still in {where}, which all have entered: its network or device is stuck"
     waiting = [rank for rank, others in (waits or {}).items() if beat.rank in others]
     if not waiting:
         return f"{text}alive, but behind the others"

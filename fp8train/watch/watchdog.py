@@ -27,8 +27,8 @@ from typing import Protocol
 from fp8train.comm.calls import Calls
 from fp8train.comm.progress import Progress
 from fp8train.config.watchdog_schema import WatchdogConfig
-from fp8train.watch.heartbeat import ENDED, Heartbeat, HeartbeatFile, read
-from fp8train.watch.process import Identity, own_identity, state_of
+from fp8train.watch.heartbeat import ENDED, Heartbeat, HeartbeatFile, Pulse, read
+from fp8train.watch.process import Identity, state_of
 from fp8train.watch.verdict import Picture, Verdict, decide
 
 _SUSPENDED_S = 5.0
@@ -94,7 +94,7 @@ class Watchdog:
         self._settings, self._folder, self._progress, self._calls = settings, folder, progress, calls
         self._rank, self._world_size, self._end, self._clock = rank, world_size, end, clock
         self._file = HeartbeatFile(folder, rank, sync=several_machines)
-        self._process = own_identity()
+        self._pulse = Pulse(rank, progress, calls)
         self._warned = False
         self._stop = threading.Event()
         self._still = _Stillness(progress, calls)
@@ -114,7 +114,7 @@ class Watchdog:
         self._stop.set()
         self._thread.join(2.0)
         if not self._thread.is_alive():
-            self._write(0.0, 0.0, ended=True)
+            self._write(self._pulse.take(still_s=0.0, limit_s=0.0, ended=True))
             self._file.close()
 
     def tick(self) -> Found | None:
@@ -125,7 +125,8 @@ class Watchdog:
             self._seen.clear()
         self._ticked = now
         still, limit = self._still.seconds(now), self._limit_s()
-        self._write(still, limit)
+        own = self._pulse.take(still_s=still, limit_s=limit)
+        self._write(own)
         found = None
         if still < min(limit, self._settings.stopped_timeout_s) / 4:
             self._seen.clear()
@@ -133,7 +134,7 @@ class Watchdog:
             found = Found(verdict, False, self._dead())
         elif now >= self._look_at:
             self._look_at = now + self._settings.interval_s * (self._world_size // _RANKS_PER_INTERVAL)
-            found = self._look(now, still, limit)
+            found = self._look(now, own)
         self._answered = now
         return found
 
@@ -154,12 +155,11 @@ class Watchdog:
             before = now
             late = self._limit_s() + _NO_ANSWER_S
             if still.seconds(now) > late and now - self._answered > _NO_ANSWER_S:
-                beat = Heartbeat(
-                    self._rank, self._process, step=self._progress.step, phase=self._progress.phase
+                text = (
+                    f"rank {self._rank} ({self._pulse.process}) stood still for {still.seconds(now):.0f} s, "
+                    f"phase {self._progress.phase}, and the file system of the run directory does not answer"
                 )
-                verdict = decide({self._rank: Picture(beat)}, still_s=still.seconds(now))
-                text = f"rank {self._rank} ({self._process}): {verdict.message}; the run directory hangs too"
-                self._end(Found(Verdict(verdict.kind, (), text), True, {}), lambda: True)
+                self._end(Found(Verdict("together", (), text), True, {}), lambda: True)
                 return
 
     def _limit_s(self) -> float:
@@ -169,17 +169,19 @@ class Watchdog:
             return settings.startup_timeout_s
         return settings.save_timeout_s if phase in ("save", "end") else settings.step_timeout_s
 
-    def _write(self, still_s: float, limit_s: float, *, ended: bool = False) -> None:
+    def _write(self, beat: Heartbeat) -> None:
         try:
-            self._file.write(self._progress, self._calls, still_s=still_s, limit_s=limit_s, ended=ended)
+            self._file.write(beat)
         except OSError as error:
             if not self._warned:
                 _logger.warning("heartbeats cannot be written (%s): a hang will name this rank", error)
             self._warned = True
 
-    def _look(self, now: float, still: float, limit: float) -> Found | None:
+    def _look(self, now: float, own: Heartbeat) -> Found | None:
         """Whether all that run stand still for too long, and who is to blame then."""
-        pictures = {rank: self._picture(rank, now, limit) for rank in range(self._world_size)}
+        still, limit = own.still_s, own.limit_s
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        pictures = {rank: self._picture(rank, now, limit) for rank in others} | {self._rank: Picture(own)}
         running = [rank for rank, picture in pictures.items() if picture.runs and not _ended(picture)]
         ages = {rank: now - at for rank, (_, at) in self._seen.items()}
         for rank in running:
@@ -194,10 +196,6 @@ class Watchdog:
         return None
 
     def _picture(self, rank: int, now: float, limit: float) -> Picture:
-        if rank == self._rank:
-            moves = self._still.moves
-            own = read(self._folder, rank)  # with the groups
-            return Picture(own or Heartbeat(rank, self._process, 0, moves, 0.0, limit, self._progress.step))
         beat = read(self._folder, rank)
         last = self._seen.get(rank)
         if beat is not None and (last is None or beat.alive != last[0].alive):
@@ -241,7 +239,7 @@ class _Stillness:
 
     def __init__(self, progress: Progress, calls: Calls) -> None:
         self._progress, self._calls = progress, calls
-        self.moves = -1
+        self._moves = -1
         self._since = 0.0
 
     def restart(self, now: float) -> None:
@@ -251,8 +249,8 @@ class _Stillness:
     def seconds(self, now: float) -> float:
         """Seconds, now."""
         moves = self._progress.beats + self._calls.moves
-        if moves != self.moves:
-            self.moves, self._since = moves, now
+        if moves != self._moves:
+            self._moves, self._since = moves, now
         return now - self._since
 
 
