@@ -25,6 +25,8 @@ from fp8train.files import TMP_SUFFIX, is_real_dir, is_real_file, remove, replac
 
 LOCK_FILE = "run.lock"
 STATUS_FILE = "status.json"
+LAUNCH_DIR = "launch"
+"""What ``fp8train launch`` leaves in a run directory, before there is a run and whatever becomes of it."""
 _OWN_FILES = (
     "config.yaml",
     "env.json",
@@ -37,7 +39,7 @@ _OWN_FILES = (
     "tokenizer.model",
     "tokenizer.json",
 )
-_OWN_DIRS = ("logs", "tb", "wandb", "report")
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile")
 _logger = logging.getLogger(__name__)
 
 
@@ -124,7 +126,7 @@ def _is_own_tmp(name: str) -> bool:
 
 
 def _holds_run(path: Path) -> bool:
-    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE}
+    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE, LAUNCH_DIR}
     if names and not is_real_file(path / STATUS_FILE):
         raise RunDirError(
             f"{path} is not empty and not a run directory (no {STATUS_FILE}; it holds "
