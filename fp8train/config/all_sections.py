@@ -21,6 +21,7 @@ from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
+from fp8train.config.spikes_schema import SpikesConfig
 from fp8train.config.train_schema import TrainConfig
 from fp8train.config.watchdog_schema import WatchdogConfig
 from fp8train.precision.state_formats import StateFormat, StateFormats
@@ -119,6 +120,8 @@ class AllSections(Section):
     """Learning rate over steps."""
     train: TrainConfig
     """Length, batch and execution."""
+    spikes: SpikesConfig = SpikesConfig()
+    """What happens when loss or gradient norm jumps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
