@@ -26,7 +26,7 @@ from fp8train.config.stored import as_now
 
 Kind = Literal["free", "meaning", "refused"]
 
-NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "checkpoint", "logging")
+NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "checkpoint", "logging", "debug")
 """Sections and keys about this attempt, not about the run."""
 FREE = (
     *("run.device", "run.threads", "run.deterministic", "run.cuda_graphs"),

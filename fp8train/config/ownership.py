@@ -259,6 +259,7 @@ ALWAYS: tuple[str, ...] = (
     *_below("checkpoint", "interval", "save_at_end", "keep_last", "verify", "resume", "accept_changes"),
     *_below("checkpoint", "reshard", "init_from"),
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),
+    "debug",
 )
 """Keys that every run reads, or may read in a later attempt or on another machine."""
 

@@ -37,7 +37,7 @@ _OWN_FILES = (
     "tokenizer.model",
     "tokenizer.json",
 )
-_OWN_DIRS = ("logs", "tb", "wandb", "report")
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "faults")
 _logger = logging.getLogger(__name__)
 
 
