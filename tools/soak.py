@@ -256,6 +256,7 @@ class Soak:
         return not left or self.fail(life, f"left over: {', '.join(left)}")
 
     def fail(self, life: Life, what: str) -> bool:
+        """Mark the life that ended wrongly."""
         life.wrong = what
         print(row(life), flush=True)
         return False
@@ -337,7 +338,7 @@ def row(life: Life) -> str:
     return f"{text}  WRONG: {life.wrong}" if life.wrong else text
 
 
-HEADER = f"{'run':14} {'no.':>3} {'faults':70} {'state':11} {'status':8} {'sec':>5} {'from':>3} {'to':>3} {'lost':>3}"
+HEADER = f"{'run':14} no. {'faults':70} {'state':11} {'status':8}   sec from to lost"
 
 
 @contextmanager
@@ -386,7 +387,8 @@ def main() -> int:
         f"{total} runs of {STEPS} steps in {minutes:.1f} minutes: {len(soak.lives)} lives, "
         f"{sum(faults.values())} faults, {lost} steps repeated"
     )
-    verdict = f"{'PASSED' if passed == total else 'FAILED'}: {passed} of {total} runs have the bits of one without faults"
+    verdict = "PASSED" if passed == total else "FAILED"
+    verdict += f": {passed} of {total} runs have the bits of one without faults"
     print(verdict)
     if options.json is not None:
         record = {"seed": options.seed, "minutes": round(minutes, 1), "verdict": verdict, "faults": faults}
