@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
+from fp8train.config.debug_schema import DebugConfig
 from fp8train.config.deepspeed_schema import DeepSpeedConfig
 from fp8train.config.kernel_schema import KernelsConfig
 from fp8train.config.model_schema import ModelConfig
@@ -128,6 +129,8 @@ class AllSections(Section):
     """Reporting."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """How long the run may stand still."""
+    debug: DebugConfig = DebugConfig()
+    """Faults on purpose."""
 
     @property
     def state_formats(self) -> StateFormats:

@@ -275,6 +275,7 @@ ALWAYS: tuple[str, ...] = (
     *_below("checkpoint", "reshard", "init_from"),
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),
     *_below("watchdog", "enabled", "startup_timeout_s", "step_timeout_s", "save_timeout_s"),
+    "debug",
 )
 """Keys that every run reads, or may read in a later attempt or on another machine."""
 

@@ -42,7 +42,7 @@ _OWN_FILES = (
     "tokenizer.json",
 )
 HEARTBEATS_DIR = "heartbeats"
-_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", HEARTBEATS_DIR)
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", "faults", HEARTBEATS_DIR)
 _logger = logging.getLogger(__name__)
 
 

@@ -47,6 +47,7 @@ from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.trainer import Trainer
 from fp8train.training.device_rules import check_device
+from fp8train.training.faults import Faults
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
@@ -265,27 +266,30 @@ class _Run:
             sweep_leftovers(run_dir.checkpoints)
         checkpoint = _newest(run_dir, config, procs)
         source = None if checkpoint is not None else _source(run_dir, config, procs)
+        faults = Faults(config, run_dir, self.progress)
         self.progress.enter("build")
         trainer = _build(config, procs, data)
         trainer.progress = self.progress
         _keep_tokenizer(run_dir, data)
         with Reporter(run_dir, data, trainer, self.console) as reporter:
             reporter.header()
+            faults.watch(trainer, reporter.warn)
             ready = ReadyRun(run_dir, data, trainer, reporter)
             self.progress.enter("restore")
             step = 0 if checkpoint is None else resume(ready, checkpoint)
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
-                outcome = self._loop(ready, source, step)
+                outcome = self._loop(ready, source, step, faults)
             self._settle(outcome)
             self.progress.enter("end")
             reporter.end(outcome.state, outcome.reason, outcome.step)
             return outcome
 
-    def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
+    def _loop(self, ready: ReadyRun, source: Path | None, start: int, faults: Faults) -> Outcome:
         """From here on there is a run to lose."""
         run_dir, procs = self.run_dir, self.procs
         self.loop = loop = TrainingLoop(ready, agree_to_stop=self._agree_to_stop, start=start)
+        faults.watch_saves(loop.saving)
         if self.stop.limit is not None:
             parameters = sum(p.numel() for p in ready.trainer.outline.parameters())
             unmeasured = unmeasured_save_s(parameters, procs.world_size)
