@@ -34,6 +34,9 @@ from fp8train.config.schema import Config
 _MOST_LEVELS = 100
 """Of nesting; ours have about ten. What reads and copies them recurses."""
 
+_LEFT_OUT: Any = None
+"""Of what may be left out, but is an object where it stands: null is refused."""
+
 Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 AtLeastOne = Annotated[StrictInt, Field(ge=1, lt=2**63)]
 
@@ -74,17 +77,8 @@ class _TrainerState(_Known):
     reduction: StrictStr = ""
     unchanged: dict[str, Any] = {}
     rewinds: Count = 0
-    guard: _Guard | None = None
-    spikes: _Spikes | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_null_monitors(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for name in ("guard", "spikes"):
-                if name in values and values[name] is None:
-                    raise ValueError(f"{name} is null")
-        return values
+    guard: _Guard = _LEFT_OUT
+    spikes: _Spikes = _LEFT_OUT
 
 
 class _Stage(_Known):
@@ -137,8 +131,8 @@ class _Meta(_Known):
     config: Annotated[dict[str, Any], AfterValidator(_configuration)] = {}
     vocab_size: AtLeastOne = 1
     tokenizer: StrictStr | None = None
-    data: _DataPlace | None = None
-    trainer: _TrainerState | None = None
+    data: _DataPlace = _LEFT_OUT
+    trainer: _TrainerState = _LEFT_OUT
     eval_loss: StrictFloat | StrictStr | None = None
     finite: bool = True
 
