@@ -92,17 +92,10 @@ def _launch(options: argparse.Namespace, resolved: ResolvedConfig) -> int:
     from torch.distributed.run import parse_args, run
 
     from fp8train.comm.processes import choose_device
-    from fp8train.comm.rendezvous import STARTUP_TIMEOUT_S
 
     choose_device(resolved.config.run.device, options.nproc_per_node - 1)
-    command = [
-        *_torchrun_options(options, STARTUP_TIMEOUT_S),
-        "-m",
-        "fp8train",
-        "train",
-        options.config,
-        *options.overrides,
-    ]
+    train = ["-m", "fp8train", "train", options.config, *options.overrides]
+    command = [*_torchrun_options(options, resolved.config.watchdog.startup_timeout_s), *train]
     if options.debug:
         run(parse_args([*command, "--debug"]))
         return 0

@@ -147,7 +147,7 @@ def leave(folder: Path, failure: Failure) -> bool:
     path = folder / f"rank{failure.rank}.json"
     if any(one.rank == failure.rank and not failure.explains_more_than(one) for one in recorded(folder)):
         return False
-    tmp = path.with_suffix(".tmp")
+    tmp = path.with_suffix(f".{os.getpid()}.tmp")  # in a hang, several ranks tell of one
     tmp.write_text(json.dumps(asdict(failure)))
     tmp.rename(path)
     return True
@@ -168,11 +168,12 @@ def recorded(folder: Path) -> list[Failure]:
     return found
 
 
-def speaks(failure: Failure) -> bool:
-    """Whether this process is the one that prints its failure. Call it once, after :func:`record`."""
+def speaks(failure: Failure, *, otherwise: bool | None = None) -> bool:
+    """Whether this process is the one that prints its failure. Call it once, after :func:`record`.
+    ``otherwise``: the answer where ranks share no folder, in place of "rank 0 does"."""
     folder = _folder()
     if folder is None:
-        return failure.rank == 0
+        return failure.rank == 0 if otherwise is None else otherwise
     if FOLDER_VARIABLE in os.environ:
         return False
     if failure.peers_lost and not all(one.peers_lost for one in recorded(folder)):

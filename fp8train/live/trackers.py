@@ -60,6 +60,12 @@ class Trackers:
             tracker.log(step, tokens, metrics)
         self._report()
 
+    def rewound(self) -> None:
+        """The run went back to an earlier step."""
+        for tracker in self._trackers:
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.rewound()
+
     def close(self, status: str = "failed") -> None:
         """Finish every tracker with this status, as in status.json. Waits a bounded
         time for what is still under way."""
@@ -118,6 +124,11 @@ class TensorBoardTracker:
             file.close()
         except OSError as error:
             self._fail(error)
+
+    def rewound(self) -> None:
+        """Hide what was written after the step that comes next, in a file of its own."""
+        self.close("stopped")
+        self._writer = None
 
     def take_problem(self) -> str | None:
         """Return what went wrong since the last call, if anything; each problem once."""

@@ -27,6 +27,8 @@ LOCK_FILE = "run.lock"
 STATUS_FILE = "status.json"
 FAILURES = Path("logs", "failures")
 """Where ranks of the present job leave why they failed."""
+LAUNCH_DIR = "launch"
+"""What ``fp8train launch`` leaves in a run directory, before there is a run and whatever becomes of it."""
 _OWN_FILES = (
     "config.yaml",
     "env.json",
@@ -39,7 +41,8 @@ _OWN_FILES = (
     "tokenizer.model",
     "tokenizer.json",
 )
-_OWN_DIRS = ("logs", "tb", "wandb", "report")
+HEARTBEATS_DIR = "heartbeats"
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", "faults", HEARTBEATS_DIR)
 _logger = logging.getLogger(__name__)
 
 
@@ -111,7 +114,8 @@ def _furnish(path: Path, *, fresh: bool) -> None:
     status = {"state": "running", "step": step, "reason": "", "exit_code": None}
     remove(path / FAILURES)
     replace_file(path / STATUS_FILE, (json.dumps(status, indent=2) + "\n").encode())
-    for folder in (CHECKPOINTS_DIR, "logs", FAILURES, "tb"):
+    remove(path / HEARTBEATS_DIR)  # an earlier job's would be taken for this one's
+    for folder in (CHECKPOINTS_DIR, "logs", FAILURES, "tb", HEARTBEATS_DIR):
         (path / folder).mkdir(exist_ok=True)
 
 
@@ -131,7 +135,7 @@ def _is_own_tmp(name: str) -> bool:
 
 
 def _holds_run(path: Path) -> bool:
-    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE}
+    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE, LAUNCH_DIR}
     if names and not is_real_file(path / STATUS_FILE):
         raise RunDirError(
             f"{path} is not empty and not a run directory (no {STATUS_FILE}; it holds "

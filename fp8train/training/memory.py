@@ -1,8 +1,8 @@
 """Running out of memory, as a message that says what to lower.
 
-It is said in several ways: torch's CUDA allocator raises ``torch.OutOfMemoryError``, its CPU allocator a plain
-``RuntimeError`` ("can't allocate memory"), Python and NumPy ``MemoryError``, its C++ ``std::bad_alloc``, and
-the system ``OSError`` (ENOMEM: a file that cannot be mapped, a process that cannot be started).
+It is said in several ways: torch's CUDA allocator raises ``torch.OutOfMemoryError``, its CPU allocator a
+plain ``RuntimeError`` ("can't allocate memory"), its C++ ``std::bad_alloc``, Python and NumPy
+``MemoryError``, and the system ``OSError`` (ENOMEM: a file that cannot be mapped, say).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``fp8train train``: from a resolved configuration to a finished run.
 
 Exit statuses, also in ``status.json``: 0 all steps done, or stopped on request with the state saved; 2
-something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 1 a bug (with a traceback); 130
-a second Ctrl-C (state ``interrupted``), whatever else fails while the run is being left.
+something the user can mend; 3 gradients stayed non-finite; 4 replicas differ; 5 the run hung; 1 a bug (with a
+traceback); 130 a second Ctrl-C (state ``interrupted``), whatever else fails while the run is being left.
 
 The last status is written as soon as the last checkpoint is safe, or the failure is known. From then on it is
 settled: neither a signal nor an error while trackers and process groups are closed changes it.
@@ -10,13 +10,14 @@ settled: neither a signal nor an error while trackers and process groups are clo
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import random
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from fp8train.comm.progress import Progress
 from fp8train.comm.rendezvous import StoppedBeforeMeetingError
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
-from fp8train.config.environment import World
+from fp8train.config.environment import World, world_from_environment
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
 from fp8train.data.loading import Data
@@ -40,20 +41,23 @@ from fp8train.deepspeed_engine.trainer import DeepSpeedTrainer
 from fp8train.kernels.deterministic import use_deterministic_kernels
 from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
-from fp8train.run_dir.claim import RunDirGoneError, recorded_step
+from fp8train.run_dir.claim import HEARTBEATS_DIR, RunDirGoneError, recorded_step
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.failed import read_failure, report_gone
 from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.trainer import Trainer
 from fp8train.training.device_rules import check_device
+from fp8train.training.faults import Faults
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
-from fp8train.training.signals import TIME_LIMIT, StopRequest
+from fp8train.training.signals import TIME_LIMIT, Stop, StopRequest
 from fp8train.training.time_limit import TimeLimit, unmeasured_save_s
+from fp8train.watch.last_words import LastWords
+from fp8train.watch.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 _CAUSE_PATIENCE_S = 1.5
@@ -79,6 +83,8 @@ def run(config: Config, world: World, data: Data, *, console: Console, stop: Sto
         KeyboardInterrupt: a second Ctrl-C.
     """
     prepare_machine(config, world.local_size)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash, or SIGABRT from a watchdog, shows where
     with ExitStack() as directory, _quitting_interrupts(stop, console, again):
         try:
             return _run(config, data, console, stop, again, directory)
@@ -97,7 +103,13 @@ def _run(
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     progress = Progress()
     layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
-    with processes(config.run.device, layout=layout, stopping=lambda: stop.asked) as procs:
+    with processes(
+        config.run.device,
+        layout=layout,
+        timeout_s=config.watchdog.collective_timeout_s,
+        startup_timeout_s=config.watchdog.startup_timeout_s,
+        stopping=lambda: stop.asked,
+    ) as procs:
         check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -116,7 +128,7 @@ def _run(
             stop.limit = TimeLimit(config.run.time_limit_minutes)
             progress.listeners.append(stop.limit.listen)
         try:
-            with _warnings_to(run_dir, console):
+            with _warnings_to(run_dir, console), _watched(run):
                 return run.to_the_end(again)
         finally:
             stop.limit = None  # from here on nothing may hold a process group
@@ -243,7 +255,7 @@ class _Run:
         Raises:
             ConfigError: the time limit is over already: a run that comes back would never get anywhere.
         """
-        stop = self.stop.agree(self.procs.control)
+        stop = self._agree_to_stop()
         if stop is None:
             return None
         if stop.reason == TIME_LIMIT:
@@ -254,34 +266,40 @@ class _Run:
         self.run_dir.clear_stop()
         return Outcome(stop.state, stop.reason, self.done)
 
+    def _agree_to_stop(self) -> Stop | None:
+        with self.procs.control_calls.held("agreement on stopping"):
+            return self.stop.agree(self.procs.control)
+
     def _train(self) -> Outcome:
         run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
         if procs.rank == 0:
             sweep_leftovers(run_dir.checkpoints)
         checkpoint = _newest(run_dir, config, procs)
         source = None if checkpoint is not None else _source(run_dir, config, procs)
+        faults = Faults(config, run_dir, self.progress)
         self.progress.enter("build")
         trainer = _build(config, procs, data)
         trainer.progress = self.progress
         _keep_tokenizer(run_dir, data)
         with Reporter(run_dir, data, trainer, self.console) as reporter:
             reporter.header()
+            faults.watch(trainer, reporter.warn)
             ready = ReadyRun(run_dir, data, trainer, reporter)
             self.progress.enter("restore")
             step = 0 if checkpoint is None else resume(ready, checkpoint)
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
-                outcome = self._loop(ready, source, step)
+                outcome = self._loop(ready, source, step, faults)
             self._settle(outcome)
             self.progress.enter("end")
             reporter.end(outcome.state, outcome.reason, outcome.step)
             return outcome
 
-    def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
+    def _loop(self, ready: ReadyRun, source: Path | None, start: int, faults: Faults) -> Outcome:
         """From here on there is a run to lose."""
         run_dir, procs = self.run_dir, self.procs
-        agree_to_stop = partial(self.stop.agree, procs.control)
-        self.loop = loop = TrainingLoop(ready, agree_to_stop=agree_to_stop, start=start)
+        self.loop = loop = TrainingLoop(ready, agree_to_stop=self._agree_to_stop, start=start)
+        faults.watch_saves(loop.saving)
         if self.stop.limit is not None:
             parameters = sum(p.numel() for p in ready.trainer.outline.parameters())
             unmeasured = unmeasured_save_s(parameters, procs.world_size)
@@ -293,6 +311,28 @@ class _Run:
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
         return loop.run()
+
+
+def _watched(run: _Run) -> AbstractContextManager[object]:
+    """The watchdog of a run, from its claim to its last status."""
+    settings, procs, run_dir = run.config.watchdog, run.procs, run.run_dir
+    if not settings.enabled:
+        return nullcontext()
+
+    def say(text: str) -> None:
+        run.console.clear()
+        print_safely(f"{text}\n", sys.stderr)
+
+    return Watchdog(
+        settings,
+        run_dir.path / HEARTBEATS_DIR,
+        run.progress,
+        procs.calls,
+        rank=procs.rank,
+        world_size=procs.world_size,
+        several_machines=procs.world_size > world_from_environment().local_size,
+        end=LastWords(settings, run_dir, lambda: run.done, lambda: run.stop.settled, say),
+    )
 
 
 def _explain(

@@ -77,7 +77,7 @@ class Saving:
         began = time.perf_counter()
         with self.reporter.throughput.excluded():
             self._finish_previous(done)
-            ranks = Ranks(self.processes.control)
+            ranks = Ranks(self.processes.control, self.processes.control_calls)
             rank_state = capture_rng(self.processes.device) | self.trainer.rank_tensors()
             tensors = with_rank_state(self.trainer.checkpoint_tensors(), rank_state, ranks.rank)
             order = Order(
@@ -86,7 +86,7 @@ class Saving:
                 self._meta(done, evaluation),
                 describe(tensors),
                 self._retention,
-                self.on_phase,
+                self._moment,
             )
             self.saved_at = done
             if self._background is None:
@@ -98,6 +98,10 @@ class Saving:
         if first:
             size = self._background.snapshot.num_bytes / 2**20
             self.reporter.say(f"asynchronous checkpoints keep {size:,.1f} MiB of host memory on this rank")
+
+    def _moment(self, phase: SavePhase) -> None:
+        self.trainer.progress.beat()  # of a writing thread too: what it does is no hang
+        self.on_phase(phase)
 
     def poll(self) -> None:
         """At a step boundary: report the checkpoint in flight if all ranks are done with it, raise its error

@@ -98,7 +98,7 @@ def test_a_run_directory_that_is_gone_ends_the_run() -> None:
 def test_a_second_interrupt_raises_only_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("fp8train.training.signals.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr(StopRequest, "_force", lambda stop: None)  # would end this process
+    monkeypatch.setattr(StopRequest, "_force", lambda stop, patience_s: None)  # would end this process
     answers: queue.Queue[str] = queue.Queue()
 
     def send(number: signal.Signals) -> None:
