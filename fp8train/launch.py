@@ -26,7 +26,7 @@ from fp8train.comm.failures import FOLDER_VARIABLE, INTERRUPTED, Failure, cause,
 from fp8train.config.environment import World, check_started_world
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import ResolvedConfig, load_config
-from fp8train.run_dir.directory import amend_failure
+from fp8train.run_dir.failed import amend_failure
 from fp8train.training.preflight import preflight, run_path
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ says that peers are gone is marked, and gives way to every other.
 
 Records lie in a folder that the ranks of a node share: the launcher's (:mod:`fp8train.launch`), which tells
 the cause once all ranks have ended, or the one that torchrun makes for each start, where the first rank with
-something to say says it. Without such a folder rank 0 speaks.
+something to say says it. Without such a folder rank 0 speaks. Ranks of other nodes find them in the run
+directory (:mod:`fp8train.run_dir.failed`).
 """
 
 from __future__ import annotations
@@ -116,18 +117,31 @@ def record(failure: Failure) -> None:
     """Leave a failure of this process where launchers look, unless an earlier one is there. Never raises."""
     folder = _folder()
     with suppress(OSError):
-        if folder is not None:
-            path = folder / f"rank{failure.rank}.json"
-            if path.exists():
-                return
-            tmp = path.with_suffix(".tmp")
-            tmp.write_text(json.dumps(asdict(failure)))
-            tmp.rename(path)
+        if folder is not None and not leave(folder, failure):
+            return
         if _TORCHRUN_FILE in os.environ:  # torchrun's own summary shows the text that it finds there
             text = failure.traceback or failure.message
             details = {"py_callstack": text, "timestamp": str(int(failure.time))}
             content = {"message": {"message": failure.message, "extraInfo": details}}
             Path(os.environ[_TORCHRUN_FILE]).write_text(json.dumps(content))
+
+
+def leave(folder: Path, failure: Failure) -> bool:
+    """Leave a failure in a folder, unless its rank has left one there that says as much; whether it was left.
+    May raise OSError."""
+    path = folder / f"rank{failure.rank}.json"
+    if any(one.rank == failure.rank and one.peers_lost <= failure.peers_lost for one in recorded(folder)):
+        return False
+    tmp = path.with_suffix(f".{os.getpid()}.tmp")  # in a hang, several ranks tell of one
+    tmp.write_text(json.dumps(asdict(failure)))
+    tmp.rename(path)
+    return True
+
+
+def recorded_here() -> list[Failure]:
+    """The failures that ranks of this node have left with their launcher."""
+    folder = _folder()
+    return [] if folder is None else recorded(folder)
 
 
 def recorded(folder: Path) -> list[Failure]:
@@ -139,11 +153,12 @@ def recorded(folder: Path) -> list[Failure]:
     return found
 
 
-def speaks(failure: Failure) -> bool:
-    """Whether this process is the one that prints its failure. Call it once, after :func:`record`."""
+def speaks(failure: Failure, *, otherwise: bool | None = None) -> bool:
+    """Whether this process is the one that prints its failure. Call it once, after :func:`record`.
+    ``otherwise``: the answer where ranks share no folder, in place of "rank 0 does"."""
     folder = _folder()
     if folder is None:
-        return failure.rank == 0
+        return failure.rank == 0 if otherwise is None else otherwise
     if FOLDER_VARIABLE in os.environ:
         return False
     if failure.peers_lost and not all(one.peers_lost for one in recorded(folder)):

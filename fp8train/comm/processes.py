@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fp8train.comm.calls import Calls, GroupCalls
 from fp8train.comm.collectives import CountedGroup, alone
 from fp8train.comm.failures import describe, record
 from fp8train.config.environment import world_from_environment
@@ -66,6 +68,8 @@ class Processes:
         stage: dp, cp and tp: ranks with the same blocks.
         everyone: all ranks.
         control: gloo group over all ranks for CPU objects; None for a single process.
+        calls: what was entered and left of all groups, among them ``control``, as far as agreements in the
+            loop go.
     """
 
     device: torch.device
@@ -80,6 +84,12 @@ class Processes:
     sequence: CountedGroup = field(default_factory=alone)
     stage: CountedGroup = field(default_factory=alone)
     everyone: CountedGroup = field(default_factory=alone)
+    calls: Calls = field(default_factory=Calls)
+
+    @cached_property
+    def control_calls(self) -> GroupCalls:
+        """Collectives over ``control``, counted by those who call them."""
+        return self.calls.group("control", range(self.world_size))
 
     @property
     def groups(self) -> Mapping[str, CountedGroup]:
@@ -184,7 +194,11 @@ def two_levels(group: CountedGroup, node_size: int) -> tuple[CountedGroup, Count
     node, place = divmod(group.rank, node_size)
     local = dist.new_group(nodes[node], use_local_synchronization=True)
     cross = dist.new_group(across[place], use_local_synchronization=True)
-    return CountedGroup(local), CountedGroup(cross)
+    calls = group.calls.calls
+    return (
+        CountedGroup(local, name=f"{group.calls.name} in node", calls=calls),
+        CountedGroup(cross, name=f"{group.calls.name} between nodes", calls=calls),
+    )
 
 
 def joined_processes(device: torch.device, layout: Layout = _DATA_PARALLEL) -> Processes:
@@ -194,12 +208,13 @@ def joined_processes(device: torch.device, layout: Layout = _DATA_PARALLEL) -> P
     shape = (world // layout.model_ranks, layout.pp, layout.cp, layout.tp)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     made: dict[tuple[str, ...], CountedGroup] = {}
+    calls = Calls()
 
     def group(*axes: str) -> CountedGroup:
         """The group over these axes; axes of one rank do not count, so equal groups are one object."""
         wide = tuple(axis for axis in axes if shape[AXES.index(axis)] > 1)
         if wide not in made:
-            made[wide] = _make_group(mesh, wide)
+            made[wide] = CountedGroup(_make_group(mesh, wide), name=" x ".join(wide), calls=calls)
         return made[wide]
 
     return Processes(
@@ -213,16 +228,17 @@ def joined_processes(device: torch.device, layout: Layout = _DATA_PARALLEL) -> P
         sequence=group("cp", "tp"),
         stage=group("dp", "cp", "tp"),
         everyone=group(*AXES),
+        calls=calls,
     )
 
 
-def _make_group(mesh: DeviceMesh, axes: tuple[str, ...]) -> CountedGroup:
+def _make_group(mesh: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
     if not axes:
-        return CountedGroup(None)
+        return None
     if len(axes) == 1:
-        return CountedGroup(mesh.get_group(axes[0]))
+        return mesh.get_group(axes[0])
     kept = [i for i, axis in enumerate(AXES) if axis in axes]
     others = [i for i in range(len(AXES)) if i not in kept]
     sets = mesh.mesh.permute(*others, *kept).reshape(-1, math.prod(mesh.mesh.shape[i] for i in kept))
     ranks, _ = dist.new_subgroups_by_enumeration(sets.tolist())
-    return CountedGroup(ranks)
+    return ranks

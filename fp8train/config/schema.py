@@ -49,6 +49,7 @@ class Config(AllSections):
             self._cuda_graphs,
             self._saved_activations,
             self._guard,
+            self._spikes,
             self._context,
         ):
             try:
@@ -233,13 +234,36 @@ class Config(AllSections):
                 "logging.cast_statistics_interval",
                 "precision.guard.action",
             )
-        if guard.action == "bf16" and self.train.compile != "off":
+        if guard.action in ("bf16", "recover") and self.train.compile != "off":
             raise contradiction(
-                "precision.guard.action: bf16 changes what a block computes while it runs, but train.compile "
-                f"is {self.train.compile}; write train.compile: off, or guard.action: report",
+                f"precision.guard.action: {guard.action} changes what a block computes while it runs, but "
+                f"train.compile is {self.train.compile}; write train.compile: off, or guard.action: report",
                 "precision.guard.action",
                 "train.compile",
             )
+
+    def _spikes(self) -> None:
+        spikes, found = self.spikes, []
+        if spikes.action == "rollback" and not self.checkpoint.interval:
+            found.append(
+                contradiction(
+                    "spikes.action: rollback returns to a checkpoint, but checkpoint.interval: 0 saves none "
+                    "before the end; write checkpoint.interval: 500, or spikes.action: skip",
+                    "checkpoint.interval",
+                    "spikes.action",
+                )
+            )
+        if spikes.rerun and not self.run.deterministic:
+            found.append(
+                contradiction(
+                    "spikes.rerun: true compares two runs of a step bit by bit, but run.deterministic is "
+                    "false; write run.deterministic: true, or spikes.rerun: false",
+                    "run.deterministic",
+                    "spikes.rerun",
+                )
+            )
+        if found:
+            raise contradictions(found)
 
     def _context(self) -> None:
         if self.data.seq_length > self.model.max_seq_len:

@@ -56,6 +56,12 @@ class Trackers:
             tracker.log(step, tokens, metrics)
         self._report()
 
+    def rewound(self) -> None:
+        """The run went back to an earlier step."""
+        for tracker in self._trackers:
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.rewound()
+
     def close(self, status: str = "failed") -> None:
         """Finish every tracker with this status: ``completed``, ``stopped`` or ``failed``. Waits a bounded
         time for what is still under way."""
@@ -96,7 +102,7 @@ class TensorBoardTracker:
                 self._writer.add_scalar(name, value, step)
                 if name in _BY_TOKENS:
                     self._writer.add_scalar(f"{name}_by_tokens", value, tokens)
-        except (ImportError, OSError, RuntimeError) as error:  # its thread died, e.g. on a full disk
+        except Exception as error:  # another project's code; or its thread died, e.g. on a full disk
             self._fail(error)
 
     def close(self, status: str) -> None:
@@ -105,8 +111,13 @@ class TensorBoardTracker:
             return
         try:
             self._writer.close()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             self._fail(error)
+
+    def rewound(self) -> None:
+        """Hide what was written after the step that comes next, in a file of its own."""
+        self.close("stopped")
+        self._writer = None
 
     def take_problem(self) -> str | None:
         """Return what went wrong since the last call, if anything; each problem once."""
