@@ -1,7 +1,7 @@
 """Many short lives of small runs, each ended by a fault, and the same command every time: is anything lost?
 
     python tools/soak.py                                  # 15 minutes on two cores
-    python tools/soak.py --minutes 2 --seed 7 --level O3  # with a seed as printed: the same faults from inside
+    python tools/soak.py --minutes 2 --seed 7 --level O3  # seed as printed: the same faults from inside
 
 One run after the other: two ranks, at O2 and O3, saving at once and in the background in turn. Faults are
 drawn for each run before it begins. Those that strike from inside, in any phase of a step and at any moment
