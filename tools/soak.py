@@ -1,11 +1,12 @@
 """Many short lives of small runs, each ended by a fault, and the same command every time: is anything lost?
 
     python tools/soak.py                                  # 15 minutes on two cores
-    python tools/soak.py --minutes 2 --seed 7 --level O3  # seed as printed: the same faults again
+    python tools/soak.py --minutes 2 --seed 7 --level O3  # seed as printed: the same faults from inside
 
 One run after the other: two ranks, at O2 and O3, saving at once and in the background in turn. Faults are
 drawn for each run before it begins. Those that strike from inside, in any phase of a step and at any moment
-of a save, are in its configuration (``debug.fault_injection``). Others come from outside: signals at any
+of a save, are in its configuration (``debug.fault_injection``), hangs for the watchdog among them. Others
+come from outside: signals at any
 time, a STOP file, and between two lives what happens to directories: stray files, a flipped bit in the newest
 checkpoint, a garbled pointer, a missing file. Then the same command starts again, until the run is complete.
 
@@ -43,19 +44,24 @@ sys.path[:0] = [str(ROOT)]
 from fp8train.checkpoint.catalog import candidates  # noqa: E402
 from fp8train.run_dir.metrics import read_metrics  # noqa: E402
 from fp8train.training.strikes import FILLER_FILE  # noqa: E402
+from fp8train.watch.last_words import HUNG  # noqa: E402
 from tests.training.forked import Runs, wait_for_the_loop  # noqa: E402
 from tests.training.launching import weights, write_config  # noqa: E402
 
 STEPS, INTERVAL, EVALUATE = 40, 2, 10
 INSIDE, OUTSIDE = 12, 0.35
 """Faults in the configuration of a run; how often a life has one from outside as well."""
-PATIENCE_S = 90.0
-"""A life that takes longer than this hangs. One of a second is normal; the machine may be busy."""
+STANDSTILL_S, STOPPED_S = 15, 5
+"""The watchdog's times, when nothing happens and when a process is stopped."""
+PATIENCE_S = 120.0
+"""A life that takes longer than this hangs. Some seconds are normal; the machine may be busy."""
+LAUNCHER_S = 40.0
+"""A launcher kills the peers of a rank that failed. A checkpoint in flight may take 30 s of that."""
 DISK = "48m"
 COMPARED = ("step", "train/loss", "optim/grad_norm", "optim/lr", "eval/loss")
 
 ENDS = ("exception", "exit", "sigkill", "sigterm", "sigint", "segfault", "oom_host")
-HANGS = ("sigstop", "hang")
+HANGS = ("sigstop", "hang", "gil")
 IN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "report", "agree")
 AT_SAVE = (
     "save",
@@ -87,9 +93,9 @@ class Life:
     wrong: str = ""
 
 
-def draw(generator: random.Random, ranks: int, *, hangs: bool, disk: bool) -> list[dict[str, Any]]:
+def draw(generator: random.Random, ranks: int, *, disk: bool) -> list[dict[str, Any]]:
     """The faults from inside of one run."""
-    kinds = [*ENDS * 3, *(HANGS if hangs else ()), *(("disk_full",) * 2 if disk else ())]
+    kinds = [*ENDS * 3, *HANGS, "sleep", *(("disk_full",) * 2 if disk else ())]
     faults: list[dict[str, Any]] = []
     for _ in range(INSIDE):
         phase = generator.choice([*IN_STEP, *AT_SAVE, "build", "restore", "evaluate"])
@@ -102,6 +108,8 @@ def draw(generator: random.Random, ranks: int, *, hangs: bool, disk: bool) -> li
             step = 0
         rank = 0 if phase in OF_RANK_0 else generator.randrange(ranks)
         fault = {"kind": generator.choice(kinds), "step": step, "phase": phase, "rank": rank}
+        if fault["kind"] in ("gil", "sleep"):
+            fault["seconds"] = 3600 if fault["kind"] == "gil" else 2
         if fault not in faults:
             faults.append(fault)
     return faults
@@ -121,8 +129,9 @@ class Soak:
         """What all runs of a level have in common."""
         words = [f"precision.level={level}", f"train.steps={STEPS}", f"train.eval_interval={EVALUATE}"]
         words += [f"checkpoint.interval={INTERVAL}", "checkpoint.keep_last=4", "checkpoint.resume=auto"]
-        words += ["run.threads=1", "logging.cast_statistics_interval=0"]
-        return words
+        words += ["run.threads=1", "logging.cast_statistics_interval=0", "watchdog.interval_s=0.5"]
+        words += [f"watchdog.{name}_timeout_s={STANDSTILL_S}" for name in ("step", "save")]
+        return [*words, "watchdog.startup_timeout_s=45", f"watchdog.stopped_timeout_s={STOPPED_S}"]
 
     def whole(self, level: str) -> Path:
         """The run that nothing happens to."""
@@ -138,7 +147,7 @@ class Soak:
         level = (self.options.level or ("O2", "O3"))[number % len(self.options.level or "xx")]
         mode = ("sync", "async")[number // 2 % 2]
         name = f"{number:03d}_{level}_{mode}"
-        faults = draw(self.generator, self.options.ranks, hangs=self.options.hangs, disk=self.disk)
+        faults = draw(self.generator, self.options.ranks, disk=self.disk)
         texts = ["{" + ", ".join(f"{k}: {v}" for k, v in fault.items()) + "}" for fault in faults]
         command = [*self.settings(level), f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}"]
         command.append(f"debug.fault_injection=[{', '.join(texts)}]")
@@ -171,9 +180,15 @@ class Soak:
         self.look(life, path, before)
 
     def join(self, ranks: list[BaseProcess], began: float) -> list[int | None]:
-        """Exit codes. torchrun ends the peers of a rank that failed, some seconds later; so does this."""
+        """Exit codes, None of a rank that did not end. As a launcher does it, a rank is killed when it
+        outlives one that failed for long, or is stopped."""
+        failed: float | None = None
         while any(rank.is_alive() for rank in ranks) and time.monotonic() - began < PATIENCE_S:
             time.sleep(0.01)
+            if failed is None and any(rank.exitcode for rank in ranks):
+                failed = time.monotonic()
+            if failed is not None and time.monotonic() - failed > LAUNCHER_S:
+                break
         codes = [rank.exitcode for rank in ranks]
         for rank in ranks:
             rank.kill(), rank.join()
@@ -191,8 +206,11 @@ class Soak:
         records = read_metrics(metrics) if metrics.exists() else []
         life.reached = max([record["step"] for record in records], default=0)
         life.lost = max(0, before - life.began)
-        if None in life.codes:
-            life.wrong = f"a rank did not end in {PATIENCE_S:.0f} s"
+        held = any(name.startswith("gil") for name in life.faults)  # which nothing but a kill ends
+        if None in life.codes and not (held and HUNG in life.codes):
+            life.wrong = "a rank did not end"
+        elif HUNG in life.codes and not any(name.startswith(HANGS) for name in life.faults):
+            life.wrong = f"a hang: {status.get('reason')}"
         elif any(life.codes) and not life.faults:
             life.wrong = "failed without a fault"
         elif life.state not in (
@@ -362,7 +380,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of all faults; default: drawn, and printed")
     parser.add_argument("--ranks", type=int, default=2, help="processes of each run (2)")
     parser.add_argument("--level", action="append", choices=("O0", "O1", "O2", "O3"), help="default: O2, O3")
-    parser.add_argument("--hangs", action="store_true", help="also SIGSTOP and endless sleep")
     parser.add_argument("--json", type=Path, help="write all lives and the verdict there")
     options = parser.parse_args()
     if options.seed is None:

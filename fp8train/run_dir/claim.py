@@ -42,7 +42,8 @@ _OWN_FILES = (
     "tokenizer.json",
 )
 HEARTBEATS_DIR = "heartbeats"
-_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", "faults", HEARTBEATS_DIR)
+FAULTS_DIR = "faults"
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", HEARTBEATS_DIR, FAULTS_DIR)
 _logger = logging.getLogger(__name__)
 
 

@@ -33,6 +33,7 @@ _HELPFUL = "config/test_helpful_errors.py::"
 _BASE = "config/test_base_and_overrides.py::"
 _WORLD = "config/test_world.py::"
 _RUNS = "faults/test_runs.py::"
+_HANGS = "watch/test_hangs.py::"
 
 CONFIGURATION = (
     Row(
@@ -333,10 +334,24 @@ RUNNING = (
         (
             "test_launch_mistakes.py::test_a_killed_rank_is_named_by_the_launcher",
             "test_launch_mistakes.py::test_the_error_of_one_rank_is_told_once_and_recorded",
+            f"{_HANGS}test_sigkill_ends_all_ranks_within_seconds",
             f"{_RUNS}test_a_fault_costs_the_steps_since_the_last_checkpoint",
         ),
     ),
-    Row(33, "A rank hangs", "The watchdog names rank and phase, leaves stacks, and ends the run", ()),
+    Row(
+        33,
+        "A rank hangs: stopped, asleep, or waiting for data that never come",
+        "The watchdog names rank and phase, leaves stacks, and ends the run with status 5",
+        (
+            f"{_HANGS}test_sigstop_of_one_of_four_ranks",
+            f"{_HANGS}test_sigstop_under_the_launch_script",
+            f"{_HANGS}test_a_rank_without_data_is_named",
+            f"{_HANGS}test_ranks_that_disagree_about_an_evaluation_are_named",
+            f"{_HANGS}test_a_single_process_that_hangs_ends_too",
+            f"{_HANGS}test_a_suspended_job_goes_on",
+            "watch/test_verdict.py::test_the_rank_that_hangs_is_named",
+        ),
+    ),
     Row(
         34,
         "Memory runs out",

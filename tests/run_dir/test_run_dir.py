@@ -58,7 +58,6 @@ def test_a_new_run_has_everything(tmp_path: Path) -> None:
         "checkpoints",
         "logs",
         "tb",
-        "heartbeats",
     }
     assert json.loads((run.path / "status.json").read_text())["state"] == "running"
     run.close()
