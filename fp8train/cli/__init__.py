@@ -20,14 +20,14 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from fp8train.cli import datasets, import_export, models, runs
+from fp8train.cli import clusters, datasets, import_export, models, runs
 from fp8train.cli.app import app
 from fp8train.comm.failures import INTERRUPTED, Failure, describe, own_rank, record, speaks
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.errors import UserError
 from fp8train.live.console import leave_safely, print_safely
 
-__all__ = ["app", "datasets", "import_export", "main", "models", "run_command", "runs"]
+__all__ = ["app", "clusters", "datasets", "import_export", "main", "models", "run_command", "runs"]
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError: newer typer ships click privately
 

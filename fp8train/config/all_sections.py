@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
+from fp8train.config.debug_schema import DebugConfig
 from fp8train.config.deepspeed_schema import DeepSpeedConfig
 from fp8train.config.kernel_schema import KernelsConfig
 from fp8train.config.model_schema import ModelConfig
@@ -21,6 +22,7 @@ from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
+from fp8train.config.spikes_schema import SpikesConfig
 from fp8train.config.train_schema import TrainConfig
 from fp8train.config.watchdog_schema import WatchdogConfig
 from fp8train.precision.state_formats import StateFormat, StateFormats
@@ -119,12 +121,16 @@ class AllSections(Section):
     """Learning rate over steps."""
     train: TrainConfig
     """Length, batch and execution."""
+    spikes: SpikesConfig = SpikesConfig()
+    """What happens when loss or gradient norm jumps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Reporting."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """How long the run may stand still."""
+    debug: DebugConfig = DebugConfig()
+    """Faults on purpose."""
 
     @property
     def state_formats(self) -> StateFormats:

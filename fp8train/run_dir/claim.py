@@ -27,6 +27,8 @@ LOCK_FILE = "run.lock"
 STATUS_FILE = "status.json"
 FAILURES = Path("logs", "failures")
 """Where ranks of the present job leave why they failed."""
+LAUNCH_DIR = "launch"
+"""What ``fp8train launch`` leaves in a run directory, before there is a run and whatever becomes of it."""
 _OWN_FILES = (
     "config.yaml",
     "env.json",
@@ -40,7 +42,8 @@ _OWN_FILES = (
     "tokenizer.json",
 )
 HEARTBEATS_DIR = "heartbeats"
-_OWN_DIRS = ("logs", "tb", "wandb", "report", HEARTBEATS_DIR)
+FAULTS_DIR = "faults"
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", HEARTBEATS_DIR, FAULTS_DIR)
 _logger = logging.getLogger(__name__)
 
 
@@ -133,7 +136,7 @@ def _is_own_tmp(name: str) -> bool:
 
 
 def _holds_run(path: Path) -> bool:
-    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE}
+    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE, LAUNCH_DIR}
     if names and not is_real_file(path / STATUS_FILE):
         raise RunDirError(
             f"{path} is not empty and not a run directory (no {STATUS_FILE}; it holds "

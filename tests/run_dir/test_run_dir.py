@@ -54,10 +54,10 @@ def test_a_new_run_has_everything(tmp_path: Path) -> None:
     assert {entry.name for entry in run.path.iterdir()} == {
         "run.lock",
         "status.json",
+        "heartbeats",
         "checkpoints",
         "logs",
         "tb",
-        "heartbeats",
     }
     assert json.loads((run.path / "status.json").read_text())["state"] == "running"
     run.close()
