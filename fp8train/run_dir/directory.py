@@ -1,8 +1,8 @@
 """The directory of one run: who may write there, what lies in it, and what a resumed run keeps.
 
     runs/NAME/  config.yaml  env.json  metrics.jsonl  events.jsonl  casts.jsonl  status.json
-                logs/rank*.log  heartbeats/  checkpoints/  tb/  wandb/  report/  profile/  launch/  report.html  STOP
-                run.lock
+                logs/rank*.log  heartbeats/  checkpoints/  tb/  wandb/  report/  profile/  launch/
+                report.html  STOP  run.lock
 
 One live job holds the directory (see :mod:`fp8train.run_dir.claim`). Records are whole lines, and a
 resumed run's equal an uninterrupted one's: lines after the resumed step are cut off.
