@@ -175,3 +175,16 @@ def test_a_slow_rank_is_named_once_with_its_host(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["time/slowest_rank"] == 2 for row in rows[2:])
     assert rows[-1]["time/step_max_s"] - rows[-1]["time/step_min_s"] > 0.2
+
+
+def test_a_rank_that_holds_the_interpreter_lock_is_named_and_ended(tmp_path: Path) -> None:
+    fault = "debug.fault_injection=[{kind: gil, rank: 1, step: 20, phase: data, seconds: 3600}]"
+    processes = start(write_config(tmp_path), 2, *OVERRIDES, fault)
+    wait_for_step(processes, tmp_path / "r" / "metrics.jsonl", 18)
+    began = time.time()
+    statuses, outputs, seconds = end_of(processes, began)
+    assert seconds < IN_TIME_S + SLACK_S
+    assert statuses == [5, -signal.SIGABRT]
+    assert re.search(r"rank 1 \(.*something holds Python's interpreter lock", outputs[0])
+    assert "Fatal Python error: Aborted" in outputs[1]  # with its stacks
+    check_status(tmp_path, began)
