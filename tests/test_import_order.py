@@ -33,6 +33,7 @@ ORDER = [
         "inference",
         "huggingface",
         "run_dir",
+        "watch",
         "step",
         "deepspeed_engine",
     ),

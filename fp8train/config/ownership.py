@@ -247,6 +247,10 @@ RULES: tuple[Rule, ...] = (
     Rule(("checkpoint.keep_best",), NotBelow("train.eval_interval", 1, 100)),
     Rule(("checkpoint.init_mode",), IsNot("checkpoint.init_from", None, "PATH")),
     Rule(_below("logging.wandb", "project", "entity"), IsNot("logging.wandb.mode", "off", "offline")),
+    Rule(
+        _below("watchdog", "stopped_timeout_s", "interval_s", "stacks"),
+        IsNot("watchdog.enabled", False, True),
+    ),
 )
 
 ALWAYS: tuple[str, ...] = (
@@ -270,6 +274,8 @@ ALWAYS: tuple[str, ...] = (
     *_below("checkpoint", "interval", "save_at_end", "keep_last", "verify", "resume", "accept_changes"),
     *_below("checkpoint", "reshard", "init_from"),
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),
+    *_below("watchdog", "enabled", "startup_timeout_s", "step_timeout_s", "save_timeout_s"),
+    "debug",
 )
 """Keys that every run reads, or may read in a later attempt or on another machine."""
 

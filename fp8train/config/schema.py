@@ -21,6 +21,7 @@ from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
 from fp8train.config.all_sections import AllSections
+from fp8train.config.debug_rules import fault_problems
 from fp8train.config.engine_rules import engine_problems
 from fp8train.config.kernel_rules import kernel_problems
 from fp8train.config.layout import layout_problems
@@ -56,7 +57,7 @@ class Config(AllSections):
             except PydanticCustomError as error:
                 found.append(error)
         problems = [*exclusion_problems(self), *layout_problems(self), *engine_problems(self)]
-        problems += [*te_problems(self), *kernel_problems(self)]
+        problems += [*te_problems(self), *kernel_problems(self), *fault_problems(self)]
         found += [contradiction(problem.message, *problem.keys) for problem in problems]
         if found:
             raise contradictions(found)

@@ -28,11 +28,14 @@ from fp8train.live.console import Console, format_count, format_duration, live_l
 from fp8train.live.describe import describe_layout, describe_precision, precision_warnings, stored_bytes
 from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
+from fp8train.run_dir.claim import HEARTBEATS_DIR
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.metrics import metrics_record, strict
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.result import StepEvent, StepResult
 from fp8train.step.scale_events import SHOWN, event_metrics
+from fp8train.watch.heartbeat import read
+from fp8train.watch.stragglers import PATIENCE, Stragglers
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Reporter:
             world_size=processes.world_size,
             fp8=trainer.built.fp8 is not None,
         )
+        self.stragglers = Stragglers(trainer.progress, processes, counted=config.engine == "native")
         self.trackers = Trackers(
             config.logging,
             run_dir,
@@ -165,6 +169,7 @@ class Reporter:
             "optim/lr": result.lr,
         }
         metrics |= self.throughput.measure(steps, self._tokens(done, steps))
+        metrics |= self._compare_ranks(done)
         metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
         metrics["optim/skipped_steps"] = self._skipped
         sent = self.trainer.sent_bytes()
@@ -238,6 +243,20 @@ class Reporter:
         """Training tokens of the last ``steps`` of ``done`` steps."""
         samples = self._samples_before(done) - self._samples_before(done - steps)
         return samples * self.config.data.seq_length
+
+    def _compare_ranks(self, done: int) -> dict[str, float]:
+        """Step times of all ranks; tells of ranks that stay slow. Collective."""
+        metrics = self.stragglers.metrics()
+        for slow in self.stragglers.newly_slow():
+            beat = read(self.run_dir.path / HEARTBEATS_DIR, slow.rank)
+            host = None if beat is None else beat.process.host
+            self.event("slow_rank", step=done, rank=slow.rank, host=host, ratio=round(slow.ratio, 3))
+            where = "" if host is None else f" on host {host}"
+            self.warn(
+                f"step {done}: rank {slow.rank}{where} is slow: its steps take {slow.ratio:.2f} times as "
+                f"long as the median of its stage, waiting for others left out, since {PATIENCE} logged steps"
+            )
+        return metrics
 
     def _scale_events(self, done: int) -> dict[str, float]:
         """Metrics of amaxes that gave no delayed scale since the last logged step, and their names as one

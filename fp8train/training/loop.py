@@ -12,18 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from fp8train.evaluation.validation import Evaluation, Text, evaluate
 from fp8train.step.consistency import check_replicas
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.safeguards import Safeguards
 from fp8train.training.saving import Saving
+from fp8train.training.signals import Stop
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. ``state`` and ``reason`` as in status.json."""
 
-    state: Literal["completed", "stopped"]
+    state: Literal["completed", "stopped", "preempted"]
     reason: str
     step: int
 
@@ -31,10 +34,10 @@ class Outcome:
 class TrainingLoop:
     """Runs a prepared trainer from its current step to the end or to a stop request."""
 
-    def __init__(self, run: ReadyRun, *, stop_reason: Callable[[], str | None], start: int = 0) -> None:
-        """``stop_reason`` is called by all ranks after each step and returns the same answer on all;
+    def __init__(self, run: ReadyRun, *, agree_to_stop: Callable[[], Stop | None], start: int = 0) -> None:
+        """``agree_to_stop`` is called by all ranks after each step and returns the same answer on all;
         ``start``: steps that a checkpoint has done. ``done`` counts on from there."""
-        self._run, self.stop_reason = run, stop_reason
+        self._run, self.agree_to_stop = run, agree_to_stop
         self.config, self.trainer, self.reporter = run.config, run.trainer, run.reporter
         self.progress = run.trainer.progress
         self.start = self.done = start
@@ -71,13 +74,13 @@ class TrainingLoop:
                 self.reporter.evaluation(done, evaluation)
             self.progress.enter("agree")
             self.saving.poll()
-            reason = self.stop_reason()
-            if self.saving.due(done, stopping=reason is not None):
+            stop = self.agree_to_stop()
+            if self.saving.due(done, stopping=stop is not None):
                 self.progress.enter("save")
-                self.saving.save(done, evaluation, last=reason is not None or done == total)
-            if reason is not None and done < total:
+                self.saving.save(done, evaluation, last=stop is not None or done == total)
+            if stop is not None and done < total:
                 self._run.run_dir.clear_stop()
-                return Outcome("stopped", reason, done)
+                return Outcome(stop.state, stop.reason, done)
         return Outcome("completed", "all steps done", total)
 
     def _one_step(self, step: int) -> int | None:
@@ -122,4 +125,8 @@ class TrainingLoop:
             text = Text(
                 data.valid, self.config.train.eval_batches, self.trainer.ignore_after, data.token_lengths
             )
-            return evaluate(self.trainer.summed_loss, text, self._run.processes)
+            return evaluate(self._summed_loss, text, self._run.processes)
+
+    def _summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.progress.beat()  # an evaluation takes as long as it has batches
+        return self.trainer.summed_loss(inputs, targets)
