@@ -45,7 +45,8 @@ class PeerFailedError(UserError):
     """Another rank failed, and this one knows why."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(f"rank {failure.rank} failed: {failure.message}")
+        rank = f"rank {failure.rank} "
+        super().__init__(f"{rank}failed: {failure.message.removeprefix(rank)}")
         self.exit_status = failure.exit_status
 
 
@@ -60,6 +61,7 @@ class Failure:
         peers_lost: whether it only says that other ranks are gone.
         time: seconds since 1970.
         traceback: of a bug; empty for what the user can mend.
+        guessed: a peer tells it, from what it found; gives way to whoever knows.
     """
 
     rank: int
@@ -68,6 +70,15 @@ class Failure:
     peers_lost: bool = False
     time: float = 0.0
     traceback: str = ""
+    guessed: bool = False
+
+    @property
+    def _evidence(self) -> tuple[bool, bool, float]:
+        return self.peers_lost, self.guessed, self.time
+
+    def explains_more_than(self, other: Failure) -> bool:
+        """Whether this is rather the cause than ``other``: lost peers never are, and of two the earlier."""
+        return self._evidence < other._evidence
 
     def last_word(self) -> str:
         """What a terminal shows of it."""
@@ -110,7 +121,11 @@ def lost_peers(error: BaseException) -> bool:
 
 def cause(failures: Iterable[Failure]) -> Failure | None:
     """The failure behind the others: the first one that is more than lost peers."""
-    return min(failures, key=lambda one: (one.peers_lost, one.time), default=None)
+    found: Failure | None = None
+    for one in failures:
+        if found is None or one.explains_more_than(found):
+            found = one
+    return found
 
 
 def record(failure: Failure) -> None:
@@ -127,10 +142,10 @@ def record(failure: Failure) -> None:
 
 
 def leave(folder: Path, failure: Failure) -> bool:
-    """Leave a failure in a folder, unless its rank has left one there that says as much; whether it was left.
-    May raise OSError."""
+    """Leave a failure in a folder, unless there is one of that rank that explains as much; whether it was
+    left. May raise OSError."""
     path = folder / f"rank{failure.rank}.json"
-    if any(one.rank == failure.rank and one.peers_lost <= failure.peers_lost for one in recorded(folder)):
+    if any(one.rank == failure.rank and not failure.explains_more_than(one) for one in recorded(folder)):
         return False
     tmp = path.with_suffix(f".{os.getpid()}.tmp")  # in a hang, several ranks tell of one
     tmp.write_text(json.dumps(asdict(failure)))

@@ -30,6 +30,7 @@ from fp8train.checkpoint.errors import NoGoodCheckpointError
 from fp8train.comm.failures import INTERRUPTED, PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.comm.progress import Progress
+from fp8train.comm.rendezvous import StoppedBeforeMeetingError
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
 from fp8train.config.environment import World, world_from_environment
@@ -42,7 +43,7 @@ from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
 from fp8train.run_dir.claim import HEARTBEATS_DIR, RunDirGoneError, recorded_step
 from fp8train.run_dir.directory import RunDir
-from fp8train.run_dir.failed import read_failure
+from fp8train.run_dir.failed import read_failure, report_gone
 from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.trainer import Trainer
@@ -87,6 +88,10 @@ def run(config: Config, world: World, data: Data, *, console: Console, stop: Sto
     with ExitStack() as directory, _quitting_interrupts(stop, console, again):
         try:
             return _run(config, data, console, stop, again, directory)
+        except StoppedBeforeMeetingError:
+            stop.settle(0)
+            console.say(f"stopped before all ranks were there\ncontinue with: {again}")
+            return 0
         finally:
             # Process groups sit in reference cycles, and gloo's threads end with them alone.
             gc.collect()
@@ -98,8 +103,13 @@ def _run(
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     progress = Progress()
     layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
-    timeout_s = config.watchdog.collective_timeout_s
-    with processes(config.run.device, layout=layout, timeout_s=timeout_s) as procs:
+    with processes(
+        config.run.device,
+        layout=layout,
+        timeout_s=config.watchdog.collective_timeout_s,
+        startup_timeout_s=config.watchdog.startup_timeout_s,
+        stopping=lambda: stop.asked,
+    ) as procs:
         check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -333,7 +343,9 @@ def _explain(
         return explain(error, config, rank=procs.rank, dp=procs.dp.size, step=step)
     if lost_peers(error):
         first = read_failure(run_dir.path, patience_s=_CAUSE_PATIENCE_S)
-        if first is not None and not first.peers_lost:
+        if first is None or first.peers_lost:
+            first = report_gone(run_dir.path, procs.peers, step=max(0, (step or 0) - 1))
+        if first is not None:
             return PeerFailedError(first)
     return error
 

@@ -42,7 +42,7 @@ class Identity:
 
 
 def own_identity() -> Identity:
-    """This process."""
+    """Who this process is."""
     place, started = "", 0
     with suppress(OSError, ValueError, IndexError):
         started = int(_stat(os.getpid())[19])
