@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *(
         "files",
+        "json_text",
         "precision",
         "update_rules",
         "config",

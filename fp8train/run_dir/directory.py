@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR
 from fp8train.checkpoint.errors import explain_os_error
 from fp8train.checkpoint.ranks import Ranks
-from fp8train.comm.failures import Failure, cause
+from fp8train.comm.failures import Failure, cause, failure_from
 from fp8train.files import is_real_file, replace_file
-from fp8train.run_dir.claim import STATUS_FILE, claim, in_use, recorded_step
+from fp8train.json_text import records
+from fp8train.run_dir.claim import STATUS_FILE, claim, in_use, read_status, recorded_step
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -158,7 +159,7 @@ class RunDir:
         """Cut records after ``step`` (all of them for None: no checkpoint was found) from metrics and events,
         atomically.
 
-        A last line that a kill left unfinished goes too.
+        A last line that a kill left unfinished goes too, and lines that no one can read, with a warning.
         """
         if self.rank != 0:
             return
@@ -166,7 +167,15 @@ class RunDir:
             path = self.path / name
             if not is_real_file(path):
                 continue
-            kept = [line for line, at in _records(path) if step is not None and at <= step]
+            kept, unreadable = [], 0
+            for line, record in records(path):
+                at = None if record is None else record.get("step")
+                if not isinstance(at, int):
+                    unreadable += line.endswith(b"\n") or not line
+                elif step is not None and at <= step:
+                    kept.append(line)
+            if unreadable:
+                _logger.warning("%s: %d unreadable line(s) left out", path, unreadable)
             replace_file(path, b"".join(kept))
 
     def clear_stop(self) -> None:
@@ -212,21 +221,20 @@ def amend_failure(path: Path, failure: Failure) -> None:
     """Write, for ranks that were killed, why the job in the run directory ``path`` failed; not if another job
     has taken it by now. Never raises.
     """
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        state = json.loads((path / STATUS_FILE).read_text())["state"]
-        if state in ("running", "failed") and not in_use(path):
+    with suppress(OSError, ValueError):
+        if read_status(path)["state"] in ("running", "failed") and not in_use(path):
             write_failure(path, failure, step=recorded_step(path))
 
 
 def read_failure(path: Path) -> Failure | None:
     """The failure that ``status.json`` tells of."""
     try:
-        record = json.loads((path / STATUS_FILE).read_text())
+        record = read_status(path)
         if record["state"] != "failed":
             return None
-        names = ("rank", "message", "exit_code", "peers_lost", "time")
-        return Failure(*(record[name] for name in names))
-    except (OSError, ValueError, LookupError, TypeError):
+        names = ("rank", "message", "peers_lost", "time")
+        return failure_from({name: record[name] for name in names} | {"exit_status": record["exit_code"]})
+    except (OSError, ValueError, LookupError):
         return None
 
 
@@ -249,14 +257,3 @@ def _append_whole(path: Path, data: bytes) -> None:
             os.close(fd)
     except OSError as error:
         _logger.warning("LOST a line of %s: %s", path, explain_os_error(error))
-
-
-def _records(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Whole lines with their steps; what does not parse (a torn line) is left out."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, LookupError, TypeError):
-            continue
-        if line.endswith(b"\n") and isinstance(step, int):
-            yield line, step
