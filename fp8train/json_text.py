@@ -1,9 +1,9 @@
 """JSON that may have been damaged or made up: every way in which it can be wrong is one ``ValueError``.
 
 Python's reader lets through what JSON does not have (NaN, a key twice, of which the last wins) and answers
-nesting with a ``RecursionError``. Here a file is read up to a size, since one that should hold a few kilobytes
-and holds gigabytes is not what its name says, and lines of records one at a time, so that a single bad one
-(a torn line, a tail of NUL bytes after a power cut) costs itself and not the file.
+nesting with a ``RecursionError``. Here a file is read up to a size, since one that should hold a few
+kilobytes and holds gigabytes is not what its name says, and lines of records one at a time, so that a single
+bad one (a torn line, a tail of NUL bytes after a power cut) costs itself and not the file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 MAX_FILE = 64 << 20
-"""Bytes of the largest JSON file that is read; the index of a model of a hundred thousand tensors takes 10 MB."""
+"""Bytes of the largest JSON file that is read; the index of 100,000 tensors takes a sixth of it."""
 MAX_LINE = 4 << 20
 """Bytes of the longest record that is read."""
+MAX_DEPTH = 50
+"""Deepest nesting of a file."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -51,10 +53,24 @@ def parse_object(data: bytes, *, strict: bool = True) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("not JSON: nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
+    if strict and _is_deep(value):
+        raise ValueError("not JSON: nested too deeply")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether what walks through it with a function that calls itself might not come back."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level if isinstance(one, dict) for inner in one.values()] + [
+            inner for one in level if isinstance(one, list) for inner in one
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,9 @@ HOSTILE: dict[str, bytes] = {
     "a number": b"1",
     "null": b"null",
     "a number of 5000 digits": b'{"state": "failed", "step": ' + b"9" * 5000 + b"}",
-    "a number of 400 digits": b'{"state": "failed", "site": "layers.0.mlp.up/x", "step": ' + b"9" * 400 + b"}",
+    "a number of 400 digits": b'{"state": "failed", "site": "layers.0.mlp.up/x", "step": '
+    + b"9" * 400
+    + b"}",
     "an infinite step": b'{"state": "failed", "step": Infinity, "site": "layers.0.mlp.up/x"}',
     "a step that is no number": b'{"state": "failed", "step": NaN, "site": "layers.0.mlp.up/x"}',
     "a step of another type": b'{"state": "failed", "step": [], "site": "layers.0.mlp.up/x"}',

@@ -37,7 +37,7 @@ ORDER = [
         "step",
         "deepspeed_engine",
     ),
-    *("evaluation", "live", "training", "launch", "planning", "reporting", "cli"),
+    *("evaluation", "live", "planning", "training", "launch", "reporting", "cli"),
 ]
 
 

@@ -20,7 +20,9 @@ from tests.hostile_json import HOSTILE
 
 GOOD = [{"step": step, "site": "layers.0.mlp.up/x", "log2_scale": 1.5} for step in (1, 2, 3)]
 LINES = [json.dumps(record).encode() + b"\n" for record in GOOD]
-DAMAGED = [line for line in HOSTILE.values() if line] + [b'{"step": 2, "site": "layers.0.mlp.up/x", "amax": [1]}']
+DAMAGED = [line for line in HOSTILE.values() if line] + [
+    b'{"step": 2, "site": "layers.0.mlp.up/x", "amax": [1]}'
+]
 DAMAGED.append(b'{"step": 2, "site": "layers.0.mlp.up/x", "log2_scale": -1e308}')
 
 

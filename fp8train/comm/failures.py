@@ -147,6 +147,7 @@ def failure_from(record: Mapping[str, Any]) -> Failure:
     Raises:
         ValueError: it describes none.
     """
+    kinds: dict[str, type | tuple[type, ...]]
     kinds = {"rank": int, "message": str, "exit_status": int, "peers_lost": bool, "time": (int, float)}
     if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         raise ValueError("not the record of a failure")

@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fp8train.config.limits import MAX_VOCAB
 from fp8train.data.errors import DataError
-from fp8train.data.tokenizer import MAX_VOCAB, SPACE_SYMBOL, Tokenizer, read_tokenizer_file
+from fp8train.data.tokenizer import SPACE_SYMBOL, Tokenizer, read_tokenizer_file
 
 EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eot_id|>")
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")

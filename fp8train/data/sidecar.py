@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fp8train.config.limits import MAX_VOCAB
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
 from fp8train.data.load_tokenizer import load_tokenizer
-from fp8train.data.tokenizer import MAX_VOCAB, Tokenizer
+from fp8train.data.tokenizer import Tokenizer
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 

@@ -21,11 +21,6 @@ SPACE_SYMBOL = "\u2581"
 """How SentencePiece, and files made from its models, write a space."""
 
 
-MAX_VOCAB = 2**24
-"""Ids that a tokenizer can have at most, 16.8 million: fifty times the largest published vocabularies. The table
-of an id that is a slip, or a flipped bit, would take gigabytes."""
-
-
 class Tokenizer(ABC):
     """Turns text into token ids and back. Subclasses are the file formats.
 
