@@ -51,8 +51,9 @@ def test_all_come(port: int) -> None:
 
 def test_who_waits_in_vain_says_who_is_missing(port: int) -> None:
     for error in start((0, 4), (2, 4), timeout_s=1.0):
-        assert f"could not meet the others at 127.0.0.1:{port} within 1 s (2 came; missing: rank 1, 3)" in str(
-            error
+        assert (
+            f"could not meet the others at 127.0.0.1:{port} within 1 s (2 came; missing: rank 1, 3)"
+            in str(error)
         )
         assert error.exit_status == 2
         assert len(str(error).splitlines()) == 2

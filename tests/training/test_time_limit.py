@@ -77,7 +77,11 @@ def test_the_kernel_says_when_a_process_was_started() -> None:
     program = "import time; time.sleep(0.5); from fp8train.training.time_limit import process_age_s as age\n"
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", f"{program}print(age())"], capture_output=True, text=True, check=True, cwd=os.getcwd()
+        [sys.executable, "-c", f"{program}print(age())"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=os.getcwd(),
     )
     assert 0.45 < float(done.stdout) <= time.monotonic() - began + 0.02
     assert process_age_s() > 0
