@@ -86,3 +86,23 @@ def test_an_explicit_checkpoint_that_is_absent_is_an_error(config: Path) -> None
     output = finish(start(config, 1, "run.name=absent", "checkpoint.resume=nowhere/step_00000007"), expect=2)
     assert "nowhere/step_00000007" in output
     assert len(output.strip().splitlines()) <= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+)
+def test_any_signal_during_the_start_leaves_no_run_that_seems_to_go_on(
+    config: Path, number: signal.Signals
+) -> None:
+    """Before torch is imported, on one rank, while the other starts too."""
+    name = f"early_{number.name}"
+    processes = start(config, 2, f"run.name={name}")
+    assert processes[0].stdout is not None
+    assert processes[0].stdout.readline().startswith("starting ")
+    processes[0].send_signal(number)
+    output = finish(processes)
+    status = json.loads((config.parent / name / "status.json").read_text())
+    state = "stopped" if number in (signal.SIGHUP, signal.SIGINT) else "preempted"
+    assert (status["state"], status["exit_code"], status["reason"]) == (state, 0, number.name)
+    assert f"{state} before training began: {number.name}" in output
