@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -206,8 +207,8 @@ class Soak:
         records = read_metrics(metrics) if metrics.exists() else []
         life.reached = max([record["step"] for record in records], default=0)
         life.lost = max(0, before - life.began)
-        held = any(name.startswith("gil") for name in life.faults)  # which nothing but a kill ends
-        if None in life.codes and not (held and HUNG in life.codes):
+        held = any(name.startswith("gil") for name in life.faults)  # nothing but a kill ends that
+        if None in life.codes and not (held and any(life.codes)):
             life.wrong = "a rank did not end"
         elif HUNG in life.codes and not any(name.startswith(HANGS) for name in life.faults):
             life.wrong = f"a hang: {status.get('reason')}"
@@ -389,6 +390,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    logging.getLogger("fp8train").addHandler(logging.NullHandler())  # it looks into damaged directories
     began = time.monotonic()
     with small_disk() as (folder, disk):
         soak = Soak(folder, options, disk=disk)

@@ -16,6 +16,7 @@ from fp8train.config.data_schema import DataConfig
 from fp8train.config.debug_schema import DebugConfig
 from fp8train.config.deepspeed_schema import DeepSpeedConfig
 from fp8train.config.kernel_schema import KernelsConfig
+from fp8train.config.limits import Threads
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
@@ -40,7 +41,7 @@ class RunConfig(Section):
     """Seed of weight initialisation and, unless ``data.shuffle_seed`` is set, of the sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where a device is visible; ``cuda`` without one is an error."""
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """CPU threads per rank; default: ``OMP_NUM_THREADS`` where it is set, else visible cores divided by ranks
     on the node. Bit-identity holds at equal threads."""
     deterministic: bool = False

@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[str]] = {
                   "logging.wandb.entity=on"],
     "blend": ["data.prefix=null", "data.blend=[{prefix: 'a: b', weight: 1e-7}, {prefix: \"ü#\", weight: 3}]"],
     "rope": ["model.rope_scaling={factor: 32.0}", "data.tokenizer=\"\"", "run.threads=2"],
-    "tokens": ["train.steps=null", "train.tokens=9223372036854775807", "parallel.dp=2",
+    "tokens": ["train.steps=null", "train.tokens=10000000000000000", "parallel.dp=2",
                "optimizer.eps=1e-300"],
 }  # fmt: skip
 

@@ -189,7 +189,7 @@ def reruns(
 
 
 RERUN_CASES = {
-    "dp": (2, Layout(), ["precision.level=O2", "precision.gradient.fp8.reduce=exact"], [1]),
+    "dp": (2, Layout(), FEEDBACK, [1]),
     "tp": (2, Layout(tp=2), ["precision.level=O1", "precision.recipe=te_delayed", "parallel.tp=2"], [0, 1]),
     "pp": (2, Layout(pp=2), [*FEEDBACK, "parallel.pp=2"], [0, 1]),
 }
