@@ -8,7 +8,7 @@ has one turn of each; its ratio is that of a variant to ``off`` within the round
 over rounds with a 95 % bootstrap interval, of CPU seconds of the whole process: what the watchdog's threads
 use counts, what other users of the machine take does not. ``--wall`` takes the wall clock instead.
 
-``watchdog`` writes its heartbeats to a folder on disk; ``often`` does so twenty times as often, which shows
+``watchdog`` writes its heartbeats to a folder; ``often`` does so twenty times as often, which shows
 that the method would see a cost. What is too small for that is timed by itself, in microseconds: a heartbeat,
 a phase that begins with the clock of slow ranks listening, and counting a collective, of which a single
 process has none. To add a variant, write a context manager around the steps of a turn and name it in
@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     clock = time.perf_counter if options.wall else time.process_time
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         seconds = measure(options.config, options.rounds, options.steps, clock, Path(folder))
     rows, numbers = [], {}
     for name, own in seconds.items():
@@ -144,7 +144,7 @@ def single_costs(times: int = 2_000) -> dict[str, float]:
     progress, calls = Progress(), Calls()
     StepClock(progress, calls, CPU)
     group = calls.group("dp", range(8))
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         dog = make_watchdog(progress, calls, Path(folder), 1.0)
         actions: dict[str, Callable[[], object]] = {
             "heartbeat": dog.tick,
