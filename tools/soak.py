@@ -116,6 +116,12 @@ def draw(generator: random.Random, ranks: int, *, disk: bool) -> list[dict[str, 
     return faults
 
 
+def as_override(faults: list[dict[str, Any]]) -> str:
+    """As on the command line."""
+    texts = ["{" + ", ".join(f"{key}: {value}" for key, value in fault.items()) + "}" for fault in faults]
+    return f"debug.fault_injection=[{', '.join(texts)}]"
+
+
 class Soak:
     """A folder with data and the configuration of all runs."""
 
@@ -149,9 +155,8 @@ class Soak:
         mode = ("sync", "async")[number // 2 % 2]
         name = f"{number:03d}_{level}_{mode}"
         faults = draw(self.generator, self.options.ranks, disk=self.disk)
-        texts = ["{" + ", ".join(f"{k}: {v}" for k, v in fault.items()) + "}" for fault in faults]
         command = [*self.settings(level), f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}"]
-        command.append(f"debug.fault_injection=[{', '.join(texts)}]")
+        command.append(as_override(faults))
         path, mine = self.folder / name, []
         while True:
             if len(mine) > 3 * INSIDE:
@@ -251,7 +256,7 @@ class Soak:
         """What happens to the directory while no job runs. A full disk is given some room first."""
         (path / "faults" / FILLER_FILE).unlink(missing_ok=True)
         found = candidates(path / "checkpoints") if (path / "checkpoints").is_dir() else []
-        harm: list[Callable[[Path], str]] = [
+        harm: list[Callable[[Path, random.Random], str]] = [
             stray_files,
             garbled_pointer,
             flipped_bit,
@@ -261,8 +266,7 @@ class Soak:
         if self.generator.random() < OUTSIDE and len(found) > 1:
             chosen = self.generator.choice(harm)
             target = found[0] if chosen in (flipped_bit, missing_file, cut_file) else path
-            random.seed(self.generator.random())
-            life.faults.append(chosen(target))
+            life.faults.append(chosen(target, self.generator))
 
     def compare(self, life: Life, path: Path, level: str) -> bool:
         """Whether the complete run is the one that nothing happened to."""
@@ -313,8 +317,9 @@ def struck_faults(path: Path) -> set[str]:
     return {one.name.rsplit("_", 1)[0] + one.name.split(".")[-2][-6:] for one in path.glob("faults/*.json")}
 
 
-def stray_files(path: Path) -> str:
+def stray_files(path: Path, generator: random.Random) -> str:
     """What killed jobs, editors and people leave."""
+    del generator
     (path / "checkpoints" / "step_00000099.tmp").mkdir(exist_ok=True)
     (path / "checkpoints" / "step_00000099.tmp" / "__0_0.distcp").write_bytes(b"half")
     (path / "checkpoints" / "notes.txt").write_text("mine")
@@ -324,28 +329,30 @@ def stray_files(path: Path) -> str:
     return "stray files"
 
 
-def garbled_pointer(path: Path) -> str:
-    (path / "checkpoints" / "latest").write_bytes(random.choice((b"", b"step_9", b"\xff\x00", b"../../x\n")))
+def garbled_pointer(path: Path, generator: random.Random) -> str:
+    (path / "checkpoints" / "latest").write_bytes(
+        generator.choice((b"", b"step_9", b"\xff\x00", b"../../x\n"))
+    )
     return "garbled pointer"
 
 
-def flipped_bit(checkpoint: Path) -> str:
+def flipped_bit(checkpoint: Path, generator: random.Random) -> str:
     """One bit, anywhere in the checkpoint."""
-    file = random.choice(sorted(checkpoint.iterdir()))
+    file = generator.choice(sorted(checkpoint.iterdir()))
     data = bytearray(file.read_bytes())
-    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
     file.write_bytes(data)
     return f"flipped bit in {file.name}"
 
 
-def missing_file(checkpoint: Path) -> str:
-    file = random.choice(sorted(checkpoint.iterdir()))
+def missing_file(checkpoint: Path, generator: random.Random) -> str:
+    file = generator.choice(sorted(checkpoint.iterdir()))
     file.unlink()
     return f"{file.name} gone"
 
 
-def cut_file(checkpoint: Path) -> str:
-    file = random.choice(sorted(checkpoint.iterdir()))
+def cut_file(checkpoint: Path, generator: random.Random) -> str:
+    file = generator.choice(sorted(checkpoint.iterdir()))
     os.truncate(file, file.stat().st_size // 2)
     return f"half of {file.name}"
 
