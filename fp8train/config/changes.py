@@ -26,7 +26,10 @@ from fp8train.config.stored import as_now
 
 Kind = Literal["free", "meaning", "refused"]
 
-NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "run.time_limit_minutes", "checkpoint", "logging")
+NOT_COMPARED = (
+    *("run.name", "run.dir", "run.overwrite", "run.time_limit_minutes"),
+    *("checkpoint", "logging", "profile"),
+)
 """Sections and keys about this attempt, not about the run."""
 FREE = (
     *("run.device", "run.threads", "run.deterministic", "run.cuda_graphs"),

@@ -144,7 +144,8 @@ def check_world(
 
     Raises:
         ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps`, :func:`check_pipeline` and
-            :func:`check_release`; or a stage of the ramp or ``node_size`` does not divide.
+            :func:`check_release`; or a stage of the ramp or ``node_size`` does not divide, or a rank
+            that is to be profiled does not exist.
     """
     dp = data_parallel_size(config, world_size, origins=origins)
     problems: list[str] = []
@@ -157,6 +158,8 @@ def check_world(
         _check_ramp(config, dp, origins)
     with _noted(problems):
         _check_nodes(config, dp, origins)
+    with _noted(problems):
+        _check_profile(config, world_size, origins)
     if problems:
         raise ConfigError("\n".join(problems))
     return dp, micro_batches
@@ -211,6 +214,16 @@ def _check_nodes(config: Config, dp: int, origins: Mapping[str, Origin] | None) 
     raise ConfigError(
         f"{_place(key, origins)}{key} ({size}) must divide the data-parallel ranks ({ranks}); legal: {legal}"
     )
+
+
+def _check_profile(config: Config, world_size: int, origins: Mapping[str, Origin] | None) -> None:
+    """Whether there are the ranks that are to be profiled."""
+    absent = [rank for rank in config.profile.ranks if rank >= world_size]
+    if config.profile.start is not None and absent:
+        there = f"ranks are 0 to {world_size - 1}" if world_size > 1 else "there is only rank 0"
+        raise ConfigError(
+            f"{_place('profile.ranks', origins)}profile.ranks names rank {absent[0]}, but {there}"
+        )
 
 
 def _check_ramp(config: Config, dp: int, origins: Mapping[str, Origin] | None) -> None:
