@@ -13,8 +13,10 @@ from pydantic import Field, model_validator
 
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
+from fp8train.config.debug_schema import DebugConfig
 from fp8train.config.deepspeed_schema import DeepSpeedConfig
 from fp8train.config.kernel_schema import KernelsConfig
+from fp8train.config.limits import Threads
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
@@ -22,6 +24,7 @@ from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
 from fp8train.config.profile_schema import ProfileConfig
 from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
+from fp8train.config.spikes_schema import SpikesConfig
 from fp8train.config.train_schema import TrainConfig
 from fp8train.config.watchdog_schema import WatchdogConfig
 from fp8train.precision.state_formats import StateFormat, StateFormats
@@ -39,7 +42,7 @@ class RunConfig(Section):
     """Seed of weight initialisation and, unless ``data.shuffle_seed`` is set, of the sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where a device is visible; ``cuda`` without one is an error."""
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """CPU threads per rank; default: ``OMP_NUM_THREADS`` where it is set, else visible cores divided by ranks
     on the node. Bit-identity holds at equal threads."""
     deterministic: bool = False
@@ -120,6 +123,8 @@ class AllSections(Section):
     """Learning rate over steps."""
     train: TrainConfig
     """Length, batch and execution."""
+    spikes: SpikesConfig = SpikesConfig()
+    """What happens when loss or gradient norm jumps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
@@ -128,6 +133,8 @@ class AllSections(Section):
     """Steps that are recorded for a trace viewer."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """How long the run may stand still."""
+    debug: DebugConfig = DebugConfig()
+    """Faults on purpose."""
 
     @property
     def state_formats(self) -> StateFormats:

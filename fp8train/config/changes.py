@@ -28,7 +28,7 @@ Kind = Literal["free", "meaning", "refused"]
 
 NOT_COMPARED = (
     *("run.name", "run.dir", "run.overwrite", "run.time_limit_minutes"),
-    *("checkpoint", "logging", "profile"),
+    *("checkpoint", "logging", "watchdog", "debug", "profile"),
 )
 """Sections and keys about this attempt, not about the run."""
 FREE = (
@@ -39,6 +39,7 @@ FREE = (
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.gradient_release"),
     *("train.consistency_interval", "train.eval_interval", "train.eval_batches", "optimizer.offload"),
     *("precision.gradient.bucket_mib", "precision.gradient.fp8.node_size", "precision.guard"),
+    *("train.max_skipped_steps", "spikes"),
     "precision.gemm.fast_accumulation",  # of a device's kernel; runs that began before it was the default
 )
 REFUSED = ("model", "parametrization", "optimizer.name", "data.seq_length")

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from fp8train.run_dir.claim import HEARTBEATS_DIR
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.metrics import metrics_record, strict
 from fp8train.step.base_trainer import BaseTrainer
-from fp8train.step.result import StepResult
+from fp8train.step.result import StepEvent, StepResult
 from fp8train.step.scale_events import SHOWN, event_metrics
 from fp8train.watch.heartbeat import read
 from fp8train.watch.stragglers import PATIENCE, Stragglers
@@ -196,20 +196,34 @@ class Reporter:
 
     def skipped(self, done: int, result: StepResult) -> None:
         """A step was skipped, or taken partly: print and record why."""
-        why = "no_targets" if result.no_targets else "not_finite"
         numbers = {"grad_norm": str(result.grad_norm), "loss": str(float(result.loss))}
-        self.event("step_skipped", step=done, why=why, partly=result.partly, **numbers)
-        said = (
-            "not one target token in the global batch"
-            if result.no_targets
-            else f"gradient is not finite (norm {result.grad_norm})"
-        )
+        self.event("step_skipped", step=done, why=result.skipped, partly=result.partly, **numbers)
+        said = {
+            "no_targets": "not one target token in the global batch",
+            "not_finite": f"loss or gradient is not finite (norm {result.grad_norm})",
+            "spike": "skipped for its spike",
+            "guard": "skipped by precision.guard",
+        }[result.skipped]
         left = (
             "weights before that in backward are new, the others unchanged"
             if result.partly
             else "weights left unchanged"
         )
         self.say(f"step {done}: {said}; {left}")
+
+    def stood_out(self, done: int, events: Iterable[StepEvent]) -> None:
+        """Print and record what stood out in a step."""
+        for event in events:
+            self.event(event.kind, step=done, **event.fields)
+            say = self.warn if event.kind == "corruption_suspected" else self.say
+            say(f"step {done}: {event.text}")
+
+    def rewound(self) -> None:
+        """The run went back to an earlier step: what is measured over several steps begins anew."""
+        self._window_steps, self._window_loss, self._data_seconds = 0, 0.0, 0.0
+        self._casts = {}
+        self.trackers.rewound()
+        self.throughput.restart()
 
     def _live(self, done: int, result: StepResult) -> None:
         """Show how far the window is, from what the host knows: a loss that is still on its way from a device

@@ -15,10 +15,9 @@ from typing import Literal
 from torch import Tensor
 
 from fp8train.evaluation.validation import Evaluation, Text, evaluate
-from fp8train.run_dir.metrics import strict
 from fp8train.step.consistency import check_replicas
-from fp8train.step.non_finite import SkippedSteps
 from fp8train.training.ready_run import ReadyRun
+from fp8train.training.safeguards import Safeguards
 from fp8train.training.saving import Saving
 from fp8train.training.signals import Stop
 
@@ -42,8 +41,8 @@ class TrainingLoop:
         self.config, self.trainer, self.reporter = run.config, run.trainer, run.reporter
         self.progress = run.trainer.progress
         self.start = self.done = start
-        self._skipped = SkippedSteps()
         self.saving = Saving(run)
+        self._safeguards = Safeguards(run, self.saving)
         self.saving.saved_at = start or None
 
     def run(self) -> Outcome:
@@ -61,9 +60,12 @@ class TrainingLoop:
         self.reporter.begin(self.start)
         if self.start >= total:
             return Outcome("completed", f"all {total} steps were done already", self.start)
-        for step in range(self.start, total):
-            self._one_step(step)
-            self.done = done = step + 1
+        while self.done < total:
+            back = self._one_step(self.done)
+            if back is not None:
+                self.done = back
+                continue
+            self.done = done = self.done + 1
             self._check_replicas(done)
             evaluation = None
             if self._evaluation_due(done):
@@ -81,7 +83,8 @@ class TrainingLoop:
                 return Outcome(stop.state, stop.reason, done)
         return Outcome("completed", "all steps done", total)
 
-    def _one_step(self, step: int) -> None:
+    def _one_step(self, step: int) -> int | None:
+        """Train one step; the number of steps done if the run went back to a checkpoint instead."""
         began = time.perf_counter()
         self.progress.enter("data", step=step)
         batch = self._run.data.train.batch(step)
@@ -98,22 +101,13 @@ class TrainingLoop:
             if sampled:
                 optimizer = monitors.optimizer_metrics(self.trainer.optimizer) if result.applied else {}
                 self.reporter.casts(step + 1, monitors.cast_rows(), optimizer)
-                self._guard(step + 1)
         if sampled:
             with self.reporter.throughput.excluded():
                 self.reporter.monitor(monitors.attention_metrics())
-        if not result.applied:
-            self.reporter.skipped(step + 1, result)
-        self._skipped.count(step + 1, result)
-        self.reporter.step(step + 1, result, data_seconds=fetched - began)
-
-    def _guard(self, done: int) -> None:
-        for flag in self.trainer.monitors.watch(done):
-            numbers = {name: strict(getattr(flag, name)) for name in ("value", "usual")}
-            self.reporter.event(
-                "guard", step=done, site=flag.site, reading=flag.reading, until=flag.until, **numbers
-            )
-            self.reporter.say(f"step {done}: {flag}")
+        back = self._safeguards.after(step + 1, result)
+        if back is None:
+            self.reporter.step(step + 1, result, data_seconds=fetched - began)
+        return back
 
     def _check_replicas(self, done: int) -> None:
         interval = self.config.train.consistency_interval

@@ -30,6 +30,7 @@ from fp8train.checkpoint.errors import NoGoodCheckpointError
 from fp8train.comm.failures import INTERRUPTED, PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.comm.progress import Progress
+from fp8train.comm.rendezvous import StoppedBeforeMeetingError
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
 from fp8train.config.environment import World, world_from_environment
@@ -42,11 +43,12 @@ from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
 from fp8train.run_dir.claim import HEARTBEATS_DIR, RunDirGoneError, recorded_step
 from fp8train.run_dir.directory import RunDir
-from fp8train.run_dir.failed import read_failure
+from fp8train.run_dir.failed import read_failure, report_gone
 from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.trainer import Trainer
 from fp8train.training.device_rules import check_device
+from fp8train.training.faults import Faults
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
 from fp8train.training.memory import explain, is_out_of_memory, keep_snapshot
@@ -87,6 +89,10 @@ def run(config: Config, world: World, data: Data, *, console: Console, stop: Sto
     with ExitStack() as directory, _quitting_interrupts(stop, console, again):
         try:
             return _run(config, data, console, stop, again, directory)
+        except StoppedBeforeMeetingError:
+            stop.settle(0)
+            console.say(f"stopped before all ranks were there\ncontinue with: {again}")
+            return 0
         finally:
             # Process groups sit in reference cycles, and gloo's threads end with them alone.
             gc.collect()
@@ -98,8 +104,13 @@ def _run(
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     progress = Progress()
     layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
-    timeout_s = config.watchdog.collective_timeout_s
-    with processes(config.run.device, layout=layout, timeout_s=timeout_s) as procs:
+    with processes(
+        config.run.device,
+        layout=layout,
+        timeout_s=config.watchdog.collective_timeout_s,
+        startup_timeout_s=config.watchdog.startup_timeout_s,
+        stopping=lambda: stop.asked,
+    ) as procs:
         check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -266,27 +277,30 @@ class _Run:
             sweep_leftovers(run_dir.checkpoints)
         checkpoint = _newest(run_dir, config, procs)
         source = None if checkpoint is not None else _source(run_dir, config, procs)
+        faults = Faults(config, run_dir, self.progress)
         self.progress.enter("build")
         trainer = _build(config, procs, data)
         trainer.progress = self.progress
         _keep_tokenizer(run_dir, data)
         with Reporter(run_dir, data, trainer, self.console) as reporter:
             reporter.header()
+            faults.watch(trainer, reporter.warn)
             ready = ReadyRun(run_dir, data, trainer, reporter)
             self.progress.enter("restore")
             step = 0 if checkpoint is None else resume(ready, checkpoint)
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
-                outcome = self._loop(ready, source, step)
+                outcome = self._loop(ready, source, step, faults)
             self._settle(outcome)
             self.progress.enter("end")
             reporter.end(outcome.state, outcome.reason, outcome.step)
             return outcome
 
-    def _loop(self, ready: ReadyRun, source: Path | None, start: int) -> Outcome:
+    def _loop(self, ready: ReadyRun, source: Path | None, start: int, faults: Faults) -> Outcome:
         """From here on there is a run to lose."""
         run_dir, procs = self.run_dir, self.procs
         self.loop = loop = TrainingLoop(ready, agree_to_stop=self._agree_to_stop, start=start)
+        faults.watch_saves(loop.saving)
         if self.stop.limit is not None:
             parameters = sum(p.numel() for p in ready.trainer.outline.parameters())
             unmeasured = unmeasured_save_s(parameters, procs.world_size)
@@ -334,7 +348,9 @@ def _explain(
         return explain(error, config, rank=rank, dp=procs.dp.size, step=step, held=held)
     if lost_peers(error):
         first = read_failure(run_dir.path, patience_s=_CAUSE_PATIENCE_S)
-        if first is not None and not first.peers_lost:
+        if first is None or first.peers_lost:
+            first = report_gone(run_dir.path, procs.peers, step=max(0, (step or 0) - 1))
+        if first is not None:
             return PeerFailedError(first)
     return error
 

@@ -210,17 +210,17 @@ def test_a_chain_continues_and_ends_itself(
     said = cluster.call(str(CHAIN), *words, *SIZE, str(config), *run, cwd=folder, **ENVIRONMENT)
     numbers = [line.split()[1] for line in said.splitlines()]
     assert len(numbers) == (1 if mode == "array" else 4)
-    listed = ("squeue", "--noheader", "--array", f"--name={name}", "--format=%i %A %T")
+    listed = ("squeue", "--noheader", "--array", f"--name={name}", "--format=%i %T")
 
     def turns() -> list[list[str]]:
-        """``[id, number, state]`` of the turns that are not over."""
+        """``[number, state]`` of the turns that are not over."""
         return [line.split() for line in cluster.call(*listed).splitlines()]
 
     def running() -> list[str]:
-        return [number for _, number, state in turns() if state == "RUNNING"]
+        return [number for number, state in turns() if state == "RUNNING"]
 
     def log_of(number: str) -> Path:
-        return folder / f"{name}-{number}.log"
+        return folder / f"{name}-{cluster.job(number)['JobId']}.log"
 
     def until(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 240
