@@ -22,6 +22,7 @@ from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.profile_schema import ProfileConfig
 from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
 from fp8train.config.spikes_schema import SpikesConfig
 from fp8train.config.train_schema import TrainConfig
@@ -128,6 +129,8 @@ class AllSections(Section):
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Reporting."""
+    profile: ProfileConfig = ProfileConfig()
+    """Steps that are recorded for a trace viewer."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """How long the run may stand still."""
     debug: DebugConfig = DebugConfig()

@@ -28,7 +28,7 @@ Kind = Literal["free", "meaning", "refused"]
 
 NOT_COMPARED = (
     *("run.name", "run.dir", "run.overwrite", "run.time_limit_minutes"),
-    *("checkpoint", "logging", "watchdog", "debug"),
+    *("checkpoint", "logging", "watchdog", "debug", "profile"),
 )
 """Sections and keys about this attempt, not about the run."""
 FREE = (

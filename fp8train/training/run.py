@@ -51,7 +51,8 @@ from fp8train.training.device_rules import check_device
 from fp8train.training.faults import Faults
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
-from fp8train.training.memory import explain, is_out_of_memory
+from fp8train.training.memory import explain, is_out_of_memory, keep_snapshot
+from fp8train.training.profiling import PROFILE_DIR, profiling
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from fp8train.training.signals import TIME_LIMIT, Stop, StopRequest
@@ -310,7 +311,9 @@ class _Run:
         run_dir.write_description(dump_yaml(self.config), describe_environment(procs.device))
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
-        return loop.run()
+        directory, settings = run_dir.path / PROFILE_DIR, self.config.profile
+        with profiling(settings, directory, self.progress, ready.reporter, rank=procs.rank):
+            return loop.run()
 
 
 def _watched(run: _Run) -> AbstractContextManager[object]:
@@ -340,7 +343,9 @@ def _explain(
 ) -> BaseException:
     """``error``, or what a person can do something with in its place."""
     if is_out_of_memory(error):
-        return explain(error, config, rank=procs.rank, dp=procs.dp.size, step=step)
+        directory, rank = run_dir.path / PROFILE_DIR, procs.rank
+        held = keep_snapshot(error, directory, rank=rank, log=run_dir.log)
+        return explain(error, config, rank=rank, dp=procs.dp.size, step=step, held=held)
     if lost_peers(error):
         first = read_failure(run_dir.path, patience_s=_CAUSE_PATIENCE_S)
         if first is None or first.peers_lost:
