@@ -4,8 +4,10 @@ A rename is atomic but not durable: after a power cut a renamed file may be empt
 before, and the name itself may be gone unless the directory was synced after. Every function here does both.
 """
 
+import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 
 TMP_SUFFIX = ".tmp"
@@ -37,7 +39,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
     On failure the old file is untouched and the temporary one is removed.
     """
-    tmp = path.with_name(f".{path.name}.{os.getpid()}{TMP_SUFFIX}")
+    tmp = path.with_name(f".{path.name}.{threading.get_native_id()}{TMP_SUFFIX}")
     try:
         write_durable(tmp, data)
         tmp.rename(path)
@@ -45,6 +47,32 @@ def replace_file(path: Path, data: bytes) -> None:
         tmp.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def overwrite_file(path: Path, data: bytes) -> None:
+    """Put ``data`` in place of what ``path`` holds without asking the disk for room: a file of up to a block
+    (4 KiB) keeps its block. Not atomic, and no file is made: for when :func:`replace_file` failed.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        before = os.fstat(fd).st_size
+        os.pwrite(fd, data.ljust(before), 0)  # blanks after it: at no moment is there half of the old text
+        os.ftruncate(fd, len(data))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def append_file(path: Path, data: bytes) -> None:
+    """Append ``data`` in one write, whole or not at all."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        if os.write(fd, data) != len(data):
+            os.ftruncate(fd, size)
+            raise OSError(errno.ENOSPC, "short write", str(path))
+    finally:
+        os.close(fd)
 
 
 def is_real_dir(path: Path) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from fp8train.kernels import matmul
 from tests.distributed.pool import GlooPool
+from tests.faults.table import all_tests
 
 # Shared machines make single examples slow; the seed of a failure is printed.
 hypothesis.settings.register_profile("fp8train", deadline=None, print_blob=True)
@@ -23,6 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    of_table = {f"tests/{test}" for test in all_tests()}
+    for item in items:
+        if item.nodeid.partition("[")[0] in of_table:
+            item.add_marker("faults")
     if torch.cuda.is_available():
         return
     for item in items:

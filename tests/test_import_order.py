@@ -34,6 +34,7 @@ ORDER = [
         "inference",
         "huggingface",
         "run_dir",
+        "watch",
         "step",
         "deepspeed_engine",
     ),

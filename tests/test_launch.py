@@ -3,6 +3,7 @@
 ``slurm.sbatch`` meets stand-ins of Slurm here; tests/slurm runs it on a real one.
 """
 
+import getpass
 import os
 import re
 import signal
@@ -47,26 +48,36 @@ SLURM_NODEID=0 exec "$@"
 """
 SCONTROL = """#!/usr/bin/env bash
 case "$1" in
-show) printf '%s\\n' first second ;;
+show) if [ "$2" = config ]; then echo "MaxArraySize            = 11"; else printf '%s\\n' first second; fi ;;
 requeue) echo "requeue $2" >>"$STUB_LOG"; exit "${STUB_REQUEUE:-0}" ;;
 esac
 """
 
 # Stands in for Python: tells where the run lies, then trains as STUB_RUN says.
 PYTHON = """#!/usr/bin/env bash
-state() { printf '{\\n  "state": "%s",\\n  "step": 1\\n}\\n' "$1" >"$STUB_DIR/run/status.json"; }
+state() {
+    local form='{\\n  "state": "%s",\\n  "step": %s,\\n  "exit_code": %s\\n}\\n'
+    printf "$form" "$1" "${STUB_STEP:-1}" "${STUB_STATUS:-0}" >"$STUB_DIR/run/status.json"
+}
 if [ "$3" = --check ]; then echo "python $*" >>"$STUB_LOG"; echo "$STUB_DIR/run"; exit 0; fi
 echo "python $*" >>"$STUB_LOG"
 echo "threads $OMP_NUM_THREADS" >>"$STUB_LOG"
-mkdir "$STUB_DIR/run"
+mkdir -p "$STUB_DIR/run"
 state running
 echo ready
 case "$STUB_RUN" in
-wait) until [ -e "$STUB_DIR/run/STOP" ]; do sleep 0.02; done; state stopped ;;
+wait)
+    until [ -e "$STUB_DIR/run/STOP" ]; do sleep 0.02; done
+    cat "$STUB_DIR/run/STOP" >>"$STUB_LOG"
+    state preempted
+    ;;
 late) until [ -e "$STUB_DIR/run/STOP" ]; do sleep 0.02; done; state completed ;;
 die) until [ -e "$STUB_DIR/run/STOP" ]; do sleep 0.02; done; exit 7 ;;
-*) state "$STUB_RUN" ;;
+*) state "$STUB_RUN"; exit "${STUB_STATUS:-0}" ;;
 esac
+"""
+NOTES = """#!/usr/bin/env bash
+echo "${0##*/} $*" >>"$STUB_LOG"
 """
 
 
@@ -242,7 +253,8 @@ class FakeSlurm:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        for name, text in (("bin/srun", SRUN), ("bin/scontrol", SCONTROL), ("venv/bin/python", PYTHON)):
+        stubs = {"srun": SRUN, "scontrol": SCONTROL, "scancel": NOTES, "../venv/bin/python": PYTHON}
+        for name, text in ((f"bin/{name}", text) for name, text in stubs.items()):
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -351,9 +363,10 @@ def test_slurm_in_a_container(slurm: FakeSlurm) -> None:
         ("USR1", {"STUB_RUN": "wait", "FP8TRAIN_REQUEUES": "0"}, 0, False, "not requeued"),
         ("USR1", {"STUB_RUN": "late"}, 0, False, "state of the run: completed"),
         ("USR1", {"STUB_RUN": "die"}, 7, False, "srun ended with status 7"),
-        ("TERM", {"STUB_RUN": "wait"}, 0, False, "state of the run: stopped"),
+        ("TERM", {"STUB_RUN": "wait"}, 0, False, "state of the run: preempted"),
+        ("TERM", {"STUB_RUN": "wait", "FP8TRAIN_REQUEUE_ON": "any"}, 0, True, "back into the queue"),
     ],
-    ids=["requeued", "refused", "another", "no-more", "was-done", "failed", "cancelled"],
+    ids=["requeued", "refused", "another", "no-more", "was-done", "failed", "cancelled", "warned"],
 )
 def test_slurm_asks_the_run_to_stop_and_requeues_the_job(
     slurm: FakeSlurm, name: str, environment: dict[str, str], status: int, requeued: bool, said: str
@@ -363,14 +376,124 @@ def test_slurm_asks_the_run_to_stop_and_requeues_the_job(
     assert output.count(f"{name}: asking the run to save and end") == 1
     assert said in output or said == "turn"
     assert ("requeue 40123" in slurm.log) == requeued
-    assert not (slurm.directory / "run/STOP").exists()
+    if environment["STUB_RUN"] == "wait":
+        assert f"preempted: {'SIGTERM' if name == 'TERM' else 'Slurm time limit'}" in slurm.log
+    assert not list(slurm.directory.glob("run/*STOP*"))
 
 
-def test_slurm_does_not_requeue_unasked(slurm: FakeSlurm) -> None:
-    result = slurm.run("c.yaml", STUB_RUN="stopped")  # someone else created STOP
-    assert result.returncode == 0
-    assert "state of the run: stopped" in result.stdout
+@pytest.mark.parametrize(
+    ("state", "status"), [("stopped", 0), ("completed", 0), ("failed", 2), ("preempted", 0)]
+)
+def test_slurm_requeues_a_preempted_run_alone(slurm: FakeSlurm, state: str, status: int) -> None:
+    """Whoever preempted it: the run may have a time limit of its own."""
+    result = slurm.run("c.yaml", STUB_RUN=state, STUB_STATUS=str(status))
+    assert result.returncode == status
+    assert f"state of the run: {state}" in result.stdout
+    assert ("requeue 40123" in slurm.log) == (state == "preempted")
+
+
+def test_slurm_does_not_take_the_end_of_an_earlier_turn_for_its_own(slurm: FakeSlurm) -> None:
+    (slurm.directory / "run").mkdir()
+    record = '{\n  "state": "preempted",\n  "step": 1,\n  "exit_code": 0\n}\n'
+    (slurm.directory / "run/status.json").write_text(record)
+    (slurm.directory / "venv/bin/python").write_text(PYTHON.replace('mkdir -p "$STUB_DIR/run"', "exit 9"))
+    result = slurm.run("c.yaml")
+    assert result.returncode == 9
+    assert "state of the run: it did not start" in result.stdout
     assert not any(line.startswith("requeue") for line in slurm.log)
+
+
+@pytest.mark.parametrize(
+    ("state", "step", "status", "ends"),
+    [
+        ("completed", 9, 0, True),
+        ("stopped", 9, 0, True),
+        ("preempted", 9, 0, False),
+        ("failed", 9, 1, False),  # a node's fault, perhaps
+        ("failed", 1, 1, True),  # at the same step as the turn before
+        ("failed", 9, 3, True),
+    ],
+)
+@pytest.mark.parametrize("mode", ["array", "singleton"])
+def test_a_turn_ends_its_chain_where_another_would_not_help(
+    slurm: FakeSlurm, mode: str, state: str, step: int, status: int, ends: bool
+) -> None:
+    (slurm.directory / "run").mkdir()
+    (slurm.directory / "run/status.json").write_text('{\n  "state": "preempted",\n  "step": 1\n}\n')
+    environment = {"FP8TRAIN_CHAIN": mode, "FP8TRAIN_REQUEUES": "0", "FP8TRAIN_TURN": "2"}
+    environment |= {"SLURM_ARRAY_JOB_ID": "40100", "SLURM_JOB_NAME": "chain-x"}
+    environment |= {"STUB_RUN": state, "STUB_STEP": str(step), "STUB_STATUS": str(status)}
+    result = slurm.run("c.yaml", **environment)
+    assert result.returncode == status, result.stdout + result.stderr
+    which = "40100" if mode == "array" else f"--user={getpass.getuser()} --name=chain-x"
+    assert (f"scancel --quiet --state=PENDING {which}" in slurm.log) == ends, slurm.log
+    assert not any(line.startswith("requeue") for line in slurm.log)
+
+
+def test_a_turn_that_finds_the_run_completed_starts_nothing(slurm: FakeSlurm) -> None:
+    (slurm.directory / "run").mkdir()
+    (slurm.directory / "run/status.json").write_text('{\n  "state": "completed",\n  "step": 1\n}\n')
+    chain = {"FP8TRAIN_CHAIN": "array", "SLURM_ARRAY_JOB_ID": "40100"}
+    result = slurm.run("c.yaml", **chain, SLURM_ARRAY_TASK_ID="2")
+    assert result.returncode == 0
+    assert "the chain ends here: the run is completed" in result.stdout
+    assert len([line for line in slurm.log if line.startswith("srun")]) == 1  # the check
+    # The first turn of a chain, or a job, does start: somebody may have added steps.
+    slurm.run("c.yaml", **chain, SLURM_ARRAY_TASK_ID="1")
+    assert len([line for line in slurm.log if line.startswith("srun")]) == 3
+
+
+CHAIN = "launch/slurm_chain.sh"
+
+
+def test_a_chain_is_an_array_or_jobs_of_one_name(slurm: FakeSlurm) -> None:
+    (slurm.directory / "bin/sbatch").write_text(
+        NOTES.replace('"$STUB_LOG"', '"$STUB_LOG"; env | grep FP8TRAIN_ >>"$STUB_LOG"; echo 7')
+    )
+    (slurm.directory / "bin/sbatch").chmod(0o755)
+    done = call(
+        CHAIN, "--turns=3", "--nodes=2", "c.yaml", "a.b=x y", cwd=slurm.directory, **slurm.environment
+    )
+    assert done.returncode == 0, done.stderr
+    flags = f"--parsable --no-requeue --job-name=fp8train-c --array=1-3%1 --nodes=2 {SBATCH} c.yaml a.b=x y"
+    assert slurm.log[0] == f"sbatch {flags}"
+    assert {"FP8TRAIN_CHAIN=array", "FP8TRAIN_REQUEUES=0"} <= set(slurm.log)
+
+    (slurm.directory / "log").unlink()
+    more = ("--mode=singleton", "--name=mine", "--turns=2")
+    done = call(CHAIN, *more, "c.yaml", cwd=slurm.directory, **slurm.environment)
+    flags = f"--parsable --no-requeue --job-name=mine --dependency=singleton {SBATCH} c.yaml"
+    assert slurm.log.count(f"sbatch {flags}") == 2
+    assert {"FP8TRAIN_TURN=1", "FP8TRAIN_TURN=2", "FP8TRAIN_CHAIN=singleton"} <= set(slurm.log)
+
+
+def test_a_dry_chain_prints_what_it_would_submit(slurm: FakeSlurm) -> None:
+    where = {"cwd": slurm.directory, **slurm.environment}
+    done = call(CHAIN, "--dry-run", "--mode=singleton", "--name=n", "--turns=2", "c.yaml", "a=x y", **where)
+    assert done.stdout.splitlines() == [
+        f"FP8TRAIN_CHAIN=singleton FP8TRAIN_REQUEUES=0 FP8TRAIN_TURN={turn} sbatch --parsable --no-requeue "
+        f"--job-name=n --dependency=singleton {SBATCH} c.yaml a=x\\ y"
+        for turn in (1, 2)
+    ]
+    assert not (slurm.directory / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--turns=0", "c.yaml"), "--turns must be a positive number, not '0'"),
+        (("--mode=loop", "c.yaml"), "--mode must be array or singleton, not 'loop'"),
+        (("--turns=11", "c.yaml"), "--turns=11: an array has at most 10 turns here (MaxArraySize 11)"),
+        (("--nodes", "2", "c.yaml"), "write flags of sbatch as --nodes=VALUE"),
+        (("--array=1-3", "c.yaml"), "--array is set by --turns"),
+    ],
+)
+def test_a_chain_refuses_what_it_cannot_submit(
+    slurm: FakeSlurm, arguments: tuple[str, ...], said: str
+) -> None:
+    done = call(CHAIN, "--dry-run", *arguments, cwd=slurm.directory, **slurm.environment)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -379,6 +502,8 @@ def test_slurm_does_not_requeue_unasked(slurm: FakeSlurm) -> None:
         ({"SLURM_JOB_ID": ""}, "this is not a Slurm job; submit it:  sbatch launch/slurm.sbatch c.yaml"),
         ({"NPROC": "0"}, "NPROC must be a positive number, not '0'"),
         ({"FP8TRAIN_REQUEUES": "often"}, "FP8TRAIN_REQUEUES must be a number, not 'often'"),
+        ({"FP8TRAIN_REQUEUE_ON": "x"}, "FP8TRAIN_REQUEUE_ON must be limit or any, not 'x'"),
+        ({"FP8TRAIN_CHAIN": "x"}, "FP8TRAIN_CHAIN must be array or singleton, not 'x'"),
         ({"FP8TRAIN_VENV": "nowhere"}, "FP8TRAIN_VENV: there is no nowhere/bin/python"),
     ],
 )

@@ -158,7 +158,9 @@ def test_out_of_memory_is_a_few_lines_with_the_remedy_last(config: Path, process
     assert status == 2, lines
     assert len(lines) == 2, lines
     assert re.fullmatch(
-        r"error: rank [01] ran out of CPU memory before the first step, asking for \d+ GiB", lines[0]
+        r"error: rank [01] ran out of CPU memory before the first step, asking for \d+ GiB; "
+        r"the most it ever held: [\d.]+ [MG]iB",
+        lines[0],
     )
     assert "parallel.tp (1)" in lines[1]
     assert ("parallel.zero: 1" in lines[1]) == (processes == 2)

@@ -24,6 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,8 @@ def run_case(group: None, rank: int, world_size: int, config: Path, case: Case) 
     del group, rank, world_size
     quiet = io.StringIO()
     try:
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            status = train_command(config, [*case.overrides, f"run.name=case{case.number}"])
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), ExitStack() as lifetime:
+            status = train_command(config, [*case.overrides, f"run.name=case{case.number}"], lifetime)
         return Verdict("ran") if status == 0 else Verdict("crashed", f"exit status {status}")
     except UserError as error:
         late = isinstance(error, (DataError, NoTargetsError)) or any(

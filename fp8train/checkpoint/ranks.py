@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from fp8train.checkpoint.errors import CheckpointError, explain_os_error
+from fp8train.comm.calls import Calls, GroupCalls
 from fp8train.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ class _Outcome:
 class Ranks:
     """The processes that save or load together; ``group=None`` is one process without a process group."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, calls: GroupCalls | None = None) -> None:
+        """``calls``: where exchanges over ``group`` are counted; for the main thread's groups."""
         self.group = group
+        self._calls = Calls().group("files", ()) if calls is None else calls
         self.rank, self.size = 0, 1
         if group is not None:
             import torch.distributed as dist
@@ -77,7 +80,8 @@ class Ranks:
             import torch.distributed as dist
 
             outcomes = [_Outcome()] * self.size
-            dist.all_gather_object(outcomes, outcome, group=self.group)
+            with self._calls.held("exchange of outcomes"):
+                dist.all_gather_object(outcomes, outcome, group=self.group)
         failure = next((one.error for one in outcomes if one.error is not None), None)
         if failure is not None:
             if own is not None and not isinstance(own, UserError | OSError):

@@ -16,19 +16,20 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any, cast
 
 import typer
 
-from fp8train.cli import datasets, import_export, models, runs
+from fp8train.cli import clusters, datasets, import_export, models, runs
 from fp8train.cli.app import app
 from fp8train.comm.failures import INTERRUPTED, Failure, describe, own_rank, record, speaks
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.errors import UserError
 from fp8train.config.scalars import shorten
-from fp8train.live.console import print_safely
+from fp8train.live.console import leave_safely, print_safely
 
-__all__ = ["app", "datasets", "import_export", "main", "models", "run_command", "runs"]
+__all__ = ["app", "clusters", "datasets", "import_export", "main", "models", "run_command", "runs"]
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError: newer typer ships click privately
 _UNUSABLE_PATH = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
@@ -53,14 +54,18 @@ def _common(
     """Pretrain GPT and Llama models, FP8 end to end."""
 
 
-def run_command(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str], lifetime: ExitStack | None = None) -> int:
     """Run one command line (without the program's name) and return its exit status; bugs propagate as
-    exceptions."""
+    exceptions. What is to last as long as the process, such as the answers to signals of a run, is entered in
+    ``lifetime``; by default it ends with the command."""
+    if lifetime is None:
+        with ExitStack() as lifetime:
+            return run_command(arguments, lifetime)
     debug = "--debug" in arguments
     words = [word for word in arguments if word != "--debug"]
     try:
         with naming_keys():
-            status = app(args=words or ["--help"], prog_name="fp8train", standalone_mode=False)
+            status = app(args=words or ["--help"], prog_name="fp8train", standalone_mode=False, obj=lifetime)
     except UserError as error:
         if debug:
             raise
@@ -90,12 +95,12 @@ def _fail(failure: Failure) -> int:
     return failure.exit_status
 
 
-def _run_as_rank(arguments: Sequence[str]) -> int:
+def _run_as_rank(arguments: Sequence[str], lifetime: ExitStack) -> int:
     """:func:`run_command` under torchrun: of a bug that all ranks meet, or that costs them their peers, one
     traceback is printed."""
     faulthandler.enable()
     try:
-        return run_command(arguments)
+        return run_command(arguments, lifetime)
     except Exception as error:
         failure = describe(error)
         record(failure)
@@ -110,8 +115,9 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
     run = _run_as_rank if "TORCHELASTIC_RUN_ID" in os.environ else run_command
+    lifetime = ExitStack()  # not left: until signals are ignored, a run answers them
     try:
-        status = run(sys.argv[1:])
+        status = run(sys.argv[1:], lifetime)
     except KeyboardInterrupt:  # one more, while the one before was told
         status = INTERRUPTED
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -119,4 +125,6 @@ def main() -> None:
     # Process groups sit in reference cycles (hooks, stores), and only their destruction joins gloo's threads.
     # One that is still at work while the interpreter is torn down aborts a process that has done its job.
     gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        leave_safely(stream)
     sys.exit(status)

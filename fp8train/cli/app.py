@@ -25,6 +25,8 @@ import_app = typer.Typer(help="Models from elsewhere.")
 app.add_typer(import_app, name="import")
 export_app = typer.Typer(help="Write a checkpoint in another format.")
 app.add_typer(export_app, name="export")
+launch_app = typer.Typer(help="Start a run on a cluster.")
+app.add_typer(launch_app, name="launch")
 
 
 Options = Annotated[

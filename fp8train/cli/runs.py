@@ -14,13 +14,14 @@ from fp8train.config.errors import UserError
 
 @app.command()
 def train(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file of the run")],
     overrides: Options = None,
 ) -> int:
     """Train. Use torchrun for more than one process: torchrun --nproc-per-node=8 -m fp8train train CONFIG."""
     from fp8train.cli.train_command import train_command
 
-    return train_command(config, overrides or ())
+    return train_command(config, overrides or (), context.obj)
 
 
 @app.command(name="config")

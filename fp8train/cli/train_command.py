@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from fp8train.config.environment import world_from_environment
@@ -26,8 +27,9 @@ overrides, and continues by itself."""
 _ASKED_ANEW = ("checkpoint.resume=", "run.overwrite=")
 
 
-def train_command(config: Path, overrides: Sequence[str]) -> int:
-    """Train as ``config`` with ``overrides`` says; returns the exit status.
+def train_command(config: Path, overrides: Sequence[str], lifetime: ExitStack) -> int:
+    """Train as ``config`` with ``overrides`` says; returns the exit status. Signals are answered until
+    ``lifetime`` ends.
 
     Raises:
         UserError: anything the user can mend; a typo before torch is imported.
@@ -38,7 +40,8 @@ def train_command(config: Path, overrides: Sequence[str]) -> int:
         threads_from_environment(os.environ)
     first = os.environ.get("RANK", "0") == "0"
     again = continue_command(config, overrides, resolved)
-    with Console(enabled=first) as console, StopRequest() as stop:
+    stop = lifetime.enter_context(StopRequest())
+    with Console(enabled=first) as console:
         stop.say = console.say
         if LAUNCHER not in os.environ:  # a launch script has said so
             console.say(starting_line(config, resolved))

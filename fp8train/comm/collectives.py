@@ -2,7 +2,8 @@
 
 Bytes are per rank and direction. An all-reduce of n bytes over N ranks sends ``2·n·(N-1)/N`` (the ring
 algorithms that NCCL and gloo use for large messages), an all-to-all and an all-gather that end in n bytes
-send ``n·(N-1)/N``: a rank keeps its own part.
+send ``n·(N-1)/N``: a rank keeps its own part. What is entered and left is counted too
+(:mod:`fp8train.comm.calls`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from fp8train.comm.calls import Calls, GroupCalls
+
 
 class CountedGroup:
     """A process group with byte counters; with one rank every collective is the identity.
@@ -22,10 +25,21 @@ class CountedGroup:
         size: ranks in it.
         rank: this process's rank in it.
         sent: bytes sent since the start, by collective and purpose.
+        calls: collectives entered and left.
+        hops: the same of messages to one rank that come with one from another.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    calls: GroupCalls
+    hops: GroupCalls
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, *, name: str = "group", calls: Calls | None = None
+    ) -> None:
+        """Count the calls of ``group`` among ``calls``, under its ``name``."""
         self.group = group
+        counted = Calls() if calls is None else calls
+        self._ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
+        self.calls, self.hops = (counted.group(kind, self._ranks) for kind in (name, f"{name} hop"))
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent: Counter[str] = Counter()
@@ -45,9 +59,8 @@ class CountedGroup:
         """
         if self.group is None or self.size == 1:
             return lambda: None
-        self.sent[f"all_reduce/{purpose}"] += 2 * tensor.nbytes * (self.size - 1) // self.size
-        work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
-        return work.wait
+        self.sent[what := f"all_reduce/{purpose}"] += 2 * tensor.nbytes * (self.size - 1) // self.size
+        return self.calls.begun(what, dist.all_reduce(tensor, op=op, group=self.group, async_op=True).wait)
 
     def all_to_all(self, output: Tensor, tensor: Tensor, *, purpose: str) -> Callable[[], None]:
         """Start an all-to-all: row r of ``tensor`` goes to rank r, row r of ``output`` comes from it.
@@ -63,8 +76,9 @@ class CountedGroup:
         if self.group is None or self.size == 1:
             output.copy_(tensor)
             return lambda: None
-        self.sent[f"all_to_all/{purpose}"] += tensor.nbytes * (self.size - 1) // self.size
-        return dist.all_to_all_single(output, tensor, group=self.group, async_op=True).wait
+        self.sent[what := f"all_to_all/{purpose}"] += tensor.nbytes * (self.size - 1) // self.size
+        work = dist.all_to_all_single(output, tensor, group=self.group, async_op=True)
+        return self.calls.begun(what, work.wait)
 
     def all_to_all_parts(
         self,
@@ -90,10 +104,11 @@ class CountedGroup:
         if self.group is None or self.size == 1:
             output.copy_(tensor)
             return lambda: None
-        self.sent[f"all_to_all/{purpose}"] += (sum(sent) - sent[self.rank]) * tensor.element_size()
-        return dist.all_to_all_single(
-            output, tensor, list(received), list(sent), group=self.group, async_op=True
-        ).wait
+        others = sum(sent) - sent[self.rank]
+        self.sent[what := f"all_to_all/{purpose}"] += others * tensor.element_size()
+        parts = list(received), list(sent)
+        work = dist.all_to_all_single(output, tensor, *parts, group=self.group, async_op=True)
+        return self.calls.begun(what, work.wait)
 
     def all_gather(self, output: Tensor, tensor: Tensor, *, purpose: str) -> Callable[[], None]:
         """Start an all-gather: every rank gets all ranks' ``tensor``, in rank order.
@@ -109,9 +124,10 @@ class CountedGroup:
         if self.group is None or self.size == 1:
             output.copy_(tensor[None])
             return lambda: None
-        self.sent[f"all_gather/{purpose}"] += tensor.nbytes * (self.size - 1)
+        self.sent[what := f"all_gather/{purpose}"] += tensor.nbytes * (self.size - 1)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
-        return gather(output.view(-1), tensor.view(-1), group=self.group, async_op=True).wait
+        work = gather(output.view(-1), tensor.view(-1), group=self.group, async_op=True)
+        return self.calls.begun(what, work.wait)
 
     def reduce_scatter(self, output: Tensor, tensor: Tensor, *, purpose: str) -> Callable[[], None]:
         """Start a reduce-scatter: row r of the sum over ranks goes to rank r.
@@ -127,9 +143,10 @@ class CountedGroup:
         if self.group is None or self.size == 1:
             output.copy_(tensor[0])
             return lambda: None
-        self.sent[f"reduce_scatter/{purpose}"] += tensor.nbytes * (self.size - 1) // self.size
+        self.sent[what := f"reduce_scatter/{purpose}"] += tensor.nbytes * (self.size - 1) // self.size
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return scatter(output.view(-1), tensor.view(-1), group=self.group, async_op=True).wait
+        work = scatter(output.view(-1), tensor.view(-1), group=self.group, async_op=True)
+        return self.calls.begun(what, work.wait)
 
     def send(self, tensor: Tensor, to: int, *, purpose: str) -> Callable[[], None]:
         """Start sending to one rank of the group; the other side calls :meth:`receive`.
@@ -168,8 +185,10 @@ class CountedGroup:
             dist.P2POp(dist.isend, outgoing, group=self.group, group_peer=to),
             dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source),
         ]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
+        peers = self._ranks[to], self._ranks[source]
+        with self.hops.held("send and receive", peers=peers):
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
 
     def count(self, kind: str, purpose: str, nbytes: int) -> None:
         """Take bytes that others sent over this group into the counters."""
@@ -178,7 +197,8 @@ class CountedGroup:
     def barrier(self) -> None:
         """Wait until every rank of the group has called this."""
         if self.group is not None and self.size > 1:
-            dist.barrier(self.group)
+            with self.calls.held("barrier"):
+                dist.barrier(self.group)
 
 
 def alone() -> CountedGroup:

@@ -6,7 +6,8 @@ says that peers are gone is marked, and gives way to every other.
 
 Records lie in a folder that the ranks of a node share: the launcher's (:mod:`fp8train.launch`), which tells
 the cause once all ranks have ended, or the one that torchrun makes for each start, where the first rank with
-something to say says it. Without such a folder rank 0 speaks.
+something to say says it. Without such a folder rank 0 speaks. Ranks of other nodes find them in the run
+directory (:mod:`fp8train.run_dir.failed`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class PeerFailedError(UserError):
     """Another rank failed, and this one knows why."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(f"rank {failure.rank} failed: {failure.message}")
+        rank = f"rank {failure.rank} "
+        super().__init__(f"{rank}failed: {failure.message.removeprefix(rank)}")
         self.exit_status = failure.exit_status
 
 
@@ -61,6 +63,7 @@ class Failure:
         peers_lost: whether it only says that other ranks are gone.
         time: seconds since 1970.
         traceback: of a bug; empty for what the user can mend.
+        guessed: a peer tells it, from what it found; gives way to whoever knows.
     """
 
     rank: int
@@ -69,6 +72,15 @@ class Failure:
     peers_lost: bool = False
     time: float = 0.0
     traceback: str = ""
+    guessed: bool = False
+
+    @property
+    def _evidence(self) -> tuple[bool, bool, float]:
+        return self.peers_lost, self.guessed, self.time
+
+    def explains_more_than(self, other: Failure) -> bool:
+        """Whether this is rather the cause than ``other``: lost peers never are, and of two the earlier."""
+        return self._evidence < other._evidence
 
     def last_word(self) -> str:
         """What a terminal shows of it."""
@@ -111,25 +123,42 @@ def lost_peers(error: BaseException) -> bool:
 
 def cause(failures: Iterable[Failure]) -> Failure | None:
     """The failure behind the others: the first one that is more than lost peers."""
-    return min(failures, key=lambda one: (one.peers_lost, one.time), default=None)
+    found: Failure | None = None
+    for one in failures:
+        if found is None or one.explains_more_than(found):
+            found = one
+    return found
 
 
 def record(failure: Failure) -> None:
     """Leave a failure of this process where launchers look, unless an earlier one is there. Never raises."""
     folder = _folder()
     with suppress(OSError):
-        if folder is not None:
-            path = folder / f"rank{failure.rank}.json"
-            if path.exists():
-                return
-            tmp = path.with_suffix(".tmp")
-            tmp.write_text(json.dumps(asdict(failure)))
-            tmp.rename(path)
+        if folder is not None and not leave(folder, failure):
+            return
         if _TORCHRUN_FILE in os.environ:  # torchrun's own summary shows the text that it finds there
             text = failure.traceback or failure.message
             details = {"py_callstack": text, "timestamp": str(int(failure.time))}
             content = {"message": {"message": failure.message, "extraInfo": details}}
             Path(os.environ[_TORCHRUN_FILE]).write_text(json.dumps(content))
+
+
+def leave(folder: Path, failure: Failure) -> bool:
+    """Leave a failure in a folder, unless there is one of that rank that explains as much; whether it was
+    left. May raise OSError."""
+    path = folder / f"rank{failure.rank}.json"
+    if any(one.rank == failure.rank and not failure.explains_more_than(one) for one in recorded(folder)):
+        return False
+    tmp = path.with_suffix(f".{os.getpid()}.tmp")  # in a hang, several ranks tell of one
+    tmp.write_text(json.dumps(asdict(failure)))
+    tmp.rename(path)
+    return True
+
+
+def recorded_here() -> list[Failure]:
+    """The failures that ranks of this node have left with their launcher."""
+    folder = _folder()
+    return [] if folder is None else recorded(folder)
 
 
 def recorded(folder: Path) -> list[Failure]:
@@ -156,11 +185,12 @@ def failure_from(record: Mapping[str, Any]) -> Failure:
     return Failure(**{field.name: record[field.name] for field in fields(Failure) if field.name in record})
 
 
-def speaks(failure: Failure) -> bool:
-    """Whether this process is the one that prints its failure. Call it once, after :func:`record`."""
+def speaks(failure: Failure, *, otherwise: bool | None = None) -> bool:
+    """Whether this process is the one that prints its failure. Call it once, after :func:`record`.
+    ``otherwise``: the answer where ranks share no folder, in place of "rank 0 does"."""
     folder = _folder()
     if folder is None:
-        return failure.rank == 0
+        return failure.rank == 0 if otherwise is None else otherwise
     if FOLDER_VARIABLE in os.environ:
         return False
     if failure.peers_lost and not all(one.peers_lost for one in recorded(folder)):

@@ -168,7 +168,8 @@ def _native_all_reduce(codes: Tensor, group: CountedGroup, *, purpose: str) -> C
         return lambda: codes
     work = dist.all_reduce(codes, group=group.group, async_op=True)
     group.sent[f"all_reduce/{purpose}"] += 2 * codes.nbytes * (group.size - 1) // group.size
-    return lambda: (work.wait(), codes)[1]
+    wait = group.calls.begun(f"all_reduce/{purpose}", work.wait)
+    return lambda: (wait(), codes)[1]
 
 
 def _native_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) -> Callable[[], Tensor]:
@@ -180,4 +181,5 @@ def _native_reduce_scatter(codes: Tensor, group: CountedGroup, *, purpose: str) 
     mine = torch.empty_like(chunks[0])
     work = dist.reduce_scatter_tensor(mine, chunks.flatten(), group=group.group, async_op=True)
     group.sent[f"reduce_scatter/{purpose}"] += chunks[0].nbytes * (group.size - 1)
-    return lambda: (work.wait(), mine)[1]
+    wait = group.calls.begun(f"reduce_scatter/{purpose}", work.wait)
+    return lambda: (wait(), mine)[1]

@@ -40,6 +40,8 @@ class Progress:
         step: the step that is under way, 0-based; -1 before the first.
         phase: of it.
         since: when the phase began, on ``time.monotonic``.
+        steps: steps that this process has begun.
+        beats: grows with everything that is done; while it stands, nothing is.
         listeners: called with this object whenever a phase begins, in order, by the thread that entered it.
     """
 
@@ -47,12 +49,19 @@ class Progress:
         self.step = -1
         self.phase: Phase = "start"
         self.since = time.monotonic()
+        self.steps = self.beats = 0
         self.listeners: list[Callable[[Progress], None]] = []
 
     def enter(self, phase: Phase, *, step: int | None = None) -> None:
         """A phase begins, of ``step`` if that is a new one."""
         if step is not None:
             self.step = step
+            self.steps += 1
         self.phase, self.since = phase, time.monotonic()
+        self.beats += 1
         for listener in self.listeners:
             listener(self)
+
+    def beat(self) -> None:
+        """Some part of a long phase is done: another batch of an evaluation, a tensor of a checkpoint."""
+        self.beats += 1

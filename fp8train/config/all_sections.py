@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from fp8train.config.checkpoint_schema import CheckpointConfig
 from fp8train.config.data_schema import DataConfig
+from fp8train.config.debug_schema import DebugConfig
 from fp8train.config.deepspeed_schema import DeepSpeedConfig
 from fp8train.config.kernel_schema import KernelsConfig
 from fp8train.config.limits import Threads
@@ -21,8 +22,10 @@ from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
-from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
+from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
+from fp8train.config.spikes_schema import SpikesConfig
 from fp8train.config.train_schema import TrainConfig
+from fp8train.config.watchdog_schema import WatchdogConfig
 from fp8train.precision.state_formats import StateFormat, StateFormats
 from fp8train.update_rules.registry import rule_named
 
@@ -48,6 +51,9 @@ class RunConfig(Section):
     """Record forward and backward of a step as a CUDA graph, and replay it: one launch instead of thousands,
     for models whose kernels are shorter than a launch. Gradients of data-parallel ranks are then reduced
     after backward, not during it."""
+    time_limit_minutes: PositiveFloat | None = None
+    """Save and end as ``preempted`` before this process is older than that, while there is still time for one
+    more step and a save. Half a minute less than what the machine grants leaves time to end."""
     overwrite: bool = False
     """Delete what an earlier run left in the run directory instead of refusing to start."""
 
@@ -116,10 +122,16 @@ class AllSections(Section):
     """Learning rate over steps."""
     train: TrainConfig
     """Length, batch and execution."""
+    spikes: SpikesConfig = SpikesConfig()
+    """What happens when loss or gradient norm jumps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Reporting."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """How long the run may stand still."""
+    debug: DebugConfig = DebugConfig()
+    """Faults on purpose."""
 
     @property
     def state_formats(self) -> StateFormats:

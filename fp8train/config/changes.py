@@ -26,7 +26,10 @@ from fp8train.config.stored import as_now
 
 Kind = Literal["free", "meaning", "refused"]
 
-NOT_COMPARED = ("run.name", "run.dir", "run.overwrite", "checkpoint", "logging")
+NOT_COMPARED = (
+    *("run.name", "run.dir", "run.overwrite", "run.time_limit_minutes"),
+    *("checkpoint", "logging", "watchdog", "debug"),
+)
 """Sections and keys about this attempt, not about the run."""
 FREE = (
     *("run.device", "run.threads", "run.deterministic", "run.cuda_graphs"),
@@ -36,6 +39,7 @@ FREE = (
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.gradient_release"),
     *("train.consistency_interval", "train.eval_interval", "train.eval_batches", "optimizer.offload"),
     *("precision.gradient.bucket_mib", "precision.gradient.fp8.node_size", "precision.guard"),
+    *("train.max_skipped_steps", "spikes"),
     "precision.gemm.fast_accumulation",  # of a device's kernel; runs that began before it was the default
 )
 REFUSED = ("model", "parametrization", "optimizer.name", "data.seq_length")

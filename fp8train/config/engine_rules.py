@@ -171,12 +171,17 @@ def _execution(config: AllSections) -> Iterator[_Refusal]:
     )
     guard = config.precision.guard.action
     yield _Refusal(
-        guard == "bf16",
+        guard in ("bf16", "recover"),
         "precision.guard.action",
         guard,
         "report",
         "changes what DeepSpeed's hooks were made for",
     )
+    after = "would come after the update: DeepSpeed finds the norm and applies it in one call"
+    spikes = config.spikes
+    acts = spikes.action in ("skip", "rollback")
+    yield _Refusal(acts, "spikes.action", spikes.action, "warn", after)
+    yield _Refusal(spikes.rerun, "spikes.rerun", True, "false", after)
     yield _Refusal(
         config.kernels.optimizer != "auto", "kernels.optimizer", config.kernels.optimizer, "auto", ours
     )

@@ -39,6 +39,12 @@ def _against(config: AllSections) -> Iterator[tuple[str, str, str]]:
     if config.run.cuda_graphs:
         reason = "a CUDA graph (run.cuda_graphs) replays backward without the calls that update parameters"
         yield "run.cuda_graphs", "false", reason
+    if config.spikes.action == "skip":
+        yield "spikes.action", "rollback", "a spike is known when the update is done (spikes.action: skip)"
+    if config.spikes.rerun:
+        yield "spikes.rerun", "false", "the step cannot be run again (spikes.rerun: true)"
+    if config.precision.guard.action == "recover":
+        yield "precision.guard.action", "bf16", "the step cannot be skipped (precision.guard.action: recover)"
     if gradient.format == "high_precision":
         return
     if gradient.fp8.reduce == "exact":

@@ -19,7 +19,9 @@ class GuardConfig(Section):
 
     action: GuardAction = "off"
     """``report``: name a linear that stands out, in the console and in ``events.jsonl``. ``bf16``: also
-    multiply it in the compute type for ``lock`` steps."""
+    multiply it in the compute type for ``lock`` steps. ``recover``: do more each time that it is flagged
+    again: scale by current amaxes instead of delayed ones, leave FP8, skip the step, go back to a
+    checkpoint."""
     rise: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 4.0
     """Flag a linear whose kurtosis or RMS (of x, grad_output or grad_weight) is this many times its usual."""
     saturated: Fraction = 1e-3
@@ -27,6 +29,8 @@ class GuardConfig(Section):
     learn: PositiveInt = 5
     """Sampled steps from which the usual is learnt before it is compared with."""
     lock: PositiveInt = 100
-    """``bf16`` only: steps in the compute type."""
+    """Steps in the compute type, or with current scales."""
     budget: PositiveInt = 4
-    """``bf16`` only: most linears in the compute type at a time; the worst come first."""
+    """Most linears in the compute type or with current scales at a time; the worst come first."""
+    total: PositiveInt = 64
+    """Most actions of a run; afterwards linears are only reported."""

@@ -75,10 +75,13 @@ class KeyTable:
         inner = choices[0] if len(choices) == 1 else raw
         if "$ref" in inner:
             inner = self._schema["$defs"][inner["$ref"].rsplit("/", 1)[1]]
-        return {
+        fragment = {
             **inner,
             **{key: value for key, value in raw.items() if key not in ("$ref", "anyOf") or inner is raw},
         }
+        if "$ref" in (entry := fragment.get("items", {})):
+            fragment["items"] = self._follow(entry)
+        return fragment
 
     def leaves(self) -> list[Key]:
         """The keys that hold values."""
@@ -149,11 +152,9 @@ def _describe(fragment: Fragment, instead_of: object = None) -> str:
             entries = fragment["prefixItems"]
             return f"a list of {len(entries)} entries, each {_describe(entries[0])}"
         entry = fragment["items"]
-        return (
-            "a list of {prefix: ..., weight: ...}"
-            if "$ref" in entry
-            else f"a list, each entry {_describe(entry)}"
-        )
+        if "properties" in entry:
+            return f"a list of {{{', '.join(f'{name}: ...' for name in entry['required'])}}}"
+        return f"a list, each entry {_describe(entry)}"
     assert kind == "string", fragment
     if "pattern" in fragment:
         return (

@@ -205,7 +205,17 @@ RULES: tuple[Rule, ...] = (
         IsNot("precision.guard.action", "off", "report"),
         but=("precision.guard.action",),
     ),
-    Rule(_below("precision.guard", "lock", "budget"), Is("precision.guard.action", ("bf16",))),
+    Rule(
+        _below("precision.guard", "lock", "budget", "total"),
+        Is("precision.guard.action", ("bf16", "recover")),
+    ),
+    Rule(_below("spikes", "window", "threshold", "min_steps"), IsNot("spikes.action", "off", "warn")),
+    Rule(("spikes.cooldown",), Is("spikes.action", ("warn",))),
+    Rule(("spikes.data_window",), Is("spikes.action", ("rollback",))),
+    Rule(
+        ("spikes.max_rollbacks",),
+        AnyOf((Is("spikes.action", ("rollback",)), Is("precision.guard.action", ("recover",)))),
+    ),
     Rule(("parallel.pipeline",), NotBelow("parallel.pp", 2, 2)),
     Rule(
         ("parallel.zero",),
@@ -237,6 +247,10 @@ RULES: tuple[Rule, ...] = (
     Rule(("checkpoint.keep_best",), NotBelow("train.eval_interval", 1, 100)),
     Rule(("checkpoint.init_mode",), IsNot("checkpoint.init_from", None, "PATH")),
     Rule(_below("logging.wandb", "project", "entity"), IsNot("logging.wandb.mode", "off", "offline")),
+    Rule(
+        _below("watchdog", "stopped_timeout_s", "interval_s", "stacks"),
+        IsNot("watchdog.enabled", False, True),
+    ),
 )
 
 ALWAYS: tuple[str, ...] = (
@@ -254,11 +268,14 @@ ALWAYS: tuple[str, ...] = (
     *_below("schedule", "kind", "warmup_steps", "warmup_fraction"),
     *_below("train", "steps", "tokens", "global_batch_size", "batch_size_ramp", "micro_batch_size"),
     *_below("train", "activation_checkpointing", "compile", "consistency_interval", "eval_interval"),
-    *_below("train", "gradient_release"),
+    *_below("train", "gradient_release", "max_skipped_steps"),
+    *_below("spikes", "action", "rerun"),
     *("engine", "kernels.attention", "kernels.norm", "kernels.optimizer", "kernels.multi_tensor"),
     *_below("checkpoint", "interval", "save_at_end", "keep_last", "verify", "resume", "accept_changes"),
     *_below("checkpoint", "reshard", "init_from"),
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),
+    *_below("watchdog", "enabled", "startup_timeout_s", "step_timeout_s", "save_timeout_s"),
+    "debug",
 )
 """Keys that every run reads, or may read in a later attempt or on another machine."""
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
 from fp8train.config.all_sections import AllSections
+from fp8train.config.debug_rules import fault_problems
 from fp8train.config.engine_rules import engine_problems
 from fp8train.config.kernel_rules import kernel_problems
 from fp8train.config.layout import layout_problems
@@ -48,6 +49,7 @@ class Config(AllSections):
             self._cuda_graphs,
             self._saved_activations,
             self._guard,
+            self._spikes,
             self._context,
         ):
             try:
@@ -55,7 +57,7 @@ class Config(AllSections):
             except PydanticCustomError as error:
                 found.append(error)
         problems = [*exclusion_problems(self), *layout_problems(self), *engine_problems(self)]
-        problems += [*te_problems(self), *kernel_problems(self)]
+        problems += [*te_problems(self), *kernel_problems(self), *fault_problems(self)]
         found += [contradiction(problem.message, *problem.keys) for problem in problems]
         if found:
             raise contradictions(found)
@@ -232,13 +234,36 @@ class Config(AllSections):
                 "logging.cast_statistics_interval",
                 "precision.guard.action",
             )
-        if guard.action == "bf16" and self.train.compile != "off":
+        if guard.action in ("bf16", "recover") and self.train.compile != "off":
             raise contradiction(
-                "precision.guard.action: bf16 changes what a block computes while it runs, but train.compile "
-                f"is {self.train.compile}; write train.compile: off, or guard.action: report",
+                f"precision.guard.action: {guard.action} changes what a block computes while it runs, but "
+                f"train.compile is {self.train.compile}; write train.compile: off, or guard.action: report",
                 "precision.guard.action",
                 "train.compile",
             )
+
+    def _spikes(self) -> None:
+        spikes, found = self.spikes, []
+        if spikes.action == "rollback" and not self.checkpoint.interval:
+            found.append(
+                contradiction(
+                    "spikes.action: rollback returns to a checkpoint, but checkpoint.interval: 0 saves none "
+                    "before the end; write checkpoint.interval: 500, or spikes.action: skip",
+                    "checkpoint.interval",
+                    "spikes.action",
+                )
+            )
+        if spikes.rerun and not self.run.deterministic:
+            found.append(
+                contradiction(
+                    "spikes.rerun: true compares two runs of a step bit by bit, but run.deterministic is "
+                    "false; write run.deterministic: true, or spikes.rerun: false",
+                    "run.deterministic",
+                    "spikes.rerun",
+                )
+            )
+        if found:
+            raise contradictions(found)
 
     def _context(self) -> None:
         if self.data.seq_length > self.model.max_seq_len:

@@ -44,6 +44,8 @@ class TrainConfig(Section):
     gradients. Bit-identical; only a step whose gradient stops being finite halfway is taken partly."""
     compile: Literal["off", "block"] = "off"
     """``block``: ``torch.compile`` each decoder block that does not run as fused functions on a GPU."""
+    max_skipped_steps: PositiveInt = 20
+    """End the run, with exit status 3, when this many steps in a row were skipped."""
     consistency_interval: NonNegativeInt = 1000
     """Compare, every this many steps, the bits of tensors that several ranks hold; 0 = never."""
     eval_interval: NonNegativeInt = 0

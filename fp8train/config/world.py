@@ -144,7 +144,8 @@ def check_world(
 
     Raises:
         ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps`, :func:`check_pipeline` and
-            :func:`check_release`; or a stage of the ramp or ``node_size`` does not divide.
+            :func:`check_release`; or a stage of the ramp or ``node_size`` does not divide; or an
+            injected fault is for a rank that there is not.
     """
     dp = data_parallel_size(config, world_size, origins=origins)
     problems: list[str] = []
@@ -157,6 +158,8 @@ def check_world(
         _check_ramp(config, dp, origins)
     with _noted(problems):
         _check_nodes(config, dp, origins)
+    with _noted(problems):
+        _check_faults(config, world_size, origins)
     if problems:
         raise ConfigError("\n".join(problems))
     return dp, micro_batches
@@ -199,6 +202,17 @@ def _noted(problems: list[str]) -> Iterator[None]:
         yield
     except ConfigError as error:
         problems.append(str(error))
+
+
+def _check_faults(config: Config, world_size: int, origins: Mapping[str, Origin] | None) -> None:
+    """Whether there is the rank of every injected fault."""
+    for fault in config.debug.fault_injection:
+        if fault.rank != "all" and fault.rank >= world_size:
+            raise ConfigError(
+                f"{_place('debug.fault_injection', origins)}debug.fault_injection: {fault.kind} is for rank "
+                f"{fault.rank}, but of {world_size} process{'es' if world_size > 1 else ''} the last is rank "
+                f"{world_size - 1}"
+            )
 
 
 def _check_nodes(config: Config, dp: int, origins: Mapping[str, Origin] | None) -> None:

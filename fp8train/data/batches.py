@@ -5,13 +5,16 @@ consecutive samples, and rank r of R takes the contiguous block ``[r A, (r + 1) 
 R)``. So the union over ranks is the same for every R, the position of a run is its step, and a run may
 continue on another number of ranks.
 
+Stretches of the global order may be left out, because training went wrong on them: then the samples that are
+used are counted without them, and everything above holds for the count.
+
 G may grow in a ramp; a run that is continued with another G goes on from the sample that it had reached. Then
 a step begins where the samples of all steps before end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +45,7 @@ class GlobalBatches:
 
     Attributes:
         batches_per_epoch: Global batches before samples repeat.
+        left_out: Samples ``first .. stop`` of the global order that are not used, sorted and apart.
 
     Raises:
         DataError: The samples do not fill one global batch.
@@ -78,6 +82,7 @@ class GlobalBatches:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._start_step = self._start_sample = 0
         self._vocab_size, self._masked = vocab_size, masked
+        self.left_out: list[tuple[int, int]] = []
 
     def batch(self, step: int) -> torch.Tensor:
         """Read this rank's micro-batches of one step.
@@ -95,11 +100,12 @@ class GlobalBatches:
 
         count = self._sizes.size(step) // self._dp_size
         first = self.samples_before(step) + self._dp_rank * count
-        tokens = np.stack([self.samples[first + number] for number in range(count)])
+        places = [self._place(first + number) for number in range(count)]
+        tokens = np.stack([self.samples[place] for place in places])
         ids = np.where(tokens < 0, ~tokens, tokens) if self._masked else tokens
         if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
             number, position = np.argwhere((ids < 0) | (ids >= self._vocab_size))[0].tolist()
-            place = self.samples.place(first + number, position)
+            place = self.samples.place(places[number], position)
             token = int(ids[number, position])
             raise out_of_vocab(place.prefix, place.document, place.offset, token, self._vocab_size)
         shape = (count // self.micro_batch_size, self.micro_batch_size, self.seq_length + 1)
@@ -110,11 +116,36 @@ class GlobalBatches:
         planned = self._sizes.samples_before
         return self._start_sample + planned(step) - planned(self._start_step)
 
+    def _place(self, used: int) -> int:
+        """Where in the global order the sample lies that is used after ``used`` others."""
+        for first, stop in self.left_out:
+            if used < first:
+                break
+            used += stop - first
+        return used
+
+    def stretch(self, first: int, stop: int) -> tuple[int, int]:
+        """The samples of the global order from the batch of step ``first`` to that of step ``stop``, which is
+        not among them."""
+        return self._place(self.samples_before(first)), self._place(self.samples_before(stop) - 1) + 1
+
+    def leave_out(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Use these samples, ``first .. stop`` of the global order, no more. Only such as no step before the
+        current one has used."""
+        merged: list[tuple[int, int]] = []
+        for first, stop in sorted([*self.left_out, *stretches]):
+            if merged and first <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((first, stop))
+        self.left_out = merged
+
     def state_dict(self, step: int) -> dict[str, Any]:
         """Position after ``step`` steps, for a checkpoint: plain values, the same on every rank."""
         return {
             "step": step,
             "samples": self.samples_before(step),
+            "left_out": [list(stretch) for stretch in self.left_out],
             "global_batch_size": self.global_batch_size,
             "seq_length": self.seq_length,
             "dataset": self.samples.description,
@@ -152,4 +183,5 @@ class GlobalBatches:
         self._start_step = int(state["step"])
         # Earlier versions did not record the samples: their batches had one size from the start.
         self._start_sample = int(state.get("samples", self._start_step * state["global_batch_size"]))
+        self.left_out = [(first, stop) for first, stop in state.get("left_out", [])]
         return self._start_step

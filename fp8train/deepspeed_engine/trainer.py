@@ -45,8 +45,10 @@ from fp8train.parallel.zero import partition
 from fp8train.precision.state_formats import StateFormats
 from fp8train.step.assemble import all_reduce_max
 from fp8train.step.base_trainer import BaseTrainer
+from fp8train.step.measured import Measured
 from fp8train.step.result import StepResult
 from fp8train.step.targets import inputs_and_targets
+from fp8train.step.verdict import judge
 from fp8train.update_rules.registry import rule_named
 
 
@@ -72,7 +74,7 @@ class DeepSpeedTrainer(BaseTrainer):
         whole = outline(config, vocab_size)  # DeepSpeed takes the parameters' storage
         super().__init__(config, processes, built, whole, ignore_after=ignore_after)
         self.parts = make_fp8_parts(built, recorder=self.monitors.recorder)
-        self.scales = self.parts.scales
+        self.scales = self.monitors.scales = self.parts.scales
         connect_linears(built, self.parts)
         self._scale_events = self._watch_scales()
         self.optimizer = self._checkpointed_states()
@@ -175,24 +177,29 @@ class DeepSpeedTrainer(BaseTrainer):
         self.monitors.before_step(step + 1)
         inputs, targets = (self._part(t) for t in inputs_and_targets(micro_batches, self.ignore_after))
         num_targets = self._global_token_count(targets)
-        num_tokens = num_targets if isinstance(num_targets, int) else num_targets.clamp(min=1)
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         self.client.begin(self.updates, factor)
         with nullcontext() if self.scales is None else self.scales.recording():
             total = self._accumulate(inputs, targets, self._loss_factor(num_targets))
+            self.processes.replicas.all_reduce(total, purpose="loss")()
             self.progress.enter("optimizer")  # it reduces what is left there, too
             self.engine.step()
         applied = self.engine.was_step_applied()
-        self.processes.replicas.all_reduce(total, purpose="loss")()
         if self.scales is not None:
             self.scales.advance(partial(all_reduce_max, self.processes.stage), applied=applied)
         self._forget_casts()  # DeepSpeed writes weights at the same addresses, and leaves no trace of it
         self.updates += applied
         no_targets = not applied and not num_targets > 0
-        loss = total * torch.nan if no_targets else total / num_tokens
-        return StepResult(
-            loss, self._norm(no_targets=no_targets), self.config.optimizer.lr * factor, applied, no_targets
+        norm = self._norm(no_targets=no_targets)
+        # DeepSpeed has read the norm by now, so its update is on its way, and the loss before it.
+        seen = Measured.read(total, torch.tensor(norm, dtype=torch.float64), num_targets, total)
+        verdict = judge(
+            self.monitors, step + 1, loss=seen.loss, grad_norm=norm, num_targets=seen.num_targets, late=True
         )
+        loss = total * torch.nan if no_targets else total / max(seen.num_targets, 1)
+        skipped = "" if applied else (verdict.skipped or "not_finite")
+        lr = self.config.optimizer.lr * factor
+        return StepResult(loss, norm, lr, skipped, events=verdict.events, rewind=verdict.rewind)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, factor: Tensor | float) -> Tensor:
         """Forward and backward of all micro-batches; this rank's summed loss, an FP64 scalar."""

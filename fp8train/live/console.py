@@ -181,6 +181,15 @@ def print_safely(text: str, stream: TextIO) -> bool:
     return True
 
 
+def leave_safely(stream: TextIO) -> None:
+    """Flush for the last time. What still cannot be written is dropped: Python would try again at exit, and
+    end with a status of its own (120)."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        _discard(stream)
+
+
 def format_count(value: float) -> str:
     """Three digits and a decimal prefix: 950, 12.3k, 1.50M."""
     return _scaled(value, 1000, _DECIMAL, separator="")

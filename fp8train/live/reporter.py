@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,11 +28,14 @@ from fp8train.live.console import Console, format_count, format_duration, live_l
 from fp8train.live.describe import describe_layout, describe_precision, precision_warnings, stored_bytes
 from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
+from fp8train.run_dir.claim import HEARTBEATS_DIR
 from fp8train.run_dir.directory import RunDir
 from fp8train.run_dir.metrics import metrics_record, strict
 from fp8train.step.base_trainer import BaseTrainer
-from fp8train.step.result import StepResult
+from fp8train.step.result import StepEvent, StepResult
 from fp8train.step.scale_events import SHOWN, event_metrics
+from fp8train.watch.heartbeat import read
+from fp8train.watch.stragglers import PATIENCE, Stragglers
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Reporter:
             world_size=processes.world_size,
             fp8=trainer.built.fp8 is not None,
         )
+        self.stragglers = Stragglers(trainer.progress, processes, counted=config.engine == "native")
         self.trackers = Trackers(
             config.logging,
             run_dir,
@@ -165,6 +169,7 @@ class Reporter:
             "optim/lr": result.lr,
         }
         metrics |= self.throughput.measure(steps, self._tokens(done, steps))
+        metrics |= self._compare_ranks(done)
         metrics["data/wait_seconds"], self._data_seconds = self._data_seconds / steps, 0.0
         metrics["optim/skipped_steps"] = self._skipped
         sent = self.trainer.sent_bytes()
@@ -191,20 +196,34 @@ class Reporter:
 
     def skipped(self, done: int, result: StepResult) -> None:
         """A step was skipped, or taken partly: print and record why."""
-        why = "no_targets" if result.no_targets else "not_finite"
         numbers = {"grad_norm": str(result.grad_norm), "loss": str(float(result.loss))}
-        self.event("step_skipped", step=done, why=why, partly=result.partly, **numbers)
-        said = (
-            "not one target token in the global batch"
-            if result.no_targets
-            else f"gradient is not finite (norm {result.grad_norm})"
-        )
+        self.event("step_skipped", step=done, why=result.skipped, partly=result.partly, **numbers)
+        said = {
+            "no_targets": "not one target token in the global batch",
+            "not_finite": f"loss or gradient is not finite (norm {result.grad_norm})",
+            "spike": "skipped for its spike",
+            "guard": "skipped by precision.guard",
+        }[result.skipped]
         left = (
             "weights before that in backward are new, the others unchanged"
             if result.partly
             else "weights left unchanged"
         )
         self.say(f"step {done}: {said}; {left}")
+
+    def stood_out(self, done: int, events: Iterable[StepEvent]) -> None:
+        """Print and record what stood out in a step."""
+        for event in events:
+            self.event(event.kind, step=done, **event.fields)
+            say = self.warn if event.kind == "corruption_suspected" else self.say
+            say(f"step {done}: {event.text}")
+
+    def rewound(self) -> None:
+        """The run went back to an earlier step: what is measured over several steps begins anew."""
+        self._window_steps, self._window_loss, self._data_seconds = 0, 0.0, 0.0
+        self._casts = {}
+        self.trackers.rewound()
+        self.throughput.restart()
 
     def _live(self, done: int, result: StepResult) -> None:
         """Show how far the window is, from what the host knows: a loss that is still on its way from a device
@@ -224,6 +243,20 @@ class Reporter:
         """Training tokens of the last ``steps`` of ``done`` steps."""
         samples = self._samples_before(done) - self._samples_before(done - steps)
         return samples * self.config.data.seq_length
+
+    def _compare_ranks(self, done: int) -> dict[str, float]:
+        """Step times of all ranks; tells of ranks that stay slow. Collective."""
+        metrics = self.stragglers.metrics()
+        for slow in self.stragglers.newly_slow():
+            beat = read(self.run_dir.path / HEARTBEATS_DIR, slow.rank)
+            host = None if beat is None else beat.process.host
+            self.event("slow_rank", step=done, rank=slow.rank, host=host, ratio=round(slow.ratio, 3))
+            where = "" if host is None else f" on host {host}"
+            self.warn(
+                f"step {done}: rank {slow.rank}{where} is slow: its steps take {slow.ratio:.2f} times as "
+                f"long as the median of its stage, waiting for others left out, since {PATIENCE} logged steps"
+            )
+        return metrics
 
     def _scale_events(self, done: int) -> dict[str, float]:
         """Metrics of amaxes that gave no delayed scale since the last logged step, and their names as one

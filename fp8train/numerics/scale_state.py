@@ -128,6 +128,14 @@ class ScaleState:
         finally:
             self.active = False
 
+    def forget(self, linears: Sequence[str], *, keep: str) -> None:
+        """Make the slots of these linears as if they had never seen an amax, but for uses that end in
+        ``keep``; none waits for the device."""
+        for name, i in self._index.items():
+            if name.rpartition("/")[0] in linears and not name.endswith(keep):
+                self.scales[i].zero_()
+                self.amax_history[i].zero_()
+
     @torch.no_grad()
     def advance(self, all_reduce_max: Callable[[Tensor], None], *, applied: bool) -> None:
         """Move to the next step's scales: the rule of the module docstring.

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fp8train.comm.calls import GroupCalls
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.stage_wire import StageWire
 from fp8train.models.decoder import Decoder
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 TIED = "embedding.weight"
 _SWAP_ELEMENTS = 1 << 24  # of a tied gradient that travel at once
+_STATES = "states of other stages"
 
 _CLASSES = {
     "interleaved_1f1b": "ScheduleInterleaved1F1B",
@@ -63,6 +65,26 @@ class _StageModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens int64 [B, S] or states [B, S, H] -> states."""
         return self._run(x)
+
+
+def _watched_stage(calls: GroupCalls) -> type[PipelineStage]:
+    """torch's stage, which says when it computes: all else in a schedule is waiting for other stages."""
+    from torch.distributed.pipelining import PipelineStage  # takes a second to import: for those who need it
+
+    class WatchedStage(PipelineStage):
+        def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+            with calls.not_waiting():
+                return super().forward_one_chunk(*args, **kwargs)
+
+        def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+            with calls.not_waiting():
+                return super().backward_one_chunk(*args, **kwargs)
+
+        def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+            with calls.not_waiting():
+                return super().backward_weight_one_chunk(*args, **kwargs)
+
+    return WatchedStage
 
 
 class StagePlacement:
@@ -143,6 +165,7 @@ class Pipeline:
         self.placement = placement
         self._decoder, self._group, self._store, self._device = decoder, group, store, device
         self._names, self._fp8_traffic = sorted(parameters), fp8_traffic
+        self._calls = group.calls.calls.group(f"{group.calls.name} schedule", group.calls.ranks)
         self._schedule: Any = None
         self._shape: torch.Size | None = None
         self._num_tokens: Tensor | float = 1
@@ -169,11 +192,12 @@ class Pipeline:
         # states [B, S, H] forward and their gradients backward between ranks. Only the first stage reads
         # tokens, only the last one targets. Weight gradients go to the store, as without a pipeline.
         begins, ends = self.placement.held[0].begins, self.placement.held[-1].ends
-        self._schedule.step(
-            *((inputs.flatten(0, 1),) if begins else ()),
-            target=targets.flatten(0, 1) if ends else None,
-            return_outputs=False,
-        )
+        with self._calls.held(_STATES):
+            self._schedule.step(
+                *((inputs.flatten(0, 1),) if begins else ()),
+                target=targets.flatten(0, 1) if ends else None,
+                return_outputs=False,
+            )
         self._count_traffic(inputs)
         return self._total
 
@@ -193,12 +217,10 @@ class Pipeline:
         return getattr(pipelining, _CLASSES[self.placement.schedule])(stages, **arguments)
 
     def _build_stage(self, stage: Stage, batch: int, length: int) -> PipelineStage:
-        from torch.distributed.pipelining import PipelineStage
-
         # On the meta device: only shapes are read. Inputs that require a gradient get one sent back.
         tokens = torch.empty(batch, length, dtype=torch.int64, device="meta")
         meta = torch.device("meta")
-        return PipelineStage(
+        return _watched_stage(self._calls)(
             _StageModule(self._function(stage, batch, length)),
             stage.index,
             stage.num_stages,
@@ -272,6 +294,10 @@ class Pipeline:
             targets: int64 [A, B, S].
         """
         self._decoder.prepare()
+        with self._calls.held(_STATES):
+            return self._evaluate(inputs, targets)
+
+    def _evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         waits: list[Callable[[], None]] = []
         outputs: list[Tensor] = []
@@ -280,10 +306,12 @@ class Pipeline:
             before, after = (self.placement.rank_of.get(stage.index + step) for step in (-1, 1))
             received, outputs = outputs, []
             for i, tokens in enumerate(inputs):
-                x = run(self._input(stage, tokens, received[i : i + 1]))
-                if stage.ends:
-                    total += self._decoder.loss(x, targets[i])
-                    continue
+                x = self._input(stage, tokens, received[i : i + 1])
+                with self._calls.not_waiting():
+                    x = run(x)
+                    if stage.ends:
+                        total += self._decoder.loss(x, targets[i])
+                        continue
                 outputs.append(x)
                 if self._crosses(stage.index) and after != before:
                     waits.append(self._send(x, stage))

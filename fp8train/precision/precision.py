@@ -15,7 +15,7 @@ from fp8train.precision.traffic import Traffic
 Smoothing = Literal["off", "token", "channel"]
 """Of SwiGLU's output, around the down projection: not at all; token by token; the size of each channel in the
 down projection's weight."""
-GuardAction = Literal["off", "report", "bf16"]
+GuardAction = Literal["off", "report", "bf16", "recover"]
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,20 @@ class Precision:
             )
 
     def _guard(self, gemm: LinearQuant) -> Iterator[Problem]:
-        if self.guard_action != "bf16":
+        if self.guard_action not in ("bf16", "recover"):
             return
         if self.weights == "fp8":
             yield Problem(
-                "guard.action: bf16 multiplies by weights in the compute type, but weights: fp8 keeps none; "
-                "write weights: compute, or guard.action: report",
+                f"guard.action: {self.guard_action} multiplies by weights in the compute type, but weights: "
+                "fp8 keeps none; write weights: compute, or guard.action: report",
                 ("guard.action", "weights"),
             )
         delayed = (use for use, spec in gemm.operands().items() if spec.scale_source == "delayed")
-        if use := next(delayed, None):
+        if self.guard_action == "bf16" and (use := next(delayed, None)):
             yield Problem(
                 "guard.action: bf16 leaves holes in the amax history of delayed scales, and "
                 f"gemm.{use}.scale_source is delayed; take a recipe whose scales are current, or "
-                "guard.action: report",
+                "guard.action: recover, which begins with those scales",
                 ("guard.action", f"gemm.{use}.scale_source"),
             )
 

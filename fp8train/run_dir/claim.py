@@ -26,6 +26,10 @@ from fp8train.json_text import parse_object, read_object
 
 LOCK_FILE = "run.lock"
 STATUS_FILE = "status.json"
+FAILURES = Path("logs", "failures")
+"""Where ranks of the present job leave why they failed."""
+LAUNCH_DIR = "launch"
+"""What ``fp8train launch`` leaves in a run directory, before there is a run and whatever becomes of it."""
 _OWN_FILES = (
     "config.yaml",
     "env.json",
@@ -38,7 +42,9 @@ _OWN_FILES = (
     "tokenizer.model",
     "tokenizer.json",
 )
-_OWN_DIRS = ("logs", "tb", "wandb", "report")
+HEARTBEATS_DIR = "heartbeats"
+FAULTS_DIR = "faults"
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", HEARTBEATS_DIR, FAULTS_DIR)
 _logger = logging.getLogger(__name__)
 
 
@@ -46,6 +52,10 @@ class RunDirError(UserError):
     """The run directory cannot be used: not writable, in use, or holding something that must not be
     overwritten.
     """
+
+
+class RunDirGoneError(RunDirError):
+    """The run directory was deleted or replaced under a live job: nothing may be written there any more."""
 
 
 def claim(base: Path, name: str, *, resume: str, overwrite: bool) -> tuple[int, bool]:
@@ -104,12 +114,14 @@ def _furnish(path: Path, *, fresh: bool) -> None:
     # What an earlier job ended with must not be taken for this one's end. Where it had come to stays.
     step = 0 if fresh else recorded_step(path)
     status = {"state": "running", "step": step, "reason": "", "exit_code": None}
+    remove(path / FAILURES)
     replace_file(path / STATUS_FILE, (json.dumps(status, indent=2) + "\n").encode())
-    for folder in (CHECKPOINTS_DIR, "logs", "tb"):
+    remove(path / HEARTBEATS_DIR)  # an earlier job's would be taken for this one's
+    for folder in (CHECKPOINTS_DIR, "logs", FAILURES, "tb", HEARTBEATS_DIR):
         (path / folder).mkdir(exist_ok=True)
 
 
-def read_status(path: Path) -> dict[str, Any]:
+def load_status(path: Path) -> dict[str, Any]:
     """The ``status.json`` of the run directory ``path``, of which ``state`` is text and ``step`` a count.
 
     Raises:
@@ -126,7 +138,7 @@ def read_status(path: Path) -> dict[str, Any]:
 def recorded_step(path: Path) -> int:
     """Steps done as the ``status.json`` of ``path`` has them; 0 where it does not say."""
     try:
-        return int(read_status(path)["step"])
+        return int(load_status(path)["step"])
     except (OSError, ValueError):
         return 0
 
@@ -139,7 +151,7 @@ def _is_own_tmp(name: str) -> bool:
 
 
 def _holds_run(path: Path) -> bool:
-    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE}
+    names = {entry.name for entry in path.iterdir() if not _is_own_tmp(entry.name)} - {LOCK_FILE, LAUNCH_DIR}
     if names and not is_real_file(path / STATUS_FILE):
         raise RunDirError(
             f"{path} is not empty and not a run directory (no {STATUS_FILE}; it holds "
@@ -197,6 +209,21 @@ def in_use(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def taken_away(path: Path, lock_fd: int) -> str | None:
+    """What has become of the run directory ``path`` under the job that holds ``lock_fd``: None while it is
+    there. A lock file that somebody tidied away does not count, nor does a disk that does not answer."""
+    try:
+        if os.path.samestat(os.stat(path / LOCK_FILE, follow_symlinks=False), os.fstat(lock_fd)):
+            return None
+        return f"run directory {path} was replaced while this run was using it; another job may be there now"
+    except FileNotFoundError:
+        if (path / STATUS_FILE).exists():
+            return None
+        return f"run directory {path} was deleted while this run was using it, and its checkpoints with it"
+    except OSError:
+        return None
 
 
 def _holder(data: bytes) -> str:

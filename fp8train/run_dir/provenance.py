@@ -6,7 +6,6 @@ Environment variables are an allow-list: a wider net (all of ``SLURM_*``) would 
 import os
 import platform
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from fp8train import __version__
+from fp8train.run_dir.git import git_state
 
 _VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -53,7 +53,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "numpy": np.__version__,
             "cuda": torch.version.cuda,
         },
-        "git": _git(Path.cwd()),
+        "git": git_state(Path.cwd()),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device)
@@ -64,21 +64,3 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "working_directory": str(Path.cwd()),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
-
-
-def _git(directory: Path) -> dict[str, Any] | None:
-    """Commit hash, and whether tracked files differ from it."""
-    try:
-        revision, changes = (
-            subprocess.run(
-                ["git", "-C", str(directory), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            ).stdout
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"revision": revision.strip(), "dirty": bool(changes.strip())}

@@ -163,9 +163,14 @@ class BaseTrainer(ABC):
         return self.monitors.guard_metrics()
 
     def new_scale_events(self) -> dict[str, dict[str, int]] | None:
-        """Amaxes since the last call that gave no delayed scale, by slot; None without delayed scales. Waits
-        for the device; collective over the pipeline's ranks."""
-        return None if self._scale_events is None else self._scale_events.take()
+        """Amaxes since the last call that gave no delayed scale, by slot; None without delayed scales. Not of
+        linears that are out of FP8, which have none. Waits for the device; collective over the pipeline's
+        ranks."""
+        if self._scale_events is None:
+            return None
+        out = () if self.monitors.guard is None else self.monitors.guard.locked
+        found = self._scale_events.take()
+        return {slot: counts for slot, counts in found.items() if slot.rpartition("/")[0] not in out}
 
     def _watch_scales(self) -> ScaleEvents | None:
         fp8, quant = self.built.fp8, self.config.precision.gemm.value()

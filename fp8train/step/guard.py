@@ -2,10 +2,22 @@
 
 Long runs in FP8 end where one tensor outgrows what eight bits hold: an outlier channel before a down
 projection, a biased attention output. The cast statistics show it in the linear where it happens, so the cure
-can be local: that linear multiplies in the compute type for ``lock`` steps, and at most ``budget`` linears at
-a time do, so that a false alarm costs little and a run whose trouble is elsewhere does not turn into BF16
-behind its owner's back. The idea of bounded recovery of flagged units is GNMR's (arXiv 2606.00539);
-thresholds here are our own.
+can be local: with ``action: bf16`` that linear multiplies in the compute type for ``lock`` steps, and at most
+``budget`` linears at a time do, so that a false alarm costs little and a run whose trouble is elsewhere does
+not turn into BF16 behind its owner's back. The idea of bounded recovery of flagged units is GNMR's (arXiv
+2606.00539); thresholds here are our own.
+
+With ``action: recover`` what is done to a linear grows while it stays in trouble, each time it is flagged:
+
+1. *current*: its delayed scales of x and grad_output are forgotten before each of the next ``lock`` steps, so
+   that every tensor is scaled by its own amax (left out by recipes that do that anyway);
+2. *bf16*: it multiplies in the compute type for ``lock`` steps;
+3. *skip*: this step is left out, before anything is changed, and then as 2;
+4. *rewind*: the run goes back to its newest good checkpoint, with this linear in the compute type until
+   ``lock`` steps after the one that showed it.
+
+Who is quiet for ``lock`` steps after that is over begins at 1 again. Linears beyond ``budget`` at a time, and
+all after ``total`` actions, are only reported.
 
 A *reading* is a number of one cast: kurtosis or RMS of x or grad_output, RMS of grad_weight. Its usual is an
 average over about the last ten sampled steps. A reading counts in it by at most ``rise`` times the usual: one
@@ -22,8 +34,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,6 +46,8 @@ from fp8train.config.guard_schema import GuardConfig
 from fp8train.numerics.statistics import FIELDS
 
 READINGS = ("kurtosis", "rms", "saturated")
+Action = Literal["report", "current", "bf16", "skip", "rewind"]
+LADDER: tuple[Action, ...] = ("current", "bf16", "skip", "rewind")
 _MEMORY = 10
 
 Table = Mapping[str, Mapping[str, float]]
@@ -50,7 +64,8 @@ class Flag:
         reading: which of :data:`READINGS`.
         value: what it was.
         usual: what it usually is; for ``saturated`` the permitted share.
-        until: last step in the compute type; None if it stays in FP8.
+        until: last step in the compute type, or with current scales; None if nothing changes.
+        action: what was done.
     """
 
     unit: str
@@ -59,6 +74,7 @@ class Flag:
     value: float
     usual: float
     until: int | None
+    action: Action = "report"
 
     @property
     def ratio(self) -> float:
@@ -67,8 +83,16 @@ class Flag:
 
     def __str__(self) -> str:
         what = "not finite" if math.isinf(self.value) else f"{self.value:.3g}, usually {self.usual:.3g}"
-        done = "" if self.until is None else f": leaves FP8 until step {self.until}"
+        done = "" if self.until is None else f": {_DONE[self.action]} until step {self.until}"
         return f"guard: {self.site} {self.reading} {what}{done}"
+
+
+_DONE = {
+    "current": "scales each tensor by its own amax",
+    "bf16": "leaves FP8",
+    "skip": "the step is skipped, and it leaves FP8",
+    "rewind": "back to a checkpoint, and out of FP8",
+}
 
 
 @dataclass
@@ -92,20 +116,30 @@ class Guard:
     Attributes:
         config: thresholds.
         units: paths of the linears that multiply in FP8, of the whole model.
+        delayed: whether they have delayed scales of x or grad_output.
         locked: linears out of FP8 and the last step of it.
+        current: linears whose delayed scales are not used, and the last step of that.
+        actions: how often something was done to a linear.
+        levels: of linears in trouble, the last of :data:`LADDER` that was done, and the step until which the
+            next one follows.
     """
 
     config: GuardConfig
     units: Sequence[str]
+    delayed: bool = False
     locked: dict[str, int] = field(default_factory=dict)
+    current: dict[str, int] = field(default_factory=dict)
+    actions: int = 0
+    levels: dict[str, tuple[int, int]] = field(default_factory=dict)
     _usual: dict[tuple[str, str], _Usual] = field(default_factory=dict)
 
     def release(self, step: int) -> list[str]:
         """Let linears whose time is over back into FP8 with step ``step`` (1-based), and return their
-        paths."""
+        paths. Those on current scales return to delayed ones."""
         back = [unit for unit, until in self.locked.items() if until < step]
         for unit in back:
             del self.locked[unit]
+        self.current = {unit: until for unit, until in self.current.items() if until >= step}
         return back
 
     def observe(self, step: int, table: Table) -> list[Flag]:
@@ -140,21 +174,49 @@ class Guard:
         return found
 
     def _act(self, flag: Flag, step: int) -> Flag:
-        if self.config.action != "bf16" or len(self.locked) >= self.config.budget:
+        config, unit = self.config, flag.unit
+        room = unit in self.current or len(self.locked) + len(self.current) < config.budget
+        if config.action == "report" or not room or self.actions >= config.total:
             return flag
-        until = self.locked[flag.unit] = step + self.config.lock
-        return Flag(flag.unit, flag.site, flag.reading, flag.value, flag.usual, until)
+        action: Action = "bf16"
+        until = step + config.lock
+        if config.action == "recover":
+            level, watched = self.levels.get(unit, (-1, 0))
+            level = min(level + 1 if step <= watched else 0, len(LADDER) - 1)
+            if level == 0 and not self.delayed:
+                level = 1
+            self.levels[unit] = (level, until + config.lock)
+            action = LADDER[level]
+        self.actions += 1
+        self.current.pop(unit, None)
+        (self.current if action == "current" else self.locked)[unit] = until
+        return replace(flag, until=until, action=action)
+
+    def rewound(self, pinned: Mapping[str, int], actions: int) -> None:
+        """Go on from the state of a checkpoint that a rewind returned to: with these linears out of FP8 until
+        these steps, which are ahead, and with the count of actions that led there."""
+        self.locked |= pinned
+        self.actions = max(self.actions, actions)
 
     def state(self) -> dict[str, Any]:
         """The guard's state for a checkpoint, as JSON values."""
         usual = [[*key, one.mean, one.count] for key, one in self._usual.items()]
-        return {"locked": dict(self.locked), "usual": usual}
+        return {
+            "locked": dict(self.locked),
+            "usual": usual,
+            "current": dict(self.current),
+            "actions": self.actions,
+            "levels": {unit: list(level) for unit, level in self.levels.items()},
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state`; linears that are not watched any more are forgotten, and all return to
-        FP8 where the action is no longer ``bf16``."""
-        kept = self.units if self.config.action == "bf16" else ()
+        FP8 where the action no longer takes them out. Earlier versions only knew of those."""
+        kept = self.units if self.config.action in ("bf16", "recover") else ()
         self.locked = {unit: until for unit, until in state["locked"].items() if unit in kept}
+        self.current = {unit: until for unit, until in state.get("current", {}).items() if unit in kept}
+        self.levels = {unit: tuple(at) for unit, at in state.get("levels", {}).items() if unit in kept}
+        self.actions = state.get("actions", 0)
         self._usual = {
             (site, reading): _Usual(mean, count)
             for site, reading, mean, count in state["usual"]

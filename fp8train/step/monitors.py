@@ -16,10 +16,16 @@ from torch import Tensor
 from fp8train.comm.processes import Processes
 from fp8train.config.schema import Config
 from fp8train.models.build import BuiltModel
+from fp8train.numerics.scale_state import ScaleState
 from fp8train.numerics.statistics import CastRecorder
 from fp8train.optim.optimizer import Optimizer
 from fp8train.parallel.pipeline import Pipeline
 from fp8train.step.guard import Flag, Guard, agreed_readings
+from fp8train.step.measured import Measured
+from fp8train.step.spikes import SpikeDetector
+
+WEIGHT_USE = ".w"
+"""End of the names of weights among operand uses; a weight is cast once a step, perhaps before its step."""
 
 
 class Monitors:
@@ -28,6 +34,9 @@ class Monitors:
     Attributes:
         recorder: FP8 cast statistics; None without FP8 or with statistics off.
         guard: which linears are out of FP8 for a while; None if it is off.
+        spikes: judges loss and gradient norm; None if it is off.
+        rewinds: how often the run went back to a checkpoint.
+        scales: delayed scales of this rank's linears, which the guard may have forgotten; None without any.
         pipeline: whose ranks hold the rest of the model; None with one stage. Set once it is built.
         whole: a context in which parameters have their values outside of their modules.
     """
@@ -39,8 +48,26 @@ class Monitors:
         self.whole: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.recorder = self._make_recorder()
         self.guard: Guard | None = None
+        self.scales: ScaleState | None = None
         if config.precision.guard.action != "off" and built.fp8 is not None:
-            self.guard = Guard(config.precision.guard, built.fp8.converted)
+            self.guard = Guard(
+                config.precision.guard, built.fp8.converted, delayed=self._has_delayed_scales()
+            )
+        self.spikes = SpikeDetector(config.spikes) if config.spikes.action != "off" else None
+        self.rewinds = 0
+        self._applied: dict[str, int] = {}
+
+    def _has_delayed_scales(self) -> bool:
+        quant = self.config.precision.gemm.value()
+        casts = {} if quant is None else quant.casts()
+        return any(
+            spec.scale_source == "delayed" and not use.endswith(WEIGHT_USE) for use, spec in casts.items()
+        )
+
+    @property
+    def may_rewind(self) -> bool:
+        """Whether the run may go back to a checkpoint once more."""
+        return self.rewinds < self.config.spikes.max_rollbacks
 
     def _make_recorder(self) -> CastRecorder | None:
         """With sites of the whole model; this process records those that it holds."""
@@ -65,9 +92,14 @@ class Monitors:
         return self.sampled, frozenset() if self.guard is None else frozenset(self.guard.locked)
 
     def before_step(self, step: int) -> None:
-        """Let linears back into FP8 whose time is over before ``step`` (1-based) begins."""
-        if self.guard is not None and self.guard.release(step):
-            self._apply_guard()
+        """Apply what the guard decided, and let linears back into FP8 whose time is over, before ``step``
+        (1-based) begins."""
+        if self.guard is None:
+            return
+        back = self.guard.release(step)
+        self._apply_guard()
+        if self.scales is not None:  # what comes back has a history of other days
+            self.scales.forget([*self.guard.current, *back], keep=WEIGHT_USE)
 
     def cast_rows(self) -> dict[str, dict[str, float]]:
         """Cast statistics of the last sampled step, of the whole model: ``{site: {field: value}}``; waits for
@@ -88,22 +120,47 @@ class Monitors:
             return []
         assert self.recorder is not None
         table = agreed_readings(self.recorder.sites, self._rows(self.recorder), self.processes.everyone)
-        flags = self.guard.observe(done, table)
-        self._apply_guard()
-        return flags
+        return self.guard.observe(done, table)
+
+    def suspects(self, done: int, seen: Measured) -> bool:
+        """Whether step ``done`` (1-based) looks wrong: not finite, or a spike. The same on all ranks."""
+        if not seen.finite:
+            return seen.num_targets > 0
+        spikes = self.spikes
+        return spikes is not None and (
+            spikes.judge(done, loss=seen.loss, grad_norm=seen.grad_norm) is not None
+        )
 
     def state(self) -> dict[str, Any]:
         """Host state of the monitors for a checkpoint."""
-        return {} if self.guard is None else {"guard": self.guard.state()}
+        found: dict[str, Any] = {"rewinds": self.rewinds}
+        if self.guard is not None:
+            found["guard"] = self.guard.state()
+        if self.spikes is not None:
+            found["spikes"] = self.spikes.state()
+        return found
 
     def load_state(self, meta: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's host state, of any run."""
+        self.rewinds = meta.get("rewinds", 0)
         if self.guard is not None and "guard" in meta:
             self.guard.load_state(meta["guard"])
             self._apply_guard()
+        if self.spikes is not None and "spikes" in meta:
+            self.spikes.load_state(meta["spikes"])
+
+    def rewound(self, *, rewinds: int, actions: int, pinned: Mapping[str, int]) -> None:
+        """Keep, after :meth:`load_state`, what led back to that checkpoint: how often that was, and for the
+        guard its count of actions and the linears that stay out of FP8."""
+        self.rewinds = max(self.rewinds, rewinds)
+        if self.guard is not None:
+            self.guard.rewound(pinned, actions)
 
     def _apply_guard(self) -> None:
         assert self.guard is not None
+        if self._applied == self.guard.locked:
+            return
+        self._applied = dict(self.guard.locked)
         for path, linear in self.built.model.linears().items():
             linear.leaves_fp8 = path in self.guard.locked
         if self.recorder is not None:  # what is not cast must not be logged as if it were
@@ -112,8 +169,11 @@ class Monitors:
             )
 
     def guard_metrics(self) -> dict[str, float]:
-        """How many linears are out of FP8; nothing without a guard."""
-        return {} if self.guard is None else {"fp8/guarded_linears": float(len(self.guard.locked))}
+        """How many linears are out of FP8, and how often the guard acted; nothing without a guard."""
+        if self.guard is None:
+            return {}
+        found = {"fp8/guarded_linears": len(self.guard.locked), "fp8/guard_actions": self.guard.actions}
+        return {name: float(count) for name, count in found.items()}
 
     def optimizer_metrics(self, optimizer: Optimizer) -> dict[str, float]:
         """Shares of optimizer states that the last applied step flushed to zero, if it was sampled; waits for

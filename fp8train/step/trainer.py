@@ -4,7 +4,9 @@ A step, for this rank's micro-batches: forward gives the summed loss, divided by
 tokens; backward fills the gradient store, which reduces while backward goes on; the norm of all gradients
 gives one clip factor; the optimizer reads gradient and state and writes new weights. A step whose gradient is
 not finite changes nothing, on all ranks together (the norm is of the reduced gradients, so all ranks see the
-same one); nor does one without a single target token, which has no gradient.
+same one); nor does one without a single target token, which has no gradient, nor one that the watch over
+spikes or FP8 skips (:mod:`fp8train.step.verdict`). A step that looks wrong may be run a second time before
+that is decided (:mod:`fp8train.step.attribution`).
 
 What the *next* step starts from (scale state, residuals) moves only with an applied step. Nothing that this
 step's values were made with is changed by that: they carry their scales with them.
@@ -44,12 +46,15 @@ from fp8train.parallel.pipeline import ZERO_BUBBLE, Pipeline, StagePlacement
 from fp8train.parallel.stages import part_of, plan_stages
 from fp8train.parallel.zero import Partition
 from fp8train.step.assemble import all_reduce_max, make_gradient_buckets, make_run_optimizer, tensor_parallel
+from fp8train.step.attribution import compare_runs, trace_non_finite, watched_outputs
 from fp8train.step.base_trainer import BaseTrainer
-from fp8train.step.non_finite import norm_and_whether_applied
+from fp8train.step.measured import Measured
 from fp8train.step.recorded import CudaGraphs, RecordedStep, Recorder
-from fp8train.step.result import StepResult
+from fp8train.step.rerun import StateBefore
+from fp8train.step.result import Skipped, StepEvent, StepResult
 from fp8train.step.sharding import Sharding, make_gather, make_partition
 from fp8train.step.targets import inputs_and_targets
+from fp8train.step.verdict import judge
 
 
 def place_stages(config: Config, processes: Processes, vocab_size: int) -> StagePlacement | None:
@@ -121,13 +126,14 @@ class Trainer(BaseTrainer):
                 parts=processes.tp,
                 whole=self._whole(),
                 update=self._update_released if config.train.gradient_release else None,
+                watched=self._keeps_own_sums,
             )
         else:
             check_pipeline(config, contributions)
             self.store, self.pipeline = self._make_pipeline(placement)
             self.monitors.pipeline = self.pipeline
         self.parts = make_fp8_parts(self.built, recorder=self.monitors.recorder)
-        self.scales = self.parts.scales
+        self.scales = self.monitors.scales = self.parts.scales
         self.sharding = self._connect(owners)
         self.optimizer = make_run_optimizer(
             config, self.built, processes, self.parts.resident, self.sharding, offload, runs_on=runs_on
@@ -162,6 +168,7 @@ class Trainer(BaseTrainer):
             defer=placement.schedule in ZERO_BUBBLE,
             parts=self.processes.tp,
             whole=self._whole(),
+            watched=self._keeps_own_sums,
         )
         pipeline = Pipeline(
             self.model,
@@ -173,6 +180,11 @@ class Trainer(BaseTrainer):
             device=self.processes.device,
         )
         return store, pipeline
+
+    @property
+    def _keeps_own_sums(self) -> bool:
+        """Whether somebody may ask what this rank contributed to the gradients."""
+        return self.processes.world_size > 1 or self.config.spikes.rerun
 
     def _publish(self) -> None:
         """Make the model's weights those of the masters."""
@@ -201,47 +213,101 @@ class Trainer(BaseTrainer):
         inputs, targets = (self._part(t) for t in (inputs, targets))
         # Every rank divides by the target tokens of the global batch: the sum over ranks is the gradient.
         num_targets = self._global_token_count(targets)
-        num_tokens = num_targets if isinstance(num_targets, int) else num_targets.clamp(min=1)
-        # Forward and backward of all micro-batches into the store, which reduces each bucket once it is full.
-        # ``scale`` is the parametrisation's factor on the loss (1 in the standard one), and on its gradients:
-        # divided out below where that restores the true ones.
-        scale = self.model.parametrization.gradient_scale
         factor = lr_factor(self.config.schedule, step, self.config.total_steps)
         if (released := self.store.released) is not None:
             released.worth = None if isinstance(num_targets, int) else num_targets > 0
             no_clipping = torch.ones((), dtype=torch.float64, device=self.processes.device)
             self.optimizer.begin(**self._next_update(factor, no_clipping))
-        total = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale)
-        # For the log: the loss summed over all tokens, one FP64 number.
-        self.processes.replicas.all_reduce(total, purpose="loss")()
-        self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
-        # Of reduced gradients, hence the same on all ranks, which so apply or skip the step together.
-        norm = self._global_norm() * self._unscale
         # Here a step waits for the device, and reads all that it needs; later it would wait for the update.
-        grad_norm, applied = norm_and_whether_applied(norm, num_targets)
-        partly = False
+        seen, events = self._measure_surely(step + 1, inputs, targets, num_targets)
+        verdict = judge(
+            self.monitors,
+            step + 1,
+            loss=seen.loss,
+            grad_norm=seen.grad_norm,
+            num_targets=seen.num_targets,
+            late=released is not None,
+        )
+        skipped, partly = verdict.skipped, False
         if released is not None:
             released.finish()  # the optimizer has the buckets that were left
-            applied, partly = not released.stopped, released.stopped and released.handed_on > 0
+            skipped = (skipped or "not_finite") if released.stopped else ""
+            partly = released.stopped and released.handed_on > 0
+        if skipped == "not_finite":
+            events = (*events, self._trace(inputs, targets, seen))
+        self._update(seen.norm, factor, skipped, partly=partly)
+        loss = seen.total * torch.nan if skipped == "no_targets" else seen.total / max(seen.num_targets, 1)
+        lr = self.config.optimizer.lr * factor
+        events = (*events, *verdict.events)
+        return StepResult(loss, seen.grad_norm, lr, skipped, partly, events, verdict.rewind)
+
+    def _update(self, norm: Tensor, lr_factor: float, skipped: Skipped, *, partly: bool) -> None:
+        """Move on to new weights and scales, or stay where the step began."""
         self.progress.enter("optimizer")
         if self.scales is not None:  # first: new weights are cast with the next step's scales
-            self.scales.advance(partial(all_reduce_max, self.processes.stage), applied=applied)
+            self.scales.advance(partial(all_reduce_max, self.processes.stage), applied=not skipped)
         clip = clip_multiplier(norm, self.config.optimizer.clip_grad_norm)
-        if applied or partly:
+        if not skipped or partly:
             # Over the states that this rank keeps: reads the store's gradients chunk by chunk, times one
             # device scalar, and writes new weights into the model, or into its FP8 weights.
-            if released is None:
-                self.optimizer.step(self.store.reader, **self._next_update(factor, clip))
+            if self.store.released is None:
+                self.optimizer.step(self.store.reader, **self._next_update(lr_factor, clip))
             else:
                 self.optimizer.end()
             self.updates += 1
             self._distribute()  # ZeRO: owners send the new rows to everyone
-        if applied:
+        if not skipped:
             self.store.commit(clip)  # what the next reduction starts from: residuals, factors, grids
         self.store.release()  # ZeRO: the sums that owners received
-        no_targets = not applied and not num_targets > 0
-        loss = total * torch.nan if no_targets else total / num_tokens
-        return StepResult(loss, grad_norm, self.config.optimizer.lr * factor, applied, no_targets, partly)
+
+    def _measure(self, inputs: Tensor, targets: Tensor, num_targets: Tensor | int) -> Measured:
+        """Forward, backward and reduction of all micro-batches, and their numbers on the host."""
+        num_tokens = num_targets if isinstance(num_targets, int) else num_targets.clamp(min=1)
+        # ``scale`` is the parametrisation's factor on the loss (1 in the standard one), and on its gradients:
+        # divided out below where that restores the true ones.
+        scale = self.model.parametrization.gradient_scale
+        own = self._gradients(inputs, targets, num_tokens if scale == 1.0 else num_tokens / scale)
+        # The loss summed over all tokens, one FP64 number.
+        total = own.clone()
+        self.processes.replicas.all_reduce(total, purpose="loss")()
+        self.processes.pp.all_reduce(total, purpose="loss")()  # zero but on the last stage
+        # Of reduced gradients, hence the same on all ranks, which so apply or skip the step together.
+        return Measured.read(total, self._global_norm() * self._unscale, num_targets, own)
+
+    def _measure_surely(
+        self, done: int, inputs: Tensor, targets: Tensor, num_targets: Tensor | int
+    ) -> tuple[Measured, tuple[StepEvent, ...]]:
+        """:meth:`_measure`; with ``spikes.rerun`` twice where the result looks wrong, and then the second one
+        with what the comparison says."""
+        if not self.config.spikes.rerun:
+            return self._measure(inputs, targets, num_targets), ()
+        before = StateBefore(self.gradients.scales.state_tensors(), self.processes.device)
+        seen = self._measure(inputs, targets, num_targets)
+        own = self.store.own_sums() if self.monitors.suspects(done, seen) else {}
+        if not own:
+            return seen, ()
+        before.restore()
+        again = self._measure(inputs, targets, num_targets)
+        return again, (compare_runs(self.processes, done, (seen, again), (own, self.store.own_sums())),)
+
+    def _trace(self, inputs: Tensor, targets: Tensor, seen: Measured) -> StepEvent:
+        """Where a step that is not finite began to be so; before the gradients are gone."""
+
+        def first_module() -> str | None:
+            if self.config.train.compile != "off":  # hooks would be compiled, too
+                return None
+            with watched_outputs(self.model) as names:
+                self.summed_loss(inputs, targets)
+            return names[0] if names else None
+
+        return trace_non_finite(
+            self.processes,
+            seen,
+            self.store.own_norms(),
+            self.store.own_sums(),
+            order=list(self.outline.specs),
+            first_module=first_module,
+        )
 
     def _next_update(self, lr_factor: float, clip: Tensor) -> dict[str, Any]:
         """What the optimizer is told of the next update, whose gradients are multiplied by ``clip``."""

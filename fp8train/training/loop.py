@@ -12,19 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from fp8train.evaluation.validation import Evaluation, Text, evaluate
-from fp8train.run_dir.metrics import strict
 from fp8train.step.consistency import check_replicas
-from fp8train.step.non_finite import SkippedSteps
 from fp8train.training.ready_run import ReadyRun
+from fp8train.training.safeguards import Safeguards
 from fp8train.training.saving import Saving
+from fp8train.training.signals import Stop
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. ``state`` and ``reason`` as in status.json."""
 
-    state: Literal["completed", "stopped"]
+    state: Literal["completed", "stopped", "preempted"]
     reason: str
     step: int
 
@@ -32,15 +34,15 @@ class Outcome:
 class TrainingLoop:
     """Runs a prepared trainer from its current step to the end or to a stop request."""
 
-    def __init__(self, run: ReadyRun, *, stop_reason: Callable[[], str | None], start: int = 0) -> None:
-        """``stop_reason`` is called by all ranks after each step and returns the same answer on all;
+    def __init__(self, run: ReadyRun, *, agree_to_stop: Callable[[], Stop | None], start: int = 0) -> None:
+        """``agree_to_stop`` is called by all ranks after each step and returns the same answer on all;
         ``start``: steps that a checkpoint has done. ``done`` counts on from there."""
-        self._run, self.stop_reason = run, stop_reason
+        self._run, self.agree_to_stop = run, agree_to_stop
         self.config, self.trainer, self.reporter = run.config, run.trainer, run.reporter
         self.progress = run.trainer.progress
         self.start = self.done = start
-        self._skipped = SkippedSteps()
         self.saving = Saving(run)
+        self._safeguards = Safeguards(run, self.saving)
         self.saving.saved_at = start or None
 
     def run(self) -> Outcome:
@@ -58,9 +60,12 @@ class TrainingLoop:
         self.reporter.begin(self.start)
         if self.start >= total:
             return Outcome("completed", f"all {total} steps were done already", self.start)
-        for step in range(self.start, total):
-            self._one_step(step)
-            self.done = done = step + 1
+        while self.done < total:
+            back = self._one_step(self.done)
+            if back is not None:
+                self.done = back
+                continue
+            self.done = done = self.done + 1
             self._check_replicas(done)
             evaluation = None
             if self._evaluation_due(done):
@@ -69,16 +74,17 @@ class TrainingLoop:
                 self.reporter.evaluation(done, evaluation)
             self.progress.enter("agree")
             self.saving.poll()
-            reason = self.stop_reason()
-            if self.saving.due(done, stopping=reason is not None):
+            stop = self.agree_to_stop()
+            if self.saving.due(done, stopping=stop is not None):
                 self.progress.enter("save")
-                self.saving.save(done, evaluation, last=reason is not None or done == total)
-            if reason is not None and done < total:
+                self.saving.save(done, evaluation, last=stop is not None or done == total)
+            if stop is not None and done < total:
                 self._run.run_dir.clear_stop()
-                return Outcome("stopped", reason, done)
+                return Outcome(stop.state, stop.reason, done)
         return Outcome("completed", "all steps done", total)
 
-    def _one_step(self, step: int) -> None:
+    def _one_step(self, step: int) -> int | None:
+        """Train one step; the number of steps done if the run went back to a checkpoint instead."""
         began = time.perf_counter()
         self.progress.enter("data", step=step)
         batch = self._run.data.train.batch(step)
@@ -95,22 +101,13 @@ class TrainingLoop:
             if sampled:
                 optimizer = monitors.optimizer_metrics(self.trainer.optimizer) if result.applied else {}
                 self.reporter.casts(step + 1, monitors.cast_rows(), optimizer)
-                self._guard(step + 1)
         if sampled:
             with self.reporter.throughput.excluded():
                 self.reporter.monitor(monitors.attention_metrics())
-        if not result.applied:
-            self.reporter.skipped(step + 1, result)
-        self._skipped.count(step + 1, result)
-        self.reporter.step(step + 1, result, data_seconds=fetched - began)
-
-    def _guard(self, done: int) -> None:
-        for flag in self.trainer.monitors.watch(done):
-            numbers = {name: strict(getattr(flag, name)) for name in ("value", "usual")}
-            self.reporter.event(
-                "guard", step=done, site=flag.site, reading=flag.reading, until=flag.until, **numbers
-            )
-            self.reporter.say(f"step {done}: {flag}")
+        back = self._safeguards.after(step + 1, result)
+        if back is None:
+            self.reporter.step(step + 1, result, data_seconds=fetched - began)
+        return back
 
     def _check_replicas(self, done: int) -> None:
         interval = self.config.train.consistency_interval
@@ -128,4 +125,8 @@ class TrainingLoop:
             text = Text(
                 data.valid, self.config.train.eval_batches, self.trainer.ignore_after, data.token_lengths
             )
-            return evaluate(self.trainer.summed_loss, text, self._run.processes)
+            return evaluate(self._summed_loss, text, self._run.processes)
+
+    def _summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.progress.beat()  # an evaluation takes as long as it has batches
+        return self.trainer.summed_loss(inputs, targets)

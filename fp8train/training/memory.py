@@ -1,12 +1,15 @@
 """Running out of memory, as a message that says what to lower.
 
-torch says so in several ways: its CUDA allocator raises ``torch.OutOfMemoryError``, its CPU allocator a plain
-``RuntimeError`` ("can't allocate memory"), Python and NumPy ``MemoryError``.
+It is said in several ways: torch's CUDA allocator raises ``torch.OutOfMemoryError``, its CPU allocator a
+plain ``RuntimeError`` ("can't allocate memory"), its C++ ``std::bad_alloc``, Python and NumPy
+``MemoryError``, and the system ``OSError`` (ENOMEM: a file that cannot be mapped, say).
 """
 
 from __future__ import annotations
 
+import errno
 import re
+import resource
 
 import torch
 
@@ -18,7 +21,7 @@ _TEXT = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|CUDA error: out of memory|cuda out of memory",
     re.IGNORECASE,
 )
-_SIZE = re.compile(r"tried to allocate (\d+(?:\.\d+)?) (bytes|[KMGT]i?B)", re.IGNORECASE)
+_SIZE = re.compile(r"(?:tried|unable) to allocate (\d+(?:\.\d+)?) (bytes|[KMGTP]i?B)", re.IGNORECASE)
 
 
 class OutOfMemoryError(UserError):
@@ -29,6 +32,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and _TEXT.search(str(error)) is not None
 
 
@@ -50,6 +55,9 @@ def explain(
     asked = ""
     if size is not None:
         asked = f", asking for {format_bytes(int(size[1])) if size[2] == 'bytes' else f'{size[1]} {size[2]}'}"
+    if kind == "CPU":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB, on Linux
+        asked += f"; the most it ever held: {format_bytes(peak)}"
     return OutOfMemoryError(
         f"rank {rank} ran out of {kind} memory {where}{asked}\n{_remedy(config, dp, step, kind)}"
     )
@@ -68,5 +76,7 @@ def _remedy(config: Config, dp: int, step: int | None, kind: str) -> str:
         ways.append("share the optimizer's states with parallel.zero: 1")
     if config.optimizer.offload == "none" and kind == "GPU":
         ways.append("keep the optimizer's states in host memory with optimizer.offload: cpu")
+    if config.precision.level in ("O0", "O1"):
+        ways.append(f"keep states in fewer bits with precision.level: O2 ({config.precision.level})")
     ways.append(f"split the model further with parallel.tp ({parallel.tp}) or parallel.pp ({parallel.pp})")
     return f"{', '.join(ways)}, or take a smaller model"

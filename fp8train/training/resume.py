@@ -22,7 +22,7 @@ from fp8train.parallel.gradients.gradient_buckets import RESIDUAL_PREFIX
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.training.preflight import settings_changes
 from fp8train.training.ready_run import ReadyRun
-from fp8train.training.restore import restore
+from fp8train.training.restore import Restored, restore
 
 
 def resume(run: ReadyRun, path: Path) -> int:
@@ -42,21 +42,9 @@ def resume(run: ReadyRun, path: Path) -> int:
     """
     config, trainer, reporter = run.config, run.trainer, run.reporter
     opened = open_checkpoint(path, group=run.processes.control, verify="size")
-    meta = opened.meta
-    found = settings_changes(meta, config, path)
-    _check_trainer(trainer, meta["trainer"], path)
-    step = run.data.train.load_state_dict(meta["data"])
-    own = _rank_state(opened, config)
-    restored = restore(
-        trainer,
-        opened,
-        roles=trainer.optimizer.states.roles,
-        scales=True,
-        reshard=config.checkpoint.reshard,
-        rank_state=own,
-    )
-    trainer.restored(meta["trainer"])
-    anew = _restore_own(own, opened, trainer)
+    found = settings_changes(opened.meta, config, path)
+    _check_trainer(trainer, opened.meta["trainer"], path)
+    step, restored, anew = fill(run, opened)
     reporter.event(
         "resumed",
         step=step,
@@ -71,6 +59,27 @@ def resume(run: ReadyRun, path: Path) -> int:
         reporter.say(line)
     reporter.say(f"resumed from {path} at step {step}")
     return step
+
+
+def fill(run: ReadyRun, opened: OpenCheckpoint) -> tuple[int, Restored, list[str]]:
+    """Put trainer, data and random states where a checkpoint has them; collective over all ranks.
+
+    Returns:
+        Steps done, what changed on the way, and what starts anew, in words.
+    """
+    config, trainer, meta = run.config, run.trainer, opened.meta
+    step = run.data.train.load_state_dict(meta["data"])
+    own = _rank_state(opened, config)
+    restored = restore(
+        trainer,
+        opened,
+        roles=trainer.optimizer.states.roles,
+        scales=True,
+        reshard=config.checkpoint.reshard,
+        rank_state=own,
+    )
+    trainer.restored(meta["trainer"])
+    return step, restored, _restore_own(own, opened, trainer)
 
 
 def _check_trainer(trainer: BaseTrainer, meta: dict[str, Any], path: Path) -> None:

@@ -39,6 +39,8 @@ class Saving:
     Attributes:
         saved_at: the step of the newest checkpoint, saved, begun or resumed from; None without one.
         on_phase: called at the moments of a save, in the thread that writes.
+        longest_s: seconds that the longest save took, from its beginning until it was safe; 0 before the
+            first one.
     """
 
     def __init__(self, run: ReadyRun) -> None:
@@ -47,6 +49,7 @@ class Saving:
         self.processes, self.trainer, self.reporter = run.processes, run.trainer, run.reporter
         self.saved_at: int | None = None
         self.on_phase: Callable[[SavePhase], None] = no_hook
+        self.longest_s = 0.0
         checkpoint = run.config.checkpoint
         self._retention = Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
         self._background = BackgroundSaver(run.processes.control) if checkpoint.asynchronous else None
@@ -74,7 +77,7 @@ class Saving:
         began = time.perf_counter()
         with self.reporter.throughput.excluded():
             self._finish_previous(done)
-            ranks = Ranks(self.processes.control)
+            ranks = Ranks(self.processes.control, self.processes.control_calls)
             rank_state = capture_rng(self.processes.device) | self.trainer.rank_tensors()
             tensors = with_rank_state(self.trainer.checkpoint_tensors(), rank_state, ranks.rank)
             order = Order(
@@ -83,7 +86,7 @@ class Saving:
                 self._meta(done, evaluation),
                 describe(tensors),
                 self._retention,
-                self.on_phase,
+                self._moment,
             )
             self.saved_at = done
             if self._background is None:
@@ -95,6 +98,10 @@ class Saving:
         if first:
             size = self._background.snapshot.num_bytes / 2**20
             self.reporter.say(f"asynchronous checkpoints keep {size:,.1f} MiB of host memory on this rank")
+
+    def _moment(self, phase: SavePhase) -> None:
+        self.trainer.progress.beat()  # of a writing thread too: what it does is no hang
+        self.on_phase(phase)
 
     def poll(self) -> None:
         """At a step boundary: report the checkpoint in flight if all ranks are done with it, raise its error
@@ -154,6 +161,8 @@ class Saving:
             self._report(written)
 
     def _report(self, written: Written) -> None:
+        in_background = self._stall_seconds if self._background is not None else 0.0
+        self.longest_s = max(self.longest_s, written.write_seconds + in_background)
         self.reporter.checkpoint(
             written, stall_seconds=self._stall_seconds, asynchronous=self._background is not None
         )

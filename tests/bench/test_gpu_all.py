@@ -64,6 +64,7 @@ def test_everything_in_miniature(tmp_path: Path) -> None:
         assert {f"./{part}.json" for part in PARTS} <= set(packed.getnames())
 
 
+@pytest.mark.slow
 def test_a_complete_part_is_skipped_and_others_do_not_stop_for_one_that_fails(tmp_path: Path) -> None:
     (tmp_path / "linear.json").mkdir()  # a result that cannot be written
     done = gpu_all(tmp_path, "--only", "linear gemm")
@@ -80,6 +81,7 @@ def test_a_complete_part_is_skipped_and_others_do_not_stop_for_one_that_fails(tm
     assert (tmp_path / "gemm.json").stat().st_mtime_ns > written
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_stopped_and_runs_again(tmp_path: Path) -> None:
     done = gpu_all(tmp_path, "--only", "gemm", "--limit", "gemm=1")
     assert done.returncode == 1

@@ -77,6 +77,7 @@ def test_train_step_says_what_is_wrong_with_a_configuration() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_vs_peers(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs transformers: pip install 'fp8train[hf]'")
     sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv-heads": 2, "vocab": 256, "seq": 32, "batch": 2}
@@ -107,6 +108,7 @@ def test_vs_peers(tmp_path: Path) -> None:
             assert variant["last_loss"] == pytest.approx(theirs["last_loss"], abs=0.005)
 
 
+@pytest.mark.slow
 def test_optimizer_step(tmp_path: Path) -> None:
     result, table = result_of("optimizer_step.py", tmp_path / "result.json", "--tiny")
     check_machine(result["machine"])
@@ -121,6 +123,7 @@ def test_optimizer_step(tmp_path: Path) -> None:
     assert "O2, v E4M3 expanded" in table
 
 
+@pytest.mark.slow
 def test_reduce_snr(tmp_path: Path) -> None:
     result, table = result_of("reduce_snr.py", tmp_path / "result.json", "--tiny")
     assert result["gloo"] == {"2": 3}
@@ -143,6 +146,7 @@ def test_wire_bytes(tmp_path: Path) -> None:
         assert row["loopback_over_counted"] == pytest.approx(1.0, abs=0.2), row
 
 
+@pytest.mark.slow
 def test_comm_volume(tmp_path: Path) -> None:
     result, table = result_of("comm_volume.py", tmp_path / "result.json", "--tiny")
     assert [(one["layout"], one["level"]) for one in result["results"]] == [
@@ -202,3 +206,13 @@ def test_fast_accumulation(tmp_path: Path) -> None:
         if row["operands"] == "normal":
             assert 0.02 < row["cast"] < 0.06
     assert "promoted" in table
+
+
+@pytest.mark.slow
+def test_guards_and_watchdog(tmp_path: Path) -> None:
+    result, _ = result_of("guards_and_watchdog.py", tmp_path / "result.json", "--rounds", "2", "--steps", "1")
+    check_machine(result["machine"])
+    assert result["variants"]["off"]["ratio"] == 1.0
+    low, high = result["variants"]["watchdog"]["ratio_95"]
+    assert 0 < low <= result["variants"]["watchdog"]["ratio"] <= high
+    assert all(0 < value < 1e5 for value in result["microseconds"].values())

@@ -208,7 +208,8 @@ VALUE_CASES = {
     ),
     "too_large": (
         changed("steps: 10", "steps: 9223372036854775808"),
-        "run.yaml:12: train.steps: expected a whole number >= 1 and <= 1000000000, or null; got 9223372036854775808",
+        "run.yaml:12: train.steps: expected a whole number >= 1 and <= 1000000000, or null; got "
+        "9223372036854775808",
     ),
     "number_for_text": (
         MINIMAL + "run: {name: 125}\n",

@@ -45,7 +45,8 @@ def partitioned(config: Path) -> str:
 
 
 def run(config: Path, name: str, *overrides: str) -> Path:
-    finish(start(config, 2, f"run.name={name}", "checkpoint.interval=20", *overrides))
+    ranks = start(config, 2, f"run.name={name}", "checkpoint.interval=20", *overrides)
+    finish(ranks, timeout_s=400)  # DeepSpeed may compile first
     return config.parent / name
 
 

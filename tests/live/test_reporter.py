@@ -43,23 +43,25 @@ def test_the_mean_loss_is_that_of_all_steps_since_the_last_line(
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        ({}, "gradient is not finite (norm nan); weights left unchanged"),
+        ({}, "loss or gradient is not finite (norm nan); weights left unchanged"),
         (
             {"partly": True},
-            "gradient is not finite (norm nan); "
+            "loss or gradient is not finite (norm nan); "
             "weights before that in backward are new, the others unchanged",
         ),
-        ({"no_targets": True}, "not one target token in the global batch; weights left unchanged"),
+        ({"skipped": "no_targets"}, "not one target token in the global batch; weights left unchanged"),
     ],
     ids=["skipped", "partly", "no targets"],
 )
-def test_a_skipped_step_says_what_it_left(result: dict[str, bool], said: str) -> None:
+def test_a_skipped_step_says_what_it_left(result: dict[str, Any], said: str) -> None:
     lines: list[str] = []
     events: list[dict[str, Any]] = []
     reporter: Any = SimpleNamespace(
         say=lines.append, event=lambda kind, **values: events.append({"kind": kind, **values})
     )
-    Reporter.skipped(reporter, 7, StepResult(torch.tensor(1.5), math.nan, 0.1, False, **result))
+    Reporter.skipped(
+        reporter, 7, StepResult(torch.tensor(1.5), math.nan, 0.1, **{"skipped": "not_finite", **result})
+    )
     assert lines == [f"step 7: {said}"]
     (event,) = events
     assert (event["kind"], event["step"], event["partly"]) == ("step_skipped", 7, result.get("partly", False))

@@ -70,6 +70,7 @@ def simulated_loss(run: Path, exponent: int, operands: str) -> float:
     return evaluator.loss(None)
 
 
+@pytest.mark.slow
 def test_the_whole_tool(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_new_run_has_everything(tmp_path: Path) -> None:
     assert {entry.name for entry in run.path.iterdir()} == {
         "run.lock",
         "status.json",
+        "heartbeats",
         "checkpoints",
         "logs",
         "tb",

@@ -70,6 +70,7 @@ class OneBoxCluster:
     Attributes:
         directory: where everything lies.
         environment: what ``sbatch``, ``scontrol`` and ``squeue`` need in order to reach it.
+        nodes: the names of its nodes, that of this machine first.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -83,13 +84,13 @@ class OneBoxCluster:
             "PATH": PATH,
             "SLURM_CONF": str(directory / "slurm.conf"),
         }
+        host = socket.gethostname().split(".")[0]
+        self.nodes = (host, f"{host}-b")
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> OneBoxCluster:
         (self.directory / "state").mkdir(parents=True)
-        host = socket.gethostname().split(".")[0]
-        nodes = (host, f"{host}-b")
-        self._write_config(host, nodes)
+        self._write_config(*self.nodes)
         try:
             folder = str(self.directory)
             munge = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "seed", "log")]
@@ -97,9 +98,9 @@ class OneBoxCluster:
             self._start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge)
             self._until(lambda: (self.directory / "munge.socket").exists(), "munged does not answer")
             self._start("slurmctld", "-D", "-c", "-f", self.environment["SLURM_CONF"])
-            for node in nodes:
+            for node in self.nodes:
                 self._start("slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node)
-            self._until(lambda: self._idle_nodes() == len(nodes), "the nodes did not join")
+            self._until(lambda: self._idle_nodes() == len(self.nodes), "the nodes did not join")
         except BaseException:
             self._stop()
             raise
@@ -127,7 +128,7 @@ class OneBoxCluster:
         words = self.call("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def _write_config(self, host: str, nodes: tuple[str, ...]) -> None:
+    def _write_config(self, host: str, second: str) -> None:
         text = CONFIG.replace("HOST", host).replace("USER", getpass.getuser())
         # The rendezvous port of a job comes from its id: two such clusters must not count from the same.
         text = text.replace("JOB", str(1 + secrets.randbelow(1_000_000)))
@@ -137,7 +138,7 @@ class OneBoxCluster:
         lines = ["AutoDetect=off"]
         for gpu in range(2):
             (self.directory / f"gpu{gpu}").touch()
-            lines.append(f"NodeName={','.join(nodes)} Name=gpu File={self.directory}/gpu{gpu}")
+            lines.append(f"NodeName={host},{second} Name=gpu File={self.directory}/gpu{gpu}")
         (self.directory / "gres.conf").write_text("\n".join(lines) + "\n")
         key = self.directory / "munge.key"
         key.touch(mode=0o600)

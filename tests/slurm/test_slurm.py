@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm: two pretended nodes with two ranks each train, stop, return, finish.
+"""The launch scripts on a real Slurm: two pretended nodes with two ranks each train, stop, return, finish.
 
 Run with ``launch/test.sh -m slurm``. The minutes that a requeued job waits are skipped by setting its start
 time to now; everything else is what a cluster does.
@@ -28,7 +28,10 @@ pytestmark = [
         reason=f"needs slurm-wlm and munge ({', '.join(missing_programs())} not found)",
     ),
 ]
-SBATCH = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
+ROOT = Path(__file__).parents[2]
+SBATCH, CHAIN = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "slurm_chain.sh"
+ENVIRONMENT = {"FP8TRAIN_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SIZE = ("--nodes=2", "--gpus-per-node=2")
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +45,32 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("runs"))
 
 
+@pytest.fixture(scope="module")
+def whole(config: Path) -> tuple[list, str]:
+    """Records and weights of a run that was never stopped."""
+    finish(start(config, 4, "run.name=whole"))
+    return list(history(config.parent / "whole")), weights(config.parent / "whole")
+
+
 class Job:
     """A submitted job with its log and run directory."""
 
-    def __init__(self, cluster: OneBoxCluster, config: Path, name: str, *overrides: str, flags: str) -> None:
-        self.cluster, self.folder, self.run = cluster, config.parent, config.parent / name
-        size = ("--nodes=2", "--gpus-per-node=2")
-        run = (f"run.dir={config.parent}", f"run.name={name}", *overrides)
-        command = ("sbatch", "--parsable", *size, *flags.split(), str(SBATCH), str(config), *run)
-        environment = {"FP8TRAIN_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-        self.number = cluster.call(*command, cwd=self.folder, **environment).strip()
+    def __init__(self, cluster: OneBoxCluster, folder: Path, number: str, run: Path, log: Path) -> None:
+        self.cluster, self.folder, self.number = cluster, folder, number
+        self.run, self.log_file = run, log
+
+    @classmethod
+    def submit(cls, cluster: OneBoxCluster, config: Path, name: str, *overrides: str, flags: str) -> Job:
+        """With ``sbatch launch/slurm.sbatch``."""
+        folder = config.parent
+        run = (f"run.dir={folder}", f"run.name={name}", *overrides)
+        command = ("sbatch", "--parsable", *SIZE, *flags.split(), str(SBATCH), str(config), *run)
+        number = cluster.call(*command, cwd=folder, **ENVIRONMENT).strip()
+        return cls(cluster, folder, number, folder / name, folder / f"fp8train-{number}.log")
 
     @property
     def log(self) -> str:
-        path = self.folder / f"fp8train-{self.number}.log"
-        return path.read_text() if path.exists() else ""
+        return self.log_file.read_text() if self.log_file.exists() else ""
 
     @property
     def state(self) -> str:
@@ -91,21 +105,28 @@ class Job:
 
         self.until(requeued)
 
+    def start_again_now(self) -> None:
+        """Without the minutes that a requeued job waits."""
+        self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+
     def status(self) -> dict:
         return json.loads((self.run / "status.json").read_text())
 
 
-def test_a_job_stops_before_its_limit_returns_and_finishes(cluster: OneBoxCluster, config: Path) -> None:
+def test_a_job_stops_before_its_limit_returns_and_finishes(
+    cluster: OneBoxCluster, config: Path, whole: tuple[list, str]
+) -> None:
     """The records and weights of two turns are those of a run that was never stopped."""
-    job = Job(cluster, config, "turns", flags="--time=10")
+    job = Job.submit(cluster, config, "turns", flags="--time=10")
     job.until_step(5)
     cluster.call("scancel", "--batch", "--signal=USR1", job.number)  # what --signal=B:USR1@... does
     job.until_requeued()
     stopped = job.status()
-    assert (stopped["state"], stopped["reason"], stopped["exit_code"]) == ("stopped", "STOP file", 0)
+    assert (stopped["state"], stopped["exit_code"]) == ("preempted", 0)
+    assert stopped["reason"] == "STOP file (Slurm time limit)"
     assert 5 <= stopped["step"] < STEPS
 
-    cluster.call("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    job.start_again_now()
     assert job.until_ended() == "COMPLETED", job.log
     assert "turn 1: 2 x 2 processes" in job.log
     assert "turn 2: 2 x 2 processes" in job.log
@@ -114,24 +135,22 @@ def test_a_job_stops_before_its_limit_returns_and_finishes(cluster: OneBoxCluste
     assert job.log.endswith("state of the run: completed\n")
     assert not (job.run / "STOP").exists()
 
-    finish(start(config, 4, "run.name=whole"))
-    assert history(job.run) == history(config.parent / "whole")
-    assert weights(job.run) == weights(config.parent / "whole")
+    assert (list(history(job.run)), weights(job.run)) == whole
 
 
 def test_the_time_limit_itself_gives_the_signal(cluster: OneBoxCluster, config: Path) -> None:
     """Slurm looks at limits every half minute, and may give the signal up to a minute early."""
     endless = ("train.steps=1000000", "checkpoint.interval=0", "train.eval_interval=0")
-    job = Job(cluster, config, "limit", *endless, flags="--time=2 --signal=B:USR1@100")
+    job = Job.submit(cluster, config, "limit", *endless, flags="--time=2 --signal=B:USR1@100")
     job.until_requeued()
     assert job.log.count("USR1: asking the run to save and end") == 1
-    assert job.status()["state"] == "stopped"
+    assert job.status()["state"] == "preempted"
     assert (job.run / "checkpoints" / f"step_{job.status()['step']:08d}").is_dir()
     cluster.call("scancel", job.number)
 
 
 def test_a_killed_rank_fails_the_job_and_is_not_requeued(cluster: OneBoxCluster, config: Path) -> None:
-    job = Job(cluster, config, "killed", "train.steps=1000000", flags="--time=10")
+    job = Job.submit(cluster, config, "killed", "train.steps=1000000", flags="--time=10")
     job.until_step(3)
     holder = json.loads((job.run / "run.lock").read_text())
     os.kill(holder["pid"], signal.SIGKILL)
@@ -143,8 +162,101 @@ def test_a_killed_rank_fails_the_job_and_is_not_requeued(cluster: OneBoxCluster,
 def test_a_wrong_configuration_fails_with_2_before_any_rank_starts(
     cluster: OneBoxCluster, config: Path
 ) -> None:
-    job = Job(cluster, config, "typo", "optimizer.lerning_rate=1", flags="--time=10")
+    job = Job.submit(cluster, config, "typo", "optimizer.lerning_rate=1", flags="--time=10")
     assert job.until_ended() == "FAILED"
     assert cluster.job(job.number)["ExitCode"] == "2:0"
     assert "lerning_rate" in job.log
     assert not job.run.exists()
+
+
+def test_a_cancelled_job_is_preempted_and_stays_away(cluster: OneBoxCluster, config: Path) -> None:
+    job = Job.submit(cluster, config, "cancelled", "train.steps=1000000", flags="--time=10")
+    job.until_step(3)
+    cluster.call("scancel", job.number)
+    assert job.until_ended() == "CANCELLED"
+    assert cluster.job(job.number)["Restarts"] == "0"
+    record = job.status()
+    assert record["state"] == "preempted", job.log
+    assert "SIGTERM" in record["reason"]
+    assert (job.run / "checkpoints" / f"step_{record['step']:08d}").is_dir()
+
+
+def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
+    cluster: OneBoxCluster, config: Path, whole: tuple[list, str]
+) -> None:
+    """Slurm requeues the job by itself, and the next turn continues from the newest checkpoint."""
+    job = Job.submit(cluster, config, "node", flags="--time=10")
+    job.until_step(6)
+    cluster.call("scontrol", "update", f"NodeName={cluster.nodes[1]}", "State=DOWN", "Reason=test")
+    job.until_requeued()
+    cluster.call("scontrol", "update", f"NodeName={cluster.nodes[1]}", "State=RESUME")
+    job.start_again_now()
+    assert job.until_ended() == "COMPLETED", job.log
+    assert "turn 2: 2 x 2 processes" in job.log
+    assert (list(history(job.run)), weights(job.run)) == whole
+
+
+@pytest.mark.parametrize("mode", ["array", "singleton"])
+def test_a_chain_continues_and_ends_itself(
+    cluster: OneBoxCluster, config: Path, whole: tuple[list, str], mode: str
+) -> None:
+    """Four turns at most; the first is told to save, the second finishes, the others never start."""
+    folder, name = config.parent, f"chain_{mode}"
+    words = (f"--turns=4 --mode={mode} --name={name} --time=10").split()
+    run = (f"run.dir={folder}", f"run.name={name}")
+    said = cluster.call(str(CHAIN), *words, *SIZE, str(config), *run, cwd=folder, **ENVIRONMENT)
+    numbers = [line.split()[1] for line in said.splitlines()]
+    assert len(numbers) == (1 if mode == "array" else 4)
+    listed = ("squeue", "--noheader", "--array", f"--name={name}", "--format=%i %A %T")
+
+    def turns() -> list[list[str]]:
+        """``[id, number, state]`` of the turns that are not over."""
+        return [line.split() for line in cluster.call(*listed).splitlines()]
+
+    def running() -> list[str]:
+        return [number for _, number, state in turns() if state == "RUNNING"]
+
+    def log_of(number: str) -> Path:
+        return folder / f"{name}-{number}.log"
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            logs = [path.read_text() for path in folder.glob(f"{name}-*.log")]
+            assert time.monotonic() < deadline, (turns(), logs)
+            time.sleep(0.1)
+
+    until(lambda: len(running()) == 1)
+    (first,) = running()
+    job = Job(cluster, folder, first, folder / name, log_of(first))
+    job.until_step(5)
+    cluster.call("scancel", "--batch", "--signal=USR1", first)
+    until(lambda: bool(running()) and running() != [first])
+    assert job.status()["state"] != "completed"
+    until(lambda: not turns())
+    assert (list(history(folder / name)), weights(folder / name)) == whole
+    logs = sorted(folder.glob(f"{name}-*.log"))
+    assert len(logs) == 2, [log.read_text() for log in logs]
+    first_log, second_log = (
+        (log.read_text() for log in logs)
+        if logs[0] == job.log_file
+        else (log.read_text() for log in reversed(logs))
+    )
+    assert "state of the run: preempted" in first_log
+    assert "back into the queue" not in first_log
+    assert "turn 2: 2 x 2 processes" in second_log
+    assert "the chain ends here: the run is completed" in second_log
+
+
+def test_launch_slurm_submits_what_it_checked(
+    cluster: OneBoxCluster, config: Path, whole: tuple[list, str]
+) -> None:
+    folder = config.parent
+    command = (sys.executable, "-m", "fp8train", "launch", "slurm", str(config), *SIZE, "--time=10")
+    run = (f"run.dir={folder}", "run.name=launched")
+    said = cluster.call(*command, "--", *run, cwd=folder, **ENVIRONMENT)
+    number = said.split()[2].rstrip(";")
+    log = folder / "launched/launch/001" / f"launched-{number}.log"
+    job = Job(cluster, folder, number, folder / "launched", log)
+    assert job.until_ended() == "COMPLETED", job.log
+    assert (list(history(job.run)), weights(job.run)) == whole

@@ -56,6 +56,7 @@ def settled_norm(kind: str, shape: tuple[int, int], data: list[Tensor]) -> float
     return geometric_mean([trainer.step(i, tokens).grad_norm for i, tokens in enumerate(data)][FIRST:])
 
 
+@pytest.mark.slow
 def test_norms_are_near_the_standard_one_over_width_and_depth() -> None:
     data = text_batches()
     standard = {shape: settled_norm("standard", shape, data) for shape in SHAPES}

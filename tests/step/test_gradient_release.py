@@ -17,7 +17,7 @@ from fp8train.checkpoint.save import save_checkpoint
 from fp8train.models.build import build_model, initialise
 from fp8train.parallel.gradients.bucket_plan import part_of
 from fp8train.parallel.gradients.release import Release
-from fp8train.step.non_finite import MAX_SKIPPED, DivergedError, SkippedSteps
+from fp8train.step.non_finite import DivergedError, SkippedSteps
 from fp8train.step.result import StepResult
 from fp8train.step.trainer import Trainer
 from tests.checkpoint.loading import load_checkpoint
@@ -293,12 +293,12 @@ def test_a_step_without_any_target_changes_nothing() -> None:
 
 
 def test_steps_taken_partly_count_as_skipped_and_are_told() -> None:
-    skipped = SkippedSteps()
-    broken = StepResult(torch.tensor(1.0), math.nan, 0.1, False, partly=True)
-    for done in range(1, MAX_SKIPPED):
+    skipped = SkippedSteps(5)
+    broken = StepResult(torch.tensor(1.0), math.nan, 0.1, "not_finite", partly=True)
+    for done in range(1, 5):
         skipped.count(done, broken)
     with pytest.raises(DivergedError) as error:
-        skipped.count(MAX_SKIPPED, broken)
+        skipped.count(5, broken)
     assert "the weights are those of step 0" not in str(error.value)
     assert "train.gradient_release" in str(error.value)
 

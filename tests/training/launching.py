@@ -68,9 +68,9 @@ def start(
     return processes
 
 
-def finish(processes: list[subprocess.Popen], expect: int = 0) -> str:
+def finish(processes: list[subprocess.Popen], expect: int = 0, timeout_s: float = 120) -> str:
     """Wait for all ranks; the output of rank 0."""
-    output = [process.communicate(timeout=120)[0] for process in processes]
+    output = [process.communicate(timeout=timeout_s)[0] for process in processes]
     assert [process.returncode for process in processes] == [expect] * len(processes), "\n".join(output)
     return output[0]
 

@@ -2,17 +2,13 @@
 of the run that was never killed. All 40 kills:
 
     python -m pytest -m slow tests/training/test_kill.py
-
-Ranks are forked from a server that has imported torch, so that a life lasts about as long as its steps do.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,80 +16,34 @@ from pathlib import Path
 import pytest
 
 from fp8train.checkpoint.catalog import candidates
-from tests.free_ports import free_ports
+from tests.training.forked import Runs, join, wait_for_the_loop
 from tests.training.launching import weights, write_config
 
 RANKS = 2
 KILLED = -signal.SIGKILL
 
 
-def _rank(environment: dict[str, str], log: str, words: list[str]) -> None:
-    """Life of a rank."""
-    os.environ.update(environment)
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(fd, 1), os.dup2(fd, 2)
-    from fp8train.cli import run_command
-
-    status = run_command(words)
-    sys.stdout.flush()
-    os._exit(status)
-
-
-class Runs:
-    """Starts ranks of one configuration."""
+class Killable(Runs):
+    """Runs at O2 that save every 2 steps."""
 
     def __init__(self, folder: Path) -> None:
-        self.config = write_config(folder)
+        super().__init__(write_config(folder))
         self.seconds: dict[int, float] = {}  # that a run trains, by its steps
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["fp8train.training.run", "fp8train.cli"])
 
-    def start(self, name: str, *overrides: str) -> list[BaseProcess]:
-        (port,) = free_ports(1)
-        shared = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        words = ["train", str(self.config), f"run.dir={self.config.parent}", f"run.name={name}"]
-        words += ["checkpoint.resume=auto", "checkpoint.interval=2", "train.eval_interval=0", "run.threads=1"]
-        words += ["precision.level=O2", *overrides]
-        ranks = []
-        for rank in range(RANKS):
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = str(self.config.parent / f"{name}.{rank}.log")
-            ranks.append(self.context.Process(target=_rank, args=(environment, log, words), daemon=True))
-            ranks[-1].start()
-        return ranks
-
-    def log(self, name: str) -> str:
-        return (self.config.parent / f"{name}.0.log").read_text()
+    def life(self, name: str, *overrides: str) -> list[BaseProcess]:
+        """A start of the run ``name``."""
+        settings = ["checkpoint.resume=auto", "checkpoint.interval=2", "train.eval_interval=0"]
+        return self.start(name, [*settings, "precision.level=O2", *overrides], ranks=RANKS)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("kill"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Killable:
+    return Killable(tmp_path_factory.mktemp("kill"))
 
 
-def join(ranks: list[BaseProcess], seconds: float = 120.0) -> list[int | None]:
-    """Exit codes; a rank that hangs is None."""
-    deadline = time.monotonic() + seconds
-    for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return codes
-
-
-def wait_for_the_loop(ranks: list[BaseProcess], directory: Path) -> None:
-    """Until then there is nothing to hurt. A run that is resumed says so in its status too."""
-    status = directory / "status.json"
-    began = time.time()
-    while all(rank.is_alive() for rank in ranks) and time.time() - began < 120:
-        if status.exists() and status.stat().st_mtime > began and '"time"' in status.read_text():
-            return
-        time.sleep(0.002)
-
-
-def kill_until(runs: Runs, kills: int, seed: int, mode: str, lifetime: float, *overrides: str) -> list[Path]:
+def kill_until(
+    runs: Killable, kills: int, seed: int, mode: str, lifetime: float, *overrides: str
+) -> list[Path]:
     """Kill runs ``kills`` times in all, all ranks or one of them, at random moments of their life; resume
     each until it completes. Returns the completed runs."""
     generator = random.Random(seed)
@@ -102,7 +52,7 @@ def kill_until(runs: Runs, kills: int, seed: int, mode: str, lifetime: float, *o
     while done < kills or life:
         name = f"{mode}{seed}_{len(completed)}"
         directory = runs.config.parent / name
-        ranks = runs.start(name, *overrides)
+        ranks = runs.life(name, *overrides)
         if done < kills:
             wait_for_the_loop(ranks, directory)
             # Chooses the moment; nothing is asserted about it. Short lives: some steps, then killed again.
@@ -125,11 +75,11 @@ def kill_until(runs: Runs, kills: int, seed: int, mode: str, lifetime: float, *o
     return completed
 
 
-def check(runs: Runs, kills: int, steps: int, mode: str) -> None:
+def check(runs: Killable, kills: int, steps: int, mode: str) -> None:
     overrides = [f"train.steps={steps}", f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}"]
     whole = runs.config.parent / f"whole_{steps}"
     if not whole.exists():  # synchronous: shards are equal bytes in both modes
-        ranks = runs.start(whole.name, f"train.steps={steps}")
+        ranks = runs.life(whole.name, f"train.steps={steps}")
         wait_for_the_loop(ranks, whole)
         began = time.monotonic()
         assert join(ranks) == [0, 0], runs.log(whole.name)
@@ -143,12 +93,12 @@ def check(runs: Runs, kills: int, steps: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["async", pytest.param("sync", marks=pytest.mark.slow)])
-def test_one_kill(runs: Runs, mode: str) -> None:
+def test_one_kill(runs: Killable, mode: str) -> None:
     check(runs, 1, 12, mode)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_twenty_kills(runs: Runs, mode: str) -> None:
+def test_twenty_kills(runs: Killable, mode: str) -> None:
     check(runs, 20, 40, mode)

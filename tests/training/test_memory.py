@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,8 @@ CUDA = (
     "GiB is free. Including non-PyTorch memory, this process has 76.04 GiB memory in use."
 )
 
+LEVEL = "keep states in fewer bits with precision.level: O2 (O0), "
+SPLIT = "split the model further with parallel.tp (1) or parallel.pp (1), or take a smaller model"
 OFFLOAD = "keep the optimizer's states in host memory with optimizer.offload: cpu, "
 
 
@@ -23,6 +28,9 @@ def test_allocations_beyond_the_address_space_are_known() -> None:
             allocate()
         assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError(CUDA))
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
@@ -31,10 +39,22 @@ def test_the_cpu_allocator_is_quoted_in_bytes() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.float32)
     text = str(explain(caught.value, tiny_config(), rank=1, dp=1, step=None))
-    assert text.splitlines() == [
-        "rank 1 ran out of CPU memory before the first step, asking for 4096 TiB",
-        "split the model further with parallel.tp (1) or parallel.pp (1), or take a smaller model",
-    ]
+    first, second = text.splitlines()
+    peak = re.fullmatch(
+        r"rank 1 ran out of CPU memory before the first step, asking for 4096 TiB; the most it ever held: "
+        r"([\d.]+) ([MG])iB",
+        first,
+    )
+    assert peak is not None, first
+    held = float(peak[1]) * {"M": 2**20, "G": 2**30}[peak[2]]
+    assert 50e6 < held < 100e9  # of a process that has imported torch
+    assert second == f"{LEVEL}{SPLIT}"
+
+
+def test_numpy_says_what_it_asked_for() -> None:
+    with pytest.raises(MemoryError) as caught:
+        np.empty(2**50)
+    assert "asking for 8.00 PiB" in str(explain(caught.value, tiny_config(), rank=0, dp=1, step=None))
 
 
 @pytest.mark.parametrize(
@@ -59,8 +79,5 @@ def test_advice_leaves_out_what_is_done_already(overrides: list[str], dp: int, a
     error = explain(torch.OutOfMemoryError(CUDA), tiny_config(overrides), rank=0, dp=dp, step=7)
     first, second = str(error).splitlines()
     assert first == "rank 0 ran out of GPU memory in step 7, asking for 20.50 GiB"
-    assert (
-        second
-        == advice + "split the model further with parallel.tp (1) or parallel.pp (1), or take a smaller model"
-    )
+    assert second == advice + LEVEL + SPLIT
     assert error.exit_status == 2

@@ -176,6 +176,12 @@ class BlockStorage(Storage):
                     member.fqn, blocks[part], payload[part], decode_e8m0(scales[part]).unsqueeze(-1)
                 )
 
+    def own_sum(self) -> Tensor:
+        """Of the accumulator, else of scales, which are NaN where the source is not finite, and codes."""
+        if self._accumulator is not None:
+            return self._accumulator.sum(dtype=torch.float32)
+        return decode_e8m0(self._scales).sum() + self._payload.view(torch.int8).sum()
+
     def codes(self) -> Quantized:
         """Cast what has added up, if it is not cast yet, and return it: (payload [blocks, block], scales
         [blocks])."""

@@ -56,6 +56,11 @@ class Storage(Protocol):
         """Take one micro-batch's gradient; ``first`` of the step overwrites."""
         ...
 
+    def own_sum(self) -> Tensor:
+        """One number that stands for all contributions of this rank, before the reduction: not finite if they
+        are not, the same for the same bits, most likely another for others. Any dtype."""
+        ...
+
     def commit(self, clip: Tensor | None) -> None:
         """Learn that the step was applied, its gradient multiplied by ``clip`` (None: by 1)."""
         return None
@@ -98,7 +103,12 @@ class Bucket:
         storage: where this rank's contributions add up.
         members: the parameters of the bucket, in the order in which they lie in memory.
         scattered: whether each rank receives only the rows of the sum that it owns (ZeRO).
+        watched: whether :attr:`own_sum` is kept, which reads the contributions once.
+        own_sum: FP64 scalar, see :meth:`Storage.own_sum`; after :meth:`launch`.
     """
+
+    watched = False
+    own_sum: Tensor
 
     def __init__(self, storage: Storage, reduction: Reduction, *, norms: Norms | None = None) -> None:
         """Join a storage and the reduction that was made for it. ``norms``: of gradients in high precision,
@@ -119,6 +129,8 @@ class Bucket:
 
     def launch(self) -> None:
         """Start the reduction: every contribution is in, and the first communication is posted."""
+        if self.watched:
+            self.own_sum = self.storage.own_sum().double()
         self._reduction.start()
 
     def advance(self) -> None:

@@ -95,6 +95,10 @@ class IntegerStorage(Storage):
         else:
             sums.add_(integers)
 
+    def own_sum(self) -> Tensor:
+        """Of all integers; NaN if any gradient of the step so far was not finite."""
+        return self._sums.sum(dtype=torch.float64) + 0.0 * self._grids.amax.max()
+
     def integers(self) -> Tensor:
         """This rank's sums of all members, flat [total]."""
         return self._sums

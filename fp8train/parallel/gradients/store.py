@@ -92,6 +92,7 @@ class GradientStore:
         parts: CountedGroup | None = None,
         whole: Collection[str] = (),
         update: Update | None = None,
+        watched: bool = False,
     ) -> None:
         """Attach a hook to every parameter of ``model`` but the weights of linears, which contribute through
         the place that :meth:`sink_slot` gives them.
@@ -107,6 +108,7 @@ class GradientStore:
             whole: parameters that each of them holds whole.
             update: release gradients: called with the parameters of a bucket once they may change, in the
                 same order on all ranks.
+            watched: keep what :meth:`own_sums` returns.
         """
         self._parts, self._whole = parts, frozenset(whole)
         self._owners, self._group, self._scales = maker.owners, maker.replicas, maker.scales
@@ -123,6 +125,8 @@ class GradientStore:
         self._sink = register_sink(self)
         parameters = {fqn: p for fqn, p in reversed(list(model.named_parameters())) if p.requires_grad}
         plan = self._allocate(parameters, maker, shared=update is not None)
+        for bucket in self.buckets:
+            bucket.watched = watched
         self.released = None if update is None else self._release(plan, maker, update)
         self._attach(model, parameters)
 
@@ -203,6 +207,25 @@ class GradientStore:
     def buckets(self) -> list[Bucket]:
         """The buckets in launch order."""
         return [bucket.storage for bucket in self._buckets]
+
+    def own_sums(self) -> dict[tuple[str, ...], float]:
+        """Of the last step, by the parameters of each bucket in the order of backward, the sum of what this
+        rank contributed (:meth:`~fp8train.parallel.gradients.bucket.Storage.own_sum`). Waits for the device;
+        empty unless ``watched``."""
+        if not self._buckets or not self.buckets[0].watched:
+            return {}
+        sums = torch.stack([bucket.own_sum for bucket in self.buckets]).tolist()
+        members = [tuple(member.fqn for member in bucket.members) for bucket in self.buckets]
+        return dict(zip(members, sums, strict=True))
+
+    def own_norms(self) -> dict[str, float]:
+        """Euclidean norm of what this rank holds of each parameter's reduced gradient, in the order of
+        backward. Waits for the device."""
+        released = self.released
+        dtype = self._norm_dtype()
+        by_bucket = [b.norms(dtype) for b in self.buckets] if released is None else list(released.norms)
+        norms = torch.cat(by_bucket).tolist()
+        return dict(zip((slot.fqn for slot in self._slots), norms, strict=False))  # released: up to a stop
 
     def begin_step(self, contributions: int, *, launch: bool = True) -> None:
         """Expect this many contributions (micro-batches) to every parameter; forgets an unfinished step.

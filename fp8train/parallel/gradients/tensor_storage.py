@@ -58,6 +58,7 @@ class TensorStorage(Storage):
         in_fp8 = accumulate == dtype_of(fmt)
         starts = list(accumulate_sizes(map(aligned_elements, places.members), initial=0))
         flat = memory.zeros("sums", (starts[-1],), torch.uint8 if in_fp8 else accumulate)
+        self._flat = flat
         flat = flat.view(dtype_of(fmt)) if in_fp8 else flat
         self._accumulators = [
             _Accumulator(
@@ -91,6 +92,13 @@ class TensorStorage(Storage):
         """Add a micro-batch's gradient to the member's sum; in FP8 that is a decode, an addition and a
         cast."""
         self._accumulators[member].add(gradient, self._spec, first=first)
+
+    def own_sum(self) -> Tensor:
+        """Of all elements in FP32; of FP8 sums that of the codes and of the scales, which are NaN where a sum
+        is not finite."""
+        scales = [one.scale_inv for one in self._accumulators if one.scale_inv is not None]
+        total = self._flat.sum(dtype=torch.float32)
+        return total + torch.stack(scales).sum() if scales else total
 
     def tensors(self) -> list[Tensor]:
         """This rank's sums of all members in high precision, each of its member's shape."""

@@ -40,6 +40,10 @@ class WideStorage(Storage):
         else:
             view.add_(gradient)
 
+    def own_sum(self) -> Tensor:
+        """Of all elements, in FP32 or wider."""
+        return self._flat.sum(dtype=torch.promote_types(self._flat.dtype, torch.float32))
+
     def wide(self) -> Tensor:
         """This rank's sums of all members, flat [total]."""
         return self._flat

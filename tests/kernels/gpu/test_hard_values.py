@@ -35,6 +35,8 @@ MORE_OFTEN_FINITE = {
 FIRST = list({case.operation: case for case in reversed(cases()) if case.remade is None}.values())[::-1]
 """One case of each operation that is given tensors: not of the optimizer, which is given addresses, and
 finite gradients only."""
+SECONDS = ("heads_grad", "cast_blocks")
+"""Operations that take the interpreter seconds: with infinities, the milder values, in slow runs only."""
 HARD = {"infinities": (torch.inf, -torch.inf), "nan and ends": (torch.nan, -0.0, 1e-30, 3e38, -3e38)}
 
 
@@ -101,8 +103,19 @@ def check(case: Case, arguments: Any) -> None:
         check_equal(case, ours, theirs)
 
 
-@pytest.mark.parametrize("values", HARD.values(), ids=HARD.keys())
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize(
+    ("case", "values"),
+    [
+        pytest.param(
+            case,
+            values,
+            id=f"{case}-{name}",
+            marks=[pytest.mark.slow] if name == "infinities" and case.operation.startswith(SECONDS) else [],
+        )
+        for case in FIRST
+        for name, values in HARD.items()
+    ],
+)
 def test_hard_values_are_treated_as_the_reference_treats_them(case: Case, values: tuple[float, ...]) -> None:
     for arguments in placed(narrowed(case.filled(torch.device("cpu"), scale=SCALE)), values):
         check(case, arguments)

@@ -24,7 +24,9 @@ DTYPES = [torch.bfloat16, torch.float32]
 GRADIENTS = [
     *((shape, torch.bfloat16, True) for shape in SHAPES),
     *((shape, torch.float32, False) for shape in SHAPES),
-    ((260, 8200), torch.bfloat16, True),  # programs of two rows, with their sums in memory
+    pytest.param(
+        (260, 8200), torch.bfloat16, True, marks=pytest.mark.slow
+    ),  # two rows a program, sums in memory
 ]
 
 
