@@ -29,7 +29,7 @@ from fp8train.comm.failures import FOLDER_VARIABLE, INTERRUPTED, Failure, cause,
 from fp8train.config.environment import World, check_started_world
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import ResolvedConfig, load_config
-from fp8train.run_dir.failed import amend_failure, read_failure, told_status
+from fp8train.run_dir.failed import amend_failure, read_failure, read_status
 from fp8train.training.preflight import preflight, run_path
 
 _ELSEWHERE_S = 3.0
@@ -183,7 +183,7 @@ class _Job:
 
     def signalled(self, number: signal.Signals) -> int:
         """This process was told to end, and has ended the ranks: as the run directory tells it."""
-        status = told_status(self.run_dir)
+        status = read_status(self.run_dir)
         if status is not None and status["exit_code"] is not None and status["time"] >= self.started:
             return int(status["exit_code"])
         failure = Failure(0, f"ended by {number.name} before the run was saved", 128 + number)

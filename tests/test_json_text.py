@@ -14,7 +14,8 @@ from fp8train.json_text import parse_object, read_object, records
 from fp8train.reporting.cast_log import read_cast_log, read_samples
 from fp8train.reporting.errors import ReportError
 from fp8train.run_dir.claim import recorded_step
-from fp8train.run_dir.directory import RunDir, amend_failure, read_failure
+from fp8train.run_dir.directory import RunDir
+from fp8train.run_dir.failed import amend_failure, read_failure
 from fp8train.run_dir.metrics import read_metrics
 from tests.hostile_json import HOSTILE
 

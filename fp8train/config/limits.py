@@ -22,20 +22,10 @@ MAX_STEPS = 10**9
 MAX_TOKENS = 10**16
 MAX_RANKS = 2**20
 MAX_THREADS = 2**12
-LIMITS = frozenset(
-    (
-        MAX_LAYERS,
-        MAX_WIDTH,
-        MAX_MLP_WIDTH,
-        MAX_VOCAB,
-        MAX_CONTEXT,
-        MAX_BATCH,
-        MAX_STEPS,
-        MAX_TOKENS,
-        MAX_RANKS,
-        MAX_THREADS,
-    )
-)
+LIMITS = {
+    *(MAX_LAYERS, MAX_WIDTH, MAX_MLP_WIDTH, MAX_VOCAB, MAX_CONTEXT),
+    *(MAX_BATCH, MAX_STEPS, MAX_TOKENS, MAX_RANKS, MAX_THREADS),
+}
 """All of them; a message names one only where it was passed."""
 
 Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]

@@ -23,7 +23,7 @@ from fp8train.config.loader import load_file
 from fp8train.config.nodes import Node
 from fp8train.json_text import records
 from fp8train.reporting.errors import ReportError
-from fp8train.run_dir.claim import STATUS_FILE, read_status
+from fp8train.run_dir.claim import STATUS_FILE, load_status
 
 TRAINING_LOG = "casts.jsonl"
 INFERENCE_LOG = "inference_casts.jsonl"
@@ -137,7 +137,7 @@ def _status(run: Path) -> Mapping[str, Any]:
     if not run.is_dir():
         raise ReportError(f"{run}: {'not a directory' if run.exists() else 'no such directory'}")
     try:
-        return read_status(run)
+        return load_status(run)
     except FileNotFoundError:
         raise ReportError(
             f"{run} is not a run directory (no {STATUS_FILE}); give the folder that holds {STATUS_FILE} and "

@@ -121,7 +121,7 @@ def _furnish(path: Path, *, fresh: bool) -> None:
         (path / folder).mkdir(exist_ok=True)
 
 
-def read_status(path: Path) -> dict[str, Any]:
+def load_status(path: Path) -> dict[str, Any]:
     """The ``status.json`` of the run directory ``path``, of which ``state`` is text and ``step`` a count.
 
     Raises:
@@ -138,7 +138,7 @@ def read_status(path: Path) -> dict[str, Any]:
 def recorded_step(path: Path) -> int:
     """Steps done as the ``status.json`` of ``path`` has them; 0 where it does not say."""
     try:
-        return int(read_status(path)["step"])
+        return int(load_status(path)["step"])
     except (OSError, ValueError):
         return 0
 

@@ -188,7 +188,7 @@ class RunDir:
         with self._needed():
             for path in (self.path / name for name in _STREAMS):
                 if is_real_file(path):
-                    _truncate(path, step)
+                    replace_file(path, _kept(path, step))
 
     def clear_stop(self) -> None:
         """Remove ``STOP`` once it is honoured. Where the disk refuses, that is told: a run that continues
@@ -241,8 +241,8 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def _truncate(path: Path, step: int | None) -> None:
-    """Keep the records of a stream up to ``step``; of None, nothing."""
+def _kept(path: Path, step: int | None) -> bytes:
+    """The lines up to ``step``; what no one can read is left out, and counted unless a kill left it so."""
     kept, unreadable = [], 0
     for line, record in records(path):
         at = None if record is None else record.get("step")
@@ -252,4 +252,4 @@ def _truncate(path: Path, step: int | None) -> None:
             kept.append(line)
     if unreadable:
         _logger.warning("%s: %d unreadable line(s) left out", path, unreadable)
-    replace_file(path, b"".join(kept))
+    return b"".join(kept)

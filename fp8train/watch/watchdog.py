@@ -219,7 +219,7 @@ class Watchdog:
         try:
             record = json.loads((self._folder / _VERDICT_FILE).read_bytes())
             return Verdict(record["kind"], tuple(record["guilty"]), record["message"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
     def _publish(self, verdict: Verdict) -> bool:
