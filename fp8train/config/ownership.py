@@ -273,7 +273,7 @@ ALWAYS: tuple[str, ...] = (
     *_below("spikes", "action", "rerun"),
     *("engine", "kernels.attention", "kernels.norm", "kernels.optimizer", "kernels.multi_tensor"),
     *_below("checkpoint", "interval", "save_at_end", "keep_last", "verify", "resume", "accept_changes"),
-    *_below("checkpoint", "reshard", "init_from"),
+    *_below("checkpoint", "reshard", "init_from", "visibility_timeout_s"),
     "profile.start",
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),
     *_below("watchdog", "enabled", "startup_timeout_s", "step_timeout_s", "save_timeout_s"),

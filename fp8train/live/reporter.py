@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -336,6 +337,17 @@ class Reporter:
             f"step {step}: waited {_in_words(seconds)} until the checkpoint of step {previous} was written; "
             "a longer checkpoint.interval avoids it"
         )
+
+    def checkpoint_postponed(self, step: int, why: str) -> None:
+        """The save that is due waits for a step that is applied."""
+        self.event("checkpoint_postponed", step=step, why=why)
+        self.say(f"step {step}: its checkpoint waits for a step that is not skipped")
+
+    def checkpoint_not_finite(self, step: int, error: Exception, newest: Path | None) -> None:
+        """What was to be saved is no state to continue from."""
+        self.event("checkpoint_not_finite", step=step, error=str(error))
+        left = "there is none before it" if newest is None else f"{newest} stays the newest"
+        self.warn(f"CHECKPOINT OF STEP {step} NOT SAVED: {error}; {left}")
 
     def checkpoint_failed(self, step: int, error: Exception) -> None:
         """A checkpoint could not be saved, and the run goes on."""

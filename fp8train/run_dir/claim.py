@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, POINTER_FILE, step_of
 from fp8train.checkpoint.errors import explain_os_error
+from fp8train.checkpoint.resumed_from import ABANDONED, RECORD_FILE, carried_out
 from fp8train.config.errors import UserError
 from fp8train.files import TMP_SUFFIX, is_real_dir, is_real_file, remove, replace_file
 from fp8train.json_text import parse_object, read_object
@@ -256,7 +257,7 @@ def _decide(path: Path, resume: str, *, overwrite: bool) -> Literal["overwrite",
         return "overwrite"
     if not _has_started(path):
         return "begin"
-    if resume == "auto" or inside:
+    if resume == "auto" or inside or carried_out(path / CHECKPOINTS_DIR, resume):
         return "continue"
     raise RunDirError(
         f"{path} already holds a run. Three ways on:\n"
@@ -277,7 +278,8 @@ def _delete_run(path: Path) -> None:
     checkpoints = path / CHECKPOINTS_DIR
     if is_real_dir(checkpoints):
         for entry in list(checkpoints.iterdir()):
-            if entry.name == POINTER_FILE or step_of(Path(entry.name.removesuffix(TMP_SUFFIX))) is not None:
+            step = step_of(Path(entry.name.removesuffix(TMP_SUFFIX).partition(ABANDONED)[0]))
+            if entry.name in (POINTER_FILE, RECORD_FILE) or step is not None:
                 remove(entry)
     elif checkpoints.is_symlink():
         remove(checkpoints)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, likely_checkpoint
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.changes import Change, changes, check_accepted
 from fp8train.config.environment import World

@@ -15,8 +15,8 @@ import pytest
 from fp8train.checkpoint import save as save_module
 from fp8train.checkpoint.background import BackgroundSaver, Written
 from fp8train.checkpoint.catalog import step_of
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.cli import run_command
 from fp8train.training.signals import StopRequest
 from fp8train.training.strikes import InjectedFaultError
