@@ -17,8 +17,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -26,8 +29,10 @@ from fp8train.comm.failures import FOLDER_VARIABLE, INTERRUPTED, Failure, cause,
 from fp8train.config.environment import World, check_started_world
 from fp8train.config.errors import UserError
 from fp8train.config.resolve import ResolvedConfig, load_config
-from fp8train.run_dir.failed import amend_failure
+from fp8train.run_dir.failed import amend_failure, read_failure, read_status
 from fp8train.training.preflight import preflight, run_path
+
+_ELSEWHERE_S = 3.0
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -89,20 +94,24 @@ def _launch(options: argparse.Namespace, resolved: ResolvedConfig) -> int:
     from fp8train.comm.processes import choose_device
 
     choose_device(resolved.config.run.device, options.nproc_per_node - 1)
-    command = [*_torchrun_options(options), "-m", "fp8train", "train", options.config, *options.overrides]
+    train = ["-m", "fp8train", "train", options.config, *options.overrides]
+    command = [*_torchrun_options(options, resolved.config.watchdog.startup_timeout_s), *train]
     if options.debug:
         run(parse_args([*command, "--debug"]))
         return 0
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="fp8train_") as folder:
+    started = time.time()
+    with tempfile.TemporaryDirectory(prefix="fp8train_") as folder, _second_ctrl_c() as quitting:
         os.environ[FOLDER_VARIABLE] = folder
         try:
             run(parse_args(command))
         except ChildFailedError as error:
-            return _end(recorded(Path(folder)), error.failures, resolved)
+            job = _Job(run_path(resolved.config), started, quitting=quitting.is_set())
+            return _tell(job.cause(recorded(Path(folder)), error.failures))
         except SignalException as error:
-            return _tell(Failure(0, f"ended by {signal.Signals(error.sigval).name}", 128 + error.sigval))
+            job = _Job(run_path(resolved.config), started, quitting=quitting.is_set())
+            return job.signalled(signal.Signals(error.sigval))
         except (DistNetworkError, DistStoreError, RendezvousError) as error:
             where = f" at {options.master_addr}:{options.master_port}" if options.master_addr else ""
             raise UserError(
@@ -114,7 +123,19 @@ def _launch(options: argparse.Namespace, resolved: ResolvedConfig) -> int:
     return 0
 
 
-def _torchrun_options(options: argparse.Namespace) -> list[str]:
+@contextmanager
+def _second_ctrl_c() -> Iterator[threading.Event]:
+    """Whether somebody wants the run to end now, as ``launch/torchrun.sh`` says with SIGUSR1: ranks that are
+    killed then were not killed by a machine."""
+    asked = threading.Event()
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def _torchrun_options(options: argparse.Namespace, startup_timeout_s: float) -> list[str]:
     if options.master_addr is None:
         return ["--standalone", f"--nproc-per-node={options.nproc_per_node}"]
     # Static rendezvous: machine 0 is the first, so rank 0 runs there.
@@ -124,21 +145,53 @@ def _torchrun_options(options: argparse.Namespace) -> list[str]:
         f"--nproc-per-node={options.nproc_per_node}",
         f"--master-addr={options.master_addr}",
         f"--master-port={options.master_port}",
+        f"--rdzv-conf=timeout={startup_timeout_s:.0f}",
     ]
 
 
-def _end(failures: list[Failure], ended: dict[int, ProcessFailure], resolved: ResolvedConfig) -> int:
-    """Tell why the ranks ended, and make the run directory tell the same."""
-    first = cause(failures)
-    if first is None or first.peers_lost:
-        spoken = {failure.rank for failure in failures}
-        silent = [_silent(rank, process.exitcode) for rank, process in ended.items() if rank not in spoken]
-        killed = cause(silent)
-        if killed is not None and (first is None or not killed.peers_lost):
-            first = killed
-            amend_failure(run_path(resolved.config), killed)
-    assert first is not None
-    return _tell(first)
+@dataclass(frozen=True)
+class _Job:
+    """The ranks of this machine, once they have ended."""
+
+    run_dir: Path
+    started: float
+    """Seconds since 1970; what the run directory tells from before is about an earlier job."""
+    quitting: bool
+    """A second Ctrl-C came."""
+
+    def cause(self, failures: list[Failure], ended: Mapping[int, ProcessFailure]) -> Failure:
+        """Why the ranks ended, and the run directory tells the same.
+
+        Args:
+            failures: that they have left.
+            ended: how those ended that failed.
+        """
+        first = cause(failures)
+        if first is None or first.peers_lost:
+            spoken = {failure.rank for failure in failures}
+            silent = [self._silent(rank, one.exitcode) for rank, one in ended.items() if rank not in spoken]
+            killed = cause(silent)
+            if killed is not None and (first is None or not killed.peers_lost):
+                first = killed
+                amend_failure(self.run_dir, killed)
+        assert first is not None
+        if first.peers_lost:  # a rank of another machine may know
+            elsewhere = read_failure(self.run_dir, patience_s=_ELSEWHERE_S)
+            if elsewhere is not None and elsewhere.time >= self.started:
+                return elsewhere
+        return first
+
+    def signalled(self, number: signal.Signals) -> int:
+        """This process was told to end, and has ended the ranks: as the run directory tells it."""
+        status = read_status(self.run_dir)
+        if status is not None and status["exit_code"] is not None and status["time"] >= self.started:
+            return int(status["exit_code"])
+        failure = Failure(0, f"ended by {number.name} before the run was saved", 128 + number)
+        amend_failure(self.run_dir, failure)
+        return _tell(failure)
+
+    def _silent(self, rank: int, status: int) -> Failure:
+        return Failure(rank, "interrupted", INTERRUPTED) if self.quitting else _silent(rank, status)
 
 
 def _silent(rank: int, status: int) -> Failure:

@@ -107,7 +107,11 @@ tell() {
 quit() {
     local worker
     quitting=yes
-    [ -n "$(workers)" ] || kill "$torchrun" 2>/dev/null || true
+    if [ -n "$(workers)" ]; then
+        kill -s USR1 "$torchrun" 2>/dev/null || true # so that it knows why they end
+    else
+        kill "$torchrun" 2>/dev/null || true
+    fi
     for worker in $(workers); do
         if listens "$worker"; then
             kill -s INT "$worker" 2>/dev/null || true
@@ -157,5 +161,5 @@ done
 # Its own status again: it may have ended while a trap cut the wait short.
 status=0
 wait "$torchrun" || status=$?
-[ -z "$quitting" ] || [ "$status" -eq 0 ] || status=130
+[ -z "$quitting" ] || [ "$status" -le 128 ] || status=130
 exit "$status"

@@ -158,7 +158,9 @@ def test_out_of_memory_is_a_few_lines_with_the_remedy_last(config: Path, process
     assert status == 2, lines
     assert len(lines) == 2, lines
     assert re.fullmatch(
-        r"error: rank [01] ran out of CPU memory before the first step, asking for \d+ GiB", lines[0]
+        r"error: rank [01] ran out of CPU memory before the first step, asking for \d+ GiB; "
+        r"the most it ever held: [\d.]+ [MG]iB",
+        lines[0],
     )
     assert "parallel.tp (1)" in lines[1]
     assert ("parallel.zero: 1" in lines[1]) == (processes == 2)
@@ -228,7 +230,7 @@ def test_a_killed_rank_is_named_by_the_launcher(bad_token: Path) -> None:
     try:
         while not (line := process.stdout.readline()).startswith("step "):
             assert line, "ended early"
-        os.kill(_rank_1(bad_token), signal.SIGKILL)
+        os.kill(process_of(bad_token, rank=1), signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -244,8 +246,69 @@ def test_a_killed_rank_is_named_by_the_launcher(bad_token: Path) -> None:
     assert record["step"] >= 1
 
 
-def _rank_1(config: Path) -> int:
-    """The process of rank 1 of the run of ``config``."""
+LAUNCHERS = {
+    "script": [str(ROOT / "launch" / "torchrun.sh")],
+    "torchrun": [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+        *("-m", "fp8train", "train"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "exception"])
+def test_a_job_of_four_ranks_ends_within_ten_seconds_of_its_first_loss(
+    bad_token: Path, launcher: str, how: str
+) -> None:
+    """And names rank 2, on the screen, in status.json and in the logs of its peers."""
+    command = [*LAUNCHERS[launcher], str(bad_token), "model.vocab_size=128", "train.steps=100000"]
+    if how == "exception":
+        command.append("debug.fault_injection=[{kind: exception, rank: 2, step: 3}]")
+    with open(bad_token.parent / "output", "w+") as output:
+        process = subprocess.Popen(command, env=_environment(NPROC="4"), stdout=output, stderr=output)
+        run = bad_token.parent / "fresh"
+        try:
+            deadline = time.monotonic() + 120
+            metrics = run / "metrics.jsonl"
+            while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            began = time.time()
+            if how != "exception":
+                os.kill(process_of(bad_token, rank=2), getattr(signal, how))
+            assert process.wait(60) == 1
+            ended = time.time()
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        output.seek(0)
+        lines = [line for line in output.read().splitlines() if not line.startswith("step ")]
+    if how == "exception":
+        began = json.loads((run / "logs/failures/rank2.json").read_text())["time"]
+    assert ended - began < 10, lines
+    record = json.loads((run / "status.json").read_text())
+    assert (record["state"], record["rank"], record["exit_code"]) == ("failed", 2, 1)
+    told = {"SIGKILL": "rank 2 was killed by SIGKILL", "SIGSEGV": "rank 2 was killed by SIGSEGV"}
+    if how == "exception":
+        assert any(
+            line.startswith("rank 2: Traceback") or line == "Traceback (most recent call last):"
+            for line in lines
+        )
+        assert "injected" in record["reason"].lower()
+    elif launcher == "script":
+        assert record["reason"] == told[how]
+        assert f"error: {told[how]}" in lines
+    else:  # nobody but torchrun knows the signal; its summary comes after our word
+        assert record["reason"].startswith("rank 2 ended without a word (process ")
+        assert any(line.startswith("error: rank 2 failed: ended without a word") for line in lines), lines
+    for rank in (0, 1, 3):
+        assert "error: rank 2 failed: " in (run / f"logs/rank{rank}.log").read_text()
+
+
+def process_of(config: Path, rank: int) -> int:
+    """The process of a rank of the run of ``config``."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for folder in Path("/proc").iterdir():
@@ -254,10 +317,14 @@ def _rank_1(config: Path) -> int:
                 variables = (folder / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"fp8train" in words and str(config).encode() in words and b"RANK=1" in variables:
+            if (
+                b"fp8train" in words
+                and str(config).encode() in words
+                and f"RANK={rank}".encode() in variables
+            ):
                 return int(folder.name)
         time.sleep(0.1)
-    raise AssertionError("no rank 1")
+    raise AssertionError(f"no rank {rank}")
 
 
 # ---- the environment

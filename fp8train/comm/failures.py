@@ -18,12 +18,14 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from fp8train.config.errors import UserError
+from fp8train.json_text import read_object
 
 FOLDER_VARIABLE = "FP8TRAIN_FAILURES"
 """Environment variable with the launcher's folder; its presence silences ranks."""
@@ -45,7 +47,8 @@ class PeerFailedError(UserError):
     """Another rank failed, and this one knows why."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(f"rank {failure.rank} failed: {failure.message}")
+        rank = f"rank {failure.rank} "
+        super().__init__(f"{rank}failed: {failure.message.removeprefix(rank)}")
         self.exit_status = failure.exit_status
 
 
@@ -60,6 +63,7 @@ class Failure:
         peers_lost: whether it only says that other ranks are gone.
         time: seconds since 1970.
         traceback: of a bug; empty for what the user can mend.
+        guessed: a peer tells it, from what it found; gives way to whoever knows.
     """
 
     rank: int
@@ -68,6 +72,15 @@ class Failure:
     peers_lost: bool = False
     time: float = 0.0
     traceback: str = ""
+    guessed: bool = False
+
+    @property
+    def _evidence(self) -> tuple[bool, bool, float]:
+        return self.peers_lost, self.guessed, self.time
+
+    def explains_more_than(self, other: Failure) -> bool:
+        """Whether this is rather the cause than ``other``: lost peers never are, and of two the earlier."""
+        return self._evidence < other._evidence
 
     def last_word(self) -> str:
         """What a terminal shows of it."""
@@ -110,7 +123,11 @@ def lost_peers(error: BaseException) -> bool:
 
 def cause(failures: Iterable[Failure]) -> Failure | None:
     """The failure behind the others: the first one that is more than lost peers."""
-    return min(failures, key=lambda one: (one.peers_lost, one.time), default=None)
+    found: Failure | None = None
+    for one in failures:
+        if found is None or one.explains_more_than(found):
+            found = one
+    return found
 
 
 def record(failure: Failure) -> None:
@@ -127,10 +144,10 @@ def record(failure: Failure) -> None:
 
 
 def leave(folder: Path, failure: Failure) -> bool:
-    """Leave a failure in a folder, unless its rank has left one there that says as much; whether it was left.
-    May raise OSError."""
+    """Leave a failure in a folder, unless there is one of that rank that explains as much; whether it was
+    left. May raise OSError."""
     path = folder / f"rank{failure.rank}.json"
-    if any(one.rank == failure.rank and one.peers_lost <= failure.peers_lost for one in recorded(folder)):
+    if any(one.rank == failure.rank and not failure.explains_more_than(one) for one in recorded(folder)):
         return False
     tmp = path.with_suffix(f".{os.getpid()}.tmp")  # in a hang, several ranks tell of one
     tmp.write_text(json.dumps(asdict(failure)))
@@ -148,9 +165,24 @@ def recorded(folder: Path) -> list[Failure]:
     """The failures in a folder."""
     found = []
     for path in sorted(folder.glob("rank*.json")):
-        with suppress(OSError, ValueError, TypeError):
-            found.append(Failure(**json.loads(path.read_text())))
+        with suppress(OSError, ValueError):
+            found.append(failure_from(read_object(path)))
     return found
+
+
+def failure_from(record: Mapping[str, Any]) -> Failure:
+    """The failure that a record describes, field by field.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    kinds: dict[str, type | tuple[type, ...]]
+    kinds = {"rank": int, "message": str, "exit_status": int, "peers_lost": bool, "time": (int, float)}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError("not the record of a failure")
+    if not record["message"].strip() or not isinstance(record.get("traceback", ""), str):
+        raise ValueError("a failure without a message")
+    return Failure(**{field.name: record[field.name] for field in fields(Failure) if field.name in record})
 
 
 def speaks(failure: Failure, *, otherwise: bool | None = None) -> bool:

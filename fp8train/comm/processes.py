@@ -8,11 +8,12 @@ tensors.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 
@@ -28,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fp8train.comm.calls import Calls, GroupCalls
 from fp8train.comm.collectives import CountedGroup, alone
 from fp8train.comm.failures import describe, record
+from fp8train.comm.rendezvous import STARTUP_TIMEOUT_S, Peer, meet
 from fp8train.config.environment import world_from_environment
 from fp8train.config.errors import ConfigError
 from fp8train.config.threads import threads_from_environment
@@ -68,6 +70,7 @@ class Processes:
         stage: dp, cp and tp: ranks with the same blocks.
         everyone: all ranks.
         control: gloo group over all ranks for CPU objects; None for a single process.
+        peers: the process of every rank, as far as they met here.
         calls: what was entered and left of all groups, among them ``control``, as far as agreements in the
             loop go.
     """
@@ -84,6 +87,7 @@ class Processes:
     sequence: CountedGroup = field(default_factory=alone)
     stage: CountedGroup = field(default_factory=alone)
     everyone: CountedGroup = field(default_factory=alone)
+    peers: tuple[Peer, ...] = ()
     calls: Calls = field(default_factory=Calls)
 
     @cached_property
@@ -108,6 +112,7 @@ class Processes:
 
 
 _DATA_PARALLEL = Layout()
+_logger = logging.getLogger(__name__)
 
 
 def choose_device(setting: str, local_rank: int) -> torch.device:
@@ -143,7 +148,12 @@ def choose_threads(setting: int | None, local_world_size: int) -> int:
 
 @contextmanager
 def processes(
-    device_setting: str, *, layout: Layout = _DATA_PARALLEL, timeout_s: float = 600.0
+    device_setting: str,
+    *,
+    layout: Layout = _DATA_PARALLEL,
+    timeout_s: float = 600.0,
+    startup_timeout_s: float = STARTUP_TIMEOUT_S,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Processes]:
     """Join the job that the environment describes, leave it on exit.
 
@@ -151,6 +161,12 @@ def processes(
         device_setting: ``run.device``.
         layout: ranks of a copy of the model; the rest is data-parallel.
         timeout_s: after this long a collective that some rank never joins fails.
+        startup_timeout_s: how long to wait until all ranks are there.
+        stopping: whether somebody asked this rank to stop meanwhile.
+
+    Raises:
+        ConfigError: the ranks did not meet; see :func:`~fp8train.comm.rendezvous.meet`.
+        StoppedBeforeMeetingError: stopped before they did.
     """
     world = world_from_environment()
     device = choose_device(device_setting, world.local_rank)
@@ -160,22 +176,25 @@ def processes(
         yield Processes(device, 1, 0, alone(), None)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, peers = meet(world, timeout_s=startup_timeout_s, stopping=stopping)
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
+    )
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ConfigError(
-            f"rank {world.rank} of {world.size} could not meet the others at {where} "
-            f"({str(error).splitlines()[0]:.120})\n"
-            "are all of them running, and is MASTER_ADDR the first node?"
-        ) from error
-    try:
-        yield joined_processes(device, layout)
+        yield replace(joined_processes(device, layout), peers=tuple(peers))
     except BaseException as error:
         record(describe(error))  # before a peer can notice
         raise
     finally:
+        _leave_groups()
+
+
+def _leave_groups() -> None:
+    """What this job was for is done or has failed by now, whatever a library says about its end."""
+    try:
         dist.destroy_process_group()
+    except Exception as error:
+        _logger.warning("leaving the process groups: %s: %s", type(error).__name__, error)
 
 
 def two_levels(group: CountedGroup, node_size: int) -> tuple[CountedGroup, CountedGroup]:
@@ -223,7 +242,9 @@ def joined_processes(device: torch.device, layout: Layout = _DATA_PARALLEL) -> P
         dist.get_rank(),
         group("dp"),
         dist.new_group(backend="gloo"),
-        **{axis: group(axis) for axis in ("pp", "cp", "tp")},
+        pp=group("pp"),
+        cp=group("cp"),
+        tp=group("tp"),
         replicas=group("dp", "cp"),
         sequence=group("cp", "tp"),
         stage=group("dp", "cp", "tp"),

@@ -27,6 +27,7 @@ from fp8train.data.loading import Data
 from fp8train.evaluation.validation import Evaluation
 from fp8train.live.console import Console, format_count, format_duration, live_line, step_line
 from fp8train.live.describe import describe_layout, describe_precision, precision_warnings, stored_bytes
+from fp8train.live.fp8_health import worst_casts
 from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
 from fp8train.run_dir.claim import HEARTBEATS_DIR
@@ -281,6 +282,8 @@ class Reporter:
         self._casts |= {
             "fp8/flushed": statistics.fmean(values["flushed"] for values in rows.values()),
             "fp8/saturated": statistics.fmean(values["saturated"] for values in rows.values()),
+            "fp8/flushed_max": max((values["flushed"] for values in rows.values()), default=math.nan),
+            "fp8/saturated_max": max((values["saturated"] for values in rows.values()), default=math.nan),
             "fp8/snr_db_min": min(snr, default=math.nan),
             "fp8/snr_db_median": statistics.median(snr) if snr else math.nan,
             "fp8/kurtosis_x_max": max(
@@ -288,6 +291,10 @@ class Reporter:
             ),
             **optimizer,
         }
+        ill = worst_casts(rows)
+        self._casts["fp8/non_finite_casts"] = float(ill.get("non_finite", 0))
+        if ill:
+            self.event("fp8_health", step=step, **ill)
 
     def monitor(self, metrics: Mapping[str, float]) -> None:
         """Metrics of a sampled step, logged with the following steps until the next sampled one."""

@@ -6,9 +6,12 @@ not data: it is reported once as an event, and the tracker is left alone from th
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fp8train.config.all_sections import LoggingConfig
 from fp8train.live.wandb_tracker import WandbTracker, kept_run_id
@@ -16,6 +19,7 @@ from fp8train.run_dir.directory import RunDir
 
 # Shown against tokens too: TensorBoard has one x-axis, so these get a second curve.
 _BY_TOKENS = ("train/loss", "train/loss_mean", "eval/loss")
+_FLUSH_S = 30.0
 
 
 class Trackers:
@@ -63,7 +67,7 @@ class Trackers:
                 tracker.rewound()
 
     def close(self, status: str = "failed") -> None:
-        """Finish every tracker with this status: ``completed``, ``stopped`` or ``failed``. Waits a bounded
+        """Finish every tracker with this status, as in status.json. Waits a bounded
         time for what is still under way."""
         for tracker in self._trackers:
             tracker.close(status)
@@ -78,40 +82,47 @@ class Trackers:
 
 
 class TensorBoardTracker:
-    """Event files under ``tb/``. A resumed run hides what an earlier one wrote after the resumed step."""
+    """Event files under ``tb/``. A resumed run hides what an earlier one wrote after the resumed step.
+
+    The library's own writer has a thread, which a full disk ends with a traceback on the screen. Scalars
+    need no thread: they are buffered here, and written twice a minute.
+    """
 
     name = "tensorboard"
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._writer: Any = None
         self._problem: str | None = None
+        self._file: BinaryIO | None = None
+        self._record: Callable[..., None] | None = None
+        self._flush_at = 0.0
         self._dead = False
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Write numbers; the writer has its own thread and file buffer."""
+        """Write numbers, to a buffer mostly."""
         if self._dead:
             return
         try:
-            if self._writer is None:
-                # Imported here: a run without TensorBoard need not have it, and it costs a second.
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(self._directory), purge_step=step, flush_secs=30)
+            if self._record is None:
+                self._record = self._begin(step)
             for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+                self._record(name, value, step)
                 if name in _BY_TOKENS:
-                    self._writer.add_scalar(f"{name}_by_tokens", value, tokens)
-        except Exception as error:  # another project's code; or its thread died, e.g. on a full disk
+                    self._record(f"{name}_by_tokens", value, tokens)
+            if self._file is not None and time.monotonic() >= self._flush_at:
+                self._file.flush()
+                self._flush_at = time.monotonic() + _FLUSH_S
+        except Exception as error:  # another project's code, or a disk
             self._fail(error)
 
     def close(self, status: str) -> None:
         """Write what is buffered and close the file."""
-        if self._writer is None or self._dead:
+        if self._file is None:
             return
+        file, self._file, self._record = self._file, None, None
         try:
-            self._writer.close()
-        except Exception as error:
+            file.close()
+        except OSError as error:
             self._fail(error)
 
     def rewound(self) -> None:
@@ -124,6 +135,28 @@ class TensorBoardTracker:
         problem, self._problem = self._problem, None
         return problem
 
+    def _begin(self, step: int) -> Callable[..., None]:
+        """Open a file that takes over from ``step`` on; what writes a scalar into it."""
+        # Imported here: a run without TensorBoard need not have it, and it costs a second.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (self._directory / name).open("xb")
+        writer = RecordWriter(self._file)
+
+        def write(**fields: Any) -> None:
+            writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+        write(step=step, file_version="brain.Event:2")
+        write(step=step, session_log=SessionLog(status=SessionLog.START))
+        return lambda name, value, x: write(
+            step=x, summary=Summary(value=[Summary.Value(tag=name, simple_value=float(value))])
+        )
+
     def _fail(self, error: Exception) -> None:
         self._dead = True
         self._problem = f"{type(error).__name__}: {error}"
+        self.close("failed")

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fp8train.checkpoint.errors import explain_os_error
 from fp8train.comm.failures import INTERRUPTED, Failure, cause, leave, recorded, recorded_here
 from fp8train.files import overwrite_file, replace_file
-from fp8train.run_dir.claim import FAILURES, STATUS_FILE, in_use, recorded_step
+from fp8train.run_dir.claim import FAILURES, STATUS_FILE, in_use, load_status, recorded_step
+
+if TYPE_CHECKING:
+    from fp8train.comm.rendezvous import Peer
 
 RunState = Literal["running", "completed", "stopped", "preempted", "failed", "interrupted"]
 
@@ -80,10 +83,9 @@ def amend_failure(path: Path, failure: Failure, *, patience_s: float = 5.0) -> N
     deadline = time.monotonic() + patience_s
     while in_use(path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        state = json.loads((path / STATUS_FILE).read_text())["state"]
-        if state in ("running", "failed") and not in_use(path):
-            write_failure(path, failure, step=recorded_step(path))
+    status = read_status(path)
+    if status is not None and status["state"] in ("running", "failed") and not in_use(path):
+        write_failure(path, failure, step=recorded_step(path))
 
 
 def read_failure(path: Path, *, patience_s: float = 0.0) -> Failure | None:
@@ -97,19 +99,38 @@ def read_failure(path: Path, *, patience_s: float = 0.0) -> Failure | None:
         time.sleep(0.05)
 
 
+def report_gone(path: Path, peers: Iterable[Peer], *, step: int) -> Failure | None:
+    """For ranks of this machine that have ended and left no word, put that on record: the first of them. Who
+    started them will know more."""
+    spoken = {failure.rank for failure in _known(path)}
+    for peer in peers:
+        if peer.rank not in spoken and peer.is_gone:
+            message = f"rank {peer.rank} ended without a word (process {peer.pid}): it was killed, or crashed"
+            gone = Failure(peer.rank, message, time=time.time(), guessed=True)
+            write_failure(path, gone, step=step)
+            return gone
+    return None
+
+
 def _known(path: Path) -> list[Failure]:
     return [*recorded(path / FAILURES), *recorded_here()]
 
 
 def _told(path: Path) -> Failure | None:
     """The failure that ``status.json`` tells of."""
-    try:
-        record = json.loads((path / STATUS_FILE).read_text())
-        if record["state"] not in ("failed", "interrupted"):
-            return None
-        return Failure(record["rank"], record.get("message", record["reason"]), record["exit_code"])
-    except (OSError, ValueError, LookupError, TypeError):
+    record = read_status(path)
+    if record is None or not isinstance(record.get("rank"), int) or "message" not in record:
         return None
+    return Failure(record["rank"], str(record["message"]), record["exit_code"])
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """The ``status.json`` of the run directory ``path``, if it can be read and is one."""
+    try:
+        record = load_status(path)
+    except (OSError, ValueError):
+        return None
+    return record if "exit_code" in record else None
 
 
 def pretty(record: Mapping[str, Any]) -> bytes:

@@ -33,6 +33,7 @@ from fp8train.checkpoint.visibility import View
 from fp8train.comm.failures import INTERRUPTED, PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.comm.progress import Progress
+from fp8train.comm.rendezvous import StoppedBeforeMeetingError
 from fp8train.config.argument_keys import naming_keys, with_keys
 from fp8train.config.dump import dump_yaml
 from fp8train.config.environment import World, world_from_environment
@@ -45,7 +46,7 @@ from fp8train.live.console import Console, print_safely
 from fp8train.live.reporter import Reporter
 from fp8train.run_dir.claim import HEARTBEATS_DIR, RunDirGoneError, recorded_step
 from fp8train.run_dir.directory import RunDir
-from fp8train.run_dir.failed import read_failure
+from fp8train.run_dir.failed import read_failure, report_gone
 from fp8train.run_dir.provenance import describe_environment
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.step.trainer import Trainer
@@ -53,7 +54,8 @@ from fp8train.training.device_rules import check_device
 from fp8train.training.faults import Faults
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
-from fp8train.training.memory import explain, is_out_of_memory
+from fp8train.training.memory import explain, is_out_of_memory, keep_snapshot
+from fp8train.training.profiling import PROFILE_DIR, profiling
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from fp8train.training.signals import TIME_LIMIT, Stop, StopRequest
@@ -90,6 +92,10 @@ def run(config: Config, world: World, data: Data, *, console: Console, stop: Sto
     with ExitStack() as directory, _quitting_interrupts(stop, console, again):
         try:
             return _run(config, data, console, stop, again, directory)
+        except StoppedBeforeMeetingError:
+            stop.settle(0)
+            console.say(f"stopped before all ranks were there\ncontinue with: {again}")
+            return 0
         finally:
             # Process groups sit in reference cycles, and gloo's threads end with them alone.
             gc.collect()
@@ -101,8 +107,13 @@ def _run(
     """Join the job, open the run directory, which ``directory`` closes, and train in it."""
     progress = Progress()
     layout = Layout(config.parallel.pp, config.parallel.cp, config.parallel.tp)
-    timeout_s = config.watchdog.collective_timeout_s
-    with processes(config.run.device, layout=layout, timeout_s=timeout_s) as procs:
+    with processes(
+        config.run.device,
+        layout=layout,
+        timeout_s=config.watchdog.collective_timeout_s,
+        startup_timeout_s=config.watchdog.startup_timeout_s,
+        stopping=lambda: stop.asked,
+    ) as procs:
         check_device(config, procs.device)
         seed_generators(config.run.seed, procs.rank)
         run_dir = RunDir.open(
@@ -304,7 +315,9 @@ class _Run:
         run_dir.write_description(dump_yaml(self.config), describe_environment(procs.device))
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
-        return loop.run()
+        directory, settings = run_dir.path / PROFILE_DIR, self.config.profile
+        with profiling(settings, directory, self.progress, ready.reporter, rank=procs.rank):
+            return loop.run()
 
 
 def _watched(run: _Run) -> AbstractContextManager[object]:
@@ -334,10 +347,14 @@ def _explain(
 ) -> BaseException:
     """``error``, or what a person can do something with in its place."""
     if is_out_of_memory(error):
-        return explain(error, config, rank=procs.rank, dp=procs.dp.size, step=step)
+        directory, rank = run_dir.path / PROFILE_DIR, procs.rank
+        held = keep_snapshot(error, directory, rank=rank, log=run_dir.log)
+        return explain(error, config, rank=rank, dp=procs.dp.size, step=step, held=held)
     if lost_peers(error):
         first = read_failure(run_dir.path, patience_s=_CAUSE_PATIENCE_S)
-        if first is not None and not first.peers_lost:
+        if first is None or first.peers_lost:
+            first = report_gone(run_dir.path, procs.peers, step=max(0, (step or 0) - 1))
+        if first is not None:
             return PeerFailedError(first)
     return error
 

@@ -63,7 +63,7 @@ class TimeLimit:
             self._began = progress.since
         elif progress.phase == "agree" and self._began is not None:
             took, self._began = progress.since - self._began, None
-            self._steps = [*self._steps[:1], max(took, *self._steps[1:])] if self._steps else [took]
+            self._steps = [*self._steps[:1], max([took, *self._steps[1:]])] if self._steps else [took]
 
     def reserve_s(self) -> float:
         """Seconds that one more step and a save are expected to take; 0 before the first step."""

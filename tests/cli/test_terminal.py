@@ -135,11 +135,11 @@ def test_a_stop_during_the_start_is_honoured_before_the_first_step(config: Path)
     outputs[0].wait_for(r"^starting .* 2 processes")
     processes[0].send_signal(signal.SIGTERM)
     outputs[0].wait_for("SIGTERM: stopping before the first step\n")
-    outputs[0].wait_for("stopped before training began: SIGTERM\n")
+    outputs[0].wait_for("preempted before training began: SIGTERM\n")
     assert outputs[1].read_to_the_end() == ""
     text = outputs[0].read_to_the_end()
     assert [process.wait() for process in processes] == [0, 0]
-    assert status_of(config, "early") == ("stopped", 0)
+    assert status_of(config, "early") == ("preempted", 0)
     assert not list((config.parent / "early/checkpoints").iterdir())
     assert text.splitlines()[-1].startswith("continue with: torchrun --standalone --nproc-per-node=2 -m ")
     assert "\x1b" not in text

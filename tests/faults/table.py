@@ -33,6 +33,7 @@ _HELPFUL = "config/test_helpful_errors.py::"
 _BASE = "config/test_base_and_overrides.py::"
 _WORLD = "config/test_world.py::"
 _RUNS = "faults/test_runs.py::"
+_HANGS = "watch/test_hangs.py::"
 
 CONFIGURATION = (
     Row(
@@ -284,6 +285,8 @@ CHECKPOINTS = (
             "run_dir/test_run_dir.py::test_two_jobs_cannot_share_a_directory",
             "run_dir/test_run_dir.py::test_a_read_only_file_system",
             "run_dir/test_run_dir.py::test_the_lock_of_a_killed_job_is_gone_with_it",
+            "run_dir/test_failed.py::test_every_writer_on_a_disk_that_refuses",
+            "training/test_endings.py::test_a_run_directory_that_is_taken_away_ends_the_run",
         ),
     ),
     Row(
@@ -329,21 +332,48 @@ RUNNING = (
             "training/test_signals.py::test_all_ranks_stop_together",
             "training/test_signals.py::test_a_second_ctrl_c_ends_the_process_even_if_python_does_not",
             "cli/test_terminal.py::test_a_second_ctrl_c_while_waiting_for_another_rank",
+            "training/test_stop.py::test_any_signal_during_the_start_leaves_no_run_that_seems_to_go_on",
+            "training/test_endings.py::test_status_and_exit_status_agree",
             f"{_RUNS}test_a_stop_in_any_phase_is_one_save",
         ),
     ),
-    Row(31, "The time limit of the job is near", "Saves and ends before it", ()),
+    Row(
+        31,
+        "The time limit of the job is near",
+        "Saves and ends before it",
+        (
+            "training/test_time_limit.py::test_a_step_and_a_save_are_reserved",
+            "training/test_endings.py::test_status_and_exit_status_agree",
+        ),
+    ),
     Row(
         32,
         "A rank is killed, crashes or raises",
         "All ranks end; rank and reason come last on the screen and stand in `status.json`",
         (
             "test_launch_mistakes.py::test_a_killed_rank_is_named_by_the_launcher",
+            "test_launch_mistakes.py::test_a_job_of_four_ranks_ends_within_ten_seconds_of_its_first_loss",
+            "run_dir/test_failed.py::test_the_cause_is_told_in_whichever_order_ranks_write",
+            "run_dir/test_failed.py::test_a_rank_of_another_machine_is_waited_for",
             "test_launch_mistakes.py::test_the_error_of_one_rank_is_told_once_and_recorded",
+            f"{_HANGS}test_sigkill_ends_all_ranks_within_seconds",
             f"{_RUNS}test_a_fault_costs_the_steps_since_the_last_checkpoint",
         ),
     ),
-    Row(33, "A rank hangs", "The watchdog names rank and phase, leaves stacks, and ends the run", ()),
+    Row(
+        33,
+        "A rank hangs: stopped, asleep, or waiting for data that never come",
+        "The watchdog names rank and phase, leaves stacks, and ends the run with status 5",
+        (
+            f"{_HANGS}test_sigstop_of_one_of_four_ranks",
+            f"{_HANGS}test_sigstop_under_the_launch_script",
+            f"{_HANGS}test_a_rank_without_data_is_named",
+            f"{_HANGS}test_ranks_that_disagree_about_an_evaluation_are_named",
+            f"{_HANGS}test_a_single_process_that_hangs_ends_too",
+            f"{_HANGS}test_a_suspended_job_goes_on",
+            "watch/test_verdict.py::test_the_rank_that_hangs_is_named",
+        ),
+    ),
     Row(
         34,
         "Memory runs out",
@@ -351,6 +381,7 @@ RUNNING = (
         (
             "test_launch_mistakes.py::test_out_of_memory_is_a_few_lines_with_the_remedy_last",
             "training/test_memory.py::test_the_cpu_allocator_is_quoted_in_bytes",
+            "training/test_memory.py::test_allocations_beyond_the_address_space_are_known",
             f"{_RUNS}test_a_fault_costs_the_steps_since_the_last_checkpoint",
         ),
         "the messages of CUDA's allocator are pretended",
@@ -445,8 +476,13 @@ SURROUNDINGS = (
     Row(
         44,
         "The processes do not meet: wrong address, port in use, a machine is missing",
-        "The address, and what to check",
+        "The address, how many came and which are missing, and what to check; within the start-up time",
         (
+            "comm/test_rendezvous.py::test_who_waits_in_vain_says_who_is_missing",
+            "comm/test_rendezvous.py::test_nobody_is_at_the_address",
+            "comm/test_rendezvous.py::test_the_port_is_in_use",
+            "comm/test_rendezvous.py::test_two_processes_of_one_rank",
+            "comm/test_rendezvous.py::test_ranks_that_disagree_how_many_they_are",
             "test_launch_mistakes.py::test_a_wrong_environment_is_refused",
             "test_launch_mistakes.py::test_train_without_a_launcher_refuses_half_an_environment",
         ),
@@ -489,6 +525,9 @@ SURROUNDINGS = (
         "A line is lost, not the run; files hold no control codes",
         (
             "live/test_console.py::test_a_full_disk_costs_a_line_not_the_run",
+            "training/test_endings.py::test_an_output_without_room_does_not_change_the_exit_status",
+            "run_dir/test_failed.py::test_every_writer_on_a_disk_that_refuses",
+            "run_dir/test_failed.py::test_a_full_disk_has_room_for_the_status",
             "live/test_console.py::test_a_closed_pipe_does_not_end_the_run",
             "live/test_console.py::test_colour_only_on_a_terminal_that_wants_it",
         ),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fp8train.training.signals import SAME_CTRL_C_S, StopRequest
+from fp8train.run_dir.claim import RunDirGoneError
+from fp8train.training.signals import SAME_CTRL_C_S, Stop, StopRequest
 from tests.distributed.pool import GlooPool
 
 
@@ -24,6 +25,10 @@ def terminal() -> Iterator[None]:
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+STATES = {
+    "SIGTERM": "preempted", "SIGUSR1": "preempted", "SIGUSR2": "preempted", "SIGHUP": "stopped",
+    "SIGINT": "stopped",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -33,9 +38,8 @@ def test_a_signal_asks_once_however_often_it_comes(number: signal.Signals) -> No
         assert stop.agree(None) is None
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # torchrun and Slurm both forward it
-        assert stop.agree(None) == number.name
-        assert stop.agree(None) == number.name
-        assert stop.agree(None) == number.name
+        assert [stop.agree(None)] * 3 == [Stop(STATES[number.name], number.name)] * 3
+        assert stop.agree(None) == stop.agree(None)
     assert [signal.getsignal(s) for s in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -47,17 +51,54 @@ def test_handlers_are_restored_when_the_run_raises() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_stop_file_asks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "state", "reason"),
+    [
+        (b"", "stopped", "STOP file"),
+        (b"preempted", "preempted", "STOP file"),
+        (b"preempted: Slurm time limit\nmore\n", "preempted", "STOP file (Slurm time limit)"),
+        (b"lunch \xff\x1b[2J", "stopped", "STOP file (lunch \ufffd?[2J)"),
+    ],
+)
+def test_the_stop_file_asks(tmp_path: Path, content: bytes, state: str, reason: str) -> None:
     with StopRequest(tmp_path / "STOP") as stop:
         assert stop.agree(None) is None
-        (tmp_path / "STOP").touch()
-        assert stop.agree(None) == "STOP file"
+        (tmp_path / "STOP").write_bytes(content)
+        assert stop.agree(None) == Stop(state, reason)  # type: ignore[arg-type]
+
+
+def test_whatever_is_called_stop_asks(tmp_path: Path) -> None:
+    def folder(path: Path) -> None:
+        path.mkdir()
+
+    def pipe(path: Path) -> None:
+        os.mkfifo(path)  # reading it would wait for a writer
+
+    def dangling(path: Path) -> None:
+        path.symlink_to("nowhere")
+
+    for number, make in enumerate((folder, pipe, dangling)):
+        path = tmp_path / str(number)
+        make(path)
+        with StopRequest(path) as stop:
+            assert stop.agree(None) == Stop("stopped", "STOP file")
+    (tmp_path / "file").touch()
+    with StopRequest(tmp_path / "file" / "STOP") as stop:
+        assert stop.agree(None) is None
+
+
+def test_a_run_directory_that_is_gone_ends_the_run() -> None:
+    with StopRequest(None) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.gone = lambda: "run directory x was deleted"
+        with pytest.raises(RunDirGoneError, match="run directory x was deleted"):
+            stop.agree(None)
 
 
 def test_a_second_interrupt_raises_only_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("fp8train.training.signals.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr(StopRequest, "_force", lambda stop: None)  # would end this process
+    monkeypatch.setattr(StopRequest, "_force", lambda stop, patience_s: None)  # would end this process
     answers: queue.Queue[str] = queue.Queue()
 
     def send(number: signal.Signals) -> None:
@@ -85,7 +126,7 @@ def test_a_second_interrupt_raises_only_after_a_second(monkeypatch: pytest.Monke
         assert stop.quitting
         assert answers.get(timeout=60) == "quitting now"
         send(signal.SIGINT)  # nothing more to raise
-        assert stop.agree(None) == "SIGINT"
+        assert stop.agree(None) == Stop("stopped", "SIGINT")
 
 
 def test_a_run_started_with_nohup_outlives_its_terminal() -> None:
@@ -115,27 +156,29 @@ def asked(group, rank, world_size, folder, wishes):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "reason"),
+    ("wishes", "stop"),
     [
         ({}, None),
-        ({0: "STOP"}, "STOP file"),
-        ({2: "SIGUSR1"}, "SIGUSR1"),
-        ({1: "SIGTERM", 2: "SIGUSR2"}, "SIGTERM"),
-        ({0: "SIGHUP"}, "SIGHUP"),
-        ({0: "SIGINT", 1: "SIGINT", 2: "SIGTERM"}, "SIGINT"),
+        ({0: "STOP"}, Stop("stopped", "STOP file")),
+        ({2: "SIGUSR1"}, Stop("preempted", "SIGUSR1")),
+        ({1: "SIGTERM", 2: "SIGUSR2"}, Stop("preempted", "SIGTERM")),
+        ({0: "SIGHUP", 1: "SIGTERM"}, Stop("stopped", "SIGHUP")),  # a person wins over a machine
+        ({0: "SIGINT", 1: "SIGINT", 2: "SIGTERM"}, Stop("stopped", "SIGINT")),
     ],
 )
 def test_all_ranks_stop_together(
-    gloo_pool: GlooPool, tmp_path: Path, wishes: dict[int, str], reason: str | None
+    gloo_pool: GlooPool, tmp_path: Path, wishes: dict[int, str], stop: Stop | None
 ) -> None:
-    assert gloo_pool.run(asked, 3, str(tmp_path), wishes) == [[None, reason, reason]] * 3
+    assert gloo_pool.run(asked, 3, str(tmp_path), wishes) == [[None, stop, stop]] * 3
 
 
 STUCK = """
 import sys, time
 from fp8train.training import signals
 signals._UNWIND_S, signals.SAME_CTRL_C_S = 0.5, 0.2
-with signals.StopRequest(None):
+with signals.StopRequest(None) as stop:
+    if "over" in sys.argv:
+        stop.settle(3, lambda: print("on record", flush=True))
     print("ready", flush=True)
     while True:
         try:
@@ -146,7 +189,7 @@ with signals.StopRequest(None):
 """
 
 
-@pytest.mark.parametrize("behaviour", ["unwind", "swallow"])
+@pytest.mark.parametrize("behaviour", ["unwind", "swallow", "over"])
 def test_a_second_ctrl_c_ends_the_process_even_if_python_does_not(behaviour: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, behaviour], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -161,5 +204,6 @@ def test_a_second_ctrl_c_ends_the_process_even_if_python_does_not(behaviour: str
         status = process.wait(20)
     finally:
         process.kill()
-    # An uncaught KeyboardInterrupt ends Python by SIGINT; the command line turns it into 130.
-    assert status == (130 if behaviour == "swallow" else -signal.SIGINT)
+    # An uncaught KeyboardInterrupt ends Python by SIGINT; the command line turns it into 130. Once the end of
+    # a run is on record, the status on record is the status.
+    assert status == {"unwind": -signal.SIGINT, "swallow": 130, "over": 3}[behaviour]

@@ -22,17 +22,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rank"),
+    ("kind", "rank", "state"),
     [
-        (signal.SIGTERM, 1),
-        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR2, 1, marks=pytest.mark.slow),
-        ("STOP", 0),
+        (signal.SIGTERM, 1, "preempted"),
+        pytest.param(signal.SIGINT, 0, "stopped", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 1, "stopped", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, "preempted", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, 1, "preempted", marks=pytest.mark.slow),
+        ("STOP", 0, "stopped"),
     ],
-    ids=["sigterm", "ctrl-c", "sigusr2", "stop-file"],
+    ids=["sigterm", "ctrl-c", "sighup", "sigusr1", "sigusr2", "stop-file"],
 )
 def test_a_stopped_run_saves_exits_0_and_continues(
-    config: Path, kind: signal.Signals | str, rank: int
+    config: Path, kind: signal.Signals | str, rank: int, state: str
 ) -> None:
     name = f"stopped_{kind}"
     directory = config.parent / name
@@ -45,11 +47,11 @@ def test_a_stopped_run_saves_exits_0_and_continues(
         (directory / kind).touch()
     output = finish(processes)
     status = json.loads((directory / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("stopped", 0)
+    assert (status["state"], status["exit_code"]) == (state, 0)
     assert status["reason"] == ("STOP file" if kind == "STOP" else signal.Signals(kind).name)
     assert 5 <= status["step"] < STEPS
     assert candidates(directory / "checkpoints")[0].name == f"step_{status['step']:08d}"
-    assert f"stopped at step {status['step']}" in output
+    assert f"{state} at step {status['step']}: {status['reason']}" in output
     assert not (directory / "STOP").exists()
 
     finish(start(config, 2, f"run.name={name}", "checkpoint.resume=auto"))
@@ -84,3 +86,23 @@ def test_an_explicit_checkpoint_that_is_absent_is_an_error(config: Path) -> None
     output = finish(start(config, 1, "run.name=absent", "checkpoint.resume=nowhere/step_00000007"), expect=2)
     assert "nowhere/step_00000007" in output
     assert len(output.strip().splitlines()) <= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+)
+def test_any_signal_during_the_start_leaves_no_run_that_seems_to_go_on(
+    config: Path, number: signal.Signals
+) -> None:
+    """Before torch is imported, on one rank, while the other starts too."""
+    name = f"early_{number.name}"
+    processes = start(config, 2, f"run.name={name}")
+    assert processes[0].stdout is not None
+    assert processes[0].stdout.readline().startswith("starting ")
+    processes[0].send_signal(number)
+    output = finish(processes)
+    status = json.loads((config.parent / name / "status.json").read_text())
+    state = "stopped" if number in (signal.SIGHUP, signal.SIGINT) else "preempted"
+    assert (status["state"], status["exit_code"], status["reason"]) == (state, 0, number.name)
+    assert f"{state} before training began: {number.name}" in output
