@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 
 TMP_SUFFIX = ".tmp"
+NFS_PREFIX = ".nfs"
+"""Of what an NFS client makes of a file that was deleted while a process has it open."""
 
 
 def fsync_dir(path: Path) -> None:
@@ -18,6 +20,8 @@ def fsync_dir(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
 
@@ -86,8 +90,17 @@ def is_real_file(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a symbolic link (never its target) or a whole directory, if it is there."""
-    if is_real_dir(path):
-        shutil.rmtree(path)
-    else:
+    """Delete a file, a symbolic link (never its target) or a whole directory, if it is there.
+
+    Of a directory everything goes that can go, whatever fails on the way. What NFS keeps of open files
+    (``.nfs*``) stays, and what holds it: it goes by itself when it is closed.
+    """
+    if not is_real_dir(path):
         path.unlink(missing_ok=True)
+        return
+    errors: list[BaseException] = []
+    shutil.rmtree(path, onerror=lambda function, name, problem: errors.append(problem[1]))
+    if errors:
+        left = [entry for entry in path.rglob("*") if not is_real_dir(entry)]
+        if not left or not all(entry.name.startswith(NFS_PREFIX) for entry in left):
+            raise errors[0]

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *(
         "files",
+        "json_text",
         "precision",
         "update_rules",
         "config",
@@ -37,7 +38,7 @@ ORDER = [
         "step",
         "deepspeed_engine",
     ),
-    *("evaluation", "live", "training", "launch", "planning", "reporting", "cli"),
+    *("evaluation", "live", "planning", "training", "launch", "reporting", "cli"),
 ]
 
 

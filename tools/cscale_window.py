@@ -35,7 +35,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fp8train.checkpoint.manifest import read_meta_file
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.comm.collectives import alone
 from fp8train.comm.processes import Processes, choose_device, choose_threads
 from fp8train.config.errors import UserError

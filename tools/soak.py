@@ -1,11 +1,12 @@
 """Many short lives of small runs, each ended by a fault, and the same command every time: is anything lost?
 
     python tools/soak.py                                  # 15 minutes on two cores
-    python tools/soak.py --minutes 2 --seed 7 --level O3  # seed as printed: the same faults again
+    python tools/soak.py --minutes 2 --seed 7 --level O3  # seed as printed: the same faults from inside
 
 One run after the other: two ranks, at O2 and O3, saving at once and in the background in turn. Faults are
 drawn for each run before it begins. Those that strike from inside, in any phase of a step and at any moment
-of a save, are in its configuration (``debug.fault_injection``). Others come from outside: signals at any
+of a save, are in its configuration (``debug.fault_injection``), hangs for the watchdog among them. Others
+come from outside: signals at any
 time, a STOP file, and between two lives what happens to directories: stray files, a flipped bit in the newest
 checkpoint, a garbled pointer, a missing file. Then the same command starts again, until the run is complete.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -43,19 +45,24 @@ sys.path[:0] = [str(ROOT)]
 from fp8train.checkpoint.catalog import candidates  # noqa: E402
 from fp8train.run_dir.metrics import read_metrics  # noqa: E402
 from fp8train.training.strikes import FILLER_FILE  # noqa: E402
+from fp8train.watch.last_words import HUNG  # noqa: E402
 from tests.training.forked import Runs, wait_for_the_loop  # noqa: E402
 from tests.training.launching import weights, write_config  # noqa: E402
 
 STEPS, INTERVAL, EVALUATE = 40, 2, 10
 INSIDE, OUTSIDE = 12, 0.35
 """Faults in the configuration of a run; how often a life has one from outside as well."""
-PATIENCE_S = 90.0
-"""A life that takes longer than this hangs. One of a second is normal; the machine may be busy."""
+STANDSTILL_S, STOPPED_S = 15, 5
+"""The watchdog's times, when nothing happens and when a process is stopped."""
+PATIENCE_S = 120.0
+"""A life that takes longer than this hangs. Some seconds are normal; the machine may be busy."""
+LAUNCHER_S = 40.0
+"""A launcher kills the peers of a rank that failed. A checkpoint in flight may take 30 s of that."""
 DISK = "48m"
 COMPARED = ("step", "train/loss", "optim/grad_norm", "optim/lr", "eval/loss")
 
 ENDS = ("exception", "exit", "sigkill", "sigterm", "sigint", "segfault", "oom_host")
-HANGS = ("sigstop", "hang")
+HANGS = ("sigstop", "hang", "gil")
 IN_STEP = ("data", "forward", "backward", "reduce", "optimizer", "report", "agree")
 AT_SAVE = (
     "save",
@@ -87,9 +94,9 @@ class Life:
     wrong: str = ""
 
 
-def draw(generator: random.Random, ranks: int, *, hangs: bool, disk: bool) -> list[dict[str, Any]]:
+def draw(generator: random.Random, ranks: int, *, disk: bool) -> list[dict[str, Any]]:
     """The faults from inside of one run."""
-    kinds = [*ENDS * 3, *(HANGS if hangs else ()), *(("disk_full",) * 2 if disk else ())]
+    kinds = [*ENDS * 3, *HANGS, "sleep", *(("disk_full",) * 2 if disk else ())]
     faults: list[dict[str, Any]] = []
     for _ in range(INSIDE):
         phase = generator.choice([*IN_STEP, *AT_SAVE, "build", "restore", "evaluate"])
@@ -102,9 +109,17 @@ def draw(generator: random.Random, ranks: int, *, hangs: bool, disk: bool) -> li
             step = 0
         rank = 0 if phase in OF_RANK_0 else generator.randrange(ranks)
         fault = {"kind": generator.choice(kinds), "step": step, "phase": phase, "rank": rank}
+        if fault["kind"] in ("gil", "sleep"):
+            fault["seconds"] = 3600 if fault["kind"] == "gil" else 2
         if fault not in faults:
             faults.append(fault)
     return faults
+
+
+def as_override(faults: list[dict[str, Any]]) -> str:
+    """As on the command line."""
+    texts = ["{" + ", ".join(f"{key}: {value}" for key, value in fault.items()) + "}" for fault in faults]
+    return f"debug.fault_injection=[{', '.join(texts)}]"
 
 
 class Soak:
@@ -121,8 +136,9 @@ class Soak:
         """What all runs of a level have in common."""
         words = [f"precision.level={level}", f"train.steps={STEPS}", f"train.eval_interval={EVALUATE}"]
         words += [f"checkpoint.interval={INTERVAL}", "checkpoint.keep_last=4", "checkpoint.resume=auto"]
-        words += ["run.threads=1", "logging.cast_statistics_interval=0"]
-        return words
+        words += ["run.threads=1", "logging.cast_statistics_interval=0", "watchdog.interval_s=0.5"]
+        words += [f"watchdog.{name}_timeout_s={STANDSTILL_S}" for name in ("step", "save")]
+        return [*words, "watchdog.startup_timeout_s=45", f"watchdog.stopped_timeout_s={STOPPED_S}"]
 
     def whole(self, level: str) -> Path:
         """The run that nothing happens to."""
@@ -138,10 +154,9 @@ class Soak:
         level = (self.options.level or ("O2", "O3"))[number % len(self.options.level or "xx")]
         mode = ("sync", "async")[number // 2 % 2]
         name = f"{number:03d}_{level}_{mode}"
-        faults = draw(self.generator, self.options.ranks, hangs=self.options.hangs, disk=self.disk)
-        texts = ["{" + ", ".join(f"{k}: {v}" for k, v in fault.items()) + "}" for fault in faults]
+        faults = draw(self.generator, self.options.ranks, disk=self.disk)
         command = [*self.settings(level), f"checkpoint.asynchronous={'true' if mode == 'async' else 'false'}"]
-        command.append(f"debug.fault_injection=[{', '.join(texts)}]")
+        command.append(as_override(faults))
         path, mine = self.folder / name, []
         while True:
             if len(mine) > 3 * INSIDE:
@@ -171,9 +186,15 @@ class Soak:
         self.look(life, path, before)
 
     def join(self, ranks: list[BaseProcess], began: float) -> list[int | None]:
-        """Exit codes. torchrun ends the peers of a rank that failed, some seconds later; so does this."""
+        """Exit codes, None of a rank that did not end. As a launcher does it, a rank is killed when it
+        outlives one that failed for long, or is stopped."""
+        failed: float | None = None
         while any(rank.is_alive() for rank in ranks) and time.monotonic() - began < PATIENCE_S:
             time.sleep(0.01)
+            if failed is None and any(rank.exitcode for rank in ranks):
+                failed = time.monotonic()
+            if failed is not None and time.monotonic() - failed > LAUNCHER_S:
+                break
         codes = [rank.exitcode for rank in ranks]
         for rank in ranks:
             rank.kill(), rank.join()
@@ -191,8 +212,11 @@ class Soak:
         records = read_metrics(metrics) if metrics.exists() else []
         life.reached = max([record["step"] for record in records], default=0)
         life.lost = max(0, before - life.began)
-        if None in life.codes:
-            life.wrong = f"a rank did not end in {PATIENCE_S:.0f} s"
+        held = any(name.startswith("gil") for name in life.faults)  # nothing but a kill ends that
+        if None in life.codes and not (held and any(life.codes)):
+            life.wrong = "a rank did not end"
+        elif HUNG in life.codes and not any(name.startswith(HANGS) for name in life.faults):
+            life.wrong = f"a hang: {status.get('reason')}"
         elif any(life.codes) and not life.faults:
             life.wrong = "failed without a fault"
         elif life.state not in (
@@ -232,7 +256,7 @@ class Soak:
         """What happens to the directory while no job runs. A full disk is given some room first."""
         (path / "faults" / FILLER_FILE).unlink(missing_ok=True)
         found = candidates(path / "checkpoints") if (path / "checkpoints").is_dir() else []
-        harm: list[Callable[[Path], str]] = [
+        harm: list[Callable[[Path, random.Random], str]] = [
             stray_files,
             garbled_pointer,
             flipped_bit,
@@ -242,8 +266,7 @@ class Soak:
         if self.generator.random() < OUTSIDE and len(found) > 1:
             chosen = self.generator.choice(harm)
             target = found[0] if chosen in (flipped_bit, missing_file, cut_file) else path
-            random.seed(self.generator.random())
-            life.faults.append(chosen(target))
+            life.faults.append(chosen(target, self.generator))
 
     def compare(self, life: Life, path: Path, level: str) -> bool:
         """Whether the complete run is the one that nothing happened to."""
@@ -294,8 +317,9 @@ def struck_faults(path: Path) -> set[str]:
     return {one.name.rsplit("_", 1)[0] + one.name.split(".")[-2][-6:] for one in path.glob("faults/*.json")}
 
 
-def stray_files(path: Path) -> str:
+def stray_files(path: Path, generator: random.Random) -> str:
     """What killed jobs, editors and people leave."""
+    del generator
     (path / "checkpoints" / "step_00000099.tmp").mkdir(exist_ok=True)
     (path / "checkpoints" / "step_00000099.tmp" / "__0_0.distcp").write_bytes(b"half")
     (path / "checkpoints" / "notes.txt").write_text("mine")
@@ -305,28 +329,30 @@ def stray_files(path: Path) -> str:
     return "stray files"
 
 
-def garbled_pointer(path: Path) -> str:
-    (path / "checkpoints" / "latest").write_bytes(random.choice((b"", b"step_9", b"\xff\x00", b"../../x\n")))
+def garbled_pointer(path: Path, generator: random.Random) -> str:
+    (path / "checkpoints" / "latest").write_bytes(
+        generator.choice((b"", b"step_9", b"\xff\x00", b"../../x\n"))
+    )
     return "garbled pointer"
 
 
-def flipped_bit(checkpoint: Path) -> str:
+def flipped_bit(checkpoint: Path, generator: random.Random) -> str:
     """One bit, anywhere in the checkpoint."""
-    file = random.choice(sorted(checkpoint.iterdir()))
+    file = generator.choice(sorted(checkpoint.iterdir()))
     data = bytearray(file.read_bytes())
-    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
     file.write_bytes(data)
     return f"flipped bit in {file.name}"
 
 
-def missing_file(checkpoint: Path) -> str:
-    file = random.choice(sorted(checkpoint.iterdir()))
+def missing_file(checkpoint: Path, generator: random.Random) -> str:
+    file = generator.choice(sorted(checkpoint.iterdir()))
     file.unlink()
     return f"{file.name} gone"
 
 
-def cut_file(checkpoint: Path) -> str:
-    file = random.choice(sorted(checkpoint.iterdir()))
+def cut_file(checkpoint: Path, generator: random.Random) -> str:
+    file = generator.choice(sorted(checkpoint.iterdir()))
     os.truncate(file, file.stat().st_size // 2)
     return f"half of {file.name}"
 
@@ -362,7 +388,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of all faults; default: drawn, and printed")
     parser.add_argument("--ranks", type=int, default=2, help="processes of each run (2)")
     parser.add_argument("--level", action="append", choices=("O0", "O1", "O2", "O3"), help="default: O2, O3")
-    parser.add_argument("--hangs", action="store_true", help="also SIGSTOP and endless sleep")
     parser.add_argument("--json", type=Path, help="write all lives and the verdict there")
     options = parser.parse_args()
     if options.seed is None:
@@ -372,6 +397,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    logging.getLogger("fp8train").addHandler(logging.NullHandler())  # it looks into damaged directories
     began = time.monotonic()
     with small_disk() as (folder, disk):
         soak = Soak(folder, options, disk=disk)

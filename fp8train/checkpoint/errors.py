@@ -15,6 +15,16 @@ class CorruptCheckpointError(CheckpointError):
     """
 
 
+class OtherFormatError(CheckpointError):
+    """A checkpoint is whole, but of a format that this program does not know. It is no damage: it is never
+    passed over, replaced or deleted.
+    """
+
+
+class NotFiniteError(CheckpointError):
+    """What was to be saved is NaN or infinite."""
+
+
 class NoGoodCheckpointError(CheckpointError):
     """There are checkpoints where one was looked for, and all are damaged."""
 

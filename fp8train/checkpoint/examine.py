@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, POINTER_FILE, read_pointer, step_of
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, explain_os_error
-from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, read_meta_file, verify_checkpoint
+from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, strays, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import check_index
+from fp8train.checkpoint.resumed_from import ABANDONED, RECORD_FILE, to_be_moved
 from fp8train.config.errors import UserError
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.data.byte_progress import ByteProgress
@@ -40,17 +42,21 @@ class Examination:
     seconds: float
     problem: str
     """What is wrong, in one line; empty if nothing is."""
+    strays: tuple[str, ...] = ()
+    """Files in it that are not part of it and harm nothing."""
 
     def __str__(self) -> str:
         step = "?" if self.step is None else self.step
         facts = f"step {step}, {self.num_files} files, {self.num_bytes:,} bytes, {self.seconds:.1f} s"
-        return f"{self.path}: {facts}: {self.problem or 'ok'}"
+        beside = f" (not part of it: {', '.join(map(ascii, self.strays))})" if self.strays else ""
+        return f"{self.path}: {facts}: {self.problem or 'ok'}{beside}"
 
 
 def examine(path: Path) -> Examination:
     """Check one checkpoint completely; never raises for anything that its files or the disk can cause."""
     began = time.perf_counter()
     step, num_files, num_bytes, problem = step_of(path), 0, 0, ""
+    beside: list[str] = []
     try:
         manifest = read_manifest(path)
         step, num_files = manifest.step, len(manifest.files) + 1
@@ -64,13 +70,13 @@ def examine(path: Path) -> Examination:
         if read_meta_file(path)[0] != step or step_of(path) not in (None, step):
             raise CorruptCheckpointError(f"{path}: is the checkpoint of step {step}, not of its name")
         check_index(path, manifest.files)
+        beside = strays(path, manifest)
     except UserError as error:
         problem = str(error)
     except OSError as error:
         problem = explain_os_error(error)
-    return Examination(
-        path, step, num_files, num_bytes, time.perf_counter() - began, _one_line(problem, path)
-    )
+    seconds, problem = time.perf_counter() - began, _one_line(problem, path)
+    return Examination(path, step, num_files, num_bytes, seconds, problem, tuple(beside))
 
 
 def _one_line(problem: str, path: Path) -> str:
@@ -96,6 +102,10 @@ def verify_command(path: Path) -> int:
     if root is not None:
         for leftover in sorted(root.glob(f"step_*{TMP_SUFFIX}")):
             print(f"{leftover}: unfinished save; the next job of this run removes it", flush=True)
+        for abandoned in sorted(root.glob(f"step_*{ABANDONED}*")):
+            print(f"{abandoned}: abandoned when the run went back; nothing reads it", flush=True)
+        if hidden := to_be_moved(root):
+            print(f"{root / RECORD_FILE}: {', '.join(sorted(hidden))} will be abandoned", flush=True)
         if read_pointer(root) is None:
             good = False
             print(

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp8train.checkpoint.catalog import step_of
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CorruptCheckpointError
 from fp8train.checkpoint.logical import LogicalTensor, as_logical
-from fp8train.checkpoint.manifest import METADATA_FILE, Manifest, Verify, read_meta_file, verify_checkpoint
+from fp8train.checkpoint.manifest import METADATA_FILE, Manifest, Verify, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.save import RANK_STATE_PREFIX
 

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from fp8train.checkpoint.errors import CheckpointError, shorten
+from fp8train.checkpoint.errors import CheckpointError, NotFiniteError, shorten
 from fp8train.checkpoint.logical import LogicalTensor, check_tiling
 
 
@@ -43,12 +43,20 @@ class LogicalSavePlanner(SavePlanner):
     """Writes every rectangle of every logical tensor exactly once.
 
     ``check_space`` is called on rank 0 with the number of bytes to be written by all ranks, before any is; it
-    may raise. ``on_item`` is called on each rank before each tensor is handed to storage.
+    may raise. ``on_item`` is called on each rank before each tensor is handed to storage. Tensors whose names
+    begin with one of ``must_be_finite`` are looked at then, by the rank that writes them: one more pass over
+    memory, little beside hashing and writing.
     """
 
-    def __init__(self, check_space: Callable[[int], None], on_item: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        check_space: Callable[[int], None],
+        on_item: Callable[[], None],
+        must_be_finite: tuple[str, ...] = (),
+    ) -> None:
         self._check_space = check_space
         self._on_item = on_item
+        self._must_be_finite = must_be_finite
         self._tensors: Mapping[str, LogicalTensor] = {}
 
     def set_up_planner(
@@ -82,7 +90,14 @@ class LogicalSavePlanner(SavePlanner):
         """The rectangle's elements, for the storage layer to copy to the host and write."""
         self._on_item()
         value = self._tensors[write_item.index.fqn]
-        return (value.local if value.read is None else value.read()).detach()
+        data = (value.local if value.read is None else value.read()).detach()
+        name = write_item.index.fqn
+        # Codes of 8 bits are left out: their scales, which are tensors too, are NaN where a source was.
+        wide = data.is_floating_point() and data.itemsize > 1
+        if wide and name.startswith(self._must_be_finite) and not bool(data.isfinite().all()):
+            bad = data.numel() - int(data.isfinite().sum())
+            raise NotFiniteError(f"{name}: {bad:,} of {data.numel():,} elements are NaN or infinite")
+        return data
 
 
 _OVERHEAD_BYTES = 4096

@@ -1,22 +1,26 @@
 """Which of a run's old checkpoints are deleted once a newer one is safe.
 
 A checkpoint stays if any rule wants it: one of the last k, a step that is a multiple of n, one of the k with
-the lowest validation loss, or the pointer's target. Incomplete or linked directories and later steps are not
-ours to delete.
+the lowest validation loss, the newest whose states are known to be finite, or the pointer's target. What is
+incomplete, linked, later, abandoned by a rollback, or of another version's format is not ours to delete.
 """
 
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fp8train.checkpoint.catalog import delete_checkpoint, read_pointer, step_of
-from fp8train.checkpoint.errors import CorruptCheckpointError, explain_os_error
-from fp8train.checkpoint.manifest import read_manifest, read_meta_file
+from fp8train.checkpoint.description import read_meta_file
+from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, explain_os_error
+from fp8train.checkpoint.manifest import read_manifest
 from fp8train.files import is_real_dir
 
 EVAL_LOSS = "eval_loss"
 """Key of a checkpoint's description: validation loss in nats per token, measured at the step of the save."""
+FINITE = "finite"
+"""Likewise: True if every master weight and moment was looked at, and none is NaN or infinite."""
 
 _logger = logging.getLogger(__name__)
 
@@ -39,9 +43,8 @@ class Retention:
 def retain(root: Path, rules: Retention, *, newest: int) -> list[Path]:
     """Delete the complete checkpoints up to step ``newest`` that no rule keeps; returns what was deleted.
 
-    Never touched: the pointer's target, incomplete directories, symbolic links, and later steps (they belong
-    to a continuation that was rolled back, and are replaced when the run reaches them). A deletion that fails
-    only warns.
+    Never touched: the pointer's target, the newest one known to be finite, incomplete directories, symbolic
+    links, other formats, and later steps. A deletion that fails only warns.
     """
     complete = [path for path in root.iterdir() if is_real_dir(path) and _is_complete(path, newest)]
     complete.sort(key=lambda path: step_of(path) or 0, reverse=True)
@@ -50,17 +53,24 @@ def retain(root: Path, rules: Retention, *, newest: int) -> list[Path]:
         kept.update(path for path in complete if (step_of(path) or 0) % rules.keep_every == 0)
     if rules.keep_best:
         kept.update(_best(complete, rules.keep_best))
+    kept.add(next((path for path in complete if _meta(path).get(FINITE) is True), None))
     deleted: list[Path] = []
     for path in complete:
         if path in kept:
             continue
-        try:
-            delete_checkpoint(path)
-        except OSError as error:
-            _logger.warning("could not delete the old checkpoint %s: %s", path, explain_os_error(error))
-        else:
+        if delete_old(path):
             deleted.append(path)
     return deleted
+
+
+def delete_old(path: Path) -> bool:
+    """Delete a checkpoint that nobody needs; a failure only warns. Returns whether it is gone."""
+    try:
+        delete_checkpoint(path)
+    except OSError as error:
+        _logger.warning("could not delete the old checkpoint %s: %s", path, explain_os_error(error))
+        return False
+    return True
 
 
 def _best(newest_first: list[Path], count: int) -> list[Path]:
@@ -70,11 +80,15 @@ def _best(newest_first: list[Path], count: int) -> list[Path]:
 
 def _eval_loss(path: Path) -> float | None:
     """The loss recorded in a checkpoint; None where none was measured or it is not a finite number."""
-    try:
-        loss = read_meta_file(path)[1].get(EVAL_LOSS)
-    except CorruptCheckpointError:
-        return None
+    loss = _meta(path).get(EVAL_LOSS)
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    try:
+        return read_meta_file(path)[1]
+    except CorruptCheckpointError:
+        return {}
 
 
 def _is_complete(path: Path, newest: int) -> bool:
@@ -83,5 +97,5 @@ def _is_complete(path: Path, newest: int) -> bool:
         return False
     try:
         return read_manifest(path).step == step
-    except CorruptCheckpointError:
+    except CheckpointError:
         return False

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from fp8train import __version__
 from fp8train.checkpoint.catalog import REPLACED_SUFFIX, delete_checkpoint, step_name, write_pointer
-from fp8train.checkpoint.errors import CheckpointError, explain_os_error
+from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError, explain_os_error
 from fp8train.checkpoint.logical import LogicalTensor, as_logical
 from fp8train.checkpoint.manifest import (
+    FORMAT_VERSION,
     MANIFEST_FILE,
     META_FILE,
     METADATA_FILE,
@@ -31,10 +33,13 @@ from fp8train.checkpoint.manifest import (
     Manifest,
     encode,
     file_entry,
+    looks_like_ours,
+    read_manifest,
 )
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import Keys, check_index, describe
-from fp8train.checkpoint.retention import Retention, retain
+from fp8train.checkpoint.retention import Retention, delete_old, retain
+from fp8train.checkpoint.visibility import LOCAL, View, await_all
 from fp8train.files import TMP_SUFFIX, fsync_dir, is_real_dir, remove, write_durable
 
 RANK_STATE_PREFIX = "rank_state/"
@@ -68,6 +73,10 @@ class Order:
     """What to keep of the older ones."""
     on_phase: Callable[[SavePhase], None] = no_hook
     """Called at the moments of :data:`SavePhase`; what it raises breaks the save off."""
+    must_be_finite: tuple[str, ...] = ()
+    """Prefixes of the tensors that are looked at while they are written."""
+    view: View = LOCAL
+    """How long to wait until every rank sees what another one wrote."""
 
     @property
     def final(self) -> Path:
@@ -101,7 +110,8 @@ def save_checkpoint(
     group that carries CPU objects (gloo), or None for a single process. ``keep_*``: what to retain, see
     :class:`~fp8train.checkpoint.retention.Retention`.
 
-    An existing checkpoint of the same step is replaced. Raises :class:`CheckpointError` on every rank when
+    An existing checkpoint of the same step is replaced, unless another version of this program wrote it
+    (:class:`OtherFormatError`). Raises :class:`CheckpointError` on every rank when
     any rank fails (disk full, no permission); then the temporary directory is gone and the previous
     checkpoint is still the newest.
     """
@@ -120,17 +130,21 @@ def write_checkpoint(
 
     ``tensors``: what this rank offers to write; together the ranks must offer every rectangle. Takes part in
     no other group and, ``in_thread``, touches nothing that belongs to the process; the tensors must then be
-    on the host. Returns the checkpoint's bytes.
+    on the host. Returns the checkpoint's bytes. Raises :class:`NotFiniteError` for a tensor of
+    :attr:`Order.must_be_finite` that is not; nothing is changed then.
     """
     committed = False
     try:
         ranks.first(lambda: _prepare(order))
+        tmp, view = order.tmp, order.view
+        ranks.agree(lambda: view.wait(tmp, ranks.rank, lambda: view.size(tmp) is not None))
         order.on_phase("begin")
         _write_shards(order, tensors, ranks, in_thread)
         written = ranks.each(lambda: (_digest_own_shards(order, ranks.rank), order.keys))
         shards = {name: entry for files, _ in written for name, entry in files.items()}
         num_bytes = ranks.first(lambda: _commit(order, shards, [keys for _, keys in written], ranks.size))
         committed = True
+        await_all(order.final / MANIFEST_FILE, ranks, view)
     finally:
         if not committed and ranks.is_first:
             _discard(order.tmp)
@@ -154,8 +168,11 @@ def _prepare(order: Order) -> None:
         raise CheckpointError(
             f"{order.final} is a symbolic link; remove it: checkpoints are never written through links"
         )
+    if is_real_dir(order.final):
+        with suppress(CorruptCheckpointError):
+            read_manifest(order.final)
     remove(order.tmp)
-    order.tmp.mkdir()
+    order.tmp.mkdir(exist_ok=True)  # there with what an NFS client does not let go
 
 
 def _write_shards(order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks, in_thread: bool) -> None:
@@ -165,7 +182,9 @@ def _write_shards(order: Order, tensors: dict[str, LogicalTensor], ranks: Ranks,
     from fp8train.checkpoint.shard_files import ShardWriter, dcp_call
 
     planner = LogicalSavePlanner(
-        check_space=lambda needed: _check_space(order, needed), on_item=lambda: order.on_phase("data")
+        check_space=lambda needed: _check_space(order, needed),
+        on_item=lambda: order.on_phase("data"),
+        must_be_finite=order.must_be_finite,
     )
     with dcp_call(in_thread=in_thread):
         dcp.save(
@@ -201,12 +220,17 @@ def _commit(order: Order, shards: Mapping[str, FileEntry], keys: list[Keys], wor
         order.tmp / META_FILE, json.dumps({"step": order.step, "meta": dict(order.meta)}, indent=1).encode()
     )
     files = {**shards, **{name: file_entry(order.tmp / name) for name in (META_FILE, METADATA_FILE)}}
+    for name, entry in shards.items():
+        _await_shard(order, order.tmp / name, entry.size)
     present = {entry.name for entry in order.tmp.iterdir()}
-    assert present == set(files), f"{order.tmp} holds {sorted(present)}, the manifest {sorted(files)}"
+    foreign = {name for name in present - set(files) if looks_like_ours(name)}
+    assert set(files) <= present and not foreign, (
+        f"{order.tmp} holds {sorted(present)}, the manifest {sorted(files)}"
+    )
     check_index(order.tmp, files, keys)
     order.on_phase("manifest")
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         step=order.step,
         world_size=world_size,
         torch=torch.__version__,
@@ -227,6 +251,10 @@ def _commit(order: Order, shards: Mapping[str, FileEntry], keys: list[Keys], wor
     return len(encoded) + sum(entry.size for entry in files.values())
 
 
+def _await_shard(order: Order, path: Path, size: int) -> None:
+    order.view.wait(path, 0, lambda: order.view.size(path) == size)
+
+
 def _publish(order: Order) -> None:
     """Move the pointer, then delete what it makes superfluous; rank 0."""
     order.on_phase("pointer")
@@ -234,7 +262,7 @@ def _publish(order: Order) -> None:
     order.on_phase("retention")
     replaced = order.final.with_name(f"{order.final.name}{REPLACED_SUFFIX}")
     if is_real_dir(replaced):
-        delete_checkpoint(replaced)
+        delete_old(replaced)
     retain(order.root, order.retention, newest=order.step)
 
 

@@ -9,6 +9,7 @@ exits with the status.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import gc
 import os
@@ -25,11 +26,14 @@ from fp8train.cli.app import app
 from fp8train.comm.failures import INTERRUPTED, Failure, describe, own_rank, record, speaks
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.errors import UserError
+from fp8train.config.scalars import shorten
 from fp8train.live.console import leave_safely, print_safely
 
 __all__ = ["app", "clusters", "datasets", "import_export", "main", "models", "run_command", "runs"]
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError: newer typer ships click privately
+_UNUSABLE_PATH = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""What already asking whether a file is there can end with: the path is the user's to mend, whoever asked."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,6 +76,10 @@ def run_command(arguments: Sequence[str], lifetime: ExitStack | None = None) -> 
         message = cast(Any, error).format_message().rstrip(".")
         failure = Failure(own_rank(), f"{message}; see  fp8train --help", UserError.exit_status)
         return _fail(failure)
+    except OSError as error:
+        if debug or error.filename is None or error.errno not in _UNUSABLE_PATH:
+            raise
+        return _fail(describe(UserError(f"{shorten(str(error.filename), 200)}: {error.strerror}")))
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:

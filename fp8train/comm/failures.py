@@ -18,12 +18,14 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from fp8train.config.errors import UserError
+from fp8train.json_text import read_object
 
 FOLDER_VARIABLE = "FP8TRAIN_FAILURES"
 """Environment variable with the launcher's folder; its presence silences ranks."""
@@ -163,9 +165,24 @@ def recorded(folder: Path) -> list[Failure]:
     """The failures in a folder."""
     found = []
     for path in sorted(folder.glob("rank*.json")):
-        with suppress(OSError, ValueError, TypeError):
-            found.append(Failure(**json.loads(path.read_text())))
+        with suppress(OSError, ValueError):
+            found.append(failure_from(read_object(path)))
     return found
+
+
+def failure_from(record: Mapping[str, Any]) -> Failure:
+    """The failure that a record describes, field by field.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    kinds: dict[str, type | tuple[type, ...]]
+    kinds = {"rank": int, "message": str, "exit_status": int, "peers_lost": bool, "time": (int, float)}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError("not the record of a failure")
+    if not record["message"].strip() or not isinstance(record.get("traceback", ""), str):
+        raise ValueError("a failure without a message")
+    return Failure(**{field.name: record[field.name] for field in fields(Failure) if field.name in record})
 
 
 def speaks(failure: Failure, *, otherwise: bool | None = None) -> bool:

@@ -16,11 +16,13 @@ from fp8train.config.data_schema import DataConfig
 from fp8train.config.debug_schema import DebugConfig
 from fp8train.config.deepspeed_schema import DeepSpeedConfig
 from fp8train.config.kernel_schema import KernelsConfig
+from fp8train.config.limits import Threads
 from fp8train.config.model_schema import ModelConfig
 from fp8train.config.optimizer_schema import OptimizerConfig, ScheduleConfig
 from fp8train.config.parallel_schema import ParallelConfig
 from fp8train.config.parametrization_schema import ParametrizationConfig
 from fp8train.config.precision_schema import PrecisionConfig
+from fp8train.config.profile_schema import ProfileConfig
 from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
 from fp8train.config.spikes_schema import SpikesConfig
 from fp8train.config.train_schema import TrainConfig
@@ -40,7 +42,7 @@ class RunConfig(Section):
     """Seed of weight initialisation and, unless ``data.shuffle_seed`` is set, of the sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where a device is visible; ``cuda`` without one is an error."""
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """CPU threads per rank; default: ``OMP_NUM_THREADS`` where it is set, else visible cores divided by ranks
     on the node. Bit-identity holds at equal threads."""
     deterministic: bool = False
@@ -127,6 +129,8 @@ class AllSections(Section):
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Reporting."""
+    profile: ProfileConfig = ProfileConfig()
+    """Steps that are recorded for a trace viewer."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """How long the run may stand still."""
     debug: DebugConfig = DebugConfig()

@@ -27,8 +27,8 @@ from fp8train.config.stored import as_now
 Kind = Literal["free", "meaning", "refused"]
 
 NOT_COMPARED = (
-    *("run.name", "run.dir", "run.overwrite", "run.time_limit_minutes", "checkpoint", "logging"),
-    *("watchdog", "debug"),
+    *("run.name", "run.dir", "run.overwrite", "run.time_limit_minutes"),
+    *("checkpoint", "logging", "watchdog", "debug", "profile"),
 )
 """Sections and keys about this attempt, not about the run."""
 FREE = (

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
+from fp8train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, contradiction
 
 
 class CheckpointConfig(Section):
@@ -36,9 +36,13 @@ class CheckpointConfig(Section):
     verify: Literal["full", "size"] = "full"
     """What is checked of a checkpoint before it is loaded: ``full``: SHA-256 of every file; ``size``: sizes,
     and SHA-256 of files up to 1 MiB only, for checkpoints that take too long to read twice."""
+    visibility_timeout_s: PositiveFloat = 60.0
+    """How long each rank waits, at a save and at the start, until it sees what another one wrote; for network
+    file systems, where a new file may show up seconds later on another machine."""
     resume: str = "never"
     """``never``: refuse a run directory that already holds a run; ``auto``: continue from its newest complete
-    checkpoint, or start fresh; a path: continue from exactly that checkpoint, or fail."""
+    checkpoint, or start fresh; a path: continue from exactly that checkpoint, or fail. A path is carried out
+    once: the same command, started again, goes on from the newest checkpoint since."""
     accept_changes: tuple[str, ...] = Field(default=(), strict=False)
     """Settings, or sections of them, that a resumed run may have changed although they change what is
     trained: ``[precision, optimizer.lr]``. The layout may always change."""

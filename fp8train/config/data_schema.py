@@ -9,11 +9,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fp8train.config.limits import Context
 from fp8train.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     Section,
     contradiction,
 )
@@ -41,7 +41,7 @@ class DataConfig(Section):
         default=(0.98, 0.02, 0.0), strict=False
     )
     """Shares of documents for train, validation and test; normalised to 1."""
-    seq_length: PositiveInt = Field(examples=[2048])
+    seq_length: Context = Field(examples=[2048])
     """Tokens a sample predicts; a sample holds one token more."""
     tokenizer: str | None = None
     """Tokenizer file; default: the one recorded beside the dataset. Its hash must match the dataset's."""

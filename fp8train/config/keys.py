@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from fp8train.config.limits import LIMITS
 from fp8train.config.nodes import dotted
 from fp8train.config.presets import filled_keys
 from fp8train.config.schema import Config
@@ -74,10 +75,13 @@ class KeyTable:
         inner = choices[0] if len(choices) == 1 else raw
         if "$ref" in inner:
             inner = self._schema["$defs"][inner["$ref"].rsplit("/", 1)[1]]
-        return {
+        fragment = {
             **inner,
             **{key: value for key, value in raw.items() if key not in ("$ref", "anyOf") or inner is raw},
         }
+        if "$ref" in (entry := fragment.get("items", {})):
+            fragment["items"] = self._follow(entry)
+        return fragment
 
     def leaves(self) -> list[Key]:
         """The keys that hold values."""
@@ -120,15 +124,16 @@ def _allows_null(raw: Fragment) -> bool:
     return any(choice.get("type") == "null" for choice in raw.get("anyOf", ()))
 
 
-def describe(fragment: Fragment, *, optional: bool = False) -> str:
-    """What may be written for a value, in words: ``a whole number >= 1``, ``one of: gpt, llama``."""
-    text = _describe(fragment)
+def describe(fragment: Fragment, *, optional: bool = False, instead_of: object = None) -> str:
+    """What may be written for a value, in words: ``a whole number >= 1``, ``one of: gpt, llama``. A limit of
+    :mod:`fp8train.config.limits` is only worth a word ``instead_of`` a value beyond it."""
+    text = _describe(fragment, instead_of)
     return f"{text}, or null" if optional else text
 
 
-def _describe(fragment: Fragment) -> str:
+def _describe(fragment: Fragment, instead_of: object = None) -> str:
     if "anyOf" in fragment:
-        return " or ".join(_describe(choice) for choice in fragment["anyOf"])
+        return " or ".join(_describe(choice, instead_of) for choice in fragment["anyOf"])
     if "properties" in fragment:
         return f"a section with the keys {', '.join(fragment['properties'])}"
     if "const" in fragment:
@@ -141,17 +146,15 @@ def _describe(fragment: Fragment) -> str:
     if kind == "boolean":
         return "true or false"
     if kind in ("integer", "number"):
-        return ("a whole number" if kind == "integer" else "a number") + _bounds(fragment)
+        return ("a whole number" if kind == "integer" else "a number") + _bounds(fragment, instead_of)
     if kind == "array":
         if "prefixItems" in fragment:
             entries = fragment["prefixItems"]
             return f"a list of {len(entries)} entries, each {_describe(entries[0])}"
         entry = fragment["items"]
-        return (
-            "a list of {prefix: ..., weight: ...}"
-            if "$ref" in entry
-            else f"a list, each entry {_describe(entry)}"
-        )
+        if "properties" in entry:
+            return f"a list of {{{', '.join(f'{name}: ...' for name in entry['required'])}}}"
+        return f"a list, each entry {_describe(entry)}"
     assert kind == "string", fragment
     if "pattern" in fragment:
         return (
@@ -160,7 +163,7 @@ def _describe(fragment: Fragment) -> str:
     return "text"
 
 
-def _bounds(fragment: Fragment) -> str:
+def _bounds(fragment: Fragment, instead_of: object) -> str:
     parts = []
     for keyword, sign in (
         ("minimum", ">="),
@@ -169,8 +172,10 @@ def _bounds(fragment: Fragment) -> str:
         ("exclusiveMaximum", "<"),
     ):
         bound = fragment.get(keyword)
+        if bound in LIMITS and not (isinstance(instead_of, int) and instead_of > bound):
+            continue
         if bound is not None and bound != 2**63:
-            parts.append(f"{sign} {bound:g}")
+            parts.append(f"{sign} {bound}" if isinstance(bound, int) else f"{sign} {bound:g}")
         elif bound is not None:
             parts.append("< 2^63")
     if parts[:1] and parts[-1] == "< 2^63" and len(parts) > 1:

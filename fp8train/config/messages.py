@@ -104,7 +104,7 @@ def _wrong_value(path: Path, fragment: dict[str, Any], item: Any, tree: Node, ta
         if value is None:
             return "the section is empty; remove the line, or put keys under it"
         return f"expected {describe(fragment)}; got {show(value)}"
-    expected = describe(fragment, optional=key is not None and key.optional)
+    expected = describe(fragment, optional=key is not None and key.optional, instead_of=value)
     return f"expected {expected}; got {show(value)}{suggest_value(fragment, value)}"
 
 

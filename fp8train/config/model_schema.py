@@ -5,15 +5,12 @@ See :mod:`fp8train.config.schema` for how sections work.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fp8train.config.section import PositiveFloat, PositiveInt, Section, contradiction
-
-MAX_LAYERS = 10_000
-"""Ten times the deepest published decoders. More is a slip of the finger, and a model is built block by
-block: ten million take hours before memory ends."""
+from fp8train.config.limits import Context, Layers, MlpWidth, Vocabulary, Width
+from fp8train.config.section import PositiveFloat, Section, contradiction
 
 
 class RopeScalingConfig(Section):
@@ -25,7 +22,7 @@ class RopeScalingConfig(Section):
     """Wavelengths above ``original_max_seq_len / low_freq_factor`` are stretched fully."""
     high_freq_factor: PositiveFloat = 4.0
     """Wavelengths below ``original_max_seq_len / high_freq_factor`` are kept."""
-    original_max_seq_len: PositiveInt = 8192
+    original_max_seq_len: Context = 8192
     """Context of the unscaled model."""
 
     @model_validator(mode="after")
@@ -47,24 +44,24 @@ class ModelConfig(Section):
     family: Literal["gpt", "llama"] = Field(examples=["llama"])
     """``gpt``: LayerNorm, GELU, biases, learned positions, tied head. ``llama``: RMSNorm, SwiGLU, RoPE, no
     biases, untied."""
-    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = Field(examples=[12])
+    num_layers: Layers = Field(examples=[12])
     """Number of decoder blocks."""
-    hidden_size: PositiveInt = Field(examples=[768])
+    hidden_size: Width = Field(examples=[768])
     """Width of the residual stream."""
-    num_heads: PositiveInt = Field(examples=[12])
+    num_heads: Width = Field(examples=[12])
     """Query heads."""
-    num_kv_heads: PositiveInt
+    num_kv_heads: Width
     """Key/value heads (GQA); default ``num_heads``."""
-    head_dim: PositiveInt
+    head_dim: Width
     """Width of a head; default ``hidden_size / num_heads``."""
-    ffn_hidden_size: PositiveInt
+    ffn_hidden_size: MlpWidth
     """Width of the MLP; default ``4 * hidden_size`` (gpt) or ``8/3 * hidden_size`` rounded up to 256
     (llama)."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Vocabulary | None = None
     """Vocabulary, before padding; default: the tokenizer's."""
-    vocab_multiple: PositiveInt = 128
+    vocab_multiple: Vocabulary = 128
     """The embedding is padded to a multiple of this; padded logits never win."""
-    max_seq_len: PositiveInt
+    max_seq_len: Context
     """Longest context; default ``data.seq_length``. Sizes the learned position table."""
     positions: Literal["rope", "learned"]
     """Position information."""

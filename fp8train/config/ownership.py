@@ -246,6 +246,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("checkpoint.keep_best",), NotBelow("train.eval_interval", 1, 100)),
     Rule(("checkpoint.init_mode",), IsNot("checkpoint.init_from", None, "PATH")),
+    Rule(_below("profile", "stop", "ranks", "memory"), IsNot("profile.start", None, 10)),
     Rule(_below("logging.wandb", "project", "entity"), IsNot("logging.wandb.mode", "off", "offline")),
     Rule(
         _below("watchdog", "stopped_timeout_s", "interval_s", "stacks"),
@@ -272,7 +273,8 @@ ALWAYS: tuple[str, ...] = (
     *_below("spikes", "action", "rerun"),
     *("engine", "kernels.attention", "kernels.norm", "kernels.optimizer", "kernels.multi_tensor"),
     *_below("checkpoint", "interval", "save_at_end", "keep_last", "verify", "resume", "accept_changes"),
-    *_below("checkpoint", "reshard", "init_from"),
+    *_below("checkpoint", "reshard", "init_from", "visibility_timeout_s"),
+    "profile.start",
     *_below("logging", "interval", "tensorboard", "wandb.mode", "cast_statistics_interval"),
     *_below("watchdog", "enabled", "startup_timeout_s", "step_timeout_s", "save_timeout_s"),
     "debug",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from fp8train.config.limits import Ranks
 from fp8train.config.section import PositiveInt, Section, contradiction
 
 
@@ -18,7 +19,7 @@ class PipelineConfig(Section):
     schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"
     """``1f1b``: one stage a rank. The others give each rank several; ``interleaved_zero_bubble`` and ``zbv``
     fill idle time with weight gradients."""
-    stages_per_rank: PositiveInt | None = None
+    stages_per_rank: Ranks | None = None
     """Stages on each rank; default: 1 for ``1f1b``, else 2."""
     layers: list[PositiveInt] | None = None
     """Blocks of each stage, first to last; default: balanced, with embedding and head weighed in."""
@@ -44,14 +45,14 @@ class PipelineConfig(Section):
 class ParallelConfig(Section):
     """Process layout: world size = dp * pp * cp * tp, tp innermost (its ranks are neighbours)."""
 
-    dp: PositiveInt | Literal["auto"] = "auto"
+    dp: Ranks | Literal["auto"] = "auto"
     """Data-parallel ranks: copies of the model, each with its own samples; ``auto``: what is left of the
     world size."""
-    tp: PositiveInt = 1
+    tp: Ranks = 1
     """Tensor-parallel ranks: each holds a part of every matrix, and of the sequence between the matrices."""
-    cp: PositiveInt = 1
+    cp: Ranks = 1
     """Context-parallel ranks: each holds a part of every sequence; attention exchanges heads for tokens."""
-    pp: PositiveInt = 1
+    pp: Ranks = 1
     """Pipeline-parallel ranks: each holds some of the blocks."""
     pipeline: PipelineConfig = PipelineConfig()
     """How blocks become stages."""

@@ -51,6 +51,7 @@ class Config(AllSections):
             self._guard,
             self._spikes,
             self._context,
+            self._profile,
         ):
             try:
                 check()
@@ -240,6 +241,14 @@ class Config(AllSections):
                 f"train.compile is {self.train.compile}; write train.compile: off, or guard.action: report",
                 "precision.guard.action",
                 "train.compile",
+            )
+
+    def _profile(self) -> None:
+        start = self.profile.start
+        if start is not None and start > self.total_steps:
+            raise contradiction(
+                f"profile.start: {start} is after the last step ({self.total_steps}); write one of them",
+                "profile.start",
             )
 
     def _spikes(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fp8train.config.errors import ConfigError
+from fp8train.config.limits import MAX_THREADS
 from fp8train.config.nodes import Origin
 from fp8train.config.scalars import shorten
 
@@ -27,9 +28,9 @@ def threads_from_environment(environment: Mapping[str, str]) -> int | None:
     if not text:
         return None
     first = text.split(",")[0].strip()
-    if not (first.isascii() and first.isdigit() and 0 < int(first) < 2**31):
+    if not (first.isascii() and first.isdigit() and len(first) < 10 and 0 < int(first) <= MAX_THREADS):
         raise ConfigError(
-            f"{VARIABLE}={shorten(text)!r} is not a number of threads; unset it, or write run.threads=1, "
-            "which it does not change"
+            f"{VARIABLE}={shorten(text)!r} is not a number of threads (1 to {MAX_THREADS}); unset it, or "
+            "write run.threads=1, which it does not change"
         )
     return int(first)

@@ -10,30 +10,31 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fp8train.config.batch_sizes import BatchSizes
+from fp8train.config.limits import BatchSize, Steps, Tokens
 from fp8train.config.section import NonNegativeInt, PositiveInt, Section, contradiction
 
 
 class RampStage(Section):
     """Smaller batches for some steps."""
 
-    steps: PositiveInt = Field(examples=[500])
+    steps: Steps = Field(examples=[500])
     """Optimizer steps of this stage."""
-    global_batch_size: PositiveInt = Field(examples=[16])
+    global_batch_size: BatchSize = Field(examples=[16])
     """Samples of each of them, over all ranks."""
 
 
 class TrainConfig(Section):
     """Length, batch and execution of training."""
 
-    steps: PositiveInt | None = Field(default=None, examples=[1000])
+    steps: Steps | None = Field(default=None, examples=[1000])
     """Optimizer steps. Exactly one of ``steps`` and ``tokens``."""
-    tokens: PositiveInt | None = None
+    tokens: Tokens | None = None
     """Training tokens; rounded up to whole steps."""
-    global_batch_size: PositiveInt = Field(examples=[64])
+    global_batch_size: BatchSize = Field(examples=[64])
     """Samples per optimizer step over all ranks."""
     batch_size_ramp: tuple[RampStage, ...] = Field(default=(), strict=False)
     """Smaller batches at the start, stage after stage, before ``global_batch_size``."""
-    micro_batch_size: PositiveInt = Field(examples=[4])
+    micro_batch_size: BatchSize = Field(examples=[4])
     """Samples per forward pass on one rank."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """``selective`` recomputes norms, activations and attention; ``full`` recomputes whole blocks."""

@@ -144,8 +144,8 @@ def check_world(
 
     Raises:
         ConfigError: see :func:`data_parallel_size`, :func:`accumulation_steps`, :func:`check_pipeline` and
-            :func:`check_release`; or a stage of the ramp or ``node_size`` does not divide; or an
-            injected fault is for a rank that there is not.
+            :func:`check_release`; or a stage of the ramp or ``node_size`` does not divide; or a fault or a
+            profile is for a rank that there is not.
     """
     dp = data_parallel_size(config, world_size, origins=origins)
     problems: list[str] = []
@@ -158,6 +158,8 @@ def check_world(
         _check_ramp(config, dp, origins)
     with _noted(problems):
         _check_nodes(config, dp, origins)
+    with _noted(problems):
+        _check_profile(config, world_size, origins)
     with _noted(problems):
         _check_faults(config, world_size, origins)
     if problems:
@@ -225,6 +227,16 @@ def _check_nodes(config: Config, dp: int, origins: Mapping[str, Origin] | None) 
     raise ConfigError(
         f"{_place(key, origins)}{key} ({size}) must divide the data-parallel ranks ({ranks}); legal: {legal}"
     )
+
+
+def _check_profile(config: Config, world_size: int, origins: Mapping[str, Origin] | None) -> None:
+    """Whether there are the ranks that are to be profiled."""
+    absent = [rank for rank in config.profile.ranks if rank >= world_size]
+    if config.profile.start is not None and absent:
+        there = f"ranks are 0 to {world_size - 1}" if world_size > 1 else "there is only rank 0"
+        raise ConfigError(
+            f"{_place('profile.ranks', origins)}profile.ranks names rank {absent[0]}, but {there}"
+        )
 
 
 def _check_ramp(config: Config, dp: int, origins: Mapping[str, Origin] | None) -> None:

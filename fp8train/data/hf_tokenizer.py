@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fp8train.config.limits import MAX_VOCAB
 from fp8train.data.errors import DataError
 from fp8train.data.tokenizer import SPACE_SYMBOL, Tokenizer, read_tokenizer_file
 
 EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>", "<|eot_id|>")
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -36,6 +39,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._model = _load(self.path, data)
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCAB:
+            raise DataError(f"{self.path}: has the id {self.vocab_size - 1}, and no vocabulary is so large")
         self.eod_id = self._find_eod(eod_token)
         self.token_bytes = _token_bytes(json.loads(data), self._model.get_vocab(), self.vocab_size)
 
@@ -76,7 +81,7 @@ def _load(path: Path, data: bytes) -> Any:
 def _token_bytes(content: dict[str, Any], vocab: dict[str, int], vocab_size: int) -> list[bytes] | None:
     """Bytes per id where the decoder is byte-level or byte-fallback; None for every other kind."""
     decoder = content.get("decoder") or {}
-    kinds = {step.get("type") for step in decoder.get("decoders", [decoder])}
+    kinds = [step.get("type") for step in decoder.get("decoders", [decoder])]
     if "ByteLevel" in kinds:
         alphabet = _byte_level_alphabet()
     elif "ByteFallback" in kinds:
@@ -92,7 +97,7 @@ def _token_bytes(content: dict[str, Any], vocab: dict[str, int], vocab_size: int
             if any(character not in alphabet for character in piece):
                 return None
             table[number] = bytes([alphabet[character] for character in piece])
-        elif len(piece) == 6 and piece.startswith("<0x"):
+        elif _BYTE_PIECE.fullmatch(piece):
             table[number] = bytes([int(piece[3:5], 16)])
         else:
             table[number] = piece.replace(SPACE_SYMBOL, " ").encode()

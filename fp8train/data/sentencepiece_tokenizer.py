@@ -39,13 +39,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.load_from_serialized_proto(data)
-        except RuntimeError as error:
-            raise DataError(f"{self.path}: not a SentencePiece model") from error
+            self._pieces = _piece_bytes(self._model)
+        except (RuntimeError, ValueError) as error:  # of pieces that are no text: UnicodeDecodeError
+            raise DataError(
+                f"{self.path}: not a SentencePiece model, or a damaged one; get the file again"
+            ) from error
         self.vocab_size = self._model.vocab_size()
         self.eod_id = self._model.eos_id()
         if self.eod_id < 0:
             raise DataError(f"{self.path}: the model has no end-of-sequence id, which ends documents")
-        self._pieces = _piece_bytes(self._model)
         self._literal_symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         self._by_line = not any(len(piece) > 1 and b"\n" in piece for piece in self._pieces)
         self.token_bytes = self._pieces

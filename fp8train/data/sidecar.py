@@ -10,14 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fp8train.config.limits import MAX_VOCAB
 from fp8train.data.errors import DataError
 from fp8train.data.indexed_dataset import IndexedDataset
 from fp8train.data.load_tokenizer import load_tokenizer
 from fp8train.data.tokenizer import Tokenizer
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class TargetMask(BaseModel):
@@ -40,7 +41,7 @@ class Sidecar(BaseModel):
     """Says what the file is."""
     version: Literal[1] = 1
     """Of this layout."""
-    tokenizer_file: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
+    tokenizer_file: Annotated[str, Field(pattern=r"^[^/\\\x00]*[^/\\.\x00][^/\\\x00]*$", max_length=255)]
     """Name of the tokenizer file, in the dataset's folder."""
     tokenizer_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of that file."""
@@ -48,7 +49,7 @@ class Sidecar(BaseModel):
     """Name of the end-of-document token where the tokenizer file does not settle it."""
     eod_id: Count
     """Id that ends every document."""
-    vocab_size: Annotated[int, Field(ge=1)]
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB)]
     """Every token is below this."""
     documents: Count
     """Documents written."""
@@ -65,6 +66,12 @@ class Sidecar(BaseModel):
     """Input documents that were skipped or repaired, by reason."""
     mask: TargetMask | None = None
     """Which tokens are targets, of a dataset for fine-tuning; null: all, a dataset for pretraining."""
+
+    @model_validator(mode="after")
+    def _eod_is_a_token(self) -> Sidecar:
+        if self.eod_id >= self.vocab_size:
+            raise ValueError(f"eod_id {self.eod_id} is outside the vocabulary [0, {self.vocab_size})")
+        return self
 
 
 def sidecar_path(prefix: str | Path) -> Path:

@@ -7,13 +7,13 @@ value. Needs neither torch nor DeepSpeed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fp8train.config.errors import ConfigError
 from fp8train.config.schema import Config
+from fp8train.json_text import read_object
 
 MAX_BYTES = 1_000_000
 """Largest file of settings read."""
@@ -129,13 +129,11 @@ def further_settings(config: Config) -> dict[str, Any]:
             raise ConfigError(
                 f"deepspeed.config: {path} is larger than {MAX_BYTES:,} bytes; it is no settings"
             )
-        settings = json.loads(path.read_bytes())
+        settings = read_object(path)
     except OSError as error:
         raise ConfigError(f"deepspeed.config: cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"deepspeed.config: {path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"deepspeed.config: {path} holds no JSON object; write {{...}}")
+    except ValueError as error:
+        raise ConfigError(f"deepspeed.config: {path}: {error}; write {{...}}") from None
     told = [f"{key}, which {_OWNED[key]} says" for key in _keys(settings) if key in _OWNED]
     if told:
         raise ConfigError(

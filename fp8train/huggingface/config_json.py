@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fp8train.config.scalars import shorten
 from fp8train.huggingface.errors import HuggingFaceError
+from fp8train.json_text import read_object
 
 CONFIG_FILE = "config.json"
 
@@ -60,15 +62,15 @@ class ConfigJson:
         if value is None:
             raise HuggingFaceError(f"{self.path}: {key} is missing")
         legal = (int,) if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, legal) or not value > 0:
-            raise HuggingFaceError(f"{self.path}: {key}: {value!r} is not a positive number")
+        if isinstance(value, bool) or not isinstance(value, legal) or not 0 < value < 2**63:
+            raise HuggingFaceError(f"{self.path}: {key}: {_shown(value)} is not a positive number")
         return kind(value)
 
     def flag(self, key: str, *, default: bool) -> bool:
         """Read a key that is true or false; ``default`` where it is absent or null."""
         value = self.optional(key, default)
         if not isinstance(value, bool):
-            raise HuggingFaceError(f"{self.path}: {key}: {value!r} is neither true nor false")
+            raise HuggingFaceError(f"{self.path}: {key}: {_shown(value)} is neither true nor false")
         return value
 
     def optional(self, key: str, default: Any = None) -> Any:
@@ -92,12 +94,20 @@ class ConfigJson:
 
     def refuse(self, key: str, value: Any, why: str) -> None:
         """Raise: this decoder cannot compute what ``key`` asks for."""
-        raise HuggingFaceError(f"{self.path}: {key}: {json.dumps(value)} cannot be imported: {why}")
+        raise HuggingFaceError(f"{self.path}: {key}: {_shown(value)} cannot be imported: {why}")
 
     def unread(self) -> list[str]:
         """List ``key=value`` of everything that was not read and may mean something, sorted."""
         rest = sorted(set(self.values) - self._seen - _NEUTRAL)
-        return [f"{key}={json.dumps(self.values[key])}" for key in rest]
+        return [f"{shorten(key)}={_shown(self.values[key])}" for key in rest]
+
+
+def _shown(value: Any) -> str:
+    """A value as it is in the file, for a message."""
+    try:
+        return shorten(json.dumps(value), 200)
+    except RecursionError:
+        return "something nested deeply"
 
 
 def read_config(folder: Path) -> ConfigJson:
@@ -109,15 +119,13 @@ def read_config(folder: Path) -> ConfigJson:
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_bytes())
+        values = read_object(path)
     except OSError as error:
         raise HuggingFaceError(
             f"{path}: {error.strerror or error}; give the folder of a model, with its config.json"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise HuggingFaceError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise HuggingFaceError(f"{path}: not a JSON object")
+    except ValueError as error:
+        raise HuggingFaceError(f"{path}: {error}") from None
     config = ConfigJson(path, values)
     why = "the model is computed by Python code in its folder, not by a class of transformers"
     config.only("auto_map", None, default=None, why=why)

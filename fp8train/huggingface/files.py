@@ -6,13 +6,13 @@ safetensors hold a JSON header and plain bytes, so reading one executes nothing.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fp8train.huggingface.errors import HuggingFaceError
+from fp8train.json_text import read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -73,8 +73,8 @@ def _file_names(folder: Path) -> list[str]:
     index = folder / INDEX_FILE
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            names = sorted(set(read_object(index)["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise HuggingFaceError(f"{index}: not an index of safetensors files: {error}") from None
         wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if wrong:

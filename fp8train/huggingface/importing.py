@@ -38,7 +38,7 @@ from fp8train.huggingface.parity import (
 from fp8train.huggingface.tokenizer_files import import_tokenizer
 from fp8train.huggingface.train_file import TRAIN_FILE, imported_config, write_train_file
 from fp8train.inference.load import open_run
-from fp8train.models.build import outline
+from fp8train.models.shapes import parameter_shapes
 
 
 def import_command(folder: Path, *, output: Path, check: bool | None, text: Path | None) -> int:
@@ -93,7 +93,7 @@ def _write_run(
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
     tokenizer, told = import_tokenizer(folder, run_dir, vocab_size=vocab_size, final=final)
-    shapes = {fqn: spec.global_shape for fqn, spec in outline(config, vocab_size).specs.items()}
+    shapes = parameter_shapes(config.model, vocab_size)
     maps = architecture.tensors(config.model)
 
     def lazy(tensor: TensorMap) -> LogicalTensor:

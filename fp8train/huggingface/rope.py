@@ -32,6 +32,9 @@ def rope_settings(config: ConfigJson, *, theta_key: str, share_key: str, share: 
     """
     old, new = config.optional("rope_scaling"), config.optional("rope_parameters")
     where = "rope_parameters" if new else "rope_scaling"
+    for key, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if value is not None and not isinstance(value, dict):
+            config.refuse(key, value, "it is an object, or null")
     rope: dict[str, Any] = dict(new or old or {})
     old_theta, old_share = config.optional(theta_key), config.optional(share_key, share)
     theta = ConfigJson(config.path, {theta_key: rope.pop("rope_theta", old_theta)})

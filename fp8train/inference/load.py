@@ -15,7 +15,8 @@ import torch
 from pydantic import ValidationError
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, candidates, find_checkpoint, step_of, verify_given
-from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest, read_meta_file
+from fp8train.checkpoint.description import read_meta_file
+from fp8train.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.config.places import WHAT_TO_GIVE, no_checkpoint_at
 from fp8train.config.schema import Config
@@ -127,7 +128,7 @@ def resolve_checkpoint(path: Path) -> Path:
     if problem := no_checkpoint_at(path):
         raise InferenceError(problem)
     if step_of(path) is not None or (path / MANIFEST_FILE).exists():
-        verify_given(path, ranks=Ranks(None), mode="full")
+        verify_given(path, Ranks(None), "full")
         return path
     root = path / CHECKPOINTS_DIR if (path / CHECKPOINTS_DIR).is_dir() else path
     if not candidates(root):

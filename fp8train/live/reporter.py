@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fp8train.data.loading import Data
 from fp8train.evaluation.validation import Evaluation
 from fp8train.live.console import Console, format_count, format_duration, live_line, step_line
 from fp8train.live.describe import describe_layout, describe_precision, precision_warnings, stored_bytes
+from fp8train.live.fp8_health import worst_casts
 from fp8train.live.throughput import Throughput, memory_bytes
 from fp8train.live.trackers import Trackers
 from fp8train.run_dir.claim import HEARTBEATS_DIR
@@ -280,6 +282,8 @@ class Reporter:
         self._casts |= {
             "fp8/flushed": statistics.fmean(values["flushed"] for values in rows.values()),
             "fp8/saturated": statistics.fmean(values["saturated"] for values in rows.values()),
+            "fp8/flushed_max": max((values["flushed"] for values in rows.values()), default=math.nan),
+            "fp8/saturated_max": max((values["saturated"] for values in rows.values()), default=math.nan),
             "fp8/snr_db_min": min(snr, default=math.nan),
             "fp8/snr_db_median": statistics.median(snr) if snr else math.nan,
             "fp8/kurtosis_x_max": max(
@@ -287,6 +291,10 @@ class Reporter:
             ),
             **optimizer,
         }
+        ill = worst_casts(rows)
+        self._casts["fp8/non_finite_casts"] = float(ill.get("non_finite", 0))
+        if ill:
+            self.event("fp8_health", step=step, **ill)
 
     def monitor(self, metrics: Mapping[str, float]) -> None:
         """Metrics of a sampled step, logged with the following steps until the next sampled one."""
@@ -329,6 +337,17 @@ class Reporter:
             f"step {step}: waited {_in_words(seconds)} until the checkpoint of step {previous} was written; "
             "a longer checkpoint.interval avoids it"
         )
+
+    def checkpoint_postponed(self, step: int, why: str) -> None:
+        """The save that is due waits for a step that is applied."""
+        self.event("checkpoint_postponed", step=step, why=why)
+        self.say(f"step {step}: its checkpoint waits for a step that is not skipped")
+
+    def checkpoint_not_finite(self, step: int, error: Exception, newest: Path | None) -> None:
+        """What was to be saved is no state to continue from."""
+        self.event("checkpoint_not_finite", step=step, error=str(error))
+        left = "there is none before it" if newest is None else f"{newest} stays the newest"
+        self.warn(f"CHECKPOINT OF STEP {step} NOT SAVED: {error}; {left}")
 
     def checkpoint_failed(self, step: int, error: Exception) -> None:
         """A checkpoint could not be saved, and the run goes on."""

@@ -4,6 +4,7 @@ not imported. A test compares them with the decoder's own.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from fp8train.config.linear_names import linear_dimensions
@@ -81,5 +82,7 @@ def held(fqn: str, part: ModelPart, *, tied: bool) -> bool:
     has a copy."""
     first, second = fqn.split(".")[:2]
     if first == "layers":
-        return int(second) in part.layers
+        number = int(second)
+        place = bisect_left(part.layers, number)  # ascending, and there may be thousands
+        return place < len(part.layers) and part.layers[place] == number
     return {"embedding": part.begins or (part.ends and tied), "positions": part.begins}.get(first, part.ends)

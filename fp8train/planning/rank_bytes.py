@@ -52,6 +52,7 @@ from fp8train.update_rules.rule import MatrixRule
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4, "fp64": 8}
 _TIED = "embedding.weight"
+_PLAIN = StateFormat()
 Counts = dict[str, tuple[int, int]]
 """Bytes of a parameter by what they are for: of values, and of their scales."""
 
@@ -101,6 +102,7 @@ class RankBytes:
         self._accumulated = 8 if in_fp64 else _ITEMSIZE[config.precision.gradient.accumulate]
         rule = rule_named(config.optimizer.name)
         self._roles = rule.roles()
+        self._state_formats = config.state_formats.formats()
         self._other_roles = rule.others_type.roles() if issubclass(rule, MatrixRule) else rule.roles()
 
     def largest(self) -> StoredBytes:
@@ -264,9 +266,8 @@ class RankBytes:
 
     def _formats(self, part: Part) -> list[tuple[str, StateFormat]]:
         """Of each role."""
-        formats = self.config.state_formats.formats()
         roles = self._roles if part.linear else self._other_roles
-        return [(role, formats[role] if part.in_plan else StateFormat()) for role in roles]
+        return [(role, self._state_formats[role] if part.in_plan else _PLAIN) for role in roles]
 
     @property
     def _offloaded(self) -> bool:

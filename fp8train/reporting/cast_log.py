@@ -11,7 +11,7 @@ what was read of them before is dropped, so the later wins, also where the later
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +21,15 @@ from typing import Any
 from fp8train.config.length import sampling_interval
 from fp8train.config.loader import load_file
 from fp8train.config.nodes import Node
+from fp8train.json_text import records
 from fp8train.reporting.errors import ReportError
-from fp8train.run_dir.claim import STATUS_FILE
+from fp8train.run_dir.claim import STATUS_FILE, load_status
 
 TRAINING_LOG = "casts.jsonl"
 INFERENCE_LOG = "inference_casts.jsonl"
-_SITE = re.compile(r"layers\.(\d+)\.(?:.+\.)?([^./]+)/([^/]+)")
+_SITE = re.compile(r"layers\.(\d{1,9})\.(?:.+\.)?([^./]+)/([^/]+)")
+_BEYOND = 1e300
+"""Finite numbers above it are nobody's statistics, and their differences overflow."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def read_cast_log(run: Path) -> CastLog:
         raise ReportError(_why_nothing(run, status))
     if training and len({sample.step for sample in training}) == 1 and (advice := _sample_more(run, status)):
         notes.append(f"{TRAINING_LOG}: one step was sampled; {advice}")
-    return CastLog(run, str(status["state"]), int(status["step"]), training, inference, tuple(notes))
+    return CastLog(run, status["state"], status["step"], training, inference, tuple(notes))
 
 
 def read_samples(path: Path, notes: list[str]) -> tuple[CastSample, ...]:
@@ -93,15 +96,12 @@ def read_samples(path: Path, notes: list[str]) -> tuple[CastSample, ...]:
     kept: dict[int, dict[str, CastSample]] = {}
     elsewhere: set[str] = set()
     torn, last = 0, 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            step, site = int(record["step"]), str(record["site"])
-            # + 0.0: the log2 of a scale of one is -0.0 in the log
-            values = {name: float(v) + 0.0 for name, v in record.items() if name not in ("step", "site")}
-        except (ValueError, LookupError, TypeError):
+    for _, record in records(path):
+        line = None if record is None else _fields(record)
+        if line is None:
             torn += 1
             continue
+        step, site, values = line
         if step < last:  # the job went back to a checkpoint
             kept = {at: samples for at, samples in kept.items() if at < step}
         last = step
@@ -118,19 +118,35 @@ def read_samples(path: Path, notes: list[str]) -> tuple[CastSample, ...]:
     return tuple(sample for samples in kept.values() for sample in samples.values())
 
 
+def _fields(record: Mapping[str, Any]) -> tuple[int, str, dict[str, float]] | None:
+    """Step, site and numbers of a line of the log; None for a line of something else."""
+    step, site = record.get("step"), record.get("site")
+    if not isinstance(step, int) or not isinstance(site, str) or not 0 <= step < 2**63:
+        return None
+    try:
+        # + 0.0: the log2 of a scale of one is -0.0 in the log
+        values = {name: float(v) + 0.0 for name, v in record.items() if name not in ("step", "site")}
+    except (ValueError, TypeError, OverflowError):
+        return None
+    if any(_BEYOND < abs(number) < math.inf for number in values.values()):
+        return None
+    return step, site, values
+
+
 def _status(run: Path) -> Mapping[str, Any]:
     if not run.is_dir():
         raise ReportError(f"{run}: {'not a directory' if run.exists() else 'no such directory'}")
     try:
-        status: Mapping[str, Any] = json.loads((run / STATUS_FILE).read_text())
-        return {"state": status["state"], "step": status["step"]}
+        return load_status(run)
     except FileNotFoundError:
         raise ReportError(
             f"{run} is not a run directory (no {STATUS_FILE}); give the folder that holds {STATUS_FILE} and "
             f"{TRAINING_LOG}"
         ) from None
-    except (ValueError, LookupError, TypeError):
-        raise ReportError(f"{run / STATUS_FILE} is damaged: no state and step in it") from None
+    except OSError as error:
+        raise ReportError(f"{run / STATUS_FILE}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ReportError(f"{run / STATUS_FILE} is damaged: {error}") from None
 
 
 def _why_nothing(run: Path, status: Mapping[str, Any]) -> str:
@@ -157,7 +173,7 @@ def _sample_more(run: Path, status: Mapping[str, Any]) -> str:
     root = load_file(config_file)[0] if config_file.is_file() else None
     key = "logging.cast_statistics_interval"
     interval = None if root is None else _setting(root, *key.split("."))
-    steps = int(status["step"])
+    steps = status["step"]
     if status["state"] == "running" or not isinstance(interval, int) or not 0 < steps < interval:
         return ""
     return (

@@ -16,12 +16,14 @@ import logging
 import os
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, POINTER_FILE, step_of
 from fp8train.checkpoint.errors import explain_os_error
+from fp8train.checkpoint.resumed_from import ABANDONED, RECORD_FILE, carried_out
 from fp8train.config.errors import UserError
 from fp8train.files import TMP_SUFFIX, is_real_dir, is_real_file, remove, replace_file
+from fp8train.json_text import parse_object, read_object
 
 LOCK_FILE = "run.lock"
 STATUS_FILE = "status.json"
@@ -42,7 +44,8 @@ _OWN_FILES = (
     "tokenizer.json",
 )
 HEARTBEATS_DIR = "heartbeats"
-_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", "faults", HEARTBEATS_DIR)
+FAULTS_DIR = "faults"
+_OWN_DIRS = ("logs", "tb", "wandb", "report", "profile", HEARTBEATS_DIR, FAULTS_DIR)
 _logger = logging.getLogger(__name__)
 
 
@@ -119,11 +122,25 @@ def _furnish(path: Path, *, fresh: bool) -> None:
         (path / folder).mkdir(exist_ok=True)
 
 
+def load_status(path: Path) -> dict[str, Any]:
+    """The ``status.json`` of the run directory ``path``, of which ``state`` is text and ``step`` a count.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    status = read_object(path / STATUS_FILE)
+    step = status.get("step")
+    if not isinstance(status.get("state"), str) or not isinstance(step, int) or not 0 <= step < 2**63:
+        raise ValueError("no state and step in it")
+    return status
+
+
 def recorded_step(path: Path) -> int:
     """Steps done as the ``status.json`` of ``path`` has them; 0 where it does not say."""
     try:
-        return int(json.loads((path / STATUS_FILE).read_text())["step"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return int(load_status(path)["step"])
+    except (OSError, ValueError):
         return 0
 
 
@@ -212,7 +229,7 @@ def taken_away(path: Path, lock_fd: int) -> str | None:
 
 def _holder(data: bytes) -> str:
     try:
-        owner = json.loads(data)
+        owner = parse_object(data)
         job = f", Slurm job {owner['job_id']}" if owner["job_id"] else ""
         return f"host {owner['host']}, pid {owner['pid']}{job}"
     except (ValueError, LookupError, TypeError):
@@ -240,7 +257,7 @@ def _decide(path: Path, resume: str, *, overwrite: bool) -> Literal["overwrite",
         return "overwrite"
     if not _has_started(path):
         return "begin"
-    if resume == "auto" or inside:
+    if resume == "auto" or inside or carried_out(path / CHECKPOINTS_DIR, resume):
         return "continue"
     raise RunDirError(
         f"{path} already holds a run. Three ways on:\n"
@@ -261,7 +278,8 @@ def _delete_run(path: Path) -> None:
     checkpoints = path / CHECKPOINTS_DIR
     if is_real_dir(checkpoints):
         for entry in list(checkpoints.iterdir()):
-            if entry.name == POINTER_FILE or step_of(Path(entry.name.removesuffix(TMP_SUFFIX))) is not None:
+            step = step_of(Path(entry.name.removesuffix(TMP_SUFFIX).partition(ABANDONED)[0]))
+            if entry.name in (POINTER_FILE, RECORD_FILE) or step is not None:
                 remove(entry)
     elif checkpoints.is_symlink():
         remove(checkpoints)

@@ -1,8 +1,8 @@
 """The directory of one run: who may write there, what lies in it, and what a resumed run keeps.
 
     runs/NAME/  config.yaml  env.json  metrics.jsonl  events.jsonl  casts.jsonl  status.json
-                logs/rank*.log  checkpoints/  tb/  wandb/  report/  profile/  launch/  report.html  STOP
-                run.lock
+                logs/rank*.log  heartbeats/  checkpoints/  tb/  wandb/  report/  profile/  launch/
+                report.html  STOP  run.lock
 
 One live job holds the directory (see :mod:`fp8train.run_dir.claim`). Records are whole lines, and a
 resumed run's equal an uninterrupted one's: lines after the resumed step are cut off.
@@ -31,6 +31,7 @@ from fp8train.checkpoint.errors import explain_os_error
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.comm.failures import Failure, describe
 from fp8train.files import append_file, is_real_file, remove, replace_file
+from fp8train.json_text import records
 from fp8train.run_dir.claim import RunDirError, claim, recorded_step, taken_away
 from fp8train.run_dir.failed import RunState, pretty, write_failure, write_status
 
@@ -179,15 +180,15 @@ class RunDir:
         """Cut records after ``step`` (all of them for None: no checkpoint was found) from metrics and events,
         atomically.
 
-        A last line that a kill left unfinished goes too. Raises :class:`RunDirError` where the disk refuses.
+        A last line that a kill left unfinished goes too, and lines that no one can read, with a warning.
+        Raises :class:`RunDirError` where the disk refuses.
         """
         if self.rank != 0:
             return
         with self._needed():
             for path in (self.path / name for name in _STREAMS):
                 if is_real_file(path):
-                    kept = [line for line, at in _records(path) if step is not None and at <= step]
-                    replace_file(path, b"".join(kept))
+                    replace_file(path, _kept(path, step))
 
     def clear_stop(self) -> None:
         """Remove ``STOP`` once it is honoured. Where the disk refuses, that is told: a run that continues
@@ -240,12 +241,15 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Whole lines with their steps; what does not parse (a torn line) is left out."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, LookupError, TypeError):
-            continue
-        if line.endswith(b"\n") and isinstance(step, int):
-            yield line, step
+def _kept(path: Path, step: int | None) -> bytes:
+    """The lines up to ``step``; what no one can read is left out, and counted unless a kill left it so."""
+    kept, unreadable = [], 0
+    for line, record in records(path):
+        at = None if record is None else record.get("step")
+        if not isinstance(at, int):
+            unreadable += line.endswith(b"\n") or not line
+        elif step is not None and at <= step:
+            kept.append(line)
+    if unreadable:
+        _logger.warning("%s: %d unreadable line(s) left out", path, unreadable)
+    return b"".join(kept)

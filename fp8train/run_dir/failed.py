@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fp8train.checkpoint.errors import explain_os_error
 from fp8train.comm.failures import INTERRUPTED, Failure, cause, leave, recorded, recorded_here
 from fp8train.files import overwrite_file, replace_file
-from fp8train.run_dir.claim import FAILURES, STATUS_FILE, in_use, recorded_step
+from fp8train.run_dir.claim import FAILURES, STATUS_FILE, in_use, load_status, recorded_step
 
 if TYPE_CHECKING:
     from fp8train.comm.rendezvous import Peer
@@ -119,18 +119,18 @@ def _known(path: Path) -> list[Failure]:
 def _told(path: Path) -> Failure | None:
     """The failure that ``status.json`` tells of."""
     record = read_status(path)
-    if record is None or "rank" not in record:
+    if record is None or not isinstance(record.get("rank"), int) or "message" not in record:
         return None
-    return Failure(record["rank"], record["message"], record["exit_code"])
+    return Failure(record["rank"], str(record["message"]), record["exit_code"])
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
     """The ``status.json`` of the run directory ``path``, if it can be read and is one."""
     try:
-        record = json.loads((path / STATUS_FILE).read_text())
+        record = load_status(path)
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and {"state", "exit_code"} <= record.keys() else None
+    return record if "exit_code" in record else None
 
 
 def pretty(record: Mapping[str, Any]) -> bytes:

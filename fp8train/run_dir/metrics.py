@@ -7,11 +7,12 @@ numbers are the strings ``nan``, ``inf``, ``-inf`` and are never left out: a NaN
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fp8train.json_text import records
 
 SECTIONS = frozenset(
     {"train", "optim", "throughput", "memory", "time", "data", "fp8", "comm", "checkpoint", "eval"}
@@ -40,10 +41,13 @@ def strict(value: float) -> float | str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a ``metrics.jsonl``, non-finite numbers as floats again."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        if line.endswith("\n"):
-            record = json.loads(line)
-            records.append({name: float(v) if isinstance(v, str) else v for name, v in record.items()})
-    return records
+    """All records of a ``metrics.jsonl``, non-finite numbers as floats again. Lines that cannot be read are
+    left out: the last one, if a kill tore it, and damaged ones.
+    """
+    found = []
+    for _, record in records(path):
+        try:
+            found.append({name: float(v) if isinstance(v, str) else v for name, v in (record or {}).items()})
+        except ValueError:
+            continue
+    return [record for record in found if record]

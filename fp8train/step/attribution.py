@@ -187,7 +187,7 @@ def compare_runs(
     if guilty:
         text = (
             f"CORRUPTION SUSPECTED on {_named(guilty)}: step {done}, run twice from the same state, gave "
-            f"other numbers there ({guilty[0].found}); {numbers}. The second result is used: "
+            f"other numbers there ({guilty[0].found}); {numbers}. The second result is used; "
             "watch that machine"
         )
         return StepEvent("corruption_suspected", text, {"what": guilty[0].found, **fields})

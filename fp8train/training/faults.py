@@ -21,13 +21,11 @@ from fp8train.checkpoint.save import SavePhase
 from fp8train.comm.progress import Progress
 from fp8train.config.debug_schema import IN_FORWARD, FaultConfig
 from fp8train.config.schema import Config, to_plain
+from fp8train.run_dir.claim import FAULTS_DIR
 from fp8train.run_dir.directory import RunDir
 from fp8train.step.base_trainer import BaseTrainer
 from fp8train.training.saving import Saving
 from fp8train.training.strikes import bend, fill_disk, find_module, find_tensor, flip_bit, strike_process
-
-FOLDER = "faults"
-"""Of the run directory: a file for each fault that has struck."""
 
 _logger = logging.getLogger(__name__)
 
@@ -128,7 +126,7 @@ class Faults:
 
     @property
     def _folder(self) -> Path:
-        return self._run_dir.path / FOLDER
+        return self._run_dir.path / FAULTS_DIR
 
     def _marker(self, fault: FaultConfig) -> Path:
         """Also knows the details: a fault that was edited is another one."""

@@ -1,11 +1,11 @@
 """What can be known to be wrong before a process joins others: the one check of ``fp8train train`` and of the
 launch scripts.
 
-The packages that it asks for, the world size, the data with its tokenizer, the run directory, and the
-settings and the data position of the checkpoint that a run continues from. What it opens, training goes on
-with, so the check costs nothing twice; and it needs no torch, so that a launcher answers within a second.
-What remains for the run itself: the model, the devices, the tensors of a checkpoint and another job that uses
-the directory.
+The packages that it asks for, the world size, the data with its tokenizer, room for the model in memory, the
+run directory, and the settings and the data position of the checkpoint that a run continues from. What it
+opens, training goes on with, so the check costs nothing twice; and it needs no torch, so that a launcher
+answers within a second. What remains for the run itself: the model, the devices, the tensors of a checkpoint
+and another job that uses the directory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8train.checkpoint.catalog import CHECKPOINTS_DIR, likely_checkpoint
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.changes import Change, changes, check_accepted
 from fp8train.config.environment import World
@@ -28,6 +28,7 @@ from fp8train.data.loading import Data, open_data
 from fp8train.deepspeed_engine.settings import further_settings
 from fp8train.extensions.check import check_extensions
 from fp8train.run_dir.claim import check_claim
+from fp8train.training.room import check_room
 
 
 @naming_keys()
@@ -46,7 +47,7 @@ def preflight(resolved: ResolvedConfig, world: World) -> Data:
     config = resolved.config
     check_extensions(config)
     further_settings(config)
-    dp, _ = check_world(config, world.size, origins=resolved.origins)
+    dp, micro_batches = check_world(config, world.size, origins=resolved.origins)
     checkpoint = _look_at_run(config) if world.rank == 0 and world.supervised else None
     data = open_data(
         config.data,
@@ -59,6 +60,7 @@ def preflight(resolved: ResolvedConfig, world: World) -> Data:
         total_steps=config.total_steps,
         ramp=config.train.batch_sizes.ramp,
     )
+    check_room(config, world, data.vocab_size, dp=dp, micro_batches=micro_batches)
     if config.train.eval_interval and data.valid is None:
         raise ConfigError(
             "train.eval_interval is set but there is no validation data; give data.split a validation share "

@@ -27,6 +27,9 @@ import torch
 
 from fp8train.checkpoint.catalog import find_checkpoint, sweep_leftovers
 from fp8train.checkpoint.errors import NoGoodCheckpointError
+from fp8train.checkpoint.ranks import Ranks
+from fp8train.checkpoint.rollback import complete, roll_back, say_what_counts
+from fp8train.checkpoint.visibility import View
 from fp8train.comm.failures import INTERRUPTED, PeerFailedError, describe, lost_peers, undisturbed
 from fp8train.comm.processes import Layout, Processes, choose_threads, processes
 from fp8train.comm.progress import Progress
@@ -51,7 +54,8 @@ from fp8train.training.device_rules import check_device
 from fp8train.training.faults import Faults
 from fp8train.training.initialise import initialise_from
 from fp8train.training.loop import Outcome, TrainingLoop
-from fp8train.training.memory import explain, is_out_of_memory
+from fp8train.training.memory import explain, is_out_of_memory, keep_snapshot
+from fp8train.training.profiling import PROFILE_DIR, profiling
 from fp8train.training.ready_run import ReadyRun
 from fp8train.training.resume import resume
 from fp8train.training.signals import TIME_LIMIT, Stop, StopRequest
@@ -272,8 +276,7 @@ class _Run:
 
     def _train(self) -> Outcome:
         run_dir, config, procs, data = self.run_dir, self.config, self.procs, self.data
-        if procs.rank == 0:
-            sweep_leftovers(run_dir.checkpoints)
+        _tidy(run_dir, config, procs)
         checkpoint = _newest(run_dir, config, procs)
         source = None if checkpoint is not None else _source(run_dir, config, procs)
         faults = Faults(config, run_dir, self.progress)
@@ -289,6 +292,8 @@ class _Run:
             step = 0 if checkpoint is None else resume(ready, checkpoint)
             outcome = self._stop_at_start()  # building may have taken minutes
             if outcome is None:
+                if checkpoint is not None:
+                    _continue_from(run_dir, config, procs, checkpoint, step)
                 outcome = self._loop(ready, source, step, faults)
             self._settle(outcome)
             self.progress.enter("end")
@@ -310,7 +315,9 @@ class _Run:
         run_dir.write_description(dump_yaml(self.config), describe_environment(procs.device))
         run_dir.write_status("running", step=start)
         self.stop.plan = f"saving to {run_dir.checkpoints} after this step"
-        return loop.run()
+        directory, settings = run_dir.path / PROFILE_DIR, self.config.profile
+        with profiling(settings, directory, self.progress, ready.reporter, rank=procs.rank):
+            return loop.run()
 
 
 def _watched(run: _Run) -> AbstractContextManager[object]:
@@ -340,7 +347,9 @@ def _explain(
 ) -> BaseException:
     """``error``, or what a person can do something with in its place."""
     if is_out_of_memory(error):
-        return explain(error, config, rank=procs.rank, dp=procs.dp.size, step=step)
+        directory, rank = run_dir.path / PROFILE_DIR, procs.rank
+        held = keep_snapshot(error, directory, rank=rank, log=run_dir.log)
+        return explain(error, config, rank=rank, dp=procs.dp.size, step=step, held=held)
     if lost_peers(error):
         first = read_failure(run_dir.path, patience_s=_CAUSE_PATIENCE_S)
         if first is None or first.peers_lost:
@@ -350,11 +359,30 @@ def _explain(
     return error
 
 
+def _tidy(run_dir: RunDir, config: Config, procs: Processes) -> None:
+    """Finish what a killed job left half done among the checkpoints."""
+
+    def tidy() -> None:
+        sweep_leftovers(run_dir.checkpoints)
+        complete(run_dir.checkpoints)
+        say_what_counts(run_dir.checkpoints, config.checkpoint.resume)
+
+    Ranks(procs.control, procs.control_calls).first(tidy)
+
+
+def _continue_from(run_dir: RunDir, config: Config, procs: Processes, checkpoint: Path, step: int) -> None:
+    """Put a rollback on record before anything is cut or trained."""
+    root, resume = run_dir.checkpoints, config.checkpoint.resume
+    ranks = Ranks(procs.control, procs.control_calls)
+    ranks.first(lambda: roll_back(root, resume, checkpoint, step))
+
+
 def _newest(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
     """The verified checkpoint that the run continues from, if it does."""
     resume, verify = config.checkpoint.resume, config.checkpoint.verify
+    view = View(config.checkpoint.visibility_timeout_s)
     try:
-        return find_checkpoint(run_dir.checkpoints, resume, group=procs.control, verify=verify)
+        return find_checkpoint(run_dir.checkpoints, resume, group=procs.control, verify=verify, view=view)
     except NoGoodCheckpointError as error:
         raise NoGoodCheckpointError(
             f"{error}, or start afresh under another run.name or with run.overwrite=true"
@@ -366,7 +394,14 @@ def _source(run_dir: RunDir, config: Config, procs: Processes) -> Path | None:
     if config.checkpoint.init_from is None:
         return None
     path, verify = config.checkpoint.init_from, config.checkpoint.verify
-    source = find_checkpoint(run_dir.checkpoints, path, group=procs.control, key="init_from", verify=verify)
+    source = find_checkpoint(
+        run_dir.checkpoints,
+        path,
+        group=procs.control,
+        key="init_from",
+        verify=verify,
+        view=View(config.checkpoint.visibility_timeout_s),
+    )
     assert source is not None
     return source
 

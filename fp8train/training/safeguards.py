@@ -40,6 +40,7 @@ class Safeguards:
             DivergedError: too many steps in a row were skipped.
             NoTargetsError: likewise.
         """
+        self._saving.last_step = result
         self._reporter.stood_out(done, result.events)
         if not result.applied:
             self._reporter.skipped(done, result)
@@ -83,7 +84,7 @@ class Safeguards:
             monitors.rewound(rewinds=rewinds, actions=actions, pinned=rewind.pinned)
             run.run_dir.truncate_after(target)
         self._skipped.forget()
-        self._saving.saved_at = target
+        self._saving.went_back(target)
         self._reporter.rewound()
         what = (
             f"without the data of its last {done - first} steps" if rewind.skip_data else "with the same data"

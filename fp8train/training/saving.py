@@ -16,17 +16,21 @@ from typing import Any
 
 from fp8train import __version__
 from fp8train.checkpoint.background import BackgroundSaver, Written
-from fp8train.checkpoint.errors import CheckpointError
+from fp8train.checkpoint.catalog import read_pointer
+from fp8train.checkpoint.errors import CheckpointError, NotFiniteError
 from fp8train.checkpoint.logical import LogicalTensor
 from fp8train.checkpoint.ranks import Ranks
 from fp8train.checkpoint.readback import describe
-from fp8train.checkpoint.retention import EVAL_LOSS, Retention
+from fp8train.checkpoint.retention import EVAL_LOSS, FINITE, Retention
 from fp8train.checkpoint.rng import capture_rng
 from fp8train.checkpoint.save import Order, SavePhase, no_hook, with_rank_state, write_checkpoint
+from fp8train.checkpoint.visibility import View
 from fp8train.config.argument_keys import naming_keys
 from fp8train.config.schema import to_plain
 from fp8train.evaluation.validation import Evaluation
 from fp8train.run_dir.metrics import strict
+from fp8train.step.non_finite import DivergedError
+from fp8train.step.result import StepResult
 from fp8train.training.ready_run import ReadyRun
 
 _GRACE_S = 30.0
@@ -39,6 +43,7 @@ class Saving:
     Attributes:
         saved_at: the step of the newest checkpoint, saved, begun or resumed from; None without one.
         on_phase: called at the moments of a save, in the thread that writes.
+        last_step: what the last step did; None before the first one.
         longest_s: seconds that the longest save took, from its beginning until it was safe; 0 before the
             first one.
     """
@@ -49,17 +54,32 @@ class Saving:
         self.processes, self.trainer, self.reporter = run.processes, run.trainer, run.reporter
         self.saved_at: int | None = None
         self.on_phase: Callable[[SavePhase], None] = no_hook
+        self.last_step: StepResult | None = None
         self.longest_s = 0.0
+        self._postponed = False
         checkpoint = run.config.checkpoint
         self._retention = Retention(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
         self._background = BackgroundSaver(run.processes.control) if checkpoint.asynchronous else None
         self._stall_seconds = 0.0
 
     def due(self, done: int, *, stopping: bool) -> bool:
-        """Whether the checkpoint of step ``done`` is to be saved."""
+        """Whether the checkpoint of step ``done`` is to be saved. One that is due while steps are skipped is
+        put off to the next step that is applied: what makes them skip may be in the weights."""
         checkpoint = self.config.checkpoint
         at_end = done == self.config.total_steps and checkpoint.save_at_end
-        return stopping or at_end or bool(checkpoint.interval and done % checkpoint.interval == 0)
+        if stopping or at_end:
+            return True
+        due = self._postponed or bool(checkpoint.interval and done % checkpoint.interval == 0)
+        if due and self.last_step is not None and self.last_step.skipped not in ("", "no_targets"):
+            if not self._postponed:
+                self.reporter.checkpoint_postponed(done, self.last_step.skipped)
+            self._postponed = True
+            return False
+        return due
+
+    def went_back(self, step: int) -> None:
+        """The run goes on from the checkpoint of ``step``."""
+        self.saved_at, self._postponed = step, False
 
     def save(self, done: int, evaluation: Evaluation | None, *, last: bool) -> None:
         """Write the checkpoint of step ``done``, or begin to, unless it exists already.
@@ -74,6 +94,7 @@ class Saving:
         """
         if self.saved_at == done:
             return
+        self._postponed = False
         began = time.perf_counter()
         with self.reporter.throughput.excluded():
             self._finish_previous(done)
@@ -87,6 +108,8 @@ class Saving:
                 describe(tensors),
                 self._retention,
                 self._moment,
+                must_be_finite=tuple(f"{role}/" for role in self.trainer.optimizer.states.roles),
+                view=View(self.config.checkpoint.visibility_timeout_s),
             )
             self.saved_at = done
             if self._background is None:
@@ -151,6 +174,10 @@ class Saving:
         try:
             with naming_keys():
                 written = outcome()
+        except NotFiniteError as error:
+            self.saved_at = None
+            self._not_finite(step, error)
+            return
         except CheckpointError as error:
             self.saved_at = None
             if last or self.config.checkpoint.on_failure == "stop":
@@ -160,6 +187,17 @@ class Saving:
         if written is not None:
             self._report(written)
 
+    def _not_finite(self, step: int, error: NotFiniteError) -> None:
+        """A state that nobody can continue from replaces none that one can. A run that was to be stopped is,
+        and one that goes on ends by its skipped steps; but none ends as completed so."""
+        root = self._run.run_dir.checkpoints
+        self.reporter.checkpoint_not_finite(step, error, read_pointer(root))
+        if step == self.config.total_steps:
+            raise DivergedError(
+                f"step {step}: {error}; the state at the end was not saved\n"
+                "resume from the newest checkpoint with a lower optimizer.lr"
+            )
+
     def _report(self, written: Written) -> None:
         in_background = self._stall_seconds if self._background is not None else 0.0
         self.longest_s = max(self.longest_s, written.write_seconds + in_background)
@@ -168,7 +206,7 @@ class Saving:
         )
 
     def _meta(self, done: int, evaluation: Evaluation | None) -> dict[str, Any]:
-        data = self._run.data
+        data, last = self._run.data, self.last_step
         return {
             "fp8train": __version__,
             "config": to_plain(self.config),
@@ -176,5 +214,9 @@ class Saving:
             "tokenizer": None if data.tokenizer is None else str(data.tokenizer.path),
             "data": data.train.state_dict(done),
             "trainer": self.trainer.state_meta(),
+            "last_step": None
+            if last is None
+            else {"applied": last.applied, "grad_norm": strict(last.grad_norm)},
+            FINITE: True,  # or it is not written
             EVAL_LOSS: None if evaluation is None else strict(evaluation.loss),
         }

@@ -146,7 +146,7 @@ def read(folder: Path, rank: int) -> Heartbeat | None:
             for (name, ranks), (entered, left, wait) in zip(whose["groups"], counts, strict=True)
         )
         return Heartbeat(rank, Identity(**whose["process"]), groups=groups, **record)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -54,13 +54,14 @@ class LastWords:
     leave: Callable[[int], object] = os._exit
 
     def __call__(self, found: Found, publish: Callable[[], bool]) -> None:
-        """See :class:`~fp8train.watch.watchdog.Ending`."""
-        if (settled := self.settled()) is not None:  # closing trackers or groups hangs: nothing is lost by it
-            self.leave(settled)
-            return
+        """Leave everything that is of use, and end; see :class:`~fp8train.watch.watchdog.Ending`."""
         timer = threading.Timer(_END_S, self.leave, (HUNG,))
         timer.daemon = True
         timer.start()
+        if (settled := self.settled()) is not None:  # closing trackers or groups hangs: nothing is lost by it
+            timer.cancel()
+            self.leave(settled)
+            return
         stacks = self.run_dir.rank_log.with_name(f"stacks_rank{self.run_dir.rank}.txt")
         message = found.verdict.message
         if self.settings.stacks:

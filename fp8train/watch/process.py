@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-State = Literal["stopped", "gone"]
+State = Literal["runs", "stopped", "gone"]
 
 _ABORT_S = 0.5
 
@@ -42,7 +42,7 @@ class Identity:
 
 
 def own_identity() -> Identity:
-    """This process."""
+    """Who this process is."""
     place, started = "", 0
     with suppress(OSError, ValueError, IndexError):
         started = int(_stat(os.getpid())[19])
@@ -51,7 +51,7 @@ def own_identity() -> Identity:
 
 
 def state_of(process: Identity) -> State | None:
-    """``stopped`` by a signal, ``gone`` (ended, or a zombie), or None: it runs, a debugger holds it, or it
+    """``stopped`` by a signal, ``gone`` (ended, or a zombie), ``runs`` (or a debugger holds it), or None: it
     cannot be seen from here."""
     try:
         if not process.place or process.place != _place():
@@ -63,7 +63,8 @@ def state_of(process: Identity) -> State | None:
         return "gone"
     except (OSError, ValueError, IndexError):
         return None
-    return {"T": "stopped", "Z": "gone", "X": "gone"}.get(fields[0])  # type: ignore[return-value]
+    states: dict[str, State] = {"T": "stopped", "Z": "gone", "X": "gone"}
+    return states.get(fields[0], "runs")
 
 
 def kill(process: Identity) -> None:

@@ -53,7 +53,7 @@ class Picture:
     @property
     def runs(self) -> bool:
         """Whether its process does."""
-        return not self.silent and self.state is None
+        return not self.silent and self.state not in ("stopped", "gone")
 
     @property
     def wait(self) -> tuple[Group, Wait] | None:
@@ -189,6 +189,8 @@ def _one(
         return f"{text}gone (its process has ended)"
     if picture.state == "stopped":
         return f"{text}stopped (its process does not run)"
+    if picture.silent and picture.state == "runs":
+        return f"{text}no sign of life (its process exists, but something holds Python's interpreter lock)"
     if picture.silent:
         return f"{text}no sign of life (its process does not run, or its machine is gone)"
     if beat.phase == ENDED:

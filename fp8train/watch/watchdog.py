@@ -190,7 +190,7 @@ class Watchdog:
                 still = min(still, beat.still_s + ages.get(rank, 0.0))
                 limit = max(limit, beat.limit_s)
         soon = self._settings.stopped_timeout_s
-        dead = [rank for rank, picture in pictures.items() if picture.state is not None]
+        dead = [rank for rank, picture in pictures.items() if picture.state in ("stopped", "gone")]
         if still >= limit or (dead and still >= soon and all(ages[rank] >= soon / 2 for rank in dead)):
             return Found(decide(pictures, still_s=still), True, self._dead(pictures))
         return None
@@ -219,7 +219,7 @@ class Watchdog:
         try:
             record = json.loads((self._folder / _VERDICT_FILE).read_bytes())
             return Verdict(record["kind"], tuple(record["guilty"]), record["message"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
     def _publish(self, verdict: Verdict) -> bool:

@@ -206,3 +206,13 @@ def test_fast_accumulation(tmp_path: Path) -> None:
         if row["operands"] == "normal":
             assert 0.02 < row["cast"] < 0.06
     assert "promoted" in table
+
+
+@pytest.mark.slow
+def test_guards_and_watchdog(tmp_path: Path) -> None:
+    result, _ = result_of("guards_and_watchdog.py", tmp_path / "result.json", "--rounds", "2", "--steps", "1")
+    check_machine(result["machine"])
+    assert result["variants"]["off"]["ratio"] == 1.0
+    low, high = result["variants"]["watchdog"]["ratio_95"]
+    assert 0 < low <= result["variants"]["watchdog"]["ratio"] <= high
+    assert all(0 < value < 1e5 for value in result["microseconds"].values())

@@ -1,5 +1,6 @@
 """Damaged, foreign and hostile checkpoints: always refused, always named, nothing executed."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -7,14 +8,17 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from fp8train.checkpoint.errors import CorruptCheckpointError
+from fp8train.checkpoint.catalog import find_checkpoint, likely_checkpoint
+from fp8train.checkpoint.errors import CorruptCheckpointError, OtherFormatError
 from fp8train.checkpoint.manifest import encode, file_entry, read_manifest, verify_checkpoint
 from fp8train.checkpoint.ranks import Ranks
+from fp8train.checkpoint.retention import Retention, retain
 from fp8train.checkpoint.save import save_checkpoint
 from tests.checkpoint.loading import load_checkpoint
 
@@ -23,9 +27,13 @@ ALONE = Ranks(None)
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
+    return _save(tmp_path / "checkpoints", 3)
+
+
+def _save(root: Path, step: int) -> Path:
     return save_checkpoint(
-        tmp_path / "checkpoints",
-        3,
+        root,
+        step,
         {"w": torch.arange(300.0), "scale": torch.ones(4)},
         meta={"lr": 0.1},
         rank_state={},
@@ -135,11 +143,56 @@ def test_garbage_manifests_are_refused(path: Path, content: bytes) -> None:
         _load(path)
 
 
-def test_a_newer_format_is_refused(path: Path) -> None:
-    newer = read_manifest(path).model_copy(update={"format_version": 2})
-    (path / "manifest.json").write_bytes(encode(newer))
-    with pytest.raises(CorruptCheckpointError, match="not a manifest of this format"):
-        _load(path)
+def test_what_a_file_system_or_editor_leaves_is_told_and_not_read(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (".nfs0000a1", ".DS_Store", "meta.json~"):
+        (path / name).write_bytes(b"x")
+    (path / "lost+found").mkdir()
+    _load(path)
+    assert find_checkpoint(path.parent, "auto") == path
+    for name in (".nfs0000a1", ".DS_Store", "meta.json~", "lost+found"):
+        assert f"{path / name} is not part of the checkpoint" in caplog.text
+
+
+OTHER_FORMATS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "newer": lambda content: content | {"format_version": 2, "fp8train": "9.8", "shards": {}},
+    "a key more": lambda content: content | {"compression": "zstd", "fp8train": "9.8"},
+    "older": lambda content: content | {"format_version": 0, "fp8train": "0.0.1"},
+}
+
+
+@pytest.mark.parametrize("kind", [*OTHER_FORMATS, "another envelope"])
+def test_another_format_is_no_damage(path: Path, kind: str) -> None:
+    """It is refused by name, also by auto, and neither replaced nor deleted."""
+    root, manifest = path.parent, path / "manifest.json"
+    if kind == "another envelope":
+        manifest.write_text('{"format_version": 3, "fp8train": "9.8", "parts": []}')
+    else:
+        content = OTHER_FORMATS[kind](json.loads(manifest.read_bytes())["content"])
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        manifest.write_text(json.dumps({"content": content, "sha256": digest}))
+    before = manifest.read_bytes()
+    shutil.copytree(path, root / "step_00000001")
+    words = r"made by an older fp8train \(0.0.1\)" if kind == "older" else r"made by a newer fp8train \(9.8\)"
+    for look in (find_checkpoint, likely_checkpoint):
+        for resume in ("auto", str(path)):
+            if look is likely_checkpoint and resume != "auto":
+                continue
+            with pytest.raises(OtherFormatError, match=words):
+                look(root, resume)
+    with pytest.raises(OtherFormatError, match=words):
+        _save(root, 3)
+    assert not list(root.glob("*.tmp"))
+    for step in (4, 5, 6):
+        _save(root, step)
+    retain(root, Retention(1), newest=6)
+    assert manifest.read_bytes() == before
+    assert (root / "step_00000001").is_dir()
+    (root / "latest").write_text("step_00000006\n")
+    shutil.copytree(path, root / "step_00000009")
+    with pytest.raises(OtherFormatError, match=words):
+        find_checkpoint(root, "auto")  # it would be replaced when the run comes there
 
 
 class _Attack:

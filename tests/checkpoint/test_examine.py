@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp: missing"),
     "missing index": (lambda path: (path / ".metadata").unlink(), ".metadata: missing"),
     "missing manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
-    "foreign file": (lambda path: (path / "core").touch(), "core: not part of the checkpoint"),
+    "foreign shard": (lambda path: (path / "__7_0.distcp").touch(), "__7_0.distcp: not part of the"),
     "empty": (lambda path: (shutil.rmtree(path), path.mkdir()), "incomplete checkpoint"),
     "a file": (lambda path: (shutil.rmtree(path), path.touch()), "not a directory"),
     "a link": (

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CheckpointError
 from fp8train.checkpoint.logical import LogicalTensor
-from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.checkpoint.rng import capture_rng, restore_rng
 from fp8train.checkpoint.save import save_checkpoint
 from tests.checkpoint.loading import load_checkpoint

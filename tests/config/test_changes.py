@@ -61,6 +61,8 @@ def test_what_belongs_to_the_attempt_is_no_change() -> None:
         "checkpoint.interval=5",
         "checkpoint.resume=auto",
         "logging.interval=3",
+        "watchdog.step_timeout_s=99",
+        "debug.fault_injection=[{kind: exit, step: 1}]",
     ]
     assert found([*BASE, *others]) == {}
 

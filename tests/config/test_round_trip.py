@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[str]] = {
                   "logging.wandb.entity=on"],
     "blend": ["data.prefix=null", "data.blend=[{prefix: 'a: b', weight: 1e-7}, {prefix: \"ü#\", weight: 3}]"],
     "rope": ["model.rope_scaling={factor: 32.0}", "data.tokenizer=\"\"", "run.threads=2"],
-    "tokens": ["train.steps=null", "train.tokens=9223372036854775807", "parallel.dp=2",
+    "tokens": ["train.steps=null", "train.tokens=10000000000000000", "parallel.dp=2",
                "optimizer.eps=1e-300"],
 }  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_explain_shows_value_and_origin(tmp_path: Path) -> None:
     assert rows["model.head_dim"] == ["16", "derived from model.hidden_size / model.num_heads"]
     assert "precision.gemm.output.x.format" not in rows
     assert "\x1b" not in text
-    hidden = "# 123 settings without effect are not shown: precision.gemm.fp8 is false; engine is native"
+    hidden = "# 124 settings without effect are not shown: precision.gemm.fp8 is false; engine is native"
     assert text.splitlines()[-1] == hidden
     fp8 = explain(load_config(path, ["precision.gemm.fp8=true"]), {})
     assert "precision.gemm.grad_input.grad_output.format" in fp8

@@ -2,6 +2,8 @@
 
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +234,29 @@ def test_fuzz(tmp_path_factory, header, flips):
     open_or_data_error(prefix)
     Path(f"{prefix}.idx").write_bytes(b"MMIDIDX\x00\x00" + header)
     open_or_data_error(prefix)
+
+
+OPEN = """
+import resource, sys
+import numpy, fp8train.data.indexed_dataset as d
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    d.IndexedDataset(sys.argv[1])
+except d.DataError as error:
+    print("DataError", error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [34, 46, 12 * 10**9 + 42])
+def test_a_header_that_claims_gigabytes_costs_no_memory(tmp_path, size):
+    """A process that may have 1 GiB opens indexes of a few bytes whose counts are of a billion sequences, and
+    a sparse one that is as long as it says."""
+    write(tmp_path / "a")
+    with open(tmp_path / "a.idx", "wb") as stream:
+        stream.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 10**9, 1))
+        stream.truncate(size)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(tmp_path / "a"), str(2**30)], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("DataError"), done.stderr

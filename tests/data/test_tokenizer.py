@@ -1,5 +1,6 @@
 """Tokenizers: every text comes back byte for byte, byte counts are exact, training is a function of text."""
 
+import json
 import sys
 import sysconfig
 from pathlib import Path
@@ -125,6 +126,25 @@ def test_bad_files(tmp_path):
         load_tokenizer(tmp_path / "folder")
 
 
+def test_damaged_models_are_usable_or_one_error(tokenizer, tmp_path):
+    """Flipped and cut: what loads works, whatever its pieces; everything else is a DataError."""
+    good, path = tokenizer.path.read_bytes(), tmp_path / "t.model"
+    found = {"usable": 0, "refused": 0}
+    flipped = [good[:at] + bytes([good[at] ^ mask]) + good[at + 1 :] for at in range(0, len(good), 50)
+               for mask in (0xFF, 1 << at % 8)]  # fmt: skip
+    for data in [*flipped, *(good[:at] for at in range(0, len(good), 500))]:
+        path.write_bytes(data)
+        try:
+            damaged = load_tokenizer(path)
+        except DataError as error:
+            assert "not a SentencePiece model" in str(error)  # noqa: PT017 - each case may do either
+            found["refused"] += 1
+        else:
+            damaged.decode(damaged.encode(WEIRD[5]))
+            found["usable"] += 1
+    assert min(found.values()) > 20
+
+
 def test_models_that_change_text_are_used_as_they_are(tmp_path):
     """A model with a dummy prefix (Llama-2's way) sees whole documents and claims no byte counts."""
     import io
@@ -178,6 +198,50 @@ def test_hugging_face_byte_level(byte_level_file, text):
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (400, 0)
     check_round_trip(tokenizer, text)
     assert b"".join(tokenizer.token_bytes[token] for token in tokenizer.encode(text)) == text.encode()
+
+
+def test_damaged_tokenizer_json(byte_level_file, tmp_path):
+    """Every value replaced by one of another kind, in turn: usable, or a DataError, and no gigabytes."""
+    content = json.loads(byte_level_file.read_text())
+    content["model"] |= {"vocab": dict(list(content["model"]["vocab"].items())[:260]), "merges": []}
+    odd = [None, True, -1, 2**32 - 1, 10**30, "", "\0", [], {}, [None], {"a": None}]
+    found = {"usable": 0, "refused": 0}
+    for path in list(paths_in(content)):
+        for value in odd:
+            damaged = json.loads(json.dumps(content))
+            target = damaged
+            for key in path[:-1]:
+                target = target[key]
+            target[path[-1]] = value
+            (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
+            found[use_or_refusal(tmp_path / "tokenizer.json")] += 1
+    assert min(found.values()) > 20
+    for text in ("[" * 100_000, '{"model":' * 100_000, json.dumps(content)[:-5]):
+        (tmp_path / "tokenizer.json").write_text(text)
+        assert use_or_refusal(tmp_path / "tokenizer.json") == "refused"
+    content["model"]["vocab"]["x"] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="has the id 4294967295, and no vocabulary is so large"):
+        load_tokenizer(tmp_path)
+
+
+def paths_in(value, path=()):
+    """Where something lies in it: of long lists and mappings the first two only."""
+    if isinstance(value, dict | list):
+        keys = list(value if isinstance(value, dict) else range(len(value)))
+        for key in keys if len(keys) < 20 else keys[:2]:
+            yield (*path, key)
+            yield from paths_in(value[key], (*path, key))
+
+
+def use_or_refusal(path):
+    try:
+        tokenizer = load_tokenizer(path)
+    except DataError as error:
+        assert str(error).startswith(str(path))  # noqa: PT017 - each case may do either
+        return "refused"
+    tokenizer.decode(tokenizer.encode(WEIRD[5]))
+    return "usable"
 
 
 def test_hugging_face_end_of_document(byte_level_file, tmp_path):

@@ -78,7 +78,13 @@ def test_what_both_define_is_refused_also_if_it_is_equal(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("[1]", "holds no JSON object"), ("{", "is not JSON"), (None, "cannot read")]
+    ("text", "told"),
+    [
+        ("[1]", "not a JSON object"),
+        ("{", "not JSON"),
+        ('{"a": 1, "a": 2}', "'a' is there twice"),
+        (None, "cannot read"),
+    ],
 )
 def test_files_that_are_no_settings(tmp_path: Path, text: str | None, told: str) -> None:
     path = tmp_path / "more.json"

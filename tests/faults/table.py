@@ -33,6 +33,7 @@ _HELPFUL = "config/test_helpful_errors.py::"
 _BASE = "config/test_base_and_overrides.py::"
 _WORLD = "config/test_world.py::"
 _RUNS = "faults/test_runs.py::"
+_HANGS = "watch/test_hangs.py::"
 
 CONFIGURATION = (
     Row(
@@ -242,6 +243,9 @@ CHECKPOINTS = (
             "checkpoint/test_corruption.py::test_a_missing_file_is_named",
             "checkpoint/test_corruption.py::test_a_foreign_file_is_named",
             "checkpoint/test_round_trip.py::test_mismatches_are_listed_and_nothing_is_touched",
+            "checkpoint/test_corruption.py::test_what_a_file_system_or_editor_leaves_is_told_and_not_read",
+            "checkpoint/test_altered_content.py::test_file_and_key_are_named",
+            "checkpoint/test_altered_content.py::test_every_altered_value_is_one_error_or_none",
         ),
     ),
     Row(
@@ -255,6 +259,8 @@ CHECKPOINTS = (
             "checkpoint/test_background.py::test_kill_at_every_phase",
             "training/test_kill.py::test_twenty_kills",
             f"{_RUNS}test_a_fault_costs_the_steps_since_the_last_checkpoint",
+            "checkpoint/test_rollback.py::test_a_kill_at_any_moment",
+            "training/test_bad_states.py::test_a_rollback_outlives_a_kill_and_is_carried_out_once",
         ),
     ),
     Row(
@@ -268,6 +274,7 @@ CHECKPOINTS = (
             "training/test_saving.py::test_a_failed_save_stops_the_run",
             "training/test_saving.py::test_a_failed_save_is_tried_again_at_the_next_interval",
             f"{_RUNS}test_a_run_goes_on_where_a_disk_was_full",
+            "checkpoint/test_full_disk.py::test_a_disk_that_is_full_at_any_write",
         ),
     ),
     Row(
@@ -310,6 +317,7 @@ CHECKPOINTS = (
             "training/test_continue.py::test_more_steps_are_accepted_by_name",
             "training/test_resume.py::test_another_architecture_is_refused",
             "config/test_changes.py::test_kinds",
+            "checkpoint/test_corruption.py::test_another_format_is_no_damage",
         ),
     ),
 )
@@ -348,10 +356,24 @@ RUNNING = (
             "run_dir/test_failed.py::test_the_cause_is_told_in_whichever_order_ranks_write",
             "run_dir/test_failed.py::test_a_rank_of_another_machine_is_waited_for",
             "test_launch_mistakes.py::test_the_error_of_one_rank_is_told_once_and_recorded",
+            f"{_HANGS}test_sigkill_ends_all_ranks_within_seconds",
             f"{_RUNS}test_a_fault_costs_the_steps_since_the_last_checkpoint",
         ),
     ),
-    Row(33, "A rank hangs", "The watchdog names rank and phase, leaves stacks, and ends the run", ()),
+    Row(
+        33,
+        "A rank hangs: stopped, asleep, or waiting for data that never come",
+        "The watchdog names rank and phase, leaves stacks, and ends the run with status 5",
+        (
+            f"{_HANGS}test_sigstop_of_one_of_four_ranks",
+            f"{_HANGS}test_sigstop_under_the_launch_script",
+            f"{_HANGS}test_a_rank_without_data_is_named",
+            f"{_HANGS}test_ranks_that_disagree_about_an_evaluation_are_named",
+            f"{_HANGS}test_a_single_process_that_hangs_ends_too",
+            f"{_HANGS}test_a_suspended_job_goes_on",
+            "watch/test_verdict.py::test_the_rank_that_hangs_is_named",
+        ),
+    ),
     Row(
         34,
         "Memory runs out",
@@ -372,6 +394,7 @@ RUNNING = (
             "distributed/test_levels.py::test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any",
             "distributed/test_pipeline.py::test_a_step_that_is_not_finite_changes_nothing_on_any_stage",
             "step/test_clip_norm.py::test_a_gradient_that_is_not_finite_skips_the_step",
+            "training/test_bad_states.py::test_weights_that_are_not_finite_replace_no_good_checkpoint",
         ),
     ),
     Row(36, "The loss or the gradient norm jumps", "By policy: told, skipped, or taken back", ()),
@@ -468,7 +491,11 @@ SURROUNDINGS = (
         45,
         "Clocks differ, or a directory shows up late on another machine",
         "Waits for it, within a limit",
-        (),
+        (
+            "checkpoint/test_visibility.py::test_a_save_waits_for_what_shows_up_late",
+            "checkpoint/test_visibility.py::test_another_rank_waits_until_it_sees_what_rank_0_does",
+            "checkpoint/test_visibility.py::test_no_clock_of_another_machine_counts",
+        ),
     ),
     Row(
         46,

@@ -89,13 +89,15 @@ def test_a_fault_costs_the_steps_since_the_last_checkpoint(
         said = f"injected fault: {kind} at rank {rank}, step {step}, {phase}"
         if kind == "oom_host":
             said = f"rank {rank} ran out of CPU memory in step {step}"
-        assert (status(run)["state"], status(run)["rank"]) == ("failed", rank)
         assert said in status(run)["reason"]
+        assert status(run)["state"] == "failed"
+        if not phase.startswith("save_"):  # a failed save is every rank's
+            assert status(run)["rank"] == rank
     saved = [step_of(path) for path in candidates(run / "checkpoints")]
-    assert set(saved) >= {4, 6}
+    assert 4 in saved  # and 6, unless it is still being written in the background
     assert life(runs, name, *command) == [0, 0], runs.log(name)
     (resumed,) = events(run, "resumed")
-    assert step - 1 - resumed["step"] <= INTERVAL
+    assert step - 1 - resumed["step"] <= (INTERVAL if mode == "sync" else 2 * INTERVAL)
     assert_the_same(run, whole)
 
 

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from fp8train.checkpoint import save as save_module
 from fp8train.checkpoint.background import BackgroundSaver, Written
 from fp8train.checkpoint.catalog import step_of
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CheckpointError
-from fp8train.checkpoint.manifest import read_meta_file
 from fp8train.cli import run_command
-from fp8train.step.result import StepResult
-from fp8train.step.trainer import Trainer
 from fp8train.training.signals import StopRequest
+from fp8train.training.strikes import InjectedFaultError
 from tests.training.launching import write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,7 +163,7 @@ def test_a_second_save_waits_for_the_first(config: Path, monkeypatch: pytest.Mon
 
 
 def test_a_run_that_fails_lets_the_write_finish(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed, step = threading.Event(), Trainer.step
+    failed = threading.Event()
     digest, abandon = save_module._digest_own_shards, BackgroundSaver.abandon
 
     def after_the_failure(order: save_module.Order, rank: int) -> dict[str, Any]:
@@ -177,16 +175,10 @@ def test_a_run_that_fails_lets_the_write_finish(config: Path, monkeypatch: pytes
         failed.set()
         return abandon(saver, grace_s=grace_s)
 
-    def fail_at_3(trainer: Trainer, number: int, batch: Tensor) -> StepResult:
-        if number == 3:
-            raise ZeroDivisionError("a bug in step 3")
-        return step(trainer, number, batch)
-
     monkeypatch.setattr(save_module, "_digest_own_shards", after_the_failure)
     monkeypatch.setattr(BackgroundSaver, "abandon", abandoned)
-    monkeypatch.setattr(Trainer, "step", fail_at_3)
-    with pytest.raises(ZeroDivisionError, match="a bug in step 3"):
-        train(config, "fails", "async")
+    with pytest.raises(InjectedFaultError):
+        train(config, "fails", "async", "debug.fault_injection=[{kind: exception, step: 4, phase: data}]")
     run = config.parent / "fails"
     assert (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
     assert [event["step"] for event in events(run, "checkpoint")] == [2]

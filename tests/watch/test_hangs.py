@@ -34,17 +34,6 @@ OVERRIDES = (
     *(f"watchdog.{name}_timeout_s={LIMIT_S}" for name in ("step", "stopped", "save")),
 )
 MAIN = "\nfrom fp8train.cli import main\nmain()\n"
-# Rank 2 has no data for a while, 20 steps into the run.
-SLEEP = """
-import os, time
-from fp8train.data.batches import GlobalBatches
-whole = GlobalBatches.batch
-def batch(self, step):
-    if step == 20 and os.environ["RANK"] == "2":
-        time.sleep(3600)
-    return whole(self, step)
-GlobalBatches.batch = batch
-"""
 # Rank 1 believes that there is nothing to evaluate.
 NO_EVALUATION = """
 import os
@@ -114,7 +103,8 @@ def test_sigstop_under_the_launch_script(tmp_path: Path) -> None:
 
 def test_a_rank_without_data_is_named(tmp_path: Path) -> None:
     began = time.time()
-    processes = start(write_config(tmp_path), 4, *OVERRIDES, program=("-c", SLEEP + MAIN))
+    hang = "debug.fault_injection=[{kind: hang, rank: 2, step: 21, phase: data}]"
+    processes = start(write_config(tmp_path), 4, *OVERRIDES, hang)
     wait_for_step(processes, tmp_path / "r" / "metrics.jsonl", 20)
     began = time.time()
     statuses, outputs, seconds = end_of(processes, began)
@@ -124,7 +114,7 @@ def test_a_rank_without_data_is_named(tmp_path: Path) -> None:
     assert re.search(r"rank 2 \(.*: step 21, phase data, alive, but 3 ranks wait for it in", message)
     assert check_status(tmp_path, began)["rank"] == 2
     stacks = (tmp_path / "r" / "logs" / "stacks_rank2.txt").read_text()
-    assert re.search(r"in batch\n.* in _one_step", stacks)
+    assert re.search(r"in strike_process\n(.*\n)*.* in _one_step", stacks)
 
 
 def test_ranks_that_disagree_about_an_evaluation_are_named(tmp_path: Path) -> None:
@@ -143,9 +133,8 @@ def test_ranks_that_disagree_about_an_evaluation_are_named(tmp_path: Path) -> No
 
 
 def test_a_single_process_that_hangs_ends_too(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    hook = SLEEP.replace('os.environ["RANK"] == "2"', "True")
-    processes = start(config, 1, *OVERRIDES, program=("-c", hook + MAIN))
+    hang = "debug.fault_injection=[{kind: hang, step: 21, phase: data}]"
+    processes = start(write_config(tmp_path), 1, *OVERRIDES, hang)
     wait_for_step(processes, tmp_path / "r" / "metrics.jsonl", 20)
     began = time.time()
     statuses, (output,), _ = end_of(processes, began)
@@ -178,13 +167,24 @@ def test_sigkill_ends_all_ranks_within_seconds(tmp_path: Path) -> None:
 
 
 def test_a_slow_rank_is_named_once_with_its_host(tmp_path: Path) -> None:
-    slow = SLEEP.replace("time.sleep(3600)", "pass").replace(
-        "    return whole", '    if os.environ["RANK"] == "2":\n        time.sleep(0.3)\n    return whole'
-    )
-    processes = start(write_config(tmp_path), 4, *OVERRIDES, "train.steps=20", program=("-c", slow + MAIN))
+    slow = "debug.fault_injection=[{kind: slow, rank: 2, step: 1, seconds: 0.3}]"
+    processes = start(write_config(tmp_path), 4, *OVERRIDES, "train.steps=20", slow)
     statuses, outputs, _ = end_of(processes, time.time())
     assert statuses == [0] * 4
     assert len(re.findall(r"rank 2 on host \S+ is slow: its steps take", outputs[0])) == 1
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["time/slowest_rank"] == 2 for row in rows[2:])
     assert rows[-1]["time/step_max_s"] - rows[-1]["time/step_min_s"] > 0.2
+
+
+def test_a_rank_that_holds_the_interpreter_lock_is_named_and_ended(tmp_path: Path) -> None:
+    fault = "debug.fault_injection=[{kind: gil, rank: 1, step: 20, phase: data, seconds: 3600}]"
+    processes = start(write_config(tmp_path), 2, *OVERRIDES, fault)
+    wait_for_step(processes, tmp_path / "r" / "metrics.jsonl", 18)
+    began = time.time()
+    statuses, outputs, seconds = end_of(processes, began)
+    assert seconds < IN_TIME_S + SLACK_S
+    assert statuses == [5, -signal.SIGABRT]
+    assert re.search(r"rank 1 \(.*something holds Python's interpreter lock", outputs[0])
+    assert "Fatal Python error: Aborted" in outputs[1]  # with its stacks
+    check_status(tmp_path, began)

@@ -76,6 +76,10 @@ def stopped(pictures: dict[int, Picture], rank: int, **how: object) -> dict[int,
     [
         ({"state": "stopped"}, "stopped (its process does not run)"),
         ({"state": "gone"}, "gone (its process has ended)"),
+        (
+            {"silent": True, "state": "runs"},
+            "no sign of life (its process exists, but something holds Python's interpreter lock)",
+        ),
         ({"silent": True}, "no sign of life (its process does not run, or its machine is gone)"),
     ],
 )

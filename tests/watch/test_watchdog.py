@@ -209,7 +209,7 @@ def test_processes_are_told_apart_stopped_and_ended() -> None:
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ours = own_identity()
         process = Identity(ours.host, child.pid, ours.place, int(fields[19]))
-        assert state_of(process) is None
+        assert state_of(process) == "runs"
         assert state_of(Identity(ours.host, child.pid, "another boot", process.started)) is None
         other = Identity(ours.host, child.pid, ours.place, process.started + 1)
         assert state_of(other) == "gone"  # somebody else has its number

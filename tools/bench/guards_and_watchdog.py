@@ -8,9 +8,10 @@ has one turn of each; its ratio is that of a variant to ``off`` within the round
 over rounds with a 95 % bootstrap interval, of CPU seconds of the whole process: what the watchdog's threads
 use counts, what other users of the machine take does not. ``--wall`` takes the wall clock instead.
 
-``watchdog`` writes its heartbeats to a folder on disk; ``often`` does so twenty times as often, which shows
-that the method would see a cost. ``calls`` is what counting costs a collective, in microseconds, by itself: a
-single process has none. To add a variant, write a context manager around the steps of a turn and name it in
+``watchdog`` writes its heartbeats to a folder; ``often`` does so twenty times as often, which shows
+that the method would see a cost. What is too small for that is timed by itself, in microseconds: a heartbeat,
+a phase that begins with the clock of slow ranks listening, and counting a collective, of which a single
+process has none. To add a variant, write a context manager around the steps of a turn and name it in
 ``VARIANTS``.
 """
 
@@ -31,6 +32,7 @@ from measure import describe_machine, print_table, write_json
 from fp8train.comm.calls import Calls
 from fp8train.comm.collectives import CountedGroup
 from fp8train.comm.processes import Processes
+from fp8train.comm.progress import Progress
 from fp8train.config.resolve import load_config
 from fp8train.config.watchdog_schema import WatchdogConfig
 from fp8train.step.trainer import Trainer
@@ -49,11 +51,7 @@ def watchdog(interval_s: float) -> Callable[[Trainer, Path], AbstractContextMana
     def watched(trainer: Trainer, folder: Path) -> Iterator[None]:
         progress, calls = trainer.progress, trainer.processes.calls
         StepClock(progress, calls, CPU)
-        dog = Watchdog(
-            WatchdogConfig(interval_s=interval_s), folder, progress, calls, rank=0, world_size=1,
-            several_machines=False, end=lambda found, publish: None,
-        )  # fmt: skip
-        with dog:
+        with make_watchdog(progress, calls, folder, interval_s):
             yield
         progress.listeners.clear()
 
@@ -77,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     clock = time.perf_counter if options.wall else time.process_time
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         seconds = measure(options.config, options.rounds, options.steps, clock, Path(folder))
     rows, numbers = [], {}
     for name, own in seconds.items():
@@ -91,15 +89,15 @@ def main() -> None:
         shown = f"{numbers[name]['ratio']:.4f} ({low:.4f} to {high:.4f})"
         rows.append([name, f"{numbers[name]['ms_per_step']:.2f}", shown])
     print_table(["variant", "ms a step", "ratio to off (95 %)"], rows)
-    call_us = cost_of_counting()
-    print(f"counting a collective: {call_us:.2f} us")
+    costs = single_costs()
+    print(", ".join(f"{name}: {value:.2f} us" for name, value in costs.items()))
     if options.json:
         result = {
             "machine": describe_machine(CPU),
             "rounds": options.rounds,
             "steps_of_a_turn": options.steps,
         }
-        result |= {"clock": "wall" if options.wall else "process", "variants": numbers, "call_us": call_us}
+        result |= {"clock": "wall" if options.wall else "process", "variants": numbers, "microseconds": costs}
         write_json(options.json, result)
 
 
@@ -141,13 +139,33 @@ def interval(values: list[float], *, draws: int = 2000) -> tuple[float, float]:
     return medians[draws // 40], medians[-draws // 40 - 1]
 
 
-def cost_of_counting(calls: int = 20_000) -> float:
-    """Microseconds that noting a collective and its wait takes."""
-    group = Calls().group("dp", (0, 1))
-    began = time.process_time()
-    for _ in range(calls):
-        group.begun("all_reduce/gradient", lambda: None)()
-    return 1e6 * (time.process_time() - began) / calls
+def single_costs(times: int = 2_000) -> dict[str, float]:
+    """CPU microseconds of a heartbeat, of a phase's beginning, and of noting a collective and its wait."""
+    progress, calls = Progress(), Calls()
+    StepClock(progress, calls, CPU)
+    group = calls.group("dp", range(8))
+    with tempfile.TemporaryDirectory() as folder:
+        dog = make_watchdog(progress, calls, Path(folder), 1.0)
+        actions: dict[str, Callable[[], object]] = {
+            "heartbeat": dog.tick,
+            "phase": lambda: progress.enter("report"),
+            "collective": lambda: group.begun("all_reduce/gradient", lambda: None)(),
+        }
+        found = {}
+        for name, action in actions.items():
+            began = time.process_time()
+            for _ in range(times):
+                action()
+            found[name] = 1e6 * (time.process_time() - began) / times
+    return found
+
+
+def make_watchdog(progress: Progress, calls: Calls, folder: Path, interval_s: float) -> Watchdog:
+    """The watchdog of a single process."""
+    return Watchdog(
+        WatchdogConfig(interval_s=interval_s), folder, progress, calls, rank=0, world_size=1,
+        several_machines=False, end=lambda found, publish: None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
