@@ -378,7 +378,7 @@ RUNNING = (
     Row(
         36,
         "The loss or the gradient norm jumps",
-        "By policy: told, skipped, or back to a checkpoint and on without that data; a fault of a machine is found",
+        "By policy: told, skipped, or taken back, without its data; a fault of a machine is found",
         (
             "step/test_spikes.py::test_the_threshold_is_where_the_formula_says",
             "step/test_spikes.py::test_warnings_change_no_bit_and_a_skipped_spike_leaves_none",
