@@ -93,7 +93,7 @@ def recoveries(
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "pp" else pytest.mark.slow) for name in CASES]
+    "name", [pytest.param(name, marks=() if name == "tp" else pytest.mark.slow) for name in CASES]
 )
 def test_an_outlier_channel_is_treated_alike_everywhere(gloo_pool, name: str) -> None:
     size, layout, overrides = CASES[name]
