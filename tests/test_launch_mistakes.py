@@ -27,6 +27,7 @@ from fp8train.config.errors import ConfigError
 from fp8train.config.resolve import load_config
 from fp8train.config.schema import to_plain
 from fp8train.data.indexed_dataset import IndexedDatasetWriter
+from fp8train.planning.rank_bytes import RankBytes
 from fp8train.run_dir.directory import RunDir
 from fp8train.training.preflight import preflight
 
@@ -148,17 +149,31 @@ def test_a_mistake_is_a_few_lines_with_the_remedy_last(config: Path, name: str, 
     assert sorted(path for path in config.parent.rglob("*")) == before  # refused before anything began
 
 
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(config: Path) -> None:
+    """More than 8 GiB in a process that may address so much."""
+    before = sorted(path for path in config.parent.rglob("*"))
+    status, lines = launch(config, 1, "run.name=huge", "model.vocab_size=16777216", address_space=2**33)
+    assert status == 2, lines
+    assert lines[0].startswith("error: weights, gradients and optimizer states of a rank take"), lines
+    assert "parallel.zero: 1" in lines[-1], lines
+    assert len(lines) <= 4, lines
+    assert sorted(path for path in config.parent.rglob("*")) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_out_of_memory_is_a_few_lines_with_the_remedy_last(config: Path, processes: int) -> None:
-    """An embedding of 1 TiB where 256 GiB may be addressed: refused by the kernel, so nothing is used up."""
+    """What is stored would fit into what a process may address, but torch itself takes more than is left."""
     name = f"memory{processes}"
-    overrides = (f"run.name={name}", "model.vocab_size=4294967296", "train.global_batch_size=2")
+    overrides = (f"run.name={name}", "model.vocab_size=4194304", "train.global_batch_size=2")
     overrides = (*overrides, "train.micro_batch_size=1")
-    status, lines = launch(config, processes, *overrides, address_space=2**38)
+    settings = load_config(config, overrides).config
+    stored = RankBytes(settings, 2**22, dp=processes, micro_batches=2 // processes).largest().model.total
+    status, lines = launch(config, processes, *overrides, address_space=stored + 2**28)
     assert status == 2, lines
     assert len(lines) == 2, lines
     assert re.fullmatch(
-        r"error: rank [01] ran out of CPU memory before the first step, asking for \d+ GiB; "
+        r"error: rank [01] ran out of CPU memory before the first step, asking for [\d.]+ [MG]iB; "
         r"the most it ever held: [\d.]+ [MG]iB",
         lines[0],
     )

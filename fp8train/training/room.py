@@ -48,6 +48,9 @@ def check_room(
         needed = stored.model.total + tokens * model.hidden_size * _ITEMSIZE[config.precision.compute]
     alike = parallel.pp == 1 and parallel.zero == "none"  # else the largest rank's may be larger than others'
     ranks = world.local_size if alike else 1
+    of_process, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= of_process < needed:
+        ranks, have = 1, of_process
     have = memory_of_machine() if have is None else have
     if needed * ranks <= have:
         return
@@ -76,9 +79,6 @@ def _limits() -> Iterator[int]:
     for folder in _control_groups():
         with suppress(OSError, ValueError):
             yield int((folder / "memory.max").read_text()) + swap  # "max" is no number, and no limit
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        yield soft
 
 
 def _control_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[Path]:

@@ -40,7 +40,7 @@ def reference() -> dict[str, list[float]]:
     return {name: losses(tiny_config(overrides), alone(), STEPS)[0] for name, (overrides, _) in CASES.items()}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_train_as_one_process(gloo_pool, reference: dict[str, list[float]], world_size: int) -> None:
     per_rank = gloo_pool.run(train_all, world_size)
     for name, (_, tolerance) in CASES.items():

@@ -392,15 +392,29 @@ RUNNING = (
     Row(
         35,
         "A loss or gradient is NaN or infinite, on one rank",
-        "All ranks skip the step, nothing changes; a run of them ends with status 3",
+        "All ranks skip the step, nothing changes, rank and layer are named; many in a row end with status 3",
         (
-            "distributed/test_levels.py::test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any",
+            "distributed/test_safeguards.py::test_a_nan_on_one_rank_is_left_out_by_all_as_if_they_were_told_to",
+            "distributed/test_safeguards.py::test_a_nan_in_forward_is_traced_to_rank_and_module",
+            "step/test_spikes.py::test_too_many_skipped_steps_end_the_run",
             "distributed/test_pipeline.py::test_a_step_that_is_not_finite_changes_nothing_on_any_stage",
             "step/test_clip_norm.py::test_a_gradient_that_is_not_finite_skips_the_step",
             "training/test_bad_states.py::test_weights_that_are_not_finite_replace_no_good_checkpoint",
         ),
     ),
-    Row(36, "The loss or the gradient norm jumps", "By policy: told, skipped, or taken back", ()),
+    Row(
+        36,
+        "The loss or the gradient norm jumps",
+        "By policy: told, skipped, or taken back, without its data; a fault of a machine is found",
+        (
+            "step/test_spikes.py::test_the_threshold_is_where_the_formula_says",
+            "step/test_spikes.py::test_warnings_change_no_bit_and_a_skipped_spike_leaves_none",
+            "training/test_rollback.py::test_it_trains_on_as_if_the_data_had_never_been_there",
+            "training/test_rollback.py::test_the_budget_ends_and_without_a_checkpoint_a_spike_is_skipped",
+            "distributed/test_safeguards.py"
+            "::test_a_flipped_bit_is_blamed_on_its_rank_and_mended_a_lasting_spike_on_the_data",
+        ),
+    ),
     Row(
         37,
         "An amax is NaN, infinite or zero, a scale would leave its range",
@@ -410,6 +424,8 @@ RUNNING = (
             "numerics/test_scale.py::test_clamped_scales_still_do_not_saturate",
             "layers/test_linear_delayed.py::test_non_finite_operands_poison_the_product_and_no_scale",
             "step/test_scale_events.py::test_a_run_logs_them_by_name_and_once_an_interval",
+            "live/test_fp8_health.py::test_the_worst_casts_are_named_and_healthy_ones_are_not",
+            "distributed/test_recovery.py::test_an_outlier_channel_is_treated_alike_everywhere",
         ),
     ),
     Row(

@@ -72,7 +72,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def poisoned(trainer: Trainer, step: int, batch: Tensor) -> StepResult:
         if step == number:
             states = trainer.optimizer.states.tensors()
-            master = next(t for name, t in states.items() if name.startswith("master/"))
+            master = next(t for name, t in states.items() if name.startswith("master/") and "mlp" in name)
             with torch.no_grad():
                 master.view(-1)[0] = float("nan")
             trainer._publish()

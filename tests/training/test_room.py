@@ -42,12 +42,17 @@ def test_ten_thousand_layers_are_counted_quickly() -> None:
     assert time.process_time() - began < 5
 
 
-def test_a_limit_of_the_process_is_one_of_the_machine() -> None:
+def test_the_memory_of_the_machine() -> None:
     total = 1024 * int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0])
     assert 2**28 < memory_of_machine() < 8 * total
+
+
+def test_a_limit_of_the_process_is_that_of_each_rank() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**36, before[1]))
     try:
-        assert memory_of_machine() <= 2**36
+        check(2**60, World(2, 0, 2, 0), hidden_size=2**14, ffn_hidden_size=2**14)
+        with pytest.raises(ConfigError, match=r"of a rank take .*, and this machine gives 64.0 GiB"):
+            check(2**60, World(2, 0, 2, 0), hidden_size=2**16, ffn_hidden_size=2**16)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)

@@ -18,7 +18,7 @@ from fp8train.checkpoint.catalog import step_of
 from fp8train.checkpoint.description import read_meta_file
 from fp8train.checkpoint.errors import CheckpointError
 from fp8train.cli import run_command
-from fp8train.training.signals import StopRequest
+from fp8train.training.signals import Stop, StopRequest
 from fp8train.training.strikes import InjectedFaultError
 from tests.training.launching import write_config
 
@@ -185,7 +185,7 @@ def test_a_run_that_fails_lets_the_write_finish(config: Path, monkeypatch: pytes
 
 
 def test_a_stop_waits_for_the_write(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([None, None, None, None, "STOP file"])  # twice before the first step
+    answers = iter([None, None, None, None, Stop("stopped", "STOP file")])  # twice before the first step
     monkeypatch.setattr(StopRequest, "agree", lambda stop, group: next(answers))
     digest = save_module._digest_own_shards
 
