@@ -137,8 +137,12 @@ def write_checkpoint(
     try:
         ranks.first(lambda: _prepare(order))
         tmp, view = order.tmp, order.view
-        ranks.agree(lambda: view.wait(tmp, ranks.rank, lambda: view.size(tmp) is not None))
-        order.on_phase("begin")
+
+        def begin() -> None:
+            view.wait(tmp, ranks.rank, lambda: view.size(tmp) is not None)
+            order.on_phase("begin")
+
+        ranks.agree(begin)  # a rank that stops here must not let the others wait in the next collective
         _write_shards(order, tensors, ranks, in_thread)
         written = ranks.each(lambda: (_digest_own_shards(order, ranks.rank), order.keys))
         shards = {name: entry for files, _ in written for name, entry in files.items()}

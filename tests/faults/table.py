@@ -143,6 +143,7 @@ DATA = (
             "data/test_indexed_dataset.py::test_damaged_index",
             "data/test_indexed_dataset.py::test_truncations_and_bit_flips",
             "data/test_indexed_dataset.py::test_fuzz",
+            "data/test_indexed_dataset.py::test_a_header_that_claims_gigabytes_costs_no_memory",
         ),
     ),
     Row(
@@ -170,6 +171,7 @@ DATA = (
             "data/test_loading.py::test_another_tokenizer",
             "data/test_loading.py::test_blend_of_different_tokenizers",
             "data/test_loading.py::test_changed_tokenizer_file",
+            "data/test_tokenizer.py::test_damaged_models_are_usable_or_one_error",
         ),
     ),
     Row(
@@ -192,6 +194,7 @@ DATA = (
             "data/test_prepare.py::test_bad_documents_are_counted",
             "data/test_prepare.py::test_json_lines",
             "data/test_tokenizer.py::test_weird_texts",
+            "test_json_text.py::test_damaged_lines_cost_themselves_alone",
         ),
     ),
 )
@@ -474,6 +477,7 @@ SURROUNDINGS = (
             "checkpoint/test_corruption.py::test_manifest_paths_outside_the_checkpoint_are_refused",
             "checkpoint/test_corruption.py::test_linked_files_and_directories_are_refused",
             "checkpoint/test_catalog.py::test_deleting_does_not_follow_a_link_inside_a_checkpoint",
+            "cli/test_bad_paths.py::test_a_name_that_is_too_long",
         ),
     ),
     Row(

@@ -72,6 +72,7 @@ def assert_the_same(run: Path, whole: Path) -> None:
         ("sigkill", 0, 7, "reduce", -signal.SIGKILL),
         ("sigkill", 1, 8, "save_data", -signal.SIGKILL),
         ("sigkill", 0, 8, "save_pointer", -signal.SIGKILL),
+        ("exception", 0, 8, "save_begin", 1),
         ("exception", 0, 8, "save_manifest", 1),
     ],
 )
