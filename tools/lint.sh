@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that reads the source without running it: ruff (rules, format), mypy, codespell, shellcheck. Reports all, fails if one did.
+# Everything that reads the source without running it: ruff (rules, format), mypy, codespell, shellcheck, hadolint. Reports all, fails if one did.
 set -euo pipefail
 
 case "${1:-}" in
@@ -36,13 +36,19 @@ check "ruff format (repair with: tools/lint.sh --fix)" "$bin/python" -m ruff for
 check "mypy" "$bin/python" -m mypy
 check "codespell" "$bin/python" -m codespell_lib
 mapfile -t scripts < <(find launch tools .ci -type f \( -name '*.sh' -o -name '*.sbatch' -o -path '.ci/run' \) | sort)
-shellcheck="$bin/shellcheck"
-[ -x "$shellcheck" ] || shellcheck="$(command -v shellcheck || true)"
-if [ -n "$shellcheck" ]; then
-    check "shellcheck" "$shellcheck" "${scripts[@]}"
-else
-    echo "lint: shellcheck is not installed; shell scripts were not checked" >&2
-fi
+# Both come with the dev extra where there is a wheel for the machine.
+outside() {
+    local name="$1" program="$bin/$1"
+    shift
+    [ -x "$program" ] || program="$(command -v "$name" || true)"
+    if [ -n "$program" ]; then
+        check "$name" "$program" "$@"
+    else
+        echo "lint: $name is not installed; not checked: $*" >&2
+    fi
+}
+outside shellcheck "${scripts[@]}"
+outside hadolint Dockerfile
 
 if [ "${#failed[@]}" -gt 0 ]; then
     (

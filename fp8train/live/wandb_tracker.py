@@ -27,6 +27,16 @@ QUEUE_RECORDS = 1000
 """Records kept while W&B does not answer; older ones are dropped."""
 
 INIT_TIMEOUT_S = 60.0
+_BEST = {
+    "train/loss_mean": "min",
+    "eval/loss": "min",
+    "throughput/tokens_per_second": "max",
+    "fp8/snr_db_min": "min",
+    "fp8/saturated": "max",
+    "time/step_max_s": "max",
+}
+"""What a table of runs shows of a curve besides its end."""
+
 CLOSE_TIMEOUT_S = 30.0
 """At the end of a run W&B gets this long to upload the rest."""
 
@@ -151,8 +161,11 @@ class WandbTracker:
             ),
             **self._identity,
         )
+        # The part of a name before the slash (train, time, fp8, ...) makes a section of panels by itself.
+        run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        run.define_metric("tokens", step_metric="step")
+        for name, best in _BEST.items():
+            run.define_metric(name, step_metric="step", summary=f"{best},last")
         return run
 
     def _fail(self, error: Exception) -> None:
