@@ -178,7 +178,9 @@ def run_directory(rank: int, root: Path, pair: dist.ProcessGroup) -> None:
     run.log("hello")
     dist.barrier()
     assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
-    assert [file.name for file in sorted((run.path / "logs").iterdir())] == [f"rank{i}.log" for i in range(4)]
+    assert [file.name for file in sorted((run.path / "logs").glob("*.log"))] == [
+        f"rank{i}.log" for i in range(4)
+    ]
     assert "hello" in run.rank_log.read_text()
     with pytest.raises(RunDirError if rank == 0 else UserError, match="in use by another job"):
         RunDir.open(root, "exp", resume="auto", overwrite=False, group=dist.group.WORLD)
