@@ -19,8 +19,6 @@ from fp8train.config.all_sections import LoggingConfig, WandbConfig
 from fp8train.live.trackers import TensorBoardTracker, Trackers
 from fp8train.live.wandb_tracker import WandbTracker, kept_run_id
 from fp8train.run_dir.directory import RunDir
-from fp8train.run_dir.metrics import read_metrics
-from tests.training.launching import STEPS, write_config
 
 
 class FakeWandb(types.ModuleType):
@@ -333,44 +331,6 @@ def test_the_real_library_offline(tmp_path: Path) -> None:
     assert run_real(tmp_path, "offline", 60.0) == "None"
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*-kept1/run-kept1.wandb")
     assert kept.stat().st_size > 0
-
-
-DIES = """
-import json, os, signal, sys, threading, time
-from pathlib import Path
-from fp8train.cli import run_command
-
-def kill_helper(metrics):
-    while not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.01)
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and os.getppid() and b"wandb" in (entry / "cmdline").read_bytes():
-                if f"\\nPPid:\\t{os.getpid()}\\n" in (entry / "status").read_text():
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    (metrics.parent / "killed").touch()
-        except OSError:
-            pass
-
-config, folder = sys.argv[1:]
-threading.Thread(target=kill_helper, args=(Path(folder, "a", "metrics.jsonl"),), daemon=True).start()
-sys.exit(run_command(["train", config, f"run.dir={folder}", "run.name=a", "logging.wandb.mode=offline"]))
-"""
-
-
-@pytest.mark.slow
-def test_the_real_library_dies_and_the_records_are_complete(tmp_path: Path) -> None:
-    """Its helper process is killed in the middle of a run."""
-    pytest.importorskip("wandb", reason="needs wandb: pip install wandb")
-    config = write_config(tmp_path)
-    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    command = [sys.executable, "-c", DIES, str(config), str(tmp_path)]
-    where = {"cwd": Path(__file__).parents[2], "env": {**env, "HOME": str(tmp_path)}}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, **where)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "a" / "killed").exists()
-    assert [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")][-1] == STEPS
-    assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "completed"
 
 
 def test_the_real_library_without_a_key(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_chain_continues_and_ends_itself(
     (first,) = running()
     job = Job(cluster, folder, first, folder / name, log_of(first))
     job.until_step(5)
-    cluster.call("scancel", "--batch", "--signal=USR1", first)
+    (job.run / "STOP").write_text("preempted: test\n")  # what the signal leads to
     until(lambda: bool(running()) and running() != [first])
     assert job.status()["state"] != "completed"
     until(lambda: not turns())
