@@ -28,7 +28,7 @@ class SkippedSteps:
     """Counts the steps in a row that were skipped."""
 
     def __init__(self, most: int) -> None:
-        """``most``: ``train.max_skipped_steps``."""
+        """Begin to count; ``most`` is ``train.max_skipped_steps``."""
         self._most = most
         self._in_a_row = self._partly = 0
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def train(config: Path, name: str, *overrides: str) -> Path:
     """Train in this process; the run directory."""
     folder = config.parent
     always = (f"run.dir={folder}", f"run.name={name}", "checkpoint.interval=0", "run.overwrite=true")
-    assert train_command(config, [*always, *overrides]) == 0
+    with ExitStack() as lifetime:
+        assert train_command(config, [*always, *overrides], lifetime) == 0
     return folder / name
 
 

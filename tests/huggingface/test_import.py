@@ -170,7 +170,7 @@ NEOX = {**LLAMA, "model_type": "gpt_neox", "use_parallel_residual": False, "rota
             {**LLAMA, "quantization_config": {"quant_method": "fp8"}},
             'quantization_config.quant_method: "fp8"',
         ),
-        ({**LLAMA, "hidden_size": "32"}, "hidden_size: '32' is not a positive number"),
+        ({**LLAMA, "hidden_size": "32"}, 'hidden_size: "32" is not a positive number'),
         ({**LLAMA, "tie_word_embeddings": 1}, "tie_word_embeddings: 1 is neither true nor false"),
         ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "vocab_size is missing"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: true cannot"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ run: {{threads: 1, dir: {folder}, name: run}}
 """
     )
     threads = torch.get_num_threads()
-    assert train_command(config, overrides) == 0
+    with ExitStack() as lifetime:
+        assert train_command(config, overrides, lifetime) == 0
     torch.set_num_threads(threads)
     return folder / "run"

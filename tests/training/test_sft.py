@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,11 @@ def test_resume_and_validation(prefix: str, tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings(prefix)))
     always = (f"run.dir={tmp_path}", "precision.level=O2")
-    assert train_command(file, [*always, "run.name=whole"]) == 0
+    with ExitStack() as lifetime:
+        assert train_command(file, [*always, "run.name=whole"], lifetime) == 0
     resume = f"checkpoint.resume={tmp_path}/whole/checkpoints/step_00000004"
-    assert train_command(file, [*always, "run.name=rest", resume]) == 0
+    with ExitStack() as lifetime:
+        assert train_command(file, [*always, "run.name=rest", resume], lifetime) == 0
     keys = ("step", "train/loss", "optim/grad_norm", "eval/loss")
 
     def rows(name: str) -> list[tuple[Any, ...]]:

@@ -177,7 +177,7 @@ class BlockStorage(Storage):
                 )
 
     def own_sum(self) -> Tensor:
-        """Of the accumulator, else of scales, which are NaN where the source is not finite, and codes."""
+        """Sum the accumulator, else codes and scales, which are NaN where the source is not finite."""
         if self._accumulator is not None:
             return self._accumulator.sum(dtype=torch.float32)
         return decode_e8m0(self._scales).sum() + self._payload.view(torch.int8).sum()

@@ -96,7 +96,7 @@ class IntegerStorage(Storage):
             sums.add_(integers)
 
     def own_sum(self) -> Tensor:
-        """Of all integers; NaN if any gradient of the step so far was not finite."""
+        """Sum all integers; NaN if any gradient of the step so far was not finite."""
         return self._sums.sum(dtype=torch.float64) + 0.0 * self._grids.amax.max()
 
     def integers(self) -> Tensor:

@@ -209,9 +209,9 @@ class GradientStore:
         return [bucket.storage for bucket in self._buckets]
 
     def own_sums(self) -> dict[tuple[str, ...], float]:
-        """Of the last step, by the parameters of each bucket in the order of backward, the sum of what this
-        rank contributed (:meth:`~fp8train.parallel.gradients.bucket.Storage.own_sum`). Waits for the device;
-        empty unless ``watched``."""
+        """Return the sums of what this rank contributed to the last step, by the parameters of each bucket in
+        the order of backward (:meth:`~fp8train.parallel.gradients.bucket.Storage.own_sum`). Waits for the
+        device; empty unless ``watched``."""
         if not self._buckets or not self.buckets[0].watched:
             return {}
         sums = torch.stack([bucket.own_sum for bucket in self.buckets]).tolist()

@@ -94,8 +94,8 @@ class TensorStorage(Storage):
         self._accumulators[member].add(gradient, self._spec, first=first)
 
     def own_sum(self) -> Tensor:
-        """Of all elements in FP32; of FP8 sums that of the codes and of the scales, which are NaN where a sum
-        is not finite."""
+        """Sum all elements in FP32; of FP8 sums the codes and the scales, which are NaN where a sum is not
+        finite."""
         scales = [one.scale_inv for one in self._accumulators if one.scale_inv is not None]
         total = self._flat.sum(dtype=torch.float32)
         return total + torch.stack(scales).sum() if scales else total

@@ -41,7 +41,7 @@ class WideStorage(Storage):
             view.add_(gradient)
 
     def own_sum(self) -> Tensor:
-        """Of all elements, in FP32 or wider."""
+        """Sum all elements, in FP32 or wider."""
         return self._flat.sum(dtype=torch.promote_types(self._flat.dtype, torch.float32))
 
     def wide(self) -> Tensor:
