@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from fp8train.checkpoint.catalog import candidates
-from fp8train.checkpoint.manifest import read_meta_file
+from fp8train.checkpoint.description import read_meta_file
 from fp8train.cli import run_command
 from fp8train.data.batches import GlobalBatches
 from fp8train.step.trainer import Trainer
