@@ -93,7 +93,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _old_run(path: Path) -> None:
     resolved = load_config(path, ["run.name=old"])
     data = preflight(resolved, World())
-    meta = {"config": to_plain(resolved.config), "trainer": {}, "data": data.train.state_dict(4)}
+    meta = {"config": to_plain(resolved.config), "trainer": {"updates": 4}, "data": data.train.state_dict(4)}
     run = RunDir.open(path.parent, "old", resume="never", overwrite=False, group=None)
     run.write_description("model: {}\n", {})
     tensors = {"x": torch.ones(2)}

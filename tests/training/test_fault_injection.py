@@ -238,7 +238,7 @@ def test_a_run_tells_of_its_faults_and_is_hit_once(
 ) -> None:
     write_config(tmp_path)
     faults = (
-        "{kind: nan_loss, step: 2}",
+        "{kind: nan_loss, step: 3}",
         "{kind: slow, step: 4, steps: 2, seconds: 0.2, phase: data}",
         "{kind: sleep, step: 3, seconds: 0.01, phase: save_begin}",  # nothing is saved in step 3
         "{kind: exception, step: 5, phase: optimizer}",
@@ -247,12 +247,12 @@ def test_a_run_tells_of_its_faults_and_is_hit_once(
         train(tmp_path, *faults)
     run = tmp_path / "run"
     struck = [(row["step"], row["fault"]) for row in rows(run, "events.jsonl") if row["kind"] == "fault"]
-    assert struck == [(2, "nan_loss"), (4, "slow"), (5, "exception")]
+    assert struck == [(3, "nan_loss"), (4, "slow"), (5, "exception")]
     said = capsys.readouterr().err
     assert said.count("FAULT INJECTION is on") == 4
     assert said.count("INJECTED FAULT: ") == 3
     losses = {row["step"]: row["train/loss"] for row in rows(run, "metrics.jsonl")}
-    assert [math.isnan(float(losses[step])) for step in (1, 2, 3, 4)] == [False, True, False, False]
+    assert [math.isnan(float(losses[step])) for step in (1, 2, 3, 4)] == [False, False, True, False]
 
     status, run = train(tmp_path, *faults)
     assert status == 0

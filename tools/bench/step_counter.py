@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -190,6 +191,9 @@ class StepCounter(TorchDispatchMode):
         if name == "_local_scalar_dense" and _is_meta(args[0]):
             self._wait()
             return 1 if not args[0].is_floating_point() else 1.0
+        if name == "_to_copy" and _is_meta(args[0]) and kwargs.get("device") == torch.device("cpu"):
+            self._wait(" (copied to the host)")  # Tensor.tolist: there is nothing to copy
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         result = func(*args, **kwargs)
         outputs = _tensors(result)
         if not any(_is_meta(tensor) for tensor in (*inputs, *outputs)):
