@@ -36,6 +36,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
 
 
+@pytest.mark.slow
 def test_everything_in_miniature(tmp_path: Path) -> None:
     out, pack = tmp_path / "out", tmp_path / "all.tar.gz"
     done = gpu_all(out, "--pack", str(pack))

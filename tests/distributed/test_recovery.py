@@ -92,9 +92,8 @@ def recoveries(
     }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "tp" else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_an_outlier_channel_is_treated_alike_everywhere(gloo_pool, name: str) -> None:
     size, layout, overrides = CASES[name]
     results = gloo_pool.run(recoveries, size, layout, overrides, timeout=400.0)
