@@ -70,7 +70,7 @@ def test_a_disk_without_inodes(tmp_path: Path) -> None:
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("needs the right to mount a tmpfs: run as root")
     except FileNotFoundError:
-        pytest.skip("no mount here")
+        pytest.skip("needs the program mount: apt-get install mount")
     try:
         root = mount / "checkpoints"
         _save(root, 1), _save(root, 2)
