@@ -142,8 +142,8 @@ def test_wire_bytes(tmp_path: Path) -> None:
     assert rows["FP32 all-reduce"]["counted_bytes_per_parameter_and_rank"] == pytest.approx(4.0)
     assert rows["exchange, all-reduce"]["over_bf16_all_reduce"] <= 0.51
     assert rows["exchange, all-reduce"]["over_bf16_all_reduce"] / 2 <= 0.26
-    for row in rows.values():  # a few MiB only: headers, acknowledgements and other traffic weigh more
-        assert row["loopback_over_counted"] == pytest.approx(1.0, abs=0.2), row
+    for row in rows.values():  # a few MiB only, of which gloo's headers are a thousandth at most
+        assert 1 <= row["sockets_over_counted"] <= 1.01, row
 
 
 @pytest.mark.slow

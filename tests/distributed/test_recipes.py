@@ -17,7 +17,7 @@ RECIPES = (
     *("mus", "umup", "unit_scaling"),
 )
 """``fp8_amax`` is ``current`` by another name (tests/config/test_presets.py)."""
-IN_CI = ("te_delayed", "rowwise", "mus")
+IN_CI = ("te_delayed", "mus")
 LONG = ["data.seq_length=256"]
 BLOCKS: dict[str, list[str]] = {
     # Blocks of 32 tokens and features survive every cut; of 128, with more tokens and wider matrices.

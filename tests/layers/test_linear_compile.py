@@ -1,6 +1,7 @@
 """The linear layer under ``torch.compile(fullgraph=True)``: one graph, the gradients of eager mode."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from fp8train.precision.linear_gemms import LinearQuant
 from fp8train.precision.number_formats import E4M3, E5M2
 from fp8train.precision.operand_cast import QuantSpec
 from tests.layers.connecting import CPU, connect, connect_resident, state_of
+
+SLOW = pytest.mark.slow
 
 
 class Mlp(nn.Module):
@@ -86,9 +89,25 @@ def step(
     return [output.detach(), x.grad, model.up.bias.grad, *(w.clone() for w in weights if w is not None)]
 
 
-@pytest.mark.parametrize("with_sink", [False, True], ids=["autograd", "sink"])
-@pytest.mark.parametrize("fp8", [False, True], ids=["high", "fp8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def _case(dtype: torch.dtype, fp8: bool, with_sink: bool, *marks: pytest.MarkDecorator) -> Any:
+    """One compilation: seconds, so most are slow."""
+    words = (str(dtype).removeprefix("torch."), "fp8" if fp8 else "high", "sink" if with_sink else "autograd")
+    return pytest.param(dtype, fp8, with_sink, id="-".join(words), marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp8", "with_sink"),
+    [
+        _case(torch.float64, True, True),
+        _case(torch.float32, True, False),
+        _case(torch.float32, False, True),
+        _case(torch.float64, True, False, SLOW),
+        _case(torch.float64, False, True, SLOW),
+        _case(torch.float64, False, False, SLOW),
+        _case(torch.float32, True, True, SLOW),
+        _case(torch.float32, False, False, SLOW),
+    ],
+)
 def test_compiled_gradients_equal_eager_ones(dtype: torch.dtype, fp8: bool, with_sink: bool) -> None:
     torch._dynamo.reset()
     model, sink = build(dtype, fp8=fp8, with_sink=with_sink)
@@ -196,8 +215,15 @@ def _steps(compile_it: bool, *, resident: bool, interleaved: bool) -> list[Tenso
     return found
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["cached", "resident"])
-@pytest.mark.parametrize("interleaved", [False, True], ids=["1F1B", "forwards first"])
+@pytest.mark.parametrize(
+    ("interleaved", "resident"),
+    [
+        pytest.param(False, True, id="1F1B-resident"),
+        pytest.param(True, False, id="forwards first-cached"),
+        pytest.param(False, False, id="1F1B-cached", marks=SLOW),
+        pytest.param(True, True, id="forwards first-resident", marks=SLOW),
+    ],
+)
 def test_compiled_delayed_scales(resident: bool, interleaved: bool) -> None:
     """One graph for warm-up and after, the amaxes and gradients of eager mode, weights resident or not."""
     torch._dynamo.reset()
