@@ -4,9 +4,9 @@
     python tools/bench/wire_bytes.py --tiny
 
 Processes on this machine reduce one large gradient (default 64 MiB in FP32) over gloo. The collectives say
-what they sent; the kernel's counters of each process's own TCP connections (``TCP_INFO``, all ranks together) say
-what really went out, with gloo's headers. Other traffic of the machine counts for nothing. Both are shown in
-bytes per parameter and rank, beside what BF16 and FP32 all-reduces send.
+what they sent; the kernel's counters of each process's own TCP connections (``TCP_INFO``, all ranks together)
+say what really went out, with gloo's headers. Other traffic of the machine counts for nothing. Both are shown
+in bytes per parameter and rank, beside what BF16 and FP32 all-reduces send.
 """
 
 from __future__ import annotations
