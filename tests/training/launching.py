@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,9 +64,21 @@ def start(
             *overrides,
         ]
         processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                preexec_fn=_as_in_a_terminal,
+            )
         )
     return processes
+
+
+def _as_in_a_terminal() -> None:
+    """Runs ignore SIGHUP where they inherit that, as from tests that were started with nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def finish(processes: list[subprocess.Popen], expect: int = 0, timeout_s: float = 120) -> str:
