@@ -133,6 +133,17 @@ def test_levels_are_told_in_runs() -> None:
     assert level_range([]) == ""
 
 
+def test_every_recipe_level_and_layout_trains_in_some_case(gloo_pool) -> None:
+    sample = covering(legal_on_the_tiny_model())[::5]
+    assert {value for case in sample for pair in pairs(case) for value in pair} == {
+        *RECIPES,
+        *LEVELS,
+        *LAYOUTS,
+    }
+    check(sample, gloo_pool)
+
+
+@pytest.mark.slow
 def test_a_sample_that_holds_every_legal_pair_trains(gloo_pool) -> None:
     legal = legal_on_the_tiny_model()
     assert legal == list(all_cases())
