@@ -1,7 +1,8 @@
 """Write the table of faults and their tests (tests/faults/table.py) into docs/failures.md.
 
     python tools/fault_table.py          # the table, with the results of the last run of all tests
-    python tools/fault_table.py --run    # run them all first: an hour on two cores, slow ones included
+    python tools/fault_table.py --run    # run them all first: 15 minutes on two cores, slow ones included
+    python tools/fault_table.py --again  # run again what failed in that run
 
 ``--run`` notes for each row how many tests passed, failed and were skipped, and in how many seconds, in
 ``tools/bench/results/faults_cpu.json``.
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,11 @@ BEGIN, END = "<!-- begin: tools/fault_table.py -->", "<!-- end: tools/fault_tabl
 Result = Mapping[str, Any]
 
 
-def run_all() -> dict[str, Any]:
-    """Run every test of the table; outcomes and seconds by test, over its parameters."""
+def run_tests(names: Sequence[str]) -> dict[str, Any]:
+    """Run these files or tests; outcomes and seconds by test, over its parameters."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = sorted({f"tests/{test.partition('::')[0]}" for test in all_tests()})
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "faults", f"--junit-xml={report}", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "faults", f"--junit-xml={report}", *names]
         subprocess.run([*command, "--timeout=1200"], cwd=ROOT, check=False)
         found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for case in ElementTree.parse(report).iter("testcase"):
@@ -51,11 +51,27 @@ def run_all() -> dict[str, Any]:
             )
             one[outcome] += 1
             one["seconds"] += float(case.get("time", 0))
-    tests_found = {
+    return {
         test: {key: round(value, 1) if key == "seconds" else int(value) for key, value in one.items()}
         for test, one in sorted(found.items())
     }
-    return {"machine": platform.platform(), "python": platform.python_version(), "tests": tests_found}
+
+
+def run_all() -> dict[str, Any]:
+    """Run every test of the table, and say on what machine."""
+    tests = run_tests(sorted({f"tests/{test.partition('::')[0]}" for test in all_tests()}))
+    return {"machine": platform.platform(), "python": platform.python_version(), "tests": tests}
+
+
+def run_again(results: dict[str, Any]) -> dict[str, Any]:
+    """Run again what failed, in place of what was known of it."""
+    failed = [f"tests/{test}" for test in failures(results)]
+    return results | {"tests": results["tests"] | (run_tests(failed) if failed else {})}
+
+
+def failures(results: Result) -> list[str]:
+    """Tests that failed with any of their parameters."""
+    return [test for test, one in results.get("tests", {}).items() if one.get("failed")]
 
 
 def result_of(row: Row, results: Result) -> str:
@@ -93,17 +109,19 @@ def main() -> int:
     """Write the page; the exit status is 1 if a test failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", action="store_true", help="run all tests of the table first")
-    if parser.parse_args().run:
-        RESULTS.write_text(json.dumps(run_all(), indent=1) + "\n")
+    parser.add_argument("--again", action="store_true", help="run again what failed in the last run")
+    options = parser.parse_args()
     results = known_results()
+    if options.run or options.again:
+        results = run_all() if options.run else run_again(results)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     page = PAGE.read_text()
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*{re.escape(END)}", re.DOTALL)
     assert pattern.search(page), f"{PAGE} lacks the marks of the table"
     PAGE.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table(results)}\n{END}", page))
-    failed = [test for test, one in results.get("tests", {}).items() if one.get("failed")]
-    for test in failed:
+    for test in failures(results):
         print(f"failed: {test}")
-    return 1 if failed else 0
+    return 1 if failures(results) else 0
 
 
 if __name__ == "__main__":

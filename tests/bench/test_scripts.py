@@ -212,7 +212,7 @@ def test_fast_accumulation(tmp_path: Path) -> None:
 def test_guards_and_watchdog(tmp_path: Path) -> None:
     result, _ = result_of("guards_and_watchdog.py", tmp_path / "result.json", "--rounds", "2", "--steps", "1")
     check_machine(result["machine"])
-    assert result["variants"]["off"]["ratio"] == 1.0
-    low, high = result["variants"]["watchdog"]["ratio_95"]
-    assert 0 < low <= result["variants"]["watchdog"]["ratio"] <= high
+    assert result["variants"]["nothing"]["ratio"] == 1.0
+    low, high = result["variants"]["guards and watchdog"]["ratio_95"]
+    assert 0 < low <= result["variants"]["guards and watchdog"]["ratio"] <= high
     assert all(0 < value < 1e5 for value in result["microseconds"].values())
