@@ -24,7 +24,7 @@ class SpikesConfig(Section):
     threshold: PositiveFloat = 6.0
     """Robust standard deviations above the median from which a step is a spike."""
     min_steps: PositiveInt = 32
-    """Steps that must be known before one is judged."""
+    """Steps that must be known before one is judged; before, a norm 100 times the largest so far is one."""
     cooldown: NonNegativeInt = 16
     """``warn`` only: steps after a warning without another one."""
     max_rollbacks: PositiveInt = 3

@@ -12,7 +12,8 @@ deviation. The loss is judged as it is, with a floor of 1 % of its median; the n
 as its logarithm, with a floor of 0.1: six of those are a factor of 1.8.
 
 Values are the same on all ranks, hence decisions too, and the host has them before the update anyway. A slow
-rise is no spike; a lasting jump is one until half of the window lies above it.
+rise is no spike; a lasting jump is one until half of the window lies above it. Before ``min_steps`` are known
+the norm alone is judged, and only one that is also 100 times the largest so far is a spike.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from fp8train.config.spikes_schema import SpikesConfig
 
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.1
+EARLY_STEPS, EARLY_FACTOR = 4, 100.0
 _NORMAL = 1.4826
 
 
@@ -73,12 +75,19 @@ class SpikeDetector:
     def judge(self, step: int, *, loss: float, grad_norm: float) -> Spike | None:
         """Whether the finite values of step ``step`` (1-based) are a spike: the worse one. Learns nothing."""
         if len(self._loss) < self.config.min_steps:
-            return None
+            return self._judge_early(step, grad_norm)
         found = [
             self._judge(step, "loss", loss, self._loss),
             self._judge(step, "grad_norm", grad_norm, self._norm),
         ]
         return max(filter(None, found), key=lambda spike: spike.sigmas, default=None)
+
+    def _judge_early(self, step: int, grad_norm: float) -> Spike | None:
+        """What is beyond any warm-up, while too little is known for a median."""
+        if len(self._norm) < EARLY_STEPS or grad_norm <= EARLY_FACTOR * max(self._norm):
+            return None
+        sigmas = (_log(grad_norm) - _log(max(self._norm))) / NORM_FLOOR
+        return Spike(step, "grad_norm", grad_norm, median(self._norm), sigmas)
 
     def _judge(self, step: int, quantity: str, value: float, known: Iterable[float]) -> Spike | None:
         """Compares with the largest first: it is all that most steps cost."""

@@ -62,6 +62,17 @@ def test_values_that_hardly_vary_and_slow_rises_are_no_spikes() -> None:
     assert jumped is not None and jumped.quantity == "grad_norm"
 
 
+def test_before_enough_is_known_only_what_no_warm_up_explains_is_a_spike() -> None:
+    detector = SpikeDetector(SpikesConfig())
+    for step, norm in enumerate([0.1, 5.0, 40.0], start=1):  # as a warm-up may begin
+        assert detector.judge(step, loss=9.0, grad_norm=1e9) is None, "too little is known"
+        detector.learn(loss=9.0, grad_norm=norm)
+    detector.learn(loss=1e3, grad_norm=1.0)
+    assert detector.judge(5, loss=1e9, grad_norm=3999.0) is None
+    spike = detector.judge(5, loss=9.0, grad_norm=4001.0)
+    assert spike is not None and (spike.quantity, spike.usual) == ("grad_norm", 3.0)
+
+
 def test_a_lasting_jump_becomes_usual_and_warnings_pause() -> None:
     detector, *_ = taught(cooldown=5)
     told = []
